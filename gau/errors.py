@@ -1,0 +1,15 @@
+"""The one error a user can mend, and the hint that helps to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad usage, config or data: entry points print it as one line on stderr and exit with code 2."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Returns '; did you mean "x"?' for the option nearest to `name`, or a list of all options if none is near."""
+    options = sorted(str(option) for option in options)
+    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    return f'; did you mean "{near[0]}"?' if near else f'; choose from {", ".join(options)}'
