@@ -1,0 +1,1 @@
+"""Config programs: each returns a ConfigDict from `get_config(arg)`."""

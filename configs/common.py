@@ -1,0 +1,88 @@
+"""What the config programs share: their argument, the data presets, and the shrinking to a laptop."""
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError, did_you_mean
+from gau.training import config as training_config
+
+# The paper's batch (as recalled): the same number of tokens at every context length.
+TOKENS_PER_STEP = 2**18
+
+DATA = {
+    'embedded': {'source': 'embedded'},
+    'wiki40b': {'source': 'tfds:wiki40b/en'},
+    'pg19': {'source': 'tfds:pg19'},
+    'c4': {'source': 'tfds:c4/en'},
+    'lm1b': {'source': 'tfds:lm1b'},
+}
+
+
+def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDict:
+    """Parses the part of `--config=FILE:name=value,name=value` after the colon.
+
+    Args:
+      arg: that part; a name alone means `name=True`. `runlocal` is understood by every config.
+      **defaults: the names that the config knows, with their defaults; a value takes the default's type.
+
+    Raises:
+      UserError: an unknown name or a value of the wrong type.
+    """
+    values = {'runlocal': False, **defaults}
+    for item in (arg or '').split(','):
+        name, equals, text = item.partition('=')
+        if not name:
+            continue
+        if name not in values:
+            raise UserError(f'unknown config argument "{name}"{did_you_mean(name, values)}')
+        values[name] = _convert(name, text if equals else 'True', type(values[name]))
+    return ConfigDict(values)
+
+
+def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
+    if kind is bool:
+        if text.lower() in ('true', '1', 'false', '0'):
+            return text.lower() in ('true', '1')
+        raise UserError(f'config argument {name}={text}: want true or false')
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f'config argument {name}={text}: want {kind.__name__}') from error
+
+
+def pretraining_config(arg: ConfigDict) -> ConfigDict:
+    """Returns the defaults with the arguments `model`, `size`, `context`, `data` and `tokenizer` put in their places.
+
+    `data` is a name of `DATA` or a source such as `jsonl:PATH`; `tokenizer` may be empty, "as the source says".
+    """
+    config = training_config.default_config()
+    config.model.name = arg.model
+    config.model.size = arg.size
+    config.data.update(DATA.get(arg.data, {'source': arg.data}))
+    config.data.context = arg.context
+    config.data.batch_size = max(TOKENS_PER_STEP // arg.context, 1)
+    if arg.tokenizer:
+        config.data.tokenizer = arg.tokenizer
+    return config
+
+
+def run_local(config: ConfigDict) -> ConfigDict:
+    """Shrinks any config to seconds on a laptop, in place: the same code, a toy of a run on the embedded corpus."""
+    config.model.size = 'tiny'
+    config.model.dtype = 'float32'
+    config.data.source = 'embedded'
+    config.data.tokenizer = 'bytes'
+    config.data.context = 128
+    config.data.batch_size = 4
+    config.steps, config.tokens, config.epochs = 20, None, None
+    _every(config.optimizer, 'warmup_', 5)
+    _every(config.checkpoint, 'every_', 10)
+    _every(config.eval, 'every_', 10)
+    config.eval.max_tokens = 4096
+    config.log.every_steps = 1
+    return config
+
+
+def _every(section: ConfigDict, stem: str, steps: int) -> None:
+    for unit in ('tokens', 'epochs', 'percent'):
+        section[stem + unit] = None
+    section[f'{stem}steps'] = steps

@@ -1,0 +1,24 @@
+"""Causal language modelling with the paper's recipe: FLASH, FLASH-Quad or a baseline, at contexts 512 to 8192.
+
+    python train.py --config=configs/lm.py:model=flash,size=base,context=8192,data=wiki40b --workdir=runs/flash_8192
+
+Arguments: model (a name of README's table), size (tiny, small, base, large), context, data (embedded, wiki40b, pg19,
+c4, lm1b, or a source such as jsonl:PATH), tokenizer (bytes, sentencepiece:FILE, huggingface:FILE), runlocal.
+
+Recipe, all of it recalled and not read in a source: 2^18 tokens a step at every context, 125 k steps, AdamW, peak
+learning rate 7e-4 after 10 k steps of warm-up, linear decay, weight decay 0.01, clipping at 0.1 parameter by parameter.
+
+Result to expect: the full recipe (33 G tokens) has not been run here. `:runlocal` (tiny, 20 steps on the embedded
+corpus) takes seconds on two CPU cores and shows that everything works, nothing more.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config for `--config=configs/lm.py:arg`."""
+    arg = common.parse_arg(arg, model='flash', size='base', context=1024, data='wiki40b', tokenizer='')
+    config = common.pretraining_config(arg)
+    return common.run_local(config) if arg.runlocal else config

@@ -1,0 +1,117 @@
+"""How every entry point starts: flags and config parsed, user errors as one line and exit code 2."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from gau.errors import UserError, did_you_mean
+from gau.training.durations import UNITS
+
+_UNIT_FIELD = re.compile(rf'(?P<stem>.*?)(?P<unit>{"|".join(UNITS)})')
+
+
+def define_config(required: bool = True) -> None:
+    """Defines `--config=FILE[:name=value,...]` and, through it, `--config.field=value` for every field."""
+    config_flags.DEFINE_config_file('config', None, 'Config program: FILE[:name=value,...]', lock_config=True)
+    if required:
+        flags.mark_flag_as_required('config')
+
+
+def load_config() -> ConfigDict:
+    """Returns the config with the command line's overrides.
+
+    A duration stands in one unit only, so a unit given on the command line replaces the config's own:
+    `--config.tokens=1000000` takes the place of the file's `steps`.
+    """
+    config = flags.FLAGS.config
+    overrides = set(config_flags.get_override_values(flags.FLAGS['config']))
+    for path in sorted(overrides):
+        *parents, field = path.split('.')
+        match = _UNIT_FIELD.fullmatch(field)
+        if not match:
+            continue
+        section = config
+        for parent in parents:
+            section = section[parent]
+        for unit in UNITS:
+            sibling = match['stem'] + unit
+            if sibling != field and sibling in section and '.'.join([*parents, sibling]) not in overrides:
+                section[sibling] = None
+    return config
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags and runs `main()`; exits with its return value, or with 2 after one line for a UserError."""
+
+    def guarded(argv: Sequence[str]) -> int | None:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if len(argv) > 1:
+                raise UserError(f'unexpected argument "{argv[1]}": flags are written --name=value')
+            return main()
+        except UserError as error:
+            return _complain(error)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
+        sys.exit(_complain(_explain(error, argv)))
+
+
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
+    """One line for whatever flag parsing raised; a UserError raised inside the config program speaks for itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, AttributeError):
+        return _explain_unknown_field(argv) or str(error)
+    # What config_flags reports of a failing config program ends in its traceback, whose last line is the exception.
+    lines = [line.strip() for line in str(error).replace('\\n', '\n').splitlines() if line.strip()]
+    if len(lines) > 1 and 'Traceback' in str(error):
+        return f'{lines[0]} {lines[-1]}'
+    return ' '.join(lines)
+
+
+def _explain_unknown_field(argv: Sequence[str]) -> str | None:
+    """Finds the first --config.a.b whose path does not exist and names the nearest that does."""
+    config = flags.FLAGS['config'].value
+    for argument in argv:
+        match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
+        if not match or config is None:
+            continue
+        section = config
+        for field in match[1].split('.'):
+            if not isinstance(section, ConfigDict):
+                return f'--config.{match[1]}: unknown config field, as "{field}" would lie inside a plain value'
+            if field not in section:
+                return f'--config.{match[1]}: unknown config field "{field}"{did_you_mean(field, section.keys())}'
+            section = section.get_ref(field).get() if section.is_type_safe else section[field]
+    return None
+
+
+def _complain(error: object) -> int:
+    print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:
+    """Returns a list flag's values as positive integers; None stays None.
+
+    Raises:
+      UserError: a value that is none.
+    """
+    if values is None:
+        return None
+    for value in values:
+        if not value.strip().isdecimal() or int(value) == 0:
+            raise UserError(f'--{flag}={",".join(values)}: "{value}" is not a positive integer')
+    return [int(value) for value in values]

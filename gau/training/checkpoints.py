@@ -1,0 +1,180 @@
+"""Saving and restoring a run with Orbax: state, data iterator, and what they were made with."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from gau.errors import UserError
+from gau.training.config import library_versions
+from gau.training.mesh import path_name
+from gau.training.step import TrainState
+
+# What reading a damaged checkpoint can raise: Orbax and TensorStore promise no single type.
+_DAMAGE = (ValueError, KeyError, OSError, TypeError, RuntimeError, AttributeError, EOFError)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `DIR/checkpoints/STEP/{state,data,meta}`.
+
+    A checkpoint appears under its step only when it is complete (Orbax writes aside and renames), is written in the
+    background, and holds the state, the position of the data iterator, the config and the library versions.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict | None = None):
+        """Opens, without config for reading only; with the config's `checkpoint` section for writing as well."""
+        self.directory = Path(workdir).absolute() / 'checkpoints'
+        self._writable = config is not None
+        options = {'read_only': True, 'create': False}
+        if config is not None:
+            policies = [LatestN(config.keep_last)]
+            if config.keep_every:
+                policies.append(EveryNSteps(config.keep_every))
+            options = {'preservation_policy': AnyPreservationPolicy(policies), 'cleanup_tmp_directories': True}
+        self._open = lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(**options))
+        self._manager = self._open()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, config: dict[str, Any]) -> None:
+        """Starts saving; returns as soon as the device's memory has been copied. A step saved already is left alone."""
+        if step in self._manager.all_steps():
+            return
+        meta = {'step': step, 'config': config, 'versions': library_versions()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Blocks until what was being saved is on disk; raises what went wrong on the way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the directory."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Returns what is stored beside the state: `step`, `config`, `versions`."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(
+        self, abstract_state: TrainState, *, step: int | None = None, iterator: grain.DatasetIterator | None = None
+    ) -> TrainState | None:
+        """Restores the newest readable checkpoint onto the shardings of `abstract_state`; None if there is none.
+
+        Args:
+          abstract_state: tree of jax.ShapeDtypeStruct with shardings.
+          step: this checkpoint alone; None means the newest that can be read, saying which ones could not.
+          iterator: set to the position it was saved at, in place.
+
+        Raises:
+          UserError: the step asked for does not exist or is damaged; all are damaged; or the parameters are those of
+            another architecture.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f'{self.directory} has no checkpoint of step {step}, only {steps or "none"}')
+        candidates = [step] if step is not None else steps[::-1]
+        for candidate in candidates:
+            self._check_architecture(abstract_state, candidate)
+            args = {'state': ocp.args.StandardRestore(abstract_state)}
+            if iterator is not None:
+                args['data'] = grain.checkpoint.CheckpointRestore(iterator)
+            try:
+                state = self._manager.restore(candidate, args=ocp.args.Composite(**args)).state
+            except _DAMAGE as error:
+                logging.debug('restoring step %d', candidate, exc_info=True)
+                reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ""}'
+                logging.warning(
+                    'checkpoint %s is damaged and passed over (%s)', self.directory / str(candidate), reason
+                )
+                continue
+            if self._writable and step is None:
+                self._set_aside([later for later in steps if later > candidate])
+            return state
+        if candidates:
+            raise UserError(f'no checkpoint in {self.directory} can be read: {candidates} are damaged')
+        return None
+
+    def restore_params(self, abstract_params: Any, *, step: int) -> Any:
+        """Restores the parameters alone, for evaluation or as a start, onto the shardings of `abstract_params`.
+
+        Raises:
+          UserError: the checkpoint is damaged, or its parameters are those of another architecture.
+        """
+        partial = ocp.args.PyTreeRestore(
+            item={'params': abstract_params},
+            restore_args={'params': ocp.checkpoint_utils.construct_restore_args(abstract_params)},
+            partial_restore=True,
+        )
+        directory = self.directory / str(step) / 'state'
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            try:
+                _compare(abstract_params, checkpointer.metadata(directory).item_metadata['params'], directory)
+                return checkpointer.restore(directory, args=partial)['params']
+            except _DAMAGE as error:
+                raise UserError(f'checkpoint {directory} cannot be read: {str(error).splitlines()[0][:200]}') from error
+
+    def _check_architecture(self, abstract_state: TrainState, step: int) -> None:
+        try:
+            stored = self._manager.item_metadata(step)['state']['params']
+        except _DAMAGE:
+            return  # Damaged: restoring will say so.
+        _compare(abstract_state.params, stored, self.directory / str(step))
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Moves damaged checkpoints out of the way of the run that will reach their steps again; deletes nothing."""
+        for step in damaged:
+            target = self.directory.parent / 'damaged_checkpoints' / str(step)
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(self.directory / str(step), _free_name(target))
+        if damaged:
+            self._manager.close()
+            self._manager = self._open()
+
+
+def _compare(wanted: Any, stored: Any, where: Path) -> None:
+    """Raises UserError at the first parameter in which the stored tree differs from the wanted one."""
+    wanted = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    stored = {
+        path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda node: hasattr(node, 'shape'))
+    }
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            raise UserError(
+                f'checkpoint {where} is of another architecture: {name} is {stored.get(name, "absent")} there '
+                f'and {wanted.get(name, "absent")} in the config'
+            )
+
+
+def _free_name(path: Path) -> Path:
+    names = [path, *(path.with_name(f'{path.name}.{number}') for number in range(1, 1000))]
+    return next(name for name in names if not name.exists())
+
+
+def abstract(state_shapes: Any, shardings: Any) -> Any:
+    """Returns the tree of jax.ShapeDtypeStruct that restoring needs: shapes and dtypes with their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state_shapes, shardings
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """Returns the number of parameters of a tree of (abstract) arrays."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

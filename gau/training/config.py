@@ -1,0 +1,169 @@
+"""The fields of a run: defaults with the paper's recipe, and the one place where a config is made whole and checked.
+
+Light on purpose (no JAX), so that a script which only reads configs starts at once.
+"""
+
+import importlib.metadata
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from gau.data import config as data_config
+from gau.errors import UserError, did_you_mean
+from gau.models import config as model_config
+from gau.training import durations
+
+OBJECTIVES = ('lm', 'mlm')
+SCHEDULES = ('linear', 'cosine', 'constant')
+CLIPPINGS = ('local', 'global', 'none')
+MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
+
+# Fields that say where and how loudly a run computes, not what: they may differ when a run is resumed.
+RESUMABLE_CHANGES = ('mesh', 'log')
+
+
+def default_config() -> ConfigDict:
+    """Returns every field of a run with its default; None means "decided by another field".
+
+    The optimizer follows the paper's recipe as far as it is recalled (no source at hand states it): AdamW 0.9 / 0.999,
+    eps 1e-6, weight decay 0.01, linear decay from 7e-4 after 10 k of 125 k steps, "local" clipping at 0.1.
+
+    seed: parameters, order of the data, dropout.
+    fork: work directory of another run, from whose newest checkpoint this one starts; None starts from scratch.
+    objective: `lm` (next token, causal models) or `mlm` (masked tokens, bidirectional models).
+    steps, tokens, epochs: length of the run, exactly one given.
+    optimizer:
+      learning_rate: peak. schedule: `linear`, `cosine` or `constant` after the warm-up;
+      final_fraction: of the peak, where the decay ends.
+      warmup_steps, _tokens, _epochs, _percent: exactly one given.
+      b1, b2, eps: Adam's. weight_decay: decoupled, times the learning rate and the rule's factor.
+      weight_decay_rules: (regex, factor) pairs over parameter paths such as `blocks_0/gau/out/kernel`; the first regex
+        found in the path decides, no match means no decay; a regex that decides for no parameter is an error.
+      clip: `local` (each parameter's gradient by its own norm), `global` or `none`; clip_norm: the bound.
+      accumulation_steps: micro-batches a step; the gradient is that of the whole batch.
+    checkpoint: every_steps, _tokens, _epochs, _percent; keep_last: newest ones kept; keep_every: steps whose multiples
+      are kept for good (None: none). The last step is always saved.
+    eval: every_steps, _tokens, _epochs, _percent; splits: evaluated each time and at the end; contexts: lengths besides
+      data.context (evaluated at the end only); max_tokens: of each split (None: all of it); batch_size: rows at
+      data.context, other contexts keep its tokens (None: data.batch_size).
+    log: every_steps: distance of the train lines in metrics.jsonl.
+    mesh: sizes of the axes data, fsdp, tensor, sequence; one may be -1, "the devices left over".
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.objective = 'lm'
+    config.fork = config_dict.placeholder(str)
+    config.steps = 125_000
+    config.tokens = config_dict.placeholder(int)
+    config.epochs = config_dict.placeholder(float)
+    config.model = model_config.default_config()
+    config.data = data_config.default_config()
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 7e-4
+    optimizer.schedule = 'linear'
+    optimizer.final_fraction = 0.0
+    _add_duration(optimizer, 'warmup_', steps=10_000)
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-6
+    optimizer.weight_decay = 0.01
+    optimizer.weight_decay_rules = ((r'(^|/)(kernel|embedding)$', 1.0),)
+    optimizer.clip = 'local'
+    optimizer.clip_norm = 0.1
+    optimizer.accumulation_steps = 1
+
+    config.checkpoint = checkpoint = ConfigDict()
+    _add_duration(checkpoint, 'every_', steps=1000)
+    checkpoint.keep_last = 3
+    checkpoint.keep_every = config_dict.placeholder(int)
+
+    config.eval = evaluation = ConfigDict()
+    _add_duration(evaluation, 'every_', steps=1000)
+    evaluation.splits = ('valid',)
+    evaluation.contexts = ()
+    evaluation.max_tokens = config_dict.placeholder(int)
+    evaluation.batch_size = config_dict.placeholder(int)
+
+    config.log = ConfigDict({'every_steps': 10})
+    config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
+    return config
+
+
+def _add_duration(section: ConfigDict, stem: str, *, steps: int) -> None:
+    section[f'{stem}steps'] = steps
+    section[f'{stem}tokens'] = config_dict.placeholder(int)
+    section[f'{stem}epochs'] = config_dict.placeholder(float)
+    section[f'{stem}percent'] = config_dict.placeholder(float)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a frozen-in-meaning copy of `config`: every None that other fields decide is filled, everything checked.
+
+    Raises:
+      UserError: an unknown name, a wrong combination or a number out of range.
+    """
+    config = config.copy_and_resolve_references()
+    _check_name('objective', config.objective, OBJECTIVES)
+    optimizer = config.optimizer
+    _check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
+    _check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
+    durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
+    durations.given_unit(optimizer, 'warmup_', where='optimizer.')
+    for section in ('checkpoint', 'eval'):
+        unit = durations.given_unit(config[section], 'every_', where=f'{section}.')
+        _check_positive(f'{section}.every_{unit}', config[section][f'every_{unit}'])
+    for path in ('log.every_steps', 'optimizer.accumulation_steps', 'checkpoint.keep_last', 'checkpoint.keep_every'):
+        section, field = path.split('.')
+        if config[section][field] is not None:
+            _check_positive(path, config[section][field])
+    if optimizer.clip != 'none':
+        _check_positive('optimizer.clip_norm', optimizer.clip_norm)
+    if optimizer.learning_rate <= 0:
+        raise UserError(f'optimizer.learning_rate={optimizer.learning_rate} must be positive')
+    if not 0 <= optimizer.final_fraction <= 1:
+        raise UserError(f'optimizer.final_fraction={optimizer.final_fraction} must lie in 0..1')
+    config.data = data_config.resolve(config.data, objective=config.objective)
+    if config.data.batch_size % optimizer.accumulation_steps:
+        raise UserError(
+            f'data.batch_size={config.data.batch_size} must be a multiple of '
+            f'optimizer.accumulation_steps={optimizer.accumulation_steps}'
+        )
+    config.model = model_config.resolve(config.model, objective=config.objective, context=config.data.context)
+    return config
+
+
+def _check_name(path: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise UserError(f'{path}="{value}" is unknown{did_you_mean(value, options)}')
+
+
+def _check_positive(path: str, value: float) -> None:
+    if value <= 0:
+        raise UserError(f'{path}={value} must be positive')
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns `field: old -> new` for every field in which two configs (nested dicts) differ in meaning."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        f'{path}: {flat_old.get(path, "absent")} -> {flat_new.get(path, "absent")}'
+        for path in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(path, ...) != flat_new.get(path, ...) and path.split('.')[0] not in RESUMABLE_CHANGES
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of the libraries that decide what a checkpoint means."""
+    names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,112 @@
+"""Evaluation of a work directory: any checkpoint, split and context length, with the evaluator that training uses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.training import workdir as files
+from gau.training.checkpoints import Checkpoints
+from gau.training.config import resolve
+from gau.training.evaluation import Result
+from gau.training.plots import plot_loss_by_position
+from gau.training.setup import Run, use_compilation_cache
+
+
+def load_run(workdir: str | Path, *, step: int | None = None) -> tuple[Run, Any, int]:
+    """Opens a work directory for reading.
+
+    Args:
+      workdir: directory of a run.
+      step: checkpoint to load; None means the newest.
+
+    Returns:
+      The run, the checkpoint's parameters and its step.
+
+    Raises:
+      UserError: no run there, no such checkpoint, or a damaged one.
+    """
+    workdir = Path(workdir)
+    config = files.read_config(workdir)
+    # One process reads: whatever mesh trained it, the parameters fit on the devices at hand.
+    config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})
+    use_compilation_cache()
+    run = Run.from_config(resolve(config))
+    saved = Checkpoints(workdir)
+    try:
+        steps = saved.steps()
+    finally:
+        saved.close()
+    if not steps:
+        raise UserError(f'{saved.directory} has no checkpoint yet')
+    if step is not None and step not in steps:
+        raise UserError(f'{saved.directory} has no checkpoint of step {step}; it has {steps}')
+    chosen = steps[-1] if step is None else step
+    return run, saved.restore_params(run.abstract_params, step=chosen), chosen
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    step: int | None = None,
+    contexts: Sequence[int] | None = None,
+    splits: Sequence[str] | None = None,
+    max_tokens: int | None = None,
+) -> list[Result]:
+    """Evaluates a checkpoint, prints tables, appends to DIR/eval.jsonl and draws the loss by position.
+
+    Args:
+      workdir: directory of a run.
+      step: checkpoint to load; None means the newest.
+      contexts: context lengths; None means the config's.
+      splits: data splits; None means the config's `eval.splits`.
+      max_tokens: tokens of each split to use; None means the config's.
+
+    Raises:
+      UserError: see `load_run`; or an unknown split.
+    """
+    workdir = Path(workdir)
+    run, params, step = load_run(workdir, step=step)
+    if max_tokens is not None:
+        run.config.eval.max_tokens = max_tokens
+    evaluator = run.evaluator()
+    results = []
+    print(f'{workdir} at step {step}: {run.config.model.name} ({run.config.model.size}), {run.config.data.tokenizer}')
+    print(f'{"split":10} {"context":>8} {"tokens":>12} {"loss":>9} {"perplexity":>11} {"bits/byte":>10}')
+    with run.context():
+        for split in splits or run.config.eval.splits:
+            for context in contexts or [run.config.data.context]:
+                result = evaluator(params, split=split, context=context)
+                metrics = result.metrics()
+                print(
+                    f'{split:10} {context:8} {metrics["tokens"]:12,} {_number(metrics["loss"], 9)} '
+                    f'{_number(metrics["perplexity"], 11)} {_number(metrics["bits_per_byte"], 10)}'
+                )
+                results.append(result)
+    with (workdir / files.EVAL).open('a') as file:
+        for result in results:
+            by_position = [
+                dict(zip(('first', 'last', 'loss', 'tokens'), row, strict=True)) for row in result.by_position()
+            ]
+            row = {'step': step, 'split': f'eval/{result.split}', **result.metrics(), 'loss_by_position': by_position}
+            file.write(json.dumps(row) + '\n')
+    _print_by_position(results)
+    path = workdir / 'plots' / f'loss_by_position_step_{step}.png'
+    plot_loss_by_position(results, path, title=f'{workdir.name} at step {step}')
+    print(f'written: {workdir / files.EVAL}, {path}')
+    return results
+
+
+def _number(value: float | None, width: int) -> str:
+    return f'{value:{width}.4f}' if value is not None else f'{"-":>{width}}'
+
+
+def _print_by_position(results: Sequence[Result]) -> None:
+    print(f'\n{"loss at context":16}' + ''.join(f' {result.split[:6]:>6}@{result.context:<6}' for result in results))
+    columns = [{(first, last): loss for first, last, loss, _ in result.by_position()} for result in results]
+    for first, last in sorted({key for column in columns for key in column}):
+        name = str(first) if first == last else f'{first}-{last}'
+        print(f'{name:16}' + ''.join(f' {_number(column.get((first, last)), 13)}' for column in columns))

@@ -1,0 +1,293 @@
+"""The training loop: resume, step, log, evaluate, save, stop."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gau.data import pipeline
+from gau.errors import UserError
+from gau.training import mesh as meshes
+from gau.training import workdir as files
+from gau.training.checkpoints import Checkpoints, count_parameters
+from gau.training.config import differences, library_versions, resolve
+from gau.training.evaluation import Result, put_batch
+from gau.training.metrics import MetricsWriter, Progress
+from gau.training.plots import plot_loss, plot_loss_by_position
+from gau.training.setup import Run, use_compilation_cache
+from gau.training.step import TrainState
+from gau.training.throughput import training_mfu
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came; the state has been saved. `exit_code` is what the shell expects of it."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class NotFinite(Exception):
+    """The loss or a gradient became NaN or infinite."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains the config's model in `workdir`, resuming what is there; returns what final.json says.
+
+    The run starts from the first that exists: its own newest readable checkpoint; the newest one of the work
+    directory `config.fork`; freshly drawn parameters.
+
+    Raises:
+      UserError: config, data or work directory are unusable.
+      Interrupted: a signal asked to stop, and the state is saved.
+      NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint.
+    """
+    config = resolve(config)
+    workdir = Path(workdir)
+    use_compilation_cache()
+    run = Run.from_config(config)
+    # Everything a config can get wrong shows here, before anything is written.
+    total_steps, _ = run.total_steps, run.abstract_state
+    iterator = pipeline.train_iterator(
+        config.data,
+        objective=config.objective,
+        tokenizer=run.tokenizer,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with ExitStack() as stack:
+        resuming = stack.enter_context(files.claim(workdir, config))
+        config_tree = files.config_to_dict(config)
+        if not resuming:
+            files.write_json(workdir / files.CONFIG, config_tree)
+        saved = Checkpoints(workdir, config.checkpoint)
+        stack.callback(saved.close)
+        state, origin = _start(run, saved, iterator)
+        first_step = int(state.step)
+        final_path = workdir / files.FINAL
+        if first_step >= total_steps and final_path.is_file():
+            print(f'finished at step {first_step}: {final_path} has the result')
+            return files.read_json(final_path)
+        files.write_text(workdir / files.PARAMETERS, run.parameter_table(state.params))
+        # The last step is saved before it is evaluated: a run killed in between evaluates again.
+        writer = MetricsWriter(workdir, first_step=first_step, keep_evaluations=first_step < total_steps)
+        stack.callback(writer.close)
+        progress = Progress(total_steps, first_step)
+        stack.callback(progress.close)
+        progress.say(
+            f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
+            f'{len(jax.devices())} x {jax.devices()[0].device_kind}, {origin}'
+        )
+        stop = stack.enter_context(_signals())
+        stack.enter_context(run.context())
+        loop = _Loop(run, state, iterator, saved, writer, progress, stop, config_tree)
+        loop.run_to(total_steps)
+        return loop.finish(workdir)
+
+
+def _start(run: Run, saved: Checkpoints, iterator: Any) -> tuple[TrainState, str]:
+    """Returns the first state and where it came from; sets the iterator to the same place."""
+    state = saved.restore(run.abstract_state, iterator=iterator)
+    if state is not None:
+        return state, f'resumed at step {int(state.step)}'
+    fork = run.config.fork
+    if fork is None:
+        return run.init_state(), 'new run'
+    parent_config = files.read_config(Path(fork))
+    parent = Checkpoints(Path(fork))
+    try:
+        changed = differences(files.config_to_dict(parent_config), files.config_to_dict(run.config))
+        # The iterator's position means something only in the same data in the same order.
+        same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
+        state = parent.restore(run.abstract_state, iterator=iterator if same_data else None)
+    finally:
+        parent.close()
+    if state is None:
+        raise UserError(f'fork={fork} has no checkpoint')
+    return state, f'forked from {fork} at step {int(state.step)}' + ('' if same_data else ', data from their start')
+
+
+class _Loop:
+    """The mutable part of a run. One step is always in flight: its metrics are read while the next one runs."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        iterator: Any,
+        saved: Checkpoints,
+        writer: MetricsWriter,
+        progress: Progress,
+        stop: list[int],
+        config_tree: dict[str, Any],
+    ):
+        self.run, self.state, self.iterator = run, state, iterator
+        self.saved, self.writer, self.progress = saved, writer, progress
+        self.stop, self.config_tree = stop, config_tree
+        self.step = int(state.step)
+        self.train_step = run.train_step()
+        self.evaluator = run.evaluator()
+        self.batch_sharding = meshes.batch_sharding(run.mesh)
+        self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        self.clock = _Clock(self.step)
+        self.last_metrics: dict[str, Any] = {}
+
+    def run_to(self, total_steps: int) -> None:
+        save_every = max(self.run.steps('checkpoint', 'every_'), 1)
+        eval_every = max(self.run.steps('eval', 'every_'), 1)
+        while self.step < total_steps:
+            batch = put_batch(next(self.iterator), self.batch_sharding)
+            self.state, metrics = self.train_step(self.state, batch)
+            self.step += 1
+            self.settle()
+            self.in_flight = (self.step, metrics)
+            due_eval = self.step % eval_every == 0 and self.step < total_steps
+            due_save = self.step % save_every == 0 or self.step == total_steps or bool(self.stop)
+            if due_eval or due_save:
+                # What the files say must never be older than a checkpoint, or a killed run would lose lines for good.
+                self.settle()
+                with self.clock.paused():
+                    if due_eval:
+                        self.evaluate()
+                    if due_save:
+                        self.saved.save(self.step, self.state, self.iterator, self.config_tree)
+            if self.stop and self.step < total_steps:
+                self.saved.wait()
+                name = signal.Signals(self.stop[0]).name
+                raise Interrupted(self.stop[0], f'{name}: saved at step {self.step}; the same command resumes')
+
+    def settle(self) -> None:
+        """Reads the metrics of the step in flight: checks them, logs them when due."""
+        if self.in_flight is None:
+            return
+        step, on_device = self.in_flight
+        self.in_flight = None
+        metrics = jax.device_get(on_device)
+        norms = metrics.pop('parameter_grad_norms')
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not (np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])):
+            raise NotFinite(self._diagnose(step, metrics['loss'], norms))
+        speed = self.clock.tick(step, self.run.tokens_per_step)
+        self.progress.update(step, loss=metrics['loss'], tokens_per_second=speed['tokens_per_second'])
+        if step % self.run.config.log.every_steps == 0 or step == self.run.total_steps:
+            speed = self.clock.window(step, self.run.tokens_per_step)
+            rate = speed['tokens_per_second']
+            mfu = training_mfu(flops_per_token=self.run.flops_per_token, tokens_per_second=rate) if rate else None
+            self.last_metrics = metrics
+            self.writer.write(step, 'train', {**metrics, **speed, 'mfu': mfu})
+
+    def evaluate(self) -> list[Result]:
+        """Evaluates every configured split at the config's context."""
+        results = []
+        for split in self.run.config.eval.splits:
+            results.append(self.evaluator(self.state.params, split=split))
+            self._report(results[-1])
+        return results
+
+    def finish(self, workdir: Path) -> dict[str, Any]:
+        """Evaluates the last state at every context, and writes final.json and the plots."""
+        self.settle()
+        results = self.evaluate()
+        for context in self.run.config.eval.contexts:
+            for split in self.run.config.eval.splits:
+                results.append(self.evaluator(self.state.params, split=split, context=context))
+                self._report(results[-1])
+        self.saved.wait()
+        rows = files.read_metrics(workdir / files.METRICS)
+        title = f'{self.run.config.model.name} ({self.run.config.model.size}) on {self.run.config.data.source}'
+        plot_loss(rows, workdir / 'plots' / 'loss.png', title=title)
+        plot_loss_by_position(results, workdir / 'plots' / 'loss_by_position.png', title=title)
+        final = {
+            'step': self.step,
+            'parameters': count_parameters(self.state.params),
+            'train': self.last_metrics or next((row for row in rows[::-1] if row['split'] == 'train'), {}),
+            'eval': {_eval_name(result, self.run.config.data.context): result.metrics() for result in results},
+            'flops_per_token': self.run.flops_per_token,
+            'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+            'versions': library_versions(),
+        }
+        files.write_json(workdir / files.FINAL, final)
+        return final
+
+    def _report(self, result: Result) -> None:
+        metrics = result.metrics()
+        name = _eval_name(result, self.run.config.data.context)
+        self.writer.write(self.step, f'eval/{name}', metrics)
+        if metrics['loss'] is not None:
+            bits = f', {metrics["bits_per_byte"]:.4f} bits per byte' if metrics['bits_per_byte'] is not None else ''
+            self.progress.say(f'step {self.step}  eval/{name}  loss {metrics["loss"]:.4f}{bits}')
+
+    def _diagnose(self, step: int, loss: float, norms: np.ndarray) -> str:
+        leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
+        names = [meshes.path_name(path) for path, _ in leaves]
+        broken = [name for name, norm in zip(names, norms, strict=True) if not np.isfinite(norm)]
+        shown = ', '.join(broken[:5]) + (f' and {len(broken) - 5} more' if len(broken) > 5 else '')
+        self.saved.wait()
+        good = self.saved.steps()
+        return (
+            f'loss {loss} at step {step} is not finite or its gradient is not; '
+            f'parameters with non-finite gradients: {shown or "none"}; '
+            f'last good checkpoint: {f"step {good[-1]} in {self.saved.directory}" if good else "none"}'
+        )
+
+
+def _eval_name(result: Result, own_context: int) -> str:
+    return result.split if result.context == own_context else f'{result.split}_{result.context}'
+
+
+class _Clock:
+    """Seconds a step, over the steps since the last log line, without the time spent in evaluation and saving."""
+
+    def __init__(self, step: int):
+        self._start = self._last = (step, None)
+        self._pause = 0.0
+        self._recent: dict[str, float | None] = {'tokens_per_second': None, 'step_seconds': None}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._pause += time.monotonic() - began
+
+    def tick(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        """Marks a finished step; returns the speed since the window began."""
+        now = time.monotonic() - self._pause
+        if self._start[1] is None:
+            # The first step compiles; the window begins at its end.
+            self._start = (step, now)
+        self._last = (step, now)
+        steps = self._last[0] - self._start[0]
+        if steps:
+            seconds = (self._last[1] - self._start[1]) / steps
+            self._recent = {'tokens_per_second': tokens_per_step / seconds, 'step_seconds': seconds}
+        return self._recent
+
+    def window(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        """Returns the speed of the window and begins the next one."""
+        self._start = self._last
+        return self._recent
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in the list it yields; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(signum: int, frame: Any) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

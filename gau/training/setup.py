@@ -1,0 +1,181 @@
+"""Everything a run is made of, built once from its config; training, evaluation and the scripts all start here."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gau import models
+from gau.data import pipeline, tokenizers
+from gau.errors import UserError
+from gau.models import counts
+from gau.training import checkpoints, durations, step
+from gau.training import mesh as meshes
+from gau.training.evaluation import Evaluator
+from gau.training.optimizer import make_optimizer, make_schedule
+
+CACHE_VARIABLE = 'GAU_COMPILATION_CACHE'
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in ~/.cache/gau/xla, or where GAU_COMPILATION_CACHE says ("" for nowhere).
+
+    JAX_COMPILATION_CACHE_DIR, if set, is left to JAX.
+    """
+    if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+        return
+    directory = os.environ.get(CACHE_VARIABLE, str(Path.home() / '.cache' / 'gau' / 'xla'))
+    if directory:
+        jax.config.update('jax_compilation_cache_dir', directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A resolved config with its tokenizer, mesh and model; the costly parts are built when first asked for."""
+
+    config: ConfigDict
+    tokenizer: Any
+    mesh: Mesh
+    model: nn.Module
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> 'Run':
+        """Builds the parts of a resolved config.
+
+        Raises:
+          UserError: the tokenizer is missing, or mesh, batch and context do not fit together.
+        """
+        tokenizer = tokenizers.load(config.data.tokenizer)
+        mesh = meshes.make_mesh(config.mesh)
+        micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
+        meshes.check_batch(mesh, batch_size=micro_batch, context=config.data.context)
+        if config.data.batch_size % jax.process_count():
+            raise UserError(
+                f'data.batch_size={config.data.batch_size} does not divide over {jax.process_count()} processes'
+            )
+        model = models.build(config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm')
+        return cls(config, tokenizer, mesh, model)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.config.data.batch_size * self.config.data.context
+
+    @cached_property
+    def _tokens_per_epoch(self) -> int:
+        return pipeline.tokens_per_epoch(self.config.data, self.tokenizer)
+
+    def steps(self, section: str = '', stem: str = '') -> int:
+        """Returns a duration of the config in steps: the run's own, or e.g. `steps('eval', 'every_')`."""
+        return durations.in_steps(
+            self.config[section] if section else self.config,
+            stem,
+            where=f'{section}.' if section else '',
+            tokens_per_step=self.tokens_per_step,
+            tokens_per_epoch=lambda: self._tokens_per_epoch,
+            total_steps=self.total_steps if section else None,
+        )
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Length of the run in steps."""
+        return max(self.steps(), 1)
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by step."""
+        warmup_steps = self.steps('optimizer', 'warmup_')
+        return make_schedule(self.config.optimizer, warmup_steps=warmup_steps, total_steps=self.total_steps)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Clipping, AdamW and schedule."""
+        return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
+
+    @cached_property
+    def _boxed_params(self) -> Any:
+        draw = lambda: step.init_params(self.model, seed=self.config.seed, context=self.config.data.context)  # noqa: E731
+        return jax.eval_shape(draw)
+
+    @cached_property
+    def abstract_params(self) -> Any:
+        """Tree of jax.ShapeDtypeStruct with shardings."""
+        return checkpoints.abstract(nn.unbox(self._boxed_params), meshes.shardings(self._boxed_params, self.mesh))
+
+    @cached_property
+    def _init(self) -> Callable[[], step.TrainState]:
+        return step.make_init(self.model, self.optimizer, seed=self.config.seed, context=self.config.data.context)
+
+    @cached_property
+    def abstract_state(self) -> step.TrainState:
+        """The TrainState as jax.ShapeDtypeStruct with shardings: what restoring needs, and compiling ahead of time."""
+        boxed = jax.eval_shape(self._init)
+        return checkpoints.abstract(nn.unbox(boxed), meshes.shardings(boxed, self.mesh))
+
+    def init_state(self) -> step.TrainState:
+        """Draws the state of step 0, every leaf on its own devices at once."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        with self.context():
+            return jax.jit(lambda: nn.unbox(self._init()), out_shardings=shardings)()
+
+    def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:
+        """Returns the jitted step; the state given to it is consumed."""
+        train_step = step.make_train_step(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            seed=self.config.seed,
+            accumulation_steps=self.config.optimizer.accumulation_steps,
+            dropout=self.config.model.dropout_rate > 0,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+    def evaluator(self) -> Evaluator:
+        """Returns the evaluator of this config."""
+        return Evaluator(self.config, step.make_eval_step(self.model), self.tokenizer, self.mesh)
+
+    def context(self) -> 'MeshContext':
+        """Context in which the run's functions are traced and called: the mesh and the logical axis rules."""
+        return MeshContext(self.mesh)
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Of one forward pass at the config's context, by our own closed form."""
+        return counts.flops_per_token(
+            self.config.model,
+            context=self.config.data.context,
+            vocab_size=self.tokenizer.vocab_size,
+            causal=self.config.objective == 'lm',
+        )
+
+    def parameter_table(self, params: Any) -> str:
+        """Returns name, shape, dtype, sharding and count of every parameter as text."""
+        return parameter_overview.get_parameter_overview(params, include_stats='sharding') + '\n'
+
+
+class MeshContext:
+    """`with` this, arrays with logical axis names are laid over `mesh`."""
+
+    def __init__(self, mesh: Mesh):
+        self._contexts = (lambda: jax.set_mesh(mesh), lambda: nn.logical_axis_rules(meshes.AXIS_RULES))
+        self._open: list[Any] = []
+
+    def __enter__(self) -> None:
+        for make in self._contexts:
+            context = make()
+            context.__enter__()
+            self._open.append(context)
+
+    def __exit__(self, *exception: Any) -> None:
+        while self._open:
+            self._open.pop().__exit__(*exception)
