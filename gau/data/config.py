@@ -1,0 +1,244 @@
+"""The fields of `config.data`: defaults, what each means, and the one place where they are made whole and checked.
+
+Light on purpose (no Grain, no tokenizer library), so that a script which only reads configs starts at once.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from gau.data import manifest
+from gau.errors import UserError, did_you_mean
+
+SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture')
+TOKENIZERS = ('bytes', 'sentencepiece:', 'huggingface:')
+SHUFFLES = ('rows', 'documents', 'none')
+PACKINGS = ('concat', 'first_fit', 'document')
+TEXT_UNITS = ('file', 'line', 'paragraph')
+BAD_LINES = ('error', 'skip')
+MASKINGS = ('token', 'whole_word', 'span')
+OBJECTIVES = ('lm', 'mlm')
+
+# Which kinds of source a field speaks to; it must be None everywhere else, so that nothing is silently ignored.
+_SPEAKS_TO = {
+    'text_field': ('jsonl', 'tfds'),
+    'text_unit': ('text',),
+    'bad_lines': ('text', 'jsonl'),
+    'valid_source': ('text', 'jsonl'),
+    'test_source': ('text', 'jsonl'),
+    'holdout_every': ('text', 'jsonl'),
+    'cache_dir': ('text', 'jsonl'),
+    'tfds_dir': ('tfds',),
+}
+_DEFAULTS = {'text_unit': 'file', 'bad_lines': 'error', 'holdout_every': 50}
+
+
+def default_config() -> ConfigDict:
+    """Returns every field of the data with its default; None means "decided by the source or the objective".
+
+    source: where documents come from.
+      `embedded`: the documentation and source of Python's own standard library, split by file.
+      `text:GLOB`, `jsonl:GLOB`: files, plain or .gz/.bz2/.xz/.zst (comma separates several globs, `**` descends).
+      `tfds:NAME[/CONFIG]`: a data set already built in the ArrayRecord format.
+      `tokens:DIR`: what scripts/prepare_data.py wrote.
+      `mixture`: several of these, see the field `mixture`.
+    context: N, tokens a row. batch_size: rows a step over all processes.
+    tokenizer: `bytes`, `sentencepiece:MODEL_FILE` or `huggingface:TOKENIZER_JSON`; None: `bytes`, or for `tokens:DIR`
+      the one that the shards were prepared with (another one is refused by its fingerprint).
+    shuffle: `documents` (one global permutation an epoch, another each epoch), `rows` (the same, and then the packed
+      rows within a window, so that the pieces of a long document do not share a batch) or `none`.
+    shuffle_window: tokens in that window, for `rows` only (None: 2**20, or one batch if that is more).
+    packing: `concat` (documents end to end, split at N: no padding), `first_fit` (whole documents together in a row,
+      padded; longer ones in pieces) or `document` (one document, or piece of it, a row). None: `concat` for the
+      objective lm, `first_fit` for mlm.
+    attend_across_documents: whether attention and positions ignore the borders of documents in a row.
+    text_field: of a JSON line or a tfds example (None: `text`, for tfds:pg19 `book_text`).
+    text_unit: what is a document in a text file: the `file` (None), a `line`, or a blank-line separated `paragraph`.
+    bad_lines: on a document that is not UTF-8, not JSON, or without the field: `error` (None), or `skip` with a count.
+    valid_source, test_source: text or jsonl files of their own for these splits; text_field, text_unit and bad_lines
+      hold for them too. Without a valid_source every holdout_every-th document (None: 50) is held out as `valid`: the
+      last one if there are fewer, the tail of a lone one.
+    cache_dir: for the decompressed copies of compressed files and the line indices of large ones (None:
+      $XDG_CACHE_HOME/gau or ~/.cache/gau).
+    tfds_dir: the data_dir of tfds (None: tfds's own default).
+    mixture: ((weight, source), ...) for the source `mixture`; weights are shares of the rows, thus of the tokens, and
+      a row never mixes sources. An epoch is one pass over all of them together.
+    read_threads: threads that read and tokenize (0: in the consumer's). prefetch_batches: batches made ahead (0: none).
+    mlm: for the objective mlm.
+      rate: share of the tokens to predict. masking: `token`, `whole_word` (all of a word's tokens or none) or `span`
+        (runs of geometric length as in SpanBERT); mask_share of the chosen become MASK, random_share a random token,
+        the rest stay as they are. span_mean, span_max: of the lengths, for `span` only (None: 5 before the cut, 10).
+    """
+    config = ConfigDict()
+    config.source = 'embedded'
+    config.context = 512
+    config.batch_size = 8
+    config.tokenizer = config_dict.placeholder(str)
+    config.shuffle = 'rows'
+    config.shuffle_window = config_dict.placeholder(int)
+    config.packing = config_dict.placeholder(str)
+    config.attend_across_documents = False
+    config.text_field = config_dict.placeholder(str)
+    config.text_unit = config_dict.placeholder(str)
+    config.bad_lines = config_dict.placeholder(str)
+    config.valid_source = config_dict.placeholder(str)
+    config.test_source = config_dict.placeholder(str)
+    config.holdout_every = config_dict.placeholder(int)
+    config.cache_dir = config_dict.placeholder(str)
+    config.tfds_dir = config_dict.placeholder(str)
+    config.mixture = ()
+    config.read_threads = 1
+    config.prefetch_batches = 2
+    config.mlm = _default_mlm()
+    return config
+
+
+def _default_mlm() -> ConfigDict:
+    mlm = ConfigDict()
+    mlm.rate = 0.15
+    mlm.masking = 'token'
+    mlm.mask_share = 0.8
+    mlm.random_share = 0.1
+    mlm.span_mean = config_dict.placeholder(float)
+    mlm.span_max = config_dict.placeholder(int)
+    return mlm
+
+
+def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
+    """Returns a copy with every None that another field decides filled in; resolving twice changes nothing.
+
+    Raises:
+      UserError: an unknown name, a number out of range, a field that does not speak to this source or objective.
+    """
+    config = config.copy_and_resolve_references()
+    check_name('objective', objective, OBJECTIVES)
+    kinds = {source_kind(source) for source in sources(config)}
+    for field, speaks_to in _SPEAKS_TO.items():
+        if not kinds.isdisjoint(speaks_to):
+            if config[field] is None and field in _DEFAULTS and not _replaced(config, field):
+                config[field] = _DEFAULTS[field]
+        elif config[field] is not None:
+            raise UserError(
+                f'data.{field} speaks to {" and ".join(speaks_to)} sources only, data.source is "{config.source}"'
+            )
+    for field in ('valid_source', 'test_source'):
+        if config[field] is not None and source_kind(config[field], f'data.{field}') not in ('text', 'jsonl'):
+            raise UserError(f'data.{field}="{config[field]}" must be text:GLOB or jsonl:GLOB')
+    if _replaced(config, 'holdout_every') and config.holdout_every is not None:
+        raise UserError('data.holdout_every has no use beside data.valid_source: give one of them')
+    _resolve_tokenizer(config)
+    _resolve_rows(config, objective)
+    _resolve_mlm(config.mlm, objective)
+    return config
+
+
+def _replaced(config: ConfigDict, field: str) -> bool:
+    return field == 'holdout_every' and config.valid_source is not None
+
+
+def _resolve_tokenizer(config: ConfigDict) -> None:
+    prepared = [source for source in sources(config) if source_kind(source) == 'tokens']
+    if config.tokenizer is None and prepared:
+        config.tokenizer = manifest.tokenizer_spec(prepared[0].partition(':')[2])
+    config.tokenizer = config.tokenizer or 'bytes'
+    _check_prefix('data.tokenizer', config.tokenizer, TOKENIZERS)
+
+
+def _resolve_rows(config: ConfigDict, objective: str) -> None:
+    config.packing = config.packing or {'lm': 'concat', 'mlm': 'first_fit'}[objective]
+    for field, options in (
+        ('shuffle', SHUFFLES),
+        ('packing', PACKINGS),
+        ('text_unit', TEXT_UNITS),
+        ('bad_lines', BAD_LINES),
+    ):
+        if config[field] is not None:
+            check_name(f'data.{field}', config[field], options)
+    for field, least in (('context', 1), ('batch_size', 1), ('read_threads', 0), ('prefetch_batches', 0)):
+        if config[field] < least:
+            raise UserError(f'data.{field}={config[field]} must be at least {least}')
+    if config.holdout_every is not None and config.holdout_every < 2:
+        raise UserError(
+            f'data.holdout_every={config.holdout_every} must be at least 2: something must be left to train'
+        )
+    if config.packing == 'document' and config.attend_across_documents:
+        raise UserError('data.attend_across_documents=True has no meaning with data.packing="document": one a row')
+    if config.shuffle == 'rows':
+        if config.shuffle_window is None:
+            config.shuffle_window = max(2**20, config.batch_size * config.context)
+        if config.shuffle_window < config.context:
+            raise UserError(
+                f'data.shuffle_window={config.shuffle_window} tokens are less than one row; see data.shuffle'
+            )
+    elif config.shuffle_window is not None:
+        raise UserError(f'data.shuffle_window is for data.shuffle="rows", which is "{config.shuffle}"')
+
+
+def _resolve_mlm(mlm: ConfigDict, objective: str) -> None:
+    if objective != 'mlm':
+        changed = [field for field, value in _default_mlm().items() if mlm[field] != value]
+        if changed:
+            raise UserError(f'data.mlm.{changed[0]} speaks to the objective mlm only, not to {objective}')
+        return
+    check_name('data.mlm.masking', mlm.masking, MASKINGS)
+    if not 0 < mlm.rate <= 1:
+        raise UserError(f'data.mlm.rate={mlm.rate} must lie in 0..1, above 0')
+    if min(mlm.mask_share, mlm.random_share) < 0 or mlm.mask_share + mlm.random_share > 1:
+        raise UserError(
+            f'data.mlm.mask_share={mlm.mask_share} and data.mlm.random_share={mlm.random_share} must be shares of one'
+        )
+    if mlm.masking == 'span':
+        mlm.span_mean = 5.0 if mlm.span_mean is None else mlm.span_mean
+        mlm.span_max = 10 if mlm.span_max is None else mlm.span_max
+        if mlm.span_mean < 1 or mlm.span_max < 1:
+            raise UserError('data.mlm.span_mean and data.mlm.span_max must be at least 1')
+    elif mlm.span_mean is not None or mlm.span_max is not None:
+        raise UserError(f'data.mlm.span_* is for data.mlm.masking="span", which is "{mlm.masking}"')
+
+
+def sources(config: ConfigDict) -> list[str]:
+    """Returns the sources of `config`: one, or those of the mixture in its order.
+
+    Raises:
+      UserError: an unknown kind of source, or a mixture that is malformed, missing, or given without being asked for.
+    """
+    if config.source != 'mixture':
+        if config.mixture:
+            raise UserError(f'data.mixture is for data.source="mixture", which is "{config.source}"')
+        source_kind(config.source)
+        return [config.source]
+    return [source for _, source in mixture(config)]
+
+
+def mixture(config: ConfigDict) -> list[tuple[float, str]]:
+    """Returns the (weight, source) pairs of a mixture. Raises UserError as `sources` does."""
+    pairs = [tuple(pair) for pair in config.mixture]
+    if not pairs:
+        raise UserError('data.source="mixture" needs data.mixture=((weight, source), ...)')
+    for pair in pairs:
+        well_formed = len(pair) == 2 and isinstance(pair[0], int | float) and isinstance(pair[1], str)
+        if not well_formed or pair[0] <= 0:
+            raise UserError(f'data.mixture: {pair!r} must be a pair (weight above 0, source)')
+        if source_kind(pair[1], 'data.mixture') == 'mixture':
+            raise UserError('data.mixture: a mixture cannot hold a mixture')
+    return pairs
+
+
+def source_kind(source: str, field: str = 'data.source') -> str:
+    """Returns `text` for `text:GLOB` and so on; raises UserError for an unknown kind or one without its argument."""
+    return _check_prefix(field, source, SOURCES)
+
+
+def _check_prefix(field: str, value: str, options: tuple[str, ...]) -> str:
+    kind, colon, rest = value.partition(':')
+    if kind + colon not in options:
+        if f'{kind}:' in options:
+            raise UserError(f'{field}="{value}" must be "{kind}:..."')
+        raise UserError(f'{field}="{value}" is unknown{did_you_mean(kind, [option.rstrip(":") for option in options])}')
+    if colon and not rest:
+        raise UserError(f'{field}="{value}" lacks what stands behind the colon')
+    return kind
+
+
+def check_name(field: str, value: str, options: tuple[str, ...]) -> None:
+    """Raises a UserError with the nearest right name if `value` is none of `options`."""
+    if value not in options:
+        raise UserError(f'{field}="{value}" is unknown{did_you_mean(value, options)}')

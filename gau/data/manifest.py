@@ -1,0 +1,38 @@
+"""The manifest of a directory of prepared token shards: what is in it, and how it was made."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from gau.errors import UserError
+
+FILE = 'manifest.json'
+FORMAT = 'gau-tokens-1'
+
+
+def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the manifest of `directory`.
+
+    Raises:
+      UserError: no manifest (not prepared, or not finished), or one that is not ours.
+    """
+    path = pathlib.Path(directory) / FILE
+    try:
+        contents = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        hint = 'has no manifest.json: prepare it, or finish preparing it, with scripts/prepare_data.py'
+        raise UserError(
+            f'tokens:{directory}: {"the directory " + hint if path.parent.exists() else "no such directory"}'
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: unreadable manifest: {error}') from error
+    if not isinstance(contents, dict) or contents.get('format') != FORMAT:
+        raise UserError(f'{path}: not a manifest of prepared tokens in the format {FORMAT}')
+    return contents
+
+
+def tokenizer_spec(directory: str | os.PathLike[str]) -> str:
+    """Returns the `data.tokenizer` that the shards in `directory` were made with, its file being the copy there."""
+    kind, colon, name = read(directory)['tokenizer']['spec'].partition(':')
+    return f'{kind}:{os.path.join(directory, name)}' if colon else kind
