@@ -1,0 +1,116 @@
+"""What all layers share: the dense layer, norms, what a layer is told about its tokens, and the loop over heads."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.spmd import RulesFallback
+from jax import Array
+
+KERNEL_INIT = nn.initializers.normal(0.02)
+NORM_EPSILON = 1e-5
+
+
+class TokenInfo(NamedTuple):
+    """What the layers of one call share.
+
+    Attributes:
+      segment_ids_BN: documents and padding (see gau.ops), or None.
+      positions_BN: position of each token in its document, [B, N] or [1, N].
+      rope: for every width in use, the cosines and sines of `gau.ops.positions.rope_table`.
+    """
+
+    segment_ids_BN: Array | None
+    positions_BN: Array
+    rope: dict[int, tuple[Array, Array]]
+
+
+def param_dtype(dtype) -> jnp.dtype:
+    """Returns the type parameters are kept in: float32, or float64 where the computation is in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Names the axes of an activation for sharding; does nothing outside a mesh, fails on a name without a rule."""
+    return nn.with_logical_constraint(x, names, fallback=RulesFallback.RAISE_ERROR)
+
+
+class Linear(nn.Module):
+    """x W + b with kernel [D..., F...] ~ N(0, 0.02) and a bias of zeros.
+
+    Attributes:
+      features: output axes, one or more.
+      in_axes: logical names of the input axes, the last axes of x.
+      out_axes: logical names of the output axes.
+      dtype: compute type.
+      use_bias: whether there is a bias.
+    """
+
+    features: tuple[int, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    dtype: str
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., D...] to [..., F...]."""
+        inputs = x.shape[x.ndim - len(self.in_axes) :]
+        init = nn.with_logical_partitioning(KERNEL_INIT, self.in_axes + self.out_axes)
+        kernel = self.param('kernel', init, inputs + self.features, param_dtype(self.dtype))
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=len(inputs))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+            y += self.param('bias', init, self.features, param_dtype(self.dtype)).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """ScaleNorm (one scalar, paper.md section 2), LayerNorm or RMSNorm over the last axis, in float32.
+
+    Attributes:
+      kind: 'scale_norm' x / rms(x) * g with one g; 'rms_norm' with one g a feature; 'layer_norm' (x - mean) / std * g
+        + b.
+      dtype: type of the result.
+    """
+
+    kind: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., D]."""
+        dtype = param_dtype(self.dtype)
+        shape, axes = ((), ()) if self.kind == 'scale_norm' else ((x.shape[-1],), ('norm',))
+        scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, axes), shape, dtype)
+        x = x.astype(dtype)
+        if self.kind == 'layer_norm':
+            x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON) * scale
+        if self.kind == 'layer_norm':
+            y += self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, dtype)
+        return y.astype(self.dtype)
+
+
+class Temperature(nn.Module):
+    """Multiplies queries, and with them q.k, by one learned scalar that starts at 1 ('learned'), or not ('none')."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, q: Array) -> Array:
+        """Returns q, heated."""
+        if self.kind == 'none':
+            return q
+        init = nn.with_logical_partitioning(nn.initializers.ones, ())
+        return q * self.param('scale', init, (), param_dtype(q.dtype)).astype(q.dtype)
+
+
+def over_heads(op: Callable[..., Array], *x_BHNK: Array, bias_HNN: Array | None) -> Array:
+    """Applies a single-head op(x_BNK..., bias_NN) to every head: arrays [B, H, N, K], result [B, H, N, K']."""
+    if x_BHNK[0].shape[1] == 1:
+        return op(*(x[:, 0] for x in x_BHNK), None if bias_HNN is None else bias_HNN[0])[:, None]
+    in_axes = (1,) * len(x_BHNK) + (None if bias_HNN is None else 0,)
+    return jax.vmap(op, in_axes=in_axes, out_axes=1)(*x_BHNK, bias_HNN)

@@ -1,0 +1,190 @@
+"""The Gated Attention Unit, with quadratic attention (FLASH-Quad) or with mixed chunk attention (FLASH).
+
+Paper.md sections 1 and 3, with X the normalised input:
+
+    U = silu(X Wu)   V = silu(X Wv)   Z = silu(X Wz)
+    Q = rope(Z * gamma_q + beta_q)    K = rope(Z * gamma_k + beta_k)
+    A = relu(Q K^T / n + b)^2
+    O = (U * (A V)) Wo
+
+In FLASH `A V` is the sum of the same attention inside chunks and of a linear attention between them, whose queries and
+keys are two further transforms of Z.
+"""
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
+from gau.layers.positions import RelativeBias
+from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.positions import apply_rope
+from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.scores import Scoring
+
+GAMMA_INITS = {'normal': nn.initializers.normal(0.02), 'ones': nn.initializers.ones}
+
+
+class ScaleOffset(nn.Module):
+    """Cheap queries and keys: x * gamma + beta for each of `roles`, for every head, rotated by position if asked.
+
+    Attributes:
+      roles: how many transforms (Q and K: 2).
+      num_heads: H.
+      gamma_init: 'normal' N(0, 0.02) or 'ones'.
+      rope: whether to rotate the results.
+      dtype: compute type.
+    """
+
+    roles: int
+    num_heads: int
+    gamma_init: str
+    rope: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, *x: Array, tokens: TokenInfo) -> list[Array]:
+        """Maps [B, N, S], or [B, H, N, S], to `roles` arrays [B, H, N, S].
+
+        One x serves all roles; else one is given for each role.
+        """
+        width = x[0].shape[-1]
+        shape, axes = (self.roles, self.num_heads, width), (None, 'heads', 'query_key')
+        gamma_init = nn.with_logical_partitioning(GAMMA_INITS[self.gamma_init], axes)
+        beta_init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        gamma = self.param('gamma', gamma_init, shape, param_dtype(self.dtype)).astype(self.dtype)
+        beta = self.param('beta', beta_init, shape, param_dtype(self.dtype)).astype(self.dtype)
+        results = []
+        for role in range(self.roles):
+            x_BHNS = x[role if len(x) > 1 else 0]
+            x_BHNS = x_BHNS if x_BHNS.ndim == 4 else x_BHNS[:, None]
+            y_BHNS = x_BHNS * gamma[role][:, None] + beta[role][:, None]
+            results.append(apply_rope(y_BHNS, tokens.rope[width]) if self.rope else y_BHNS)
+        return results
+
+
+class GatedAttentionUnit(nn.Module):
+    """GAU(x), [B, N, D] to [B, N, D]; the block around it adds norm and residual.
+
+    Wu and Wv are one kernel [D, 2, E] and Wz its own [D, S]: the paper's single dense layer D -> 2E + S cut in two, so
+    that E can be spread over devices while the small S stays whole. Every head has its own gamma, beta and bias over
+    the shared Z (full width S), and V and U are split between the heads.
+
+    Attributes:
+      expanded_dim: E.
+      query_key_dim: S.
+      causal: whether later tokens are hidden.
+      num_heads: H, divides E.
+      chunk_size: C of mixed chunk attention (FLASH); None for quadratic attention (FLASH-Quad).
+      branches: with chunks: 'both', 'local' or 'global'.
+      global_reduction: with chunks: 'mean' or 'sum'.
+      scoring: attention function and normaliser.
+      temperature: 'learned' multiplies q.k by one learned scalar (init 1), 'none' does not.
+      gate: 'silu', or 'none' for U = 1 (then there is no Wu).
+      gamma_init: 'normal' or 'ones'.
+      relative_bias: 'toeplitz', 'rotary' or 'none'.
+      relative_bias_length: positions the Toeplitz table serves.
+      rope: whether queries and keys are rotated.
+      impl: implementation of the op.
+      dtype: compute type.
+    """
+
+    expanded_dim: int
+    query_key_dim: int
+    causal: bool
+    num_heads: int = 1
+    chunk_size: int | None = None
+    branches: str = 'both'
+    global_reduction: str = 'mean'
+    scoring: Scoring = Scoring()
+    temperature: str = 'none'
+    gate: str = 'silu'
+    gamma_init: str = 'normal'
+    relative_bias: str = 'toeplitz'
+    relative_bias_length: int = 512
+    rope: bool = True
+    impl: str = 'xla'
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
+        """Applies the unit to normalised inputs."""
+        batch, n, width = x_BND.shape
+        gated = self.gate == 'silu'
+
+        uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
+        uv = constrain(jax.nn.silu(uv), 'batch', 'length', None, 'act_expanded')
+        v_BNE = uv[:, :, -1]
+        z_BNS = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
+        z_BNS = jax.nn.silu(z_BNS)
+
+        v_BHNE = v_BNE.reshape(batch, n, self.num_heads, -1).swapaxes(1, 2)
+        o_BHNE = self._mixed_chunk(z_BNS, v_BHNE, tokens) if self.chunk_size else self._quadratic(z_BNS, v_BHNE, tokens)
+        o_BNE = o_BHNE.swapaxes(1, 2).reshape(batch, n, self.expanded_dim)
+
+        if gated:
+            o_BNE = uv[:, :, 0] * o_BNE
+        o_BNE = constrain(o_BNE, 'batch', 'length', 'act_expanded')
+        return Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
+
+    def _quadratic(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS = self._scale_offset(2)(z_BNS, tokens=tokens)
+
+        def attend(q_BNS, k_BNS, v_BNE, bias_NN):
+            return quadratic_attention(
+                q_BNS,
+                k_BNS,
+                v_BNE,
+                scoring=self.scoring,
+                causal=self.causal,
+                segment_ids_BN=tokens.segment_ids_BN,
+                bias_NN=bias_NN,
+                impl=self.impl,
+            )
+
+        return over_heads(attend, self._heated(q_BHNS), k_BHNS, v_BHNE, bias_HNN=self._bias(v_BHNE.shape[2]))
+
+    def _mixed_chunk(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
+        roles = self._scale_offset(4 if self.branches == 'both' else 2)(z_BNS, tokens=tokens)
+        # With one branch alone the other's queries and keys do not exist; the op does not read them.
+        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = roles if len(roles) == 4 else roles * 2
+        bias_HCC = None
+        if self.branches != 'global':
+            q_BHNS = self._heated(q_BHNS)
+            bias_HCC = self._bias(min(self.chunk_size, v_BHNE.shape[2]))
+
+        def attend(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE, bias_CC):
+            return mixed_chunk_attention(
+                q_BNS,
+                k_BNS,
+                q_lin_BNS,
+                k_lin_BNS,
+                v_BNE,
+                chunk_size=self.chunk_size,
+                scoring=self.scoring,
+                causal=self.causal,
+                segment_ids_BN=tokens.segment_ids_BN,
+                bias_CC=bias_CC,
+                branches=self.branches,
+                global_reduction=self.global_reduction,
+                impl=self.impl,
+            )
+
+        return over_heads(attend, q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE, bias_HNN=bias_HCC)
+
+    def _scale_offset(self, roles: int) -> ScaleOffset:
+        return ScaleOffset(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
+
+    def _heated(self, q: Array) -> Array:
+        return Temperature(self.temperature, name='temperature')(q)
+
+    def _bias(self, n: int) -> Array | None:
+        bias = RelativeBias(
+            self.relative_bias,
+            self.num_heads,
+            self.relative_bias_length,
+            self.query_key_dim,
+            self.dtype,
+            name='relative_bias',
+        )
+        return bias(n)

@@ -1,0 +1,60 @@
+"""Position encodings that own parameters: the relative bias of an attention matrix and the scaled sinusoid."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.layers.common import KERNEL_INIT, param_dtype
+from gau.ops.positions import rotary_bias, sinusoid, toeplitz_bias
+
+
+class RelativeBias(nn.Module):
+    """A bias b[q, k] that depends on k - q alone, one for every head (paper.md section 2).
+
+    Attributes:
+      kind: 'toeplitz', a table of 2 * length - 1 numbers; 'rotary', two vectors `a` and `c` rotated by position; or
+        'none'.
+      num_heads: H.
+      length: longest distance + 1 that the table serves.
+      width: S, even, of the vectors of the rotary form.
+      dtype: compute type of the model.
+    """
+
+    kind: str
+    num_heads: int
+    length: int
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, n: int) -> Array | None:
+        """Returns the bias for n positions, [H, n, n], float32 or better; None for kind 'none'.
+
+        Raises:
+          ValueError: kind 'toeplitz' and n above `length`.
+        """
+        if self.kind == 'none':
+            return None
+        dtype = param_dtype(self.dtype)
+        if self.kind == 'toeplitz':
+            init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'position'))
+            w_HP = self.param('table', init, (self.num_heads, 2 * self.length - 1), dtype)
+            return jax.vmap(lambda w: toeplitz_bias(w, n))(w_HP)
+        init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'query_key'))
+        a_HS = self.param('a', init, (self.num_heads, self.width), dtype)
+        c_HS = self.param('c', init, (self.num_heads, self.width), dtype)
+        return jax.vmap(lambda a, c: rotary_bias(a, c, n))(a_HS, c_HS)
+
+
+class ScaledSinusoid(nn.Module):
+    """The absolute sinusoid times one learned scalar that starts at 1/sqrt(D) (paper.md section 2)."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, positions_BN: Array, width: int) -> Array:
+        """Returns what to add to the embeddings of these positions, [B, N, width]."""
+        init = nn.with_logical_partitioning(nn.initializers.constant(width**-0.5), ())
+        scale = self.param('scale', init, (), param_dtype(self.dtype))
+        return (scale * sinusoid(positions_BN, width, dtype=jnp.dtype(self.dtype))).astype(self.dtype)

@@ -1,0 +1,138 @@
+"""The language model around the blocks: tied embedding, positions, the stack of layers, the head and its loss."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.layers.common import KERNEL_INIT, Norm, TokenInfo, constrain, param_dtype
+from gau.layers.positions import ScaledSinusoid
+from gau.models.architectures import ARCHITECTURES
+from gau.models.blocks import Block
+from gau.models.config import head_dim_at
+from gau.ops.cross_entropy import output_logits, sliced_cross_entropy
+from gau.ops.masks import clear_padding
+from gau.ops.positions import rope_table
+
+REMAT_POLICIES = {
+    'full': None,
+    'dots': jax.checkpoint_policies.dots_saveable,
+    'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Embedding(nn.Module):
+    """A matrix [V, D] ~ N(0, 0.02) that is both embedding and output layer."""
+
+    vocab_size: int
+    width: int
+    dtype: str
+
+    def setup(self):
+        """Makes the one parameter."""
+        init = nn.with_logical_partitioning(KERNEL_INIT, ('vocab', 'embed'))
+        self.kernel = self.param('kernel', init, (self.vocab_size, self.width), param_dtype(self.dtype))
+
+    def __call__(self, tokens_BN: Array) -> Array:
+        """Returns the vectors of these tokens, [B, N, D]."""
+        return self.kernel[tokens_BN].astype(self.dtype)
+
+
+class LanguageModel(nn.Module):
+    """Any model of the registry, causal (LM) or bidirectional (MLM).
+
+    All its methods take:
+      tokens_BN: integer tokens in [0, V).
+      segment_ids_BN: integers; 0 is padding, another number names the document of the token, and documents do not see
+        each other. None: all one document.
+      positions_BN: integer position of each token in its document; None: 0, 1, ... N - 1.
+      deterministic: False turns dropout on, which draws from the 'dropout' stream.
+
+    Attributes:
+      config: resolved model config (`gau.models.config.resolve`), frozen.
+      vocab_size: V.
+      causal: whether later tokens are hidden.
+    """
+
+    config: object
+    vocab_size: int
+    causal: bool
+
+    def setup(self):
+        """Makes the parts: `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...) and `final_norm`."""
+        config = self.config
+        self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
+        if config.absolute_position == 'sinusoid':
+            self.position = ScaledSinusoid(config.dtype)
+        if config.norm_placement == 'pre':
+            self.final_norm = Norm(config.norm, config.dtype)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        scan = config.layer_stack == 'scan'
+        block = Block
+        if config.remat != 'none':
+            # Static argument 3 is `deterministic` (self, x and tokens come before it).
+            policy = REMAT_POLICIES[config.remat]
+            block = nn.remat(block, policy=policy, prevent_cse=not scan, static_argnums=(3,))
+        if scan:
+            stack = nn.scan(
+                block,
+                variable_axes={'params': 0},
+                split_rngs={'params': True, 'dropout': True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=config.num_layers,
+                metadata_params={nn.PARTITION_NAME: 'layers'},
+            )
+            self.blocks = stack(config, 0, self.causal)
+        else:
+            self.blocks = [block(config, layer, self.causal) for layer in range(config.num_layers)]
+
+    def __call__(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
+        """Returns logits [B, N, V], float32 (float64 where the model computes in it)."""
+        h_BND = self.hidden(
+            tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
+        )
+        return output_logits(h_BND, self.embedding.kernel)
+
+    def token_losses(
+        self, tokens_BN, targets_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True
+    ) -> Array:
+        """Returns -log p(target) in nats for every position, [B, N], float32; logits exist a slice at a time.
+
+        Positions that do not count (padding, unmasked tokens) are for the caller to leave out.
+        """
+        h_BND = self.hidden(
+            tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
+        )
+        return sliced_cross_entropy(
+            h_BND, self.embedding.kernel, targets_BN, positions_per_slice=self.config.vocab_loss_slice
+        )
+
+    def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
+        """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""
+        config = self.config
+        if positions_BN is None:
+            positions_BN = jnp.arange(tokens_BN.shape[1])[None]
+        tokens = TokenInfo(segment_ids_BN, positions_BN, self._rope_tables(positions_BN))
+
+        x_BND = self.embedding(tokens_BN)
+        if config.absolute_position == 'sinusoid':
+            x_BND = x_BND + self.position(positions_BN, config.model_dim)
+        x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), segment_ids_BN)
+        x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
+        if config.layer_stack == 'scan':
+            x_BND, _ = self.blocks(x_BND, tokens, deterministic)
+        else:
+            for block in self.blocks:
+                x_BND, _ = block(x_BND, tokens, deterministic)
+        return self.final_norm(x_BND) if config.norm_placement == 'pre' else x_BND
+
+    def _rope_tables(self, positions_BN: Array) -> dict[int, tuple[Array, Array]]:
+        """Cosines and sines for every width that the layers rotate, computed once."""
+        config = self.config
+        if config.rope == 'none':
+            return {}
+        if ARCHITECTURES[config.name].family == 'gau':
+            widths = {config.query_key_dim}
+        else:
+            widths = {head_dim_at(config, layer) for layer in range(config.num_layers)}
+        return {width: rope_table(positions_BN, width, dtype=jnp.dtype(config.dtype)) for width in sorted(widths)}

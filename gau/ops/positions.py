@@ -1,0 +1,88 @@
+"""Position encodings: rotary (RoPE), sinusoid, and the two forms of the relative bias (paper.md section 2)."""
+
+import jax.numpy as jnp
+from jax import Array
+
+ROPE_BASE = 10_000.0
+
+
+def _angles(positions_BN: Array, half: int, dtype) -> Array:
+    """Returns position * 10000^(-i/half) for i < half, [B, N, half], in at least float32."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=dtype) / half)
+    return positions_BN.astype(dtype)[..., None] * frequencies
+
+
+def rope_table(positions_BN: Array, width: int, *, dtype=jnp.float32) -> tuple[Array, Array]:
+    """Returns the cosines and sines that `apply_rope` needs, two arrays [B, N, width/2], at least float32.
+
+    Computed once per call of a model and shared by its layers.
+
+    Args:
+      positions_BN: integer positions, [B, N] or [1, N].
+      width: even width of the vectors to rotate.
+      dtype: compute type; float64 raises the precision of the table, nothing lowers it below float32.
+
+    Raises:
+      ValueError: `width` is odd.
+    """
+    if width % 2:
+        raise ValueError(f'RoPE rotates pairs and needs an even width, not {width}')
+    angles_BNh = _angles(positions_BN, width // 2, dtype)
+    return jnp.cos(angles_BNh), jnp.sin(angles_BNh)
+
+
+def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (x[i], x[i + S/2]) of every token by its position (half-split form, paper.md section 2).
+
+    Args:
+      x: [B, N, S] or, with heads, [B, H, N, S].
+      table: what `rope_table` returned for width S.
+
+    Returns:
+      The rotated x, same shape and dtype; the arithmetic is the table's (float32 or better).
+    """
+    cos, sin = table
+    if x.ndim == 4:
+        cos, sin = cos[:, None], sin[:, None]
+    x1, x2 = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoid(positions_BN: Array, width: int, *, dtype=jnp.float32) -> Array:
+    """Returns the absolute encoding [sin | cos] of every position, [B, N, width], at least float32.
+
+    Raises:
+      ValueError: `width` is odd.
+    """
+    if width % 2:
+        raise ValueError(f'the sinusoid has two halves and needs an even width, not {width}')
+    angles_BNh = _angles(positions_BN, width // 2, dtype)
+    return jnp.concatenate([jnp.sin(angles_BNh), jnp.cos(angles_BNh)], axis=-1)
+
+
+def toeplitz_bias(w: Array, n: int) -> Array:
+    """Returns b[q, k] = w[k - q + m - 1], [n, n], from a table w of length 2m - 1 with m >= n.
+
+    Built by tiling a period of 2n and reading it in rows of 2n - 1, so that each row slips by one: the gradient is then
+    a sum over rows and not a scatter.
+
+    Raises:
+      ValueError: the table is too short for n positions.
+    """
+    m = (w.shape[0] + 1) // 2
+    if m < n:
+        raise ValueError(f'a relative bias table for {m} positions cannot serve {n}')
+    window = w[m - n : m + n - 1]
+    rows = jnp.tile(jnp.pad(window, (0, 1)), n)[: n * (2 * n - 1)].reshape(n, 2 * n - 1)
+    return rows[:, n - 1 :]
+
+
+def rotary_bias(a_S: Array, c_S: Array, n: int) -> Array:
+    """Returns b = rope(a) rope(c)^T, [n, n]: both vectors repeated over n positions and rotated (paper.md section 2).
+
+    The rotation makes it a function of k - q only, for any n, with 2S parameters.
+    """
+    table = rope_table(jnp.arange(n)[None], a_S.shape[0], dtype=a_S.dtype)
+    rotated_a, rotated_c = (apply_rope(jnp.broadcast_to(x, (1, n, x.shape[0])), table)[0] for x in (a_S, c_S))
+    return rotated_a @ rotated_c.T

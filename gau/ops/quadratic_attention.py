@@ -1,0 +1,86 @@
+"""Quadratic attention: every query against every key it sees. GAU's A V (paper.md section 1) and softmax attention."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.masks import clear_padding, document_length, visibility_mask
+from gau.ops.scores import Scoring, attention_weights
+
+QUERY_BLOCK = 512
+
+
+def quadratic_attention(
+    q_BNS: Array,
+    k_BNS: Array,
+    v_BNE: Array,
+    *,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_NN: Array | None = None,
+    impl: str = 'reference',
+) -> Array:
+    """Returns A V for one head, A = f(q k^T / n + b) over the visible keys.
+
+    Args:
+      q_BNS: queries.
+      k_BNS: keys.
+      v_BNE: values.
+      scoring: attention function and normaliser.
+      causal: whether keys after the query are hidden.
+      segment_ids_BN: documents and padding, or None.
+      bias_NN: relative position bias, or None.
+      impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
+        the backward pass, so that memory grows with N and not with its square.
+
+    Returns:
+      [B, N, E] in the dtype of v; zeros at padding.
+    """
+    n = q_BNS.shape[1]
+    q_BNS, k_BNS, v_BNE = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
+    if segment_ids_BN is None:
+        length_BN1 = jnp.full((1, n, 1), n, jnp.int32)
+    else:
+        length_BN1 = document_length(segment_ids_BN)[..., None]
+
+    def attend(q_BnS, ids_Bn, length_Bn1, bias_nN, first):
+        mask_BnN = visibility_mask(ids_Bn, segment_ids_BN, n=q_BnS.shape[1], m=n, causal=causal, first_query=first)
+        a_BnN = attention_weights(
+            q_BnS, k_BNS, scoring=scoring, sequence_length=length_Bn1, mask=mask_BnN, bias=bias_nN
+        )
+        return a_BnN.astype(v_BNE.dtype) @ v_BNE
+
+    if impl == 'reference' or n <= 2 * QUERY_BLOCK:
+        o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, bias_NN, 0)
+    else:
+        o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1, bias_NN)
+    return clear_padding(o_BNE, segment_ids_BN)
+
+
+def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1, bias_NN):
+    """Runs `attend` over blocks of queries in a scan; what a block computes is recomputed in the backward pass."""
+    n = q_BNS.shape[1]
+    blocks = -(-n // QUERY_BLOCK)
+
+    def split(x, axis):
+        if x is None:
+            return None
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, blocks * QUERY_BLOCK - n)
+        x = jnp.pad(x, padding)
+        x = x.reshape((*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :]))
+        return jnp.moveaxis(x, axis, 0)
+
+    def body(_, xs):
+        return None, attend(*xs)
+
+    xs = (
+        split(q_BNS, 1),
+        split(segment_ids_BN, 1),
+        split(length_BN1, 1),
+        split(bias_NN, 0),
+        jnp.arange(blocks) * QUERY_BLOCK,
+    )
+    o_gBnE = jax.lax.scan(jax.checkpoint(body), None, xs)[1]
+    return jnp.moveaxis(o_gBnE, 0, 1).reshape(q_BNS.shape[0], blocks * QUERY_BLOCK, -1)[:, :n]
