@@ -156,18 +156,14 @@ def _resolve_rows(config: ConfigDict, objective: str) -> None:
         if config[field] < least:
             raise UserError(f'data.{field}={config[field]} must be at least {least}')
     if config.holdout_every is not None and config.holdout_every < 2:
-        raise UserError(
-            f'data.holdout_every={config.holdout_every} must be at least 2: something must be left to train'
-        )
+        raise UserError(f'data.holdout_every={config.holdout_every} must be at least 2, to leave something to train on')
     if config.packing == 'document' and config.attend_across_documents:
         raise UserError('data.attend_across_documents=True has no meaning with data.packing="document": one a row')
     if config.shuffle == 'rows':
         if config.shuffle_window is None:
             config.shuffle_window = max(2**20, config.batch_size * config.context)
         if config.shuffle_window < config.context:
-            raise UserError(
-                f'data.shuffle_window={config.shuffle_window} tokens are less than one row; see data.shuffle'
-            )
+            raise UserError(f'data.shuffle_window={config.shuffle_window} tokens are less than one row')
     elif config.shuffle_window is not None:
         raise UserError(f'data.shuffle_window is for data.shuffle="rows", which is "{config.shuffle}"')
 

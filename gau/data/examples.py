@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from gau.data.sources import Document
+from gau.data.documents import Document
 from gau.data.tokenizers import Tokenizer
 
 Columns = dict[str, np.ndarray]

@@ -20,11 +20,12 @@ def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = pathlib.Path(directory) / FILE
     try:
         contents = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        hint = 'has no manifest.json: prepare it, or finish preparing it, with scripts/prepare_data.py'
+    except FileNotFoundError as error:
+        if not path.parent.is_dir():
+            raise UserError(f'tokens:{directory}: no such directory') from error
         raise UserError(
-            f'tokens:{directory}: {"the directory " + hint if path.parent.exists() else "no such directory"}'
-        )
+            f'tokens:{directory}: no {FILE} there: prepare it, or finish preparing it, with scripts/prepare_data.py'
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: unreadable manifest: {error}') from error
     if not isinstance(contents, dict) or contents.get('format') != FORMAT:

@@ -17,8 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau.data import config as data_config
-from gau.data import examples, sources
-from gau.data.sources import Document, Documents
+from gau.data import examples, masking, sources
+from gau.data.documents import Document, Documents
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
 
@@ -210,7 +210,8 @@ def _columns(
 ) -> grain.MapDataset:
     if objective == 'lm':
         return dataset.map(examples.lm_columns(tokenizer, sizes=sizes))
-    raise UserError(f'objective "{objective}" is not there yet')
+    # Seeded by the index, which goes on counting from epoch to epoch: a document is masked anew each time it comes.
+    return dataset.random_map(masking.mlm_columns(config.mlm, tokenizer), seed=seed)
 
 
 def _read(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:

@@ -1,51 +1,14 @@
-"""Documents by index: what every source of text offers, and which splits it has.
+"""Which documents a config means: its sources, their splits, and opening them."""
 
-A source is a sequence: `len(source)` and `source[i]`, which is a `Document`, or None for one that is skipped (blank, or
-bad under `bad_lines="skip"`). Random access is what makes the global shuffle and the exact resume cheap.
-"""
+import functools
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
-
-import numpy as np
 from ml_collections import ConfigDict
 
 from gau.data import config as data_config
+from gau.data import documents as docs
 from gau.data import embedded
+from gau.data.documents import Documents
 from gau.errors import UserError, did_you_mean
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A document as text, or as tokens with the size of the text they came from."""
-
-    text: str | None = None
-    tokens: np.ndarray | None = None
-    n_bytes: int = 0
-    n_words: int = 0
-
-
-class Documents(Protocol):
-    """A split of a source."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document | None: ...
-
-
-class Texts:
-    """Documents held in memory."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._texts = texts
-        self.text_bytes = sum(len(text.encode('utf-8', errors='replace')) for text in texts)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, index: int) -> Document:
-        return Document(text=self._texts[index])
 
 
 def splits(config: ConfigDict) -> list[str]:
@@ -60,19 +23,57 @@ def splits(config: ConfigDict) -> list[str]:
 def open_split(config: ConfigDict, split: str) -> list[Documents]:
     """Returns the documents of `split`, one sequence for each source of the (resolved) data config.
 
+    The `valid_source` or `test_source` of several text sources is opened once, so the list may then be shorter.
+
     Raises:
       UserError: no such split; missing, empty or broken files.
     """
     if split not in splits(config):
         raise UserError(f'data.source="{config.source}" has no split "{split}"{did_you_mean(split, splits(config))}')
-    return [_open(config, source, split) for source in data_config.sources(config)]
+    opened = {}
+    for number, source in enumerate(data_config.sources(config)):
+        own = _separate(config, source, split)
+        # The same source may stand twice in a mixture, a separate file for all of them only once.
+        key = own or number
+        if key not in opened:
+            opened[key] = _open_text(config, own) if own else _open(config, source, split)
+    return list(opened.values())
+
+
+def _separate(config: ConfigDict, source: str, split: str) -> str | None:
+    """Returns the source of its own that a text source has for `split`, if any."""
+    if data_config.source_kind(source) not in ('text', 'jsonl'):
+        return None
+    return {'valid': config.valid_source, 'test': config.test_source}.get(split)
 
 
 def _splits_of(config: ConfigDict, source: str) -> list[str]:
-    if data_config.source_kind(source) == 'embedded':
+    kind = data_config.source_kind(source)
+    if kind == 'embedded':
         return list(embedded.SPLITS)
-    raise UserError(f'data.source="{source}" is not there yet')
+    return ['train', 'valid', *(['test'] if config.test_source else [])]
 
 
 def _open(config: ConfigDict, source: str, split: str) -> Documents:
-    return Texts([text for _, text in embedded.split_text(split)])
+    kind = data_config.source_kind(source)
+    if kind == 'embedded':
+        return docs.Texts([text for _, text in embedded.split_text(split)])
+    documents = _open_text(config, source)
+    if config.valid_source:
+        return documents
+    return docs.hold_out(documents, every=config.holdout_every, split=split)
+
+
+def _open_text(config: ConfigDict, source: str) -> Documents:
+    kind, _, globs = source.partition(':')
+    unit = 'json' if kind == 'jsonl' else config.text_unit or 'file'
+    field = (config.text_field or 'text') if kind == 'jsonl' else None
+    return _text_files(globs, unit, field, config.bad_lines, config.cache_dir)
+
+
+@functools.lru_cache(maxsize=16)
+def _text_files(globs: str, unit: str, field: str | None, bad: str, cache_dir: str | None) -> Documents:
+    """Training and its held-out documents come from one scan."""
+    from gau.data.textfiles import TextFiles
+
+    return TextFiles(globs, unit=unit, field=field, bad=bad, cache_dir=cache_dir)

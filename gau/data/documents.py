@@ -1,0 +1,77 @@
+"""A document, and sequences of documents.
+
+A source's split is a sequence: `len(documents)` and `documents[i]`, which is a `Document`, or None for one that is left
+out (blank, or bad under `bad_lines="skip"`). Random access is what makes the global shuffle and the exact resume cheap.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document as text, or as tokens with the size of the text they came from."""
+
+    text: str | None = None
+    tokens: np.ndarray | None = None
+    n_bytes: int = 0
+    n_words: int = 0
+
+
+class Documents(Protocol):
+    """A split of a source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document | None: ...
+
+
+class Texts:
+    """Documents held in memory."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Document:
+        return Document(text=self._texts[index])
+
+
+class Held:
+    """One side of a hold-out: every k-th document is `valid`, the others `train`; see `hold_out`."""
+
+    def __init__(self, documents: Documents, every: int, split: str) -> None:
+        self._documents, self._every, self._split = documents, every, split
+        held = len(documents) // every
+        self._length = held if split == 'valid' else len(documents) - held
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Document | None:
+        if self._split == 'valid':
+            return self._documents[index * self._every + self._every - 1]
+        return self._documents[index + index // (self._every - 1)]
+
+
+def hold_out(documents: Documents, *, every: int, split: str) -> Documents:
+    """Returns the `train` or `valid` part of documents that have no split of their own.
+
+    Every `every`-th document is held out; the last one if there are fewer; of a lone one the tail, from a line's
+    beginning if it has lines.
+    """
+    if len(documents) > 1:
+        return Held(documents, min(every, len(documents)), split)
+    document = documents[0]
+    if document is None:
+        return Texts([])
+    text = document.text
+    cut = len(text) - len(text) // every
+    line = text.find('\n', cut)
+    cut = line + 1 if 0 <= line < len(text) - 1 else cut
+    return Texts([text[:cut] if split == 'train' else text[cut:]])

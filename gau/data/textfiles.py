@@ -1,0 +1,297 @@
+"""Text and JSON-lines files as documents by index, without holding the text.
+
+Each file is scanned once for where its documents begin and end; what stays in memory is two int64 numbers a document,
+and for large files not even those (the index is kept in the cache directory and memory-mapped). Compressed files cannot
+be entered in the middle, so they are decompressed once into the cache directory, under a name that changes with the
+file's size or date; the global shuffle and the exact resume then work as for plain files.
+"""
+
+import bz2
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO
+
+import numpy as np
+from absl import logging
+
+from gau.data.documents import Document
+from gau.errors import UserError
+
+_BLOCK = 1 << 24
+# Larger files keep their index in the cache directory.
+_LARGE = 1 << 26
+# A document is tokenized whole, so one this long costs more than a gigabyte for a moment.
+_LONGEST_DOCUMENT = 1 << 26
+_BOM = codecs.BOM_UTF8
+
+
+class TextFiles:
+    """The documents of all files that match some globs, in the order of their names.
+
+    Args:
+      globs: comma separated globs; `**` descends.
+      unit: `file`, `line`, `paragraph`, or `json` for a JSON object a line.
+      field: of the JSON object, for `json`.
+      bad: `error`, or `skip` with a count: what to do with a document that is no UTF-8, no JSON or lacks the field.
+      cache_dir: see the data config.
+
+    Raises:
+      UserError: no, empty, unreadable or broken files; under `bad="error"` with file and line.
+    """
+
+    def __init__(self, globs: str, *, unit: str, field: str | None, bad: str, cache_dir: str | None) -> None:
+        self._unit, self._field, self._bad = unit, field, bad
+        self._cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._names = _expand(globs)
+        self._paths = [_plain(name, self._cache) for name in self._names]
+        self._spans = [self._index(name, path) for name, path in zip(self._names, self._paths, strict=True)]
+        self._ends = np.cumsum([len(spans) for spans in self._spans])
+        self.skipped: set[int] = set()
+        self._lock = threading.Lock()
+        if not len(self):
+            raise UserError(f'{globs}: no document in {len(self._names)} files')
+        # A misnamed field shows in the first documents: say so now, not in the middle of an epoch.
+        for first in [0, *self._ends[:-1]][:100]:
+            if first < len(self):
+                self[first]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Document | None:
+        number = int(np.searchsorted(self._ends, index, side='right'))
+        local = index - (int(self._ends[number - 1]) if number else 0)
+        start, end = (int(offset) for offset in self._spans[number][local])
+        with open(self._paths[number], 'rb') as file:
+            file.seek(start)
+            raw = file.read(end - start)
+        try:
+            text = self._parse(raw)
+        except ValueError as error:
+            where = f'{self._names[number]}:{_line_number(self._paths[number], start)}'
+            if self._bad == 'error':
+                raise UserError(f'{where}: {error}') from error
+            self._count(index, f'{where}: {error}')
+            return None
+        # A blank document would only teach to stop at once.
+        return Document(text=text) if text and not text.isspace() else None
+
+    def size(self, index: int) -> int:
+        """Returns the bytes that document `index` takes in its file, without reading it."""
+        number = int(np.searchsorted(self._ends, index, side='right'))
+        start, end = self._spans[number][index - (int(self._ends[number - 1]) if number else 0)]
+        return int(end - start)
+
+    @property
+    def identity(self) -> list[list[str | int]]:
+        """Name, size and modification time (ns) of every file: equal means the same documents."""
+        status = [os.stat(name) for name in self._names]
+        return [[n, s.st_size, s.st_mtime_ns] for n, s in zip(self._names, status, strict=True)]
+
+    def _parse(self, raw: bytes) -> str:
+        """Returns the document's text; raises ValueError saying what is wrong."""
+        try:
+            text = raw.decode('utf-8')
+        except UnicodeDecodeError as error:
+            raise ValueError(f'not UTF-8: {error.reason} (byte 0x{raw[error.start]:02x})') from error
+        if self._unit == 'line':
+            return text.removesuffix('\r')
+        if self._unit != 'json' or not text.strip():
+            return text
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f'not JSON: {error}') from error
+        if not isinstance(record, dict):
+            raise ValueError(f'a JSON object is expected, not {type(record).__name__}')
+        if self._field not in record:
+            raise ValueError(f'no field "{self._field}" (data.text_field) among {", ".join(sorted(record)) or "none"}')
+        if not isinstance(record[self._field], str):
+            raise ValueError(f'the field "{self._field}" is {type(record[self._field]).__name__}, not text')
+        return record[self._field]
+
+    def _count(self, index: int, message: str) -> None:
+        with self._lock:
+            new = index not in self.skipped
+            self.skipped.add(index)
+            count = len(self.skipped)
+        # At 1, 2, 4, 8, ...: every one would drown the log of a bad file.
+        if new and count & (count - 1) == 0:
+            logging.warning('%s: skipped, %d so far', message, count)
+
+    def _index(self, name: str, path: pathlib.Path) -> np.ndarray:
+        """Returns where the documents of a file begin and end, int64 [documents, 2]."""
+        try:
+            size = path.stat().st_size
+            if size == 0:
+                return self._empty(name)
+            if size < _LARGE:
+                return self._scan(name, path)
+            kept = self._cache / f'{_key(path)}-{self._unit}-{self._bad}.npy'
+            if not kept.exists():
+                spans = self._scan(name, path)
+                _write_atomically(kept, lambda file: np.save(file, spans))
+            return np.load(kept, mmap_mode='r')
+        except OSError as error:
+            raise UserError(f'{error.filename or name}: {error.strerror or error}') from error
+
+    def _empty(self, name: str) -> np.ndarray:
+        if self._bad == 'error':
+            raise UserError(f'{name}: the file is empty')
+        logging.warning('%s: skipped, the file is empty', name)
+        return np.zeros((0, 2), np.int64)
+
+    def _scan(self, name: str, path: pathlib.Path) -> np.ndarray:
+        if self._bad == 'error':
+            _check_utf8(name, path)
+        with open(path, 'rb') as file:
+            start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        if self._unit == 'file':
+            size = path.stat().st_size
+            if size > _LONGEST_DOCUMENT:
+                raise UserError(
+                    f'{name}: {size / 2**20:.0f} MiB are too long for one document; '
+                    'choose data.text_unit="paragraph" or "line"'
+                )
+            return np.array([[start, size]], np.int64)
+        if self._unit == 'paragraph':
+            return np.fromiter(_paragraphs(path, start), np.dtype((np.int64, 2)))
+        return _lines(path, start)
+
+
+def default_cache_dir() -> pathlib.Path:
+    """Returns $XDG_CACHE_HOME/gau, or ~/.cache/gau."""
+    return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'gau'
+
+
+def _expand(globs: str) -> list[str]:
+    names = []
+    for pattern in globs.split(','):
+        found = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
+        if not found:
+            raise UserError(f'data: no file matches "{pattern}"')
+        names += found
+    return names
+
+
+def _check_utf8(name: str, path: pathlib.Path) -> None:
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    before = 0
+    with open(path, 'rb') as file:
+        while True:
+            block = file.read(_BLOCK)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                # error.object begins with what the decoder kept of the block before.
+                offset = before + len(block) - len(error.object) + error.start
+                where = f'{name}:{_line_number(path, offset)}'
+                raise UserError(
+                    f'{where}: not UTF-8: {error.reason} (byte 0x{error.object[error.start]:02x})'
+                ) from error
+            if not block:
+                return
+            before += len(block)
+
+
+def _lines(path: pathlib.Path, start: int) -> np.ndarray:
+    """Returns the span of every line that is not empty, without its newline."""
+    ends, base = [], 0
+    with open(path, 'rb') as file:
+        while block := file.read(_BLOCK):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord('\n')) + base)
+            base += len(block)
+    ends = np.concatenate([*ends, [base]])
+    starts = np.concatenate([[start], ends[:-1] + 1])
+    return np.stack([starts, ends], axis=1)[ends > starts].astype(np.int64)
+
+
+def _paragraphs(path: pathlib.Path, start: int) -> Iterator[tuple[int, int]]:
+    """Yields the span of every run of lines that are not blank."""
+    begin, end, offset = None, 0, start
+    with open(path, 'rb') as file:
+        file.seek(start)
+        for line in file:
+            if line.isspace():
+                if begin is not None:
+                    yield begin, end
+                begin = None
+            else:
+                begin = offset if begin is None else begin
+                end = offset + len(line.rstrip(b'\r\n'))
+            offset += len(line)
+    if begin is not None:
+        yield begin, end
+
+
+def _line_number(path: pathlib.Path, offset: int) -> int:
+    """Returns the number of the line, from 1, in which the byte at `offset` stands."""
+    number = 1
+    with open(path, 'rb') as file:
+        while offset > 0 and (block := file.read(min(_BLOCK, offset))):
+            number += block.count(b'\n')
+            offset -= len(block)
+    return number
+
+
+def _plain(name: str, cache: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the file's plain contents, decompressed into the cache if need be."""
+    path = pathlib.Path(name)
+    opener = _opener(path)
+    if opener is None:
+        return path
+    plain = cache / f'{_key(path)}-{path.stem}'
+    if not plain.exists():
+        logging.info('decompressing %s once, to %s', name, plain)
+
+        def copy(out: IO[bytes]) -> None:
+            try:
+                with opener(path) as source:
+                    shutil.copyfileobj(source, out, _BLOCK)
+            except Exception as error:  # every compression has its own error types
+                raise UserError(f'{name}: cannot decompress: {error}') from error
+
+        _write_atomically(plain, copy)
+    return plain
+
+
+def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], IO[bytes]] | None:
+    if path.suffix == '.zst':
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(f'{path}: .zst needs the package zstandard: pip install zstandard') from error
+        return lambda name: zstandard.open(name, 'rb')
+    return {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(path.suffix)
+
+
+def _key(path: pathlib.Path) -> str:
+    status = path.stat()
+    identity = f'{path.resolve()}|{status.st_size}|{status.st_mtime_ns}'
+    return hashlib.sha256(identity.encode()).hexdigest()[:20]
+
+
+def _write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes beside `path` and renames: a file with the final name is whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix='.part-', delete=False)  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f'data.cache_dir: cannot write to {path.parent}: {error.strerror}') from error
+    try:
+        with file:
+            write(file)
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
