@@ -40,12 +40,12 @@ _CHUNKED = {'chunk_size': 256, 'branches': 'both', 'global_reduction': 'mean'}
 _TRANSFORMER = _COMMON | {
     'norm': 'layer_norm',
     'num_heads': None,
+    'head_decay': 0.0,
     'head_dim': None,
     'gate': 'none',
     'feed_forward': 'geglu',
     'feed_forward_dim': None,
 }
-_HEAD_DECAY = {'head_decay': 0.0}
 _SOFTMAX = {
     'attention_function': 'softmax',
     'normalizer': None,
@@ -64,7 +64,7 @@ class Architecture(NamedTuple):
       attention: 'quadratic', 'mixed_chunk', 'performer', 'linformer' or 'combiner'.
       defaults: default of every field that applies.
       impls: implementations its attention has; the last is what 'auto' takes.
-      causal: None, or why the model cannot be causal.
+      not_causal: None, or why the model cannot be causal.
     """
 
     family: str
@@ -79,12 +79,25 @@ ARCHITECTURES = MappingProxyType(
         'flash_quad': Architecture('gau', 'quadratic', _GAU),
         'flash': Architecture('gau', 'mixed_chunk', _GAU | _CHUNKED),
         'transformer': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | _HEAD_DECAY | {'feed_forward': 'gelu', 'rope': 'none'}
+            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu', 'rope': 'none'}
         ),
         'transformer_plus': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | _HEAD_DECAY | {'feed_forward': 'gelu'}
+            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu'}
         ),
-        'transformer_plus_plus': Architecture('transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | _HEAD_DECAY),
+        'transformer_plus_plus': Architecture('transformer', 'quadratic', _TRANSFORMER | _SOFTMAX),
+        'mc_transformer_plus_plus': Architecture(
+            'transformer', 'mixed_chunk', _TRANSFORMER | _SOFTMAX | _CHUNKED | {'gamma_init': None}
+        ),
+        'performer': Architecture(
+            'transformer', 'performer', _TRANSFORMER | {'feature_map': 'relu', 'num_features': 256}
+        ),
+        'linformer': Architecture(
+            'transformer',
+            'linformer',
+            _TRANSFORMER | {'projection_rank': None, 'projection_length': None},
+            not_causal='it mixes the whole sequence into every slot that a token attends to; train it as mlm',
+        ),
+        'combiner': Architecture('transformer', 'combiner', _TRANSFORMER | {'chunk_size': None}, impls=('reference',)),
     }
 )
 

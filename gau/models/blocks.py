@@ -3,7 +3,14 @@
 import flax.linen as nn
 from jax import Array
 
-from gau.layers.attention import MultiHeadAttention
+from gau.layers.attention import (
+    CombinerAttention,
+    LinformerAttention,
+    MixedChunkAttention,
+    MultiHeadAttention,
+    PerformerAttention,
+    QuadraticAttention,
+)
 from gau.layers.common import Norm, TokenInfo, constrain
 from gau.layers.feed_forward import FeedForward
 from gau.layers.gated_attention_unit import GatedAttentionUnit
@@ -12,7 +19,13 @@ from gau.models.config import expanded_dim, head_dim_at, heads_at
 from gau.ops.masks import clear_padding
 from gau.ops.scores import Scoring
 
-ATTENTIONS = {'quadratic': MultiHeadAttention}
+ATTENTIONS = {
+    'quadratic': QuadraticAttention,
+    'mixed_chunk': MixedChunkAttention,
+    'performer': PerformerAttention,
+    'linformer': LinformerAttention,
+    'combiner': CombinerAttention,
+}
 
 
 class Block(nn.Module):
@@ -60,7 +73,6 @@ def gated_attention_unit(config, layer: int, causal: bool) -> GatedAttentionUnit
         expanded_dim=expanded_dim(config),
         query_key_dim=config.query_key_dim,
         num_heads=heads_at(config, layer),
-        gamma_init=config.gamma_init,
         **_attention_fields(config, causal),
         name='gau',
     )
@@ -79,7 +91,7 @@ def multi_head_attention(config, layer: int, causal: bool) -> MultiHeadAttention
 def _attention_fields(config, causal: bool) -> dict:
     """Fields of the config that the attention layers call by the same name, where they apply."""
     names = ('gate', 'temperature', 'relative_bias', 'relative_bias_length', 'impl', 'dtype')
-    names += ('chunk_size', 'branches', 'global_reduction')
+    names += ('chunk_size', 'branches', 'global_reduction', 'gamma_init')
     names += ('feature_map', 'num_features', 'projection_rank', 'projection_length')
     fields = {name: config[name] for name in names if config[name] is not None}
     if config.attention_function is not None:

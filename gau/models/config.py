@@ -78,8 +78,8 @@ def default_config() -> ConfigDict:
       feed_forward_dim: Transformers: inner width, default 4 D for 'gelu' and 8/3 D for the gated ones.
       expansion_factor: GAU models: E / D, default 2.
       query_key_dim: GAU models: S, default 128.
-      gamma_init: GAU models: 'normal' N(0, 0.02), or 'ones', which is the default where there is no relative bias: the
-        layer would be dead otherwise (paper.md section 7, trap 2).
+      gamma_init: GAU models and MC-TFM++: 'normal' N(0, 0.02), or 'ones', which is the default where a GAU has no
+        relative bias and where there is no local branch: the layer would be dead otherwise (paper.md 7, trap 2).
       attention_function: 'relu2' (default of GAU), 'softmax' (default of Transformers), 'laplace', 'softplus2' or
         'smooth_relu2'.
       normalizer: n in f(q.k / n + b), not for softmax, which divides by sqrt(S). 'paper': length of the sequence (of
@@ -91,9 +91,13 @@ def default_config() -> ConfigDict:
       relative_bias: 'toeplitz' table or 'rotary' form or 'none'. GAU: 'toeplitz' up to 512 positions (FLASH: up to
         chunks of 512), else 'rotary'. Transformers: 'none'.
       relative_bias_length: positions that the table serves, default the context. (In chunks it is always C.)
-      chunk_size: C, default 256.
+      chunk_size: C, default 256. Combiner: tokens in a row, default the power of two at or above sqrt(context).
       branches: 'both' (default), 'local' or 'global'.
       global_reduction: 'mean' (default) or 'sum' over the visible tokens.
+      feature_map: Performer: 'relu' (default) or 'favor', positive orthogonal random features.
+      num_features: Performer: features of 'favor', default 256.
+      projection_rank: Linformer: slots R, default 256 or the context, whichever is less.
+      projection_length: Linformer: longest sequence, default the context.
     """
     config = ConfigDict()
     config.name = 'flash'
@@ -196,7 +200,10 @@ def _fill_sizes(fill: _Filler, architecture: Architecture) -> None:
 
 def _fill_attention(fill: _Filler, architecture: Architecture, *, causal: bool, context: int) -> None:
     config, quadratic = fill.config, architecture.attention == 'quadratic'
-    fill('chunk_size', architecture.defaults.get('chunk_size'))
+    # A Combiner's rows are as long as there are rows, in powers of two.
+    fill('chunk_size', architecture.defaults.get('chunk_size') or 2 ** math.ceil(math.log2(context) / 2))
+    fill('projection_rank', min(256, context))
+    fill('projection_length', context)
     fill('normalizer', 'fixed' if causal and quadratic else 'paper')
     if config.normalizer != 'fixed':
         fill.defaults.pop('normalizer_length', None)
@@ -207,6 +214,7 @@ def _fill_attention(fill: _Filler, architecture: Architecture, *, causal: bool, 
         fill('gamma_init', 'ones' if no_bias else 'normal')
     else:
         fill('relative_bias', 'none')
+        fill('gamma_init', 'ones' if config.branches == 'global' else 'normal')
     if config.relative_bias == 'toeplitz':
         fill('relative_bias_length', positions)
     else:
@@ -221,6 +229,10 @@ def _void_fields(config: ConfigDict, defaults: dict[str, Any]) -> dict[str, str]
         void |= dict.fromkeys((*local, 'relative_bias', 'relative_bias_length'), 'branches=global has no local branch')
     if config.branches == 'local':
         void['global_reduction'] = 'branches=local has no global branch'
+        if 'feed_forward' in defaults:
+            void['gamma_init'] = 'branches=local has no scale-and-offset transforms here'
+    if 'feature_map' in defaults and config.feature_map != 'favor':
+        void['num_features'] = 'it is the number of random features of feature_map=favor'
     if (config.attention_function or defaults.get('attention_function')) == 'softmax':
         void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
     if config.normalizer not in ('fixed', None):

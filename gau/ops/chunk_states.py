@@ -39,7 +39,7 @@ def into_chunks(x: Array, chunk: int, *, axis: int = 1) -> Array:
 
 
 def first_and_last_document(ids_BGC: Array) -> tuple[Array, Array]:
-    """Returns the ids of the first and the last token of each chunk that are not padding, [B, G]; 0 if there is none."""
+    """Returns the ids of the first and the last token of each chunk that is not padding, [B, G]; 0 if none is."""
     valid = ids_BGC > 0
 
     def pick(ids, valid):

@@ -97,7 +97,7 @@ def attention_weights(
     bias = 0.0 if bias is None else bias.astype(dtype)
     if scoring.function == 'softmax':
         scores = scores * q.shape[-1] ** -0.5 + bias
-        return _masked_softmax(scores, mask)
+        return masked_softmax(scores, mask)
 
     function = ATTENTION_FUNCTIONS[scoring.function]
     if scoring.normalizer in ('visible', 'su'):
@@ -114,7 +114,8 @@ def attention_weights(
     return weights if mask is None else jnp.where(mask, weights, 0)
 
 
-def _masked_softmax(scores: Array, mask: Array | None) -> Array:
+def masked_softmax(scores: Array, mask: Array | None) -> Array:
+    """Softmax over the last axis of what `mask` allows, exactly 0 elsewhere; a row that allows nothing is all 0."""
     if mask is None:
         return jax.nn.softmax(scores, axis=-1)
     # A row without a visible key is computed on zeros (no NaN to differentiate) and then cleared.
