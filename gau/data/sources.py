@@ -6,8 +6,10 @@ from ml_collections import ConfigDict
 
 from gau.data import config as data_config
 from gau.data import documents as docs
-from gau.data import embedded
+from gau.data import embedded, manifest, tokenizers
 from gau.data.documents import Documents
+from gau.data.shards import Shards
+from gau.data.textfiles import TextFiles
 from gau.errors import UserError, did_you_mean
 
 
@@ -51,6 +53,8 @@ def _splits_of(config: ConfigDict, source: str) -> list[str]:
     kind = data_config.source_kind(source)
     if kind == 'embedded':
         return list(embedded.SPLITS)
+    if kind == 'tokens':
+        return list(manifest.read(_argument(source))['splits'])
     return ['train', 'valid', *(['test'] if config.test_source else [])]
 
 
@@ -58,22 +62,33 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
     kind = data_config.source_kind(source)
     if kind == 'embedded':
         return docs.Texts([text for _, text in embedded.split_text(split)])
+    if kind == 'tokens':
+        return Shards(_argument(source), split, tokenizers.load(config.tokenizer).fingerprint)
     documents = _open_text(config, source)
     if config.valid_source:
         return documents
     return docs.hold_out(documents, every=config.holdout_every, split=split)
 
 
-def _open_text(config: ConfigDict, source: str) -> Documents:
-    kind, _, globs = source.partition(':')
+def identity(config: ConfigDict) -> list[list[str | int]]:
+    """Returns name, size and time of every text file behind the config: equal means the same documents."""
+    named = [*data_config.sources(config), config.valid_source, config.test_source]
+    texts = [source for source in named if source and data_config.source_kind(source) in ('text', 'jsonl')]
+    return [entry for source in texts for entry in _open_text(config, source).identity]
+
+
+def _argument(source: str) -> str:
+    return source.partition(':')[2]
+
+
+def _open_text(config: ConfigDict, source: str) -> TextFiles:
+    kind, globs = data_config.source_kind(source), _argument(source)
     unit = 'json' if kind == 'jsonl' else config.text_unit or 'file'
     field = (config.text_field or 'text') if kind == 'jsonl' else None
     return _text_files(globs, unit, field, config.bad_lines, config.cache_dir)
 
 
 @functools.lru_cache(maxsize=16)
-def _text_files(globs: str, unit: str, field: str | None, bad: str, cache_dir: str | None) -> Documents:
+def _text_files(globs: str, unit: str, field: str | None, bad: str, cache_dir: str | None) -> TextFiles:
     """Training and its held-out documents come from one scan."""
-    from gau.data.textfiles import TextFiles
-
     return TextFiles(globs, unit=unit, field=field, bad=bad, cache_dir=cache_dir)
