@@ -1,6 +1,8 @@
 """Saving and restoring a run with Orbax: state, data iterator, and what they were made with."""
 
+import gc
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -16,9 +19,6 @@ from gau.errors import UserError
 from gau.training.config import library_versions
 from gau.training.mesh import path_name
 from gau.training.step import TrainState
-
-# What reading a damaged checkpoint can raise: Orbax and TensorStore promise no single type.
-_DAMAGE = (ValueError, KeyError, OSError, TypeError, RuntimeError, AttributeError, EOFError)
 
 
 class Checkpoints:
@@ -91,18 +91,16 @@ class Checkpoints:
             raise UserError(f'{self.directory} has no checkpoint of step {step}, only {steps or "none"}')
         candidates = [step] if step is not None else steps[::-1]
         for candidate in candidates:
-            self._check_architecture(abstract_state, candidate)
+            self._check_architecture(abstract_state.params, candidate)
             args = {'state': ocp.args.StandardRestore(abstract_state)}
             if iterator is not None:
                 args['data'] = grain.checkpoint.CheckpointRestore(iterator)
             try:
                 state = self._manager.restore(candidate, args=ocp.args.Composite(**args)).state
-            except _DAMAGE as error:
-                logging.debug('restoring step %d', candidate, exc_info=True)
-                reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ""}'
-                logging.warning(
-                    'checkpoint %s is damaged and passed over (%s)', self.directory / str(candidate), reason
-                )
+            except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
+                _drop_unfinished_reads()
+                where = self.directory / str(candidate)
+                logging.warning('checkpoint %s is damaged and passed over (%s)', where, _first_line(error))
                 continue
             if self._writable and step is None:
                 self._set_aside([later for later in steps if later > candidate])
@@ -117,6 +115,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged, or its parameters are those of another architecture.
         """
+        self._check_architecture(abstract_params, step)
         partial = ocp.args.PyTreeRestore(
             item={'params': abstract_params},
             restore_args={'params': ocp.checkpoint_utils.construct_restore_args(abstract_params)},
@@ -125,17 +124,25 @@ class Checkpoints:
         directory = self.directory / str(step) / 'state'
         with ocp.PyTreeCheckpointer() as checkpointer:
             try:
-                _compare(abstract_params, checkpointer.metadata(directory).item_metadata['params'], directory)
                 return checkpointer.restore(directory, args=partial)['params']
-            except _DAMAGE as error:
-                raise UserError(f'checkpoint {directory} cannot be read: {str(error).splitlines()[0][:200]}') from error
+            except Exception as error:
+                _drop_unfinished_reads()
+                raise UserError(f'checkpoint {directory.parent} is damaged ({_first_line(error)})') from error
 
-    def _check_architecture(self, abstract_state: TrainState, step: int) -> None:
+    def _check_architecture(self, abstract_params: Any, step: int) -> None:
+        """Raises UserError at the first parameter in which the stored tree differs from the wanted one."""
+        directory = self.directory / str(step)
         try:
-            stored = self._manager.item_metadata(step)['state']['params']
-        except _DAMAGE:
+            stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(epath.Path(directory / 'state')).tree['params'])
+        except Exception:
             return  # Damaged: restoring will say so.
-        _compare(abstract_state.params, stored, self.directory / str(step))
+        wanted = _shapes(abstract_params)
+        for name in sorted(wanted.keys() | stored.keys()):
+            if wanted.get(name) != stored.get(name):
+                raise UserError(
+                    f'checkpoint {directory} is of another architecture: {name} is {stored.get(name, "absent")} there '
+                    f'and {wanted.get(name, "absent")} in the config'
+                )
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way of the run that will reach their steps again; deletes nothing."""
@@ -148,19 +155,23 @@ class Checkpoints:
             self._manager = self._open()
 
 
-def _compare(wanted: Any, stored: Any, where: Path) -> None:
-    """Raises UserError at the first parameter in which the stored tree differs from the wanted one."""
-    wanted = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
-    stored = {
-        path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda node: hasattr(node, 'shape'))
-    }
-    for name in sorted(wanted.keys() | stored.keys()):
-        if wanted.get(name) != stored.get(name):
-            raise UserError(
-                f'checkpoint {where} is of another architecture: {name} is {stored.get(name, "absent")} there '
-                f'and {wanted.get(name, "absent")} in the config'
-            )
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, 'shape'))
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0][:200] if lines else ""}'
+
+
+def _drop_unfinished_reads() -> None:
+    """Collects the reads that Orbax leaves half done when one fails; at exit they would print a traceback each."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _free_name(path: Path) -> Path:

@@ -171,7 +171,8 @@ class _Loop:
         self.in_flight = None
         metrics = jax.device_get(on_device)
         norms = metrics.pop('parameter_grad_norms')
-        metrics = {name: float(value) for name, value in metrics.items()}
+        names = ('loss', 'tokens', 'learning_rate', 'grad_norm')
+        metrics = {name: float(metrics[name]) for name in names}
         if not (np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])):
             raise NotFinite(self._diagnose(step, metrics['loss'], norms))
         speed = self.clock.tick(step, self.run.tokens_per_step)

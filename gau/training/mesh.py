@@ -82,7 +82,8 @@ def shardings(boxed_tree: Any, mesh: Mesh) -> Any:
 
     def one(path: Any, leaf: Any, names: PartitionSpec) -> NamedSharding:
         where = path_name(path)
-        spec = partition_spec(names, where=where)
+        # A dimension of one, such as the heads of a one-head GAU, has nothing to divide.
+        spec = partition_spec([None if n == 1 else name for n, name in zip(leaf.shape, names)], where=where)  # noqa: B905
         for size, axes in zip(leaf.shape, spec, strict=False):
             parts = math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
             if size % parts:

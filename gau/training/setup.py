@@ -14,10 +14,9 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gau import models
 from gau.data import pipeline, tokenizers
 from gau.errors import UserError
-from gau.models import counts
+from gau.models import counts, registry
 from gau.training import checkpoints, durations, step
 from gau.training import mesh as meshes
 from gau.training.evaluation import Evaluator
@@ -62,7 +61,7 @@ class Run:
             raise UserError(
                 f'data.batch_size={config.data.batch_size} does not divide over {jax.process_count()} processes'
             )
-        model = models.build(config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm')
+        model = registry.build(config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm')
         return cls(config, tokenizer, mesh, model)
 
     @property

@@ -1,0 +1,58 @@
+"""The end of the quickstart: a sample, and five lines on what was reached, against what, where it lies, what is next."""
+
+import bz2
+import json
+import lzma
+from pathlib import Path
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+
+flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
+
+PROMPT = 'def read_lines(path):\n    """'
+
+
+def main() -> None:
+    """Prints the sample and the five lines."""
+    from gau.data import embedded
+    from gau.training import evaluate, sampling
+
+    workdir = Path(flags.FLAGS.workdir)
+    run, params, step = evaluate.load_run(workdir)
+    final = json.loads((workdir / 'final.json').read_text())
+    written = sampling.sample(
+        run.model,
+        params,
+        run.tokenizer.encode(PROMPT),
+        bos_id=run.tokenizer.bos_id,
+        max_tokens=160,
+        temperature=0.5,
+        seed=0,
+    )
+    print(f'\nA sample, continuing {PROMPT!r}:\n{PROMPT}{run.tokenizer.decode(written[0])}\n')
+    texts = [text.encode() for _, text in embedded.split_text('valid')]
+    together = b''.join(texts)
+    size = len(together)
+    bits = {
+        'bz2 -9': 8 * len(bz2.compress(together, 9)) / size,
+        'xz -9': 8 * len(lzma.compress(together, preset=9)) / size,
+        'bz2 -9 file by file': 8 * sum(len(bz2.compress(text, 9)) for text in texts) / size,
+    }
+    ours = final['eval']['valid']['bits_per_byte']
+    print(
+        f'1. Result: {final["parameters"]:,} parameters, {step} steps, {ours:.3f} bits per byte on {size:,} bytes of '
+        'source that it never saw.'
+    )
+    print('2. Compared with: ' + ', '.join(f'{name} {value:.3f}' for name, value in bits.items()) + ' bits per byte.')
+    print(f'3. Checkpoint: {workdir}/checkpoints/{step}')
+    print(f'4. Metrics: {workdir}/metrics.jsonl; plots: {workdir}/plots/loss.png, {workdir}/plots/loss_by_position.png')
+    print(
+        f'5. Next: python scripts/sample.py --workdir={workdir} --prompt="class " (with .venv/bin/python), or README.md'
+    )
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,174 @@
+"""The commands as a user calls them: exit codes, one-line errors, and death by signal at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.training.tiny import assert_trees_equal, read_metrics, read_state
+
+TINY = [
+    '--config=configs/quickstart.py:runlocal',
+    '--config.model.num_layers=2',
+    '--config.model.model_dim=32',
+    '--config.data.batch_size=2',
+    '--config.data.context=64',
+    '--config.steps=24',
+    '--config.checkpoint.every_steps=5',
+    '--config.eval.every_steps=10',
+    '--config.eval.max_tokens=500',
+]
+
+
+def start(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def run(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_step(workdir, step, process):
+    """Waits until the run has logged `step`; fails if it ends before."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        path = workdir / 'metrics.jsonl'
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        if process.poll() is not None:
+            pytest.fail(f'ended too early: {process.communicate()}')
+        time.sleep(0.02)
+    pytest.fail('too slow')
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp('commands') / 'undisturbed'
+    code, _, err = run('train.py', *TINY, f'--workdir={path}')
+    assert code == 0, err
+    return path
+
+
+def test_killed_at_any_moment_and_resumed_ends_the_same(undisturbed, tmp_path):
+    # Before the first checkpoint, in mid-epoch after one, while one is being written, and near the end.
+    for step in (3, 8, 15, 23):
+        process = start('train.py', *TINY, f'--workdir={tmp_path}')
+        wait_for_step(tmp_path, step, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path}')
+    assert code == 0, err
+    assert_trees_equal(read_state(tmp_path), read_state(undisturbed))
+    assert read_metrics(tmp_path) == read_metrics(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_random_times(undisturbed, tmp_path):
+    seconds = 3.0
+    for _ in range(40):
+        process = start('train.py', *TINY, f'--workdir={tmp_path}')
+        try:
+            process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        seconds += 0.37
+    assert process.returncode == 0
+    assert_trees_equal(read_state(tmp_path), read_state(undisturbed))
+    assert read_metrics(tmp_path) == read_metrics(undisturbed)
+
+
+@pytest.mark.parametrize(('signum', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_say_so(undisturbed, tmp_path, signum, code):
+    process = start('train.py', *TINY, f'--workdir={tmp_path}')
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert 'saved at step' in err
+    assert 'Traceback' not in err
+    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path}')
+    assert code == 0, err
+    assert 'resumed at step' in err
+    assert_trees_equal(read_state(tmp_path), read_state(undisturbed))
+
+
+def test_eval_reads_the_work_directory_alone(undisturbed):
+    code, out, err = run('eval.py', f'--workdir={undisturbed}', '--contexts=64,128', '--step=20', '--max_tokens=500')
+    assert code == 0, err
+    assert (undisturbed / 'eval.jsonl').read_text().count('\n') == 2
+    assert (undisturbed / 'plots' / 'loss_by_position_step_20.png').is_file()
+    assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith('written'))
+
+
+BAD = {
+    'no config file': (['--config=configs/nothing.py'], 'nothing.py'),
+    'unknown argument': (['--config=configs/quickstart.py:modle=flash'], 'did you mean "model"'),
+    'unknown field': ([*TINY, '--config.optimizer.learning_rat=1'], 'did you mean "learning_rate"'),
+    'unknown section': ([*TINY, '--config.optimiser.learning_rate=1'], 'did you mean "optimizer"'),
+    'wrong type': ([*TINY, '--config.steps=many'], '--config.steps=many'),
+    'unknown flag': ([*TINY, '--workdirr=x'], 'workdir'),
+    'stray argument': ([*TINY, 'stray'], 'unexpected argument "stray"'),
+    'unknown model': ([*TINY, '--config.model.name=flsh'], 'did you mean "flash"'),
+    'odd width with RoPE': ([*TINY, '--config.model.query_key_dim=15'], 'query_key_dim'),
+    'two durations': ([*TINY, '--config.tokens=1000', '--config.epochs=1'], 'exactly one of steps, tokens, epochs'),
+    'missing text': ([*TINY, '--config.data.source=text:no_such_file.txt'], 'no_such_file.txt'),
+    'batch and accumulation': ([*TINY, '--config.optimizer.accumulation_steps=3'], 'accumulation_steps'),
+    'mesh': ([*TINY, '--config.mesh.tensor=64'], 'multiply'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line_and_code_2(name, tmp_path):
+    arguments, hint = BAD[name]
+    code, out, err = run('train.py', *arguments, f'--workdir={tmp_path / "run"}')
+    assert code == 2, err
+    assert hint in err
+    assert err.count('\n') == 1
+    assert err.startswith('error: ')
+    assert not out
+    assert not (tmp_path / 'run').exists()
+
+
+def test_unusable_work_directories_are_one_line(undisturbed, tmp_path):
+    (tmp_path / 'file').write_text('precious')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'notes.txt').write_text('precious')
+    for path, hint in ((tmp_path / 'file', 'not a directory'), (tmp_path / 'other', 'not empty')):
+        code, _, err = run('train.py', *TINY, f'--workdir={path}')
+        assert (code, err.count('\n')) == (2, 1), err
+        assert hint in err
+    code, _, err = run('train.py', *TINY, '--config.seed=1', f'--workdir={undisturbed}')
+    assert code == 2
+    assert 'seed: 0 -> 1' in err
+    code, _, err = run('eval.py', f'--workdir={tmp_path / "other"}')
+    assert code == 2
+    assert 'holds no run' in err
+    code, _, err = run('eval.py', f'--workdir={undisturbed}', '--splits=vald')
+    assert code == 2
+    assert 'valid' in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_unwritable_work_directory_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path / "run"}')
+    assert (code, err.count('\n')) == (2, 1), err
+    assert 'cannot be written' in err
+
+
+def test_importing_gau_is_light():
+    code, _, err = run('-X', 'importtime', '-c', 'import gau, gau.training.config, configs.lm')
+    assert code == 0
+    for heavy in ('jax', 'flax', 'grain', 'orbax', 'matplotlib', 'tensorflow_datasets', 'sentencepiece', 'numpy'):
+        assert f'| {heavy}\n' not in err.replace('|   ', '| ').replace('  ', ''), heavy

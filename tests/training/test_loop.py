@@ -1,0 +1,155 @@
+"""The loop in one process: the files of the contract, resuming, forking, and the ways in which a run ends badly."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from gau.errors import UserError
+from gau.training import loop, workdir
+from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of 6 steps that nothing disturbed."""
+    path = tmp_path_factory.mktemp('runs') / 'finished'
+    loop.train(tiny_config(), path)
+    return path
+
+
+def copy_until(finished, path, step):
+    """Copies a finished run as it was when the checkpoint of `step` was its newest, with later metrics lines left."""
+    shutil.copytree(finished, path)
+    for entry in (path / 'checkpoints').iterdir():
+        if entry.name.isdecimal() and int(entry.name) > step:
+            shutil.rmtree(entry)
+    (path / 'final.json').unlink()
+    return path
+
+
+def test_writes_the_files_of_the_contract(finished):
+    rows = workdir.read_metrics(finished / 'metrics.jsonl')
+    train = [row for row in rows if row['split'] == 'train']
+    assert [row['step'] for row in train] == [1, 2, 3, 4, 5, 6]
+    keys = {'loss', 'tokens', 'tokens_per_second', 'step_seconds', 'mfu', 'learning_rate', 'grad_norm'}
+    assert keys <= train[-1].keys()
+    assert train[-1]['tokens'] == 2 * 48
+    assert train[-1]['tokens_per_second'] > 0
+    assert train[-1]['mfu'] is None
+    evaluations = [row for row in rows if row['split'] == 'eval/valid']
+    assert [row['step'] for row in evaluations] == [4, 6]
+    assert {'loss', 'perplexity', 'bits_per_byte', 'tokens'} <= evaluations[0].keys()
+    assert sorted(int(entry.name) for entry in (finished / 'checkpoints').iterdir()) == [2, 4, 6]
+    final = json.loads((finished / 'final.json').read_text())
+    assert final['step'] == 6
+    assert final['eval']['valid']['loss'] == evaluations[-1]['loss']
+    assert json.loads((finished / 'config.json').read_text())['model']['name'] == 'flash'
+    assert 'embedding' in (finished / 'parameters.txt').read_text()
+    assert {path.name for path in (finished / 'plots').iterdir()} == {'loss.png', 'loss_by_position.png'}
+    assert all(path.read_bytes().startswith(b'\x89PNG') for path in (finished / 'plots').iterdir())
+
+
+def test_event_files_are_read_by_tensorboard(finished):
+    accumulators = pytest.importorskip(
+        'tensorboard.backend.event_processing.event_accumulator', reason='tensorboard is not installed'
+    )
+    events = accumulators.EventAccumulator(str(finished / 'tensorboard')).Reload()
+    assert [event.step for event in events.Scalars('train/loss')] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_stays_as_it_is(finished, capsys):
+    before = (finished / 'metrics.jsonl').read_bytes()
+    final = loop.train(tiny_config(), finished)
+    assert final == json.loads((finished / 'final.json').read_text())
+    assert 'finished at step 6' in capsys.readouterr().out
+    assert (finished / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize('step', [2, 4, 6])
+def test_resumed_equals_uninterrupted_bitwise(finished, tmp_path, step):
+    path = copy_until(finished, tmp_path / 'run', step)
+    loop.train(tiny_config(), path)
+    assert_trees_equal(read_state(path), read_state(finished))
+    assert read_metrics(path) == read_metrics(finished)
+
+
+def test_signal_saves_and_resumes(finished, tmp_path):
+    config = tiny_config()
+    original = loop._Loop.settle
+
+    def interrupt_after_three(self):
+        original(self)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, 'settle', interrupt_after_three)
+        with pytest.raises(loop.Interrupted) as caught:
+            loop.train(config, tmp_path)
+    assert caught.value.exit_code == 143
+    assert (tmp_path / 'checkpoints' / '3').is_dir()
+    loop.train(config, tmp_path)
+    assert_trees_equal(read_state(tmp_path), read_state(finished))
+    assert read_metrics(tmp_path) == read_metrics(finished)
+
+
+def test_damaged_checkpoint_falls_back_and_is_kept(finished, tmp_path, caplog):
+    path = copy_until(finished, tmp_path / 'run', 4)
+    largest = max((path / 'checkpoints' / '4').rglob('*'), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    loop.train(tiny_config(), path)
+    assert 'checkpoints/4 is damaged' in caplog.text
+    assert (path / 'damaged_checkpoints' / '4').is_dir()
+    assert_trees_equal(read_state(path), read_state(finished))
+    assert read_metrics(path) == read_metrics(finished)
+
+
+def test_all_checkpoints_damaged_is_an_error_that_touches_nothing(finished, tmp_path):
+    path = copy_until(finished, tmp_path / 'run', 2)
+    for file in (path / 'checkpoints' / '2').rglob('*'):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = (path / 'metrics.jsonl').read_bytes()
+    with pytest.raises(UserError, match='can be read'):
+        loop.train(tiny_config(), path)
+    assert (path / 'checkpoints' / '2').is_dir()
+    assert (path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_changed_config_is_refused_and_forked(finished, tmp_path):
+    changed = tiny_config(optimizer__learning_rate=1e-4)
+    with pytest.raises(UserError, match=r'optimizer.learning_rate: 0.0007 -> 0.0001'):
+        loop.train(changed, finished)
+    changed.fork = str(finished)
+    changed.steps = 8
+    loop.train(changed, tmp_path / 'fork')
+    rows = read_metrics(tmp_path / 'fork')
+    assert [row['step'] for row in rows if row['split'] == 'train'] == [7, 8]
+    # Parameters and data go on where the parent stood: step 7 sees what it sees in a run that never forked.
+    loop.train(tiny_config(steps=7), tmp_path / 'straight')
+    straight = [row for row in read_metrics(tmp_path / 'straight') if row['split'] == 'train']
+    assert rows[0]['loss'] == straight[-1]['loss']
+    assert rows[0]['learning_rate'] != straight[-1]['learning_rate']
+
+
+def test_fork_of_another_architecture_is_refused(finished, tmp_path):
+    config = tiny_config(model__model_dim=16, fork=str(finished))
+    with pytest.raises(UserError, match='another architecture'):
+        loop.train(config, tmp_path / 'fork')
+
+
+def test_divergence_names_step_culprits_and_checkpoint(tmp_path):
+    config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip='none', optimizer__warmup_steps=0)
+    config.optimizer.clip_norm = 1.0
+    with pytest.raises(loop.NotFinite, match=r'at step 2.*blocks_0.*last good checkpoint'):
+        loop.train(config, tmp_path)
+
+
+def test_loss_falls(tmp_path):
+    config = tiny_config(steps=30, optimizer__learning_rate=1e-2, optimizer__clip='global', optimizer__clip_norm=1.0)
+    config.eval.every_steps = 30
+    loop.train(config, tmp_path)
+    losses = [row['loss'] for row in read_metrics(tmp_path) if row['split'] == 'train']
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.0

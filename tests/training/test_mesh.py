@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.training import mesh as meshes
+
+
+def test_names_become_mesh_axes():
+    assert meshes.partition_spec(('embed', 'expanded')) == PartitionSpec('fsdp', 'tensor')
+    assert meshes.partition_spec(('batch', 'length', None)) == PartitionSpec(('data', 'fsdp'), 'sequence', None)
+
+
+def test_unknown_name_and_axis_used_twice_are_errors():
+    with pytest.raises(UserError, match='"embd".*did you mean "embed"'):
+        meshes.partition_spec(('embd',))
+    with pytest.raises(UserError, match='twice'):
+        meshes.partition_spec(('vocab', 'expanded'))
+
+
+def test_every_rule_names_mesh_axes():
+    for name, _ in meshes.AXIS_RULES:
+        for axis in jax.tree.leaves(tuple(meshes.partition_spec((name,)))):
+            assert axis in meshes.MESH_AXES
+
+
+def test_sizes_must_multiply_to_the_devices():
+    mesh = meshes.make_mesh(ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}))
+    assert mesh.size == jax.device_count()
+    with pytest.raises(UserError, match='must multiply'):
+        meshes.make_mesh(ConfigDict({'data': 3, 'fsdp': 5, 'tensor': 1, 'sequence': 1}))
+    with pytest.raises(UserError, match='at most one'):
+        meshes.make_mesh(ConfigDict({'data': -1, 'fsdp': -1, 'tensor': 1, 'sequence': 1}))
+
+
+def test_shardings_follow_the_boxes():
+    mesh = meshes.make_mesh(ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}))
+    tree = {'kernel': nn.LogicallyPartitioned(jnp.ones((4, 6)), ('embed', 'expanded')), 'count': jnp.zeros(())}
+    found = meshes.shardings(tree, mesh)
+    assert found['kernel'].spec == PartitionSpec('fsdp', 'tensor')
+    assert found['count'].spec == PartitionSpec()

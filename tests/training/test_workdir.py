@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.training import workdir
+
+CONFIG = ConfigDict({'seed': 0, 'mesh': {'data': 1}, 'optimizer': {'rules': (('a', 1.0),)}})
+
+
+def claim(path, config=CONFIG):
+    return workdir.claim(path, config)
+
+
+def test_config_survives_json(tmp_path):
+    workdir.write_json(tmp_path / 'config.json', workdir.config_to_dict(CONFIG))
+    assert workdir.read_config(tmp_path) == CONFIG
+
+
+def test_new_then_resumed_then_changed(tmp_path):
+    with claim(tmp_path / 'run') as resuming:
+        assert not resuming
+        workdir.write_json(tmp_path / 'run' / 'config.json', workdir.config_to_dict(CONFIG))
+    with claim(tmp_path / 'run') as resuming:
+        assert resuming
+    changed = CONFIG.copy_and_resolve_references()
+    changed.seed = 1
+    with pytest.raises(UserError, match=r'seed: 0 -> 1.*--fork'), claim(tmp_path / 'run', changed):
+        pass
+
+
+def test_another_mesh_is_the_same_run(tmp_path):
+    workdir.write_json(tmp_path / 'config.json', workdir.config_to_dict(CONFIG))
+    changed = CONFIG.copy_and_resolve_references()
+    changed.mesh.data = 8
+    with claim(tmp_path, changed) as resuming:
+        assert resuming
+
+
+def test_one_process_at_a_time(tmp_path):
+    with claim(tmp_path), pytest.raises(UserError, match='another process'), claim(tmp_path):
+        pass
+
+
+def test_foreign_directories_are_refused_untouched(tmp_path):
+    (tmp_path / 'thesis.tex').write_text('precious')
+    with pytest.raises(UserError, match='not empty and holds no run'), claim(tmp_path):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ['thesis.tex']
+    with pytest.raises(UserError, match='not a directory'), claim(tmp_path / 'thesis.tex'):
+        pass
+
+
+def test_unreadable_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='holds no run'):
+        workdir.read_config(tmp_path)
+    (tmp_path / 'config.json').write_text('{"seed": ')
+    with pytest.raises(UserError, match='not valid JSON'):
+        workdir.read_config(tmp_path)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    rows = [{'step': s, 'split': split} for s in (1, 2, 3) for split in ('train', 'eval/valid')]
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    path.write_text(text + '{"step": 4, "spl')
+    assert workdir.read_metrics(path) == rows
+    workdir.truncate_metrics(path, last_step=2, keep_evaluations=True)
+    assert workdir.read_metrics(path) == rows[:4]
+    workdir.truncate_metrics(path, last_step=2, keep_evaluations=False)
+    assert workdir.read_metrics(path) == rows[:3]
+    assert path.read_text().endswith('\n')
