@@ -43,23 +43,27 @@ def main() -> None:
     for split in _SPLITS.value or []:
         if split not in sources.splits(config):
             raise UserError(f'--splits: unknown split "{split}"{did_you_mean(split, sources.splits(config))}')
-    bar = tqdm(unit=' documents', smoothing=0.1)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    with bar:
-        contents = prepare.prepare(
-            config,
-            _OUTPUT.value,
-            splits=_SPLITS.value,
-            train_tokenizer=_TRAIN.value,
-            sample_bytes=int(_SAMPLE.value * 2**20),
-            workers=_WORKERS.value,
-            progress=progress,
-        )
+    contents = prepare.prepare(
+        config,
+        _OUTPUT.value,
+        splits=_SPLITS.value,
+        train_tokenizer=_TRAIN.value,
+        sample_bytes=int(_SAMPLE.value * 2**20),
+        workers=_WORKERS.value,
+        progress=_Progress(),
+    )
     _print_table(contents)
+
+
+class _Progress:
+    """A bar that shows itself with the first shard, so that an error before stands alone."""
+
+    def __call__(self, done: int, total: int) -> None:
+        if not hasattr(self, '_bar'):
+            self._bar = tqdm(total=total, initial=done, unit=' documents', smoothing=0.1)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
 
 
 def _print_table(contents: dict) -> None:

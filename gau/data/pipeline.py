@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -87,7 +87,9 @@ def train_iterator(
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])
     if config.shuffle == 'rows':
-        window = max(1, config.shuffle_window // config.context // process_count)
+        # A window beyond an epoch would only mix epochs, and keep a small corpus waiting for its first batch.
+        epoch = sum(_estimated_tokens(documents, tokenizer) for documents in opened)
+        window = max(1, min(config.shuffle_window, epoch) // config.context // process_count)
         dataset = grain.experimental.WindowShuffleIterDataset(
             dataset, window_size=window, seed=_seed(seed, 'rows', process_index)
         )
@@ -202,12 +204,19 @@ def _count_tokens(documents: Documents, tokenizer: Tokenizer, frame: int) -> int
     return total
 
 
-def _lengths(documents: Documents, tokenizer: Tokenizer, indices: range) -> Iterator[int]:
+def _lengths(documents: Documents, tokenizer: Tokenizer, indices: Iterable[int]) -> Iterator[int]:
     """Yields the number of tokens of every document that is not left out."""
     for index in indices:
         document = documents[index]
         if document is not None:
             yield len(examples.encode(document, tokenizer))
+
+
+def _estimated_tokens(documents: Documents, tokenizer: Tokenizer) -> int:
+    """Returns about the tokens of an epoch, from documents spread evenly."""
+    chosen = np.unique(np.linspace(0, len(documents) - 1, 16).astype(int))
+    lengths = [length + 1 for length in _lengths(documents, tokenizer, chosen.tolist())]
+    return int(len(documents) * np.mean(lengths)) if lengths else 0
 
 
 def _check_fills_a_batch(name: str, documents: Documents, tokenizer: Tokenizer, config: ConfigDict) -> None:

@@ -185,10 +185,16 @@ def _start(output: pathlib.Path, plan: dict[str, Any]) -> None:
 
 
 def _check_same(plan: dict[str, Any], found: dict[str, Any], output: pathlib.Path) -> None:
-    for key, value in plan.items():
-        if json.loads(json.dumps(value)) != found.get(key):
-            what = f'{key}: {_short(found.get(key))} there, {_short(value)} now'
-            raise UserError(f'{output}: holds tokens of another preparation ({what}): choose another directory')
+    now = json.loads(json.dumps(plan))
+    for key in now:
+        if now[key] == found.get(key):
+            continue
+        here, there = now[key], found.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            changed = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+            here, there = ({name: side.get(name) for name in changed} for side in (here, there))
+        what = f'{key}: {_short(there)} there, {_short(here)} now'
+        raise UserError(f'{output}: holds tokens of another preparation ({what}): choose another directory')
 
 
 def _short(value: Any) -> str:

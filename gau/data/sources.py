@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gau.data import config as data_config
 from gau.data import documents as docs
-from gau.data import embedded, manifest, tokenizers
+from gau.data import embedded, manifest, tfds_source, tokenizers
 from gau.data.documents import Documents
 from gau.data.shards import Shards
 from gau.data.textfiles import TextFiles
@@ -55,6 +55,8 @@ def _splits_of(config: ConfigDict, source: str) -> list[str]:
         return list(embedded.SPLITS)
     if kind == 'tokens':
         return list(manifest.read(_argument(source))['splits'])
+    if kind == 'tfds':
+        return tfds_source.splits(_argument(source), config.tfds_dir)
     return ['train', 'valid', *(['test'] if config.test_source else [])]
 
 
@@ -64,6 +66,8 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
         return docs.Texts([text for _, text in embedded.split_text(split)])
     if kind == 'tokens':
         return Shards(_argument(source), split, tokenizers.load(config.tokenizer).fingerprint)
+    if kind == 'tfds':
+        return tfds_source.TfdsText(_argument(source), split, field=config.text_field, data_dir=config.tfds_dir)
     documents = _open_text(config, source)
     if config.valid_source:
         return documents
