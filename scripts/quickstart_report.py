@@ -1,4 +1,4 @@
-"""The end of the quickstart: a sample, and five lines on what was reached, against what, where it lies, what is next."""
+"""The end of the quickstart: a sample, and five lines: what was reached, against what, where it lies, what is next."""
 
 import bz2
 import json

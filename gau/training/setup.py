@@ -47,14 +47,14 @@ class Run:
     model: nn.Module
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> 'Run':
-        """Builds the parts of a resolved config.
+    def from_config(cls, config: ConfigDict, *, devices: list[jax.Device] | None = None) -> 'Run':
+        """Builds the parts of a resolved config, on all devices or on those given.
 
         Raises:
           UserError: the tokenizer is missing, or mesh, batch and context do not fit together.
         """
         tokenizer = tokenizers.load(config.data.tokenizer)
-        mesh = meshes.make_mesh(config.mesh)
+        mesh = meshes.make_mesh(config.mesh, devices)
         micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
         meshes.check_batch(mesh, batch_size=micro_batch, context=config.data.context)
         if config.data.batch_size % jax.process_count():

@@ -19,7 +19,7 @@ def test_units_round_up():
 
 @pytest.mark.parametrize('fields', [{}, {'steps': 3, 'tokens': 5}, {'steps': -1}])
 def test_exactly_one_and_not_negative(fields):
-    with pytest.raises(UserError, match='exactly one|negative'):
+    with pytest.raises(UserError, match=r'exactly one|negative'):
         steps(**fields)
 
 

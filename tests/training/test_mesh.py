@@ -15,7 +15,7 @@ def test_names_become_mesh_axes():
 
 
 def test_unknown_name_and_axis_used_twice_are_errors():
-    with pytest.raises(UserError, match='"embd".*did you mean "embed"'):
+    with pytest.raises(UserError, match=r'"embd".*did you mean "embed"'):
         meshes.partition_spec(('embd',))
     with pytest.raises(UserError, match='twice'):
         meshes.partition_spec(('vocab', 'expanded'))

@@ -1,0 +1,78 @@
+"""Run as a program by test_sharding.py: trains a few steps on 8 simulated devices, for each mesh named, and compares.
+
+A process of its own, since the number of devices is fixed when JAX starts.
+"""
+
+import json
+import os
+import sys
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gau.data import pipeline
+from gau.training import config as training_config
+from gau.training import mesh as meshes
+from gau.training.evaluation import put_batch
+from gau.training.setup import Run
+from tests.training.tiny import tiny_config
+
+AXES = meshes.MESH_AXES
+STEPS = 3
+
+
+def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[list[float], dict, dict]:
+    """Trains STEPS steps on `devices`; returns losses, parameters, and bytes of state on the first device."""
+    run = Run.from_config(config, devices=devices)
+    state, train_step = run.init_state(), run.train_step()
+    iterator = pipeline.train_iterator(
+        config.data, objective=config.objective, tokenizer=run.tokenizer, seed=config.seed
+    )
+    losses = []
+    with run.context():
+        for _ in range(STEPS):
+            state, metrics = train_step(state, put_batch(next(iterator), meshes.batch_sharding(run.mesh)))
+            losses.append(float(metrics['loss']))
+        compiled = train_step.lower(state, put_batch(next(iterator), meshes.batch_sharding(run.mesh))).compile()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    memory = {'state_bytes': held, 'argument_bytes': compiled.memory_analysis().argument_size_in_bytes}
+    return losses, jax.device_get(state.params), memory
+
+
+def main() -> None:
+    """Compares every mesh with one device, for one model and objective; prints a JSON object."""
+    model, objective, *shapes = sys.argv[1:]
+    report = {}
+    alone = None
+    for shape in ['1,1,1,1', *shapes]:
+        sizes = [int(size) for size in shape.split(',')]
+        config = tiny_config(
+            objective=objective, model__name=model, mesh=ConfigDict(dict(zip(AXES, sizes, strict=True)))
+        )
+        if model == 'transformer_plus_plus':
+            config.model.query_key_dim = config.model.chunk_size = None
+            config.model.num_heads = 4
+            config.model.feed_forward_dim = 64
+        if model == 'flash_quad':
+            config.model.chunk_size = None
+        config.data.batch_size = 8
+        config.data.context = 64
+        config.optimizer.learning_rate = 1e-2
+        config = training_config.resolve(config)
+        losses, params, memory = losses_and_params(config, jax.devices()[: int(np.prod(sizes))])
+        if alone is None:
+            alone = (losses, params)
+        difference = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), params, alone[1])
+        report[shape] = {
+            'loss_difference': max(abs(a - b) for a, b in zip(losses, alone[0], strict=True)),
+            'parameter_difference': max(jax.tree.leaves(difference)),
+            **memory,
+        }
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    main()

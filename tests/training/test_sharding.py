@@ -1,0 +1,48 @@
+"""Sharded equals single device, on 8 simulated devices in a process of its own (see sharded.py)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# data, fsdp, tensor, sequence
+MESHES = ('8,1,1,1', '1,8,1,1', '2,2,2,1', '1,1,2,4', '1,2,1,4')
+
+
+@pytest.mark.parametrize(
+    ('model', 'objective'),
+    [
+        ('flash', 'lm'),
+        pytest.param('flash', 'mlm', marks=pytest.mark.slow),
+        pytest.param('flash_quad', 'lm', marks=pytest.mark.slow),
+        pytest.param('flash_quad', 'mlm', marks=pytest.mark.slow),
+        ('transformer_plus_plus', 'lm'),
+        pytest.param('transformer_plus_plus', 'mlm', marks=pytest.mark.slow),
+    ],
+)
+def test_three_steps_on_any_mesh_equal_one_device(model, objective):
+    done = subprocess.run(
+        [sys.executable, '-m', 'tests.training.sharded', model, objective, *MESHES],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.keys() == {'1,1,1,1', *MESHES}
+    alone = report['1,1,1,1']
+    for shape, found in report.items():
+        # Sums in another order: a few float32 roundings of a loss near 5.5 and of parameters near 0.1.
+        assert found['loss_difference'] < 5e-6, shape
+        assert found['parameter_difference'] < 5e-6, shape
+        _, fsdp, tensor, _ = (int(size) for size in shape.split(','))
+        if fsdp * tensor > 1:
+            # Nearly every byte of the state is divided; what is not are vectors over small axes.
+            assert found['state_bytes'] < 1.5 * alone['state_bytes'] / (fsdp * tensor) + 4096, shape
+        assert found['argument_bytes'] < found['state_bytes'] + 20_000, shape
