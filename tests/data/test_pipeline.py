@@ -1,0 +1,293 @@
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from gau.data import pipeline, sources, tokenizers
+from gau.errors import UserError
+from tests.data.conftest import make_config, make_texts, write_jsonl
+
+PACKINGS = ('concat', 'first_fit', 'document')
+
+
+def stream(config, *, objective='lm', seed=0, index=0, count=1, tokenizer=None):
+    return pipeline.train_iterator(
+        config,
+        objective=objective,
+        tokenizer=tokenizer or tokenizers.load(config.tokenizer),
+        seed=seed,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def evaluation(config, split='valid', *, objective='lm', context=32, batch_size=6, **rest):
+    return list(
+        pipeline.eval_iterator(
+            config,
+            split=split,
+            context=context,
+            batch_size=batch_size,
+            objective=objective,
+            tokenizer=tokenizers.load(config.tokenizer),
+            **rest,
+        )
+    )
+
+
+def texts_of(config, split):
+    (documents,) = sources.open_split(config, split)
+    return [documents[i].text for i in range(len(documents))]
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+        assert left[key].dtype == right[key].dtype
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_every_token_is_a_target_once_after_its_true_predecessor(corpus, by_bytes, packing):
+    config = make_config(source=corpus['jsonl'], holdout_every=10, packing=packing)
+    batches = evaluation(config)
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    real = joined['weights'] > 0
+    np.testing.assert_array_equal(real, joined['segment_ids'] > 0)
+    assert (joined['targets'][~real] == by_bytes.pad_id).all()
+    documents = {tuple(by_bytes.encode(text).tolist()) for text in texts_of(config, 'valid')}
+    # First-fit lays documents out in other rows than they came in; pieces of one document keep their order.
+    found, pending = [], {}
+    for row in range(len(real)):
+        for segment in range(1, joined['segment_ids'][row].max() + 1):
+            part = joined['segment_ids'][row] == segment
+            inputs, targets = joined['inputs'][row][part], joined['targets'][row][part]
+            np.testing.assert_array_equal(joined['positions'][row][part], np.arange(part.sum()))
+            np.testing.assert_array_equal(inputs[1:], targets[:-1])
+            if inputs[0] != by_bytes.bos_id:
+                tokens = pending.pop(int(inputs[0]) if packing != 'concat' else None)
+                assert tokens[-1] == inputs[0]
+            else:
+                tokens = []
+            tokens = [*tokens, *targets.tolist()]
+            if tokens[-1] == by_bytes.eos_id:
+                found.append(tuple(tokens[:-1]))
+            else:
+                pending[tokens[-1] if packing != 'concat' else None] = tokens
+    if packing == 'concat':
+        assert not pending
+    assert collections.Counter(found) == collections.Counter(documents)
+
+
+@pytest.mark.parametrize('source', ['jsonl', 'tokens'])
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_sizes_add_up_exactly(corpus, packing, source):
+    fields = {'holdout_every': 10} if source == 'jsonl' else {}
+    batches = evaluation(make_config(source=corpus[source], packing=packing, **fields))
+    texts = texts_of(make_config(source=corpus['jsonl'], holdout_every=10), 'valid')
+    assert sum(batch['target_bytes'].sum() for batch in batches) == sum(len(text.encode()) for text in texts)
+    assert sum(batch['target_words'].sum() for batch in batches) == sum(len(text.split()) for text in texts)
+    for batch in batches:
+        assert (batch['target_bytes'][batch['weights'] == 0] == 0).all()
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_evaluation_is_the_same_rows_for_any_number_of_processes(corpus, packing):
+    config = make_config(source=corpus['jsonl'], holdout_every=4, packing=packing)
+    alone = evaluation(config)
+    assert {batch['inputs'].shape for batch in alone} == {(6, 32)}
+    for count in (2, 3):
+        shares = [evaluation(config, process_index=i, process_count=count) for i in range(count)]
+        for parts in zip(alone, *shares, strict=True):
+            assert_same(parts[0], {key: np.concatenate([part[key] for part in parts[1:]]) for key in parts[0]})
+
+
+def test_max_tokens_stops_at_whole_rows(corpus):
+    config = make_config(source=corpus['jsonl'])
+    batches = evaluation(config, 'train', max_tokens=100)
+    assert sum(batch['weights'].sum() for batch in batches) == 128
+
+
+@pytest.mark.parametrize(
+    ('objective', 'fields'),
+    [
+        ('lm', {'packing': 'concat'}),
+        ('lm', {'packing': 'concat', 'shuffle': 'documents', 'read_threads': 3}),
+        ('lm', {'packing': 'concat', 'read_threads': 0, 'prefetch_batches': 0, 'attend_across_documents': True}),
+        ('lm', {'packing': 'first_fit', 'shuffle': 'none'}),
+        ('lm', {'packing': 'document'}),
+        ('mlm', {'packing': 'first_fit'}),
+        ('mlm', {'packing': 'concat', 'mlm_masking': 'span'}),
+        ('mlm', {'packing': 'document', 'mlm_masking': 'whole_word', 'shuffle': 'documents'}),
+    ],
+)
+def test_resume_is_bitwise_at_every_step_over_an_epoch_border(tmp_path, objective, fields):
+    path = write_jsonl(tmp_path / 'c.jsonl', make_texts(12, longest=40))
+    config = make_config(objective, source=f'jsonl:{path}', holdout_every=12, shuffle_window=None, **fields)
+    epoch = pipeline.tokens_per_epoch(config, tokenizers.load('bytes'), objective)
+    steps = 2 * epoch // (config.batch_size * config.context) + 2
+    iterator = stream(config, objective=objective)
+    states, batches = [iterator.get_state()], []
+    for _ in range(steps + 4):
+        batches.append(next(iterator))
+        states.append(iterator.get_state())
+    for k in range(steps):
+        resumed = stream(config, objective=objective)
+        # Checkpoints hold the state as JSON.
+        resumed.set_state(json.loads(json.dumps(states[k])))
+        for batch in batches[k : k + 4]:
+            assert_same(next(resumed), batch)
+        resumed.close()
+    # Setting an older state on an iterator that has gone on and prefetched works as well.
+    iterator.set_state(states[1])
+    assert_same(next(iterator), batches[1])
+    iterator.close()
+
+
+def test_state_does_not_grow_with_the_corpus(tmp_path):
+    sizes = []
+    for count in (10, 300):
+        path = write_jsonl(tmp_path / f'{count}.jsonl', make_texts(count))
+        iterator = stream(make_config(source=f'jsonl:{path}'))
+        for _ in range(20):
+            next(iterator)
+        sizes.append(len(json.dumps(iterator.get_state())))
+        iterator.close()
+    assert max(sizes) < 400
+
+
+def documents_in(rows, tokenizer, *, carry=None):
+    """Yields the targets of each document as it ends in a stream of concatenated rows."""
+    pending = carry if carry is not None else []
+    for inputs, targets in rows:
+        for before, token in zip(inputs.tolist(), targets.tolist(), strict=True):
+            if before == tokenizer.bos_id:
+                assert not pending
+            pending.append(token)
+            if token == tokenizer.eos_id:
+                yield tuple(pending)
+                pending.clear()
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_an_epoch_over_shards_covers_every_token_once(corpus, by_bytes, count):
+    config = make_config(source=corpus['tokens'], shuffle='documents')
+    (documents,) = sources.open_split(config, 'train')
+    expected = collections.Counter((*documents[i].tokens.tolist(), by_bytes.eos_id) for i in range(len(documents)))
+    epochs = [collections.Counter(), collections.Counter()]
+    for index in range(count):
+        share = len(range(index, len(documents), count))
+        iterator = stream(config, index=index, count=count)
+
+        def rows(iterator=iterator, index=index):
+            for step in range(10_000):
+                if step % 5 == 3:
+                    state = json.loads(json.dumps(iterator.get_state()))
+                    iterator.close()
+                    iterator = stream(config, index=index, count=count)
+                    iterator.set_state(state)
+                batch = next(iterator)
+                assert batch['inputs'].shape == (6 // count, 32)
+                assert (batch['weights'] == 1).all()
+                yield from zip(batch['inputs'], batch['targets'], strict=True)
+
+        seen = documents_in(rows(), by_bytes)
+        for epoch in epochs:
+            for _ in range(share):
+                epoch[next(seen)] += 1
+    assert epochs[0] == expected
+    assert epochs[1] == expected
+    assert pipeline.tokens_per_epoch(config, by_bytes) == sum(len(tokens) * n for tokens, n in expected.items())
+
+
+def test_epochs_and_seeds_differ_in_order_and_shuffle_none_does_not(corpus, by_bytes):
+    def order(config, seed, epochs=2):
+        iterator = stream(config, seed=seed)
+        rows = (
+            row
+            for _ in range(10_000)
+            for batch in [next(iterator)]
+            for row in zip(batch['inputs'], batch['targets'], strict=True)
+        )
+        seen = documents_in(rows, by_bytes)
+        return [[next(seen) for _ in range(36)] for _ in range(epochs)]
+
+    shuffled = make_config(source=corpus['tokens'], shuffle='documents')
+    first, second = order(shuffled, 0)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert order(shuffled, 0) == [first, second]
+    assert order(shuffled, 1)[0] not in (first, second)
+    first, second = order(make_config(source=corpus['tokens'], shuffle='none'), 0)
+    assert first == second
+
+
+def test_the_window_only_reorders_rows(corpus):
+    plain = stream(make_config(source=corpus['tokens'], shuffle='documents'))
+    mixed = stream(make_config(source=corpus['tokens'], shuffle='rows', shuffle_window=32 * 12))
+    rows = [[tuple(row) for _ in range(4) for row in next(iterator)['targets'].tolist()] for iterator in (plain, mixed)]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0][:12]) == sorted(rows[1][:12])
+    assert sorted(rows[0][12:]) == sorted(rows[1][12:])
+
+
+def test_prepared_tokens_give_the_same_batches_as_the_text(corpus):
+    from_text = stream(make_config(source=corpus['jsonl'], holdout_every=10))
+    from_tokens = stream(make_config(source=corpus['tokens']))
+    for _ in range(8):
+        assert_same(next(from_text), next(from_tokens))
+
+
+def test_attention_across_documents(corpus):
+    batch = next(stream(make_config(source=corpus['tokens'], attend_across_documents=True)))
+    assert batch.keys() == {'inputs', 'targets', 'weights'}
+    padded = next(stream(make_config(source=corpus['tokens'], attend_across_documents=True, packing='first_fit')))
+    real = padded['weights'] > 0
+    assert set(np.unique(padded['segment_ids'])) <= {0, 1}
+    np.testing.assert_array_equal(padded['positions'], np.where(real, np.arange(32), 0))
+    # A bidirectional model would see the padding at the end of the evaluation.
+    last = evaluation(
+        make_config('mlm', source=corpus['tokens'], packing='concat', attend_across_documents=True), objective='mlm'
+    )[-1]
+    assert (last['segment_ids'] == 0).any()
+
+
+def test_mixture_holds_its_shares_and_never_mixes_in_a_row(tmp_path, by_bytes):
+    for name in 'ab':
+        write_jsonl(tmp_path / f'{name}.jsonl', [name * (30 + 7 * i) for i in range(30)])
+    mixture = ((3, f'jsonl:{tmp_path}/a.jsonl'), (1, f'jsonl:{tmp_path}/b.jsonl'))
+    config = make_config(source='mixture', mixture=mixture)
+    iterator = stream(config)
+    counts = collections.Counter()
+    for _ in range(40):
+        for row in next(iterator)['targets']:
+            (letter,) = set(by_bytes.decode(row))
+            counts[letter] += 1
+    assert counts['a'] == pytest.approx(3 * counts['b'], rel=0.05)
+    resumed = stream(config)
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    for _ in range(5):
+        assert_same(next(resumed), next(iterator))
+    assert len(evaluation(config)) >= 1
+    total = sum(
+        len(text.encode()) + 1
+        for documents in sources.open_split(config, 'train')
+        for text in [documents[i].text for i in range(len(documents))]
+    )
+    assert pipeline.tokens_per_epoch(config, by_bytes) == total
+
+
+def test_what_cannot_be_fed_is_said(corpus, tmp_path):
+    tiny = write_jsonl(tmp_path / 'tiny.jsonl', ['a few words', 'and a few more', 'end'])
+    with pytest.raises(UserError, match=r'less than one batch of data.batch_size=6 rows of data.context=32'):
+        stream(make_config(source=f'jsonl:{tiny}'))
+    with pytest.raises(UserError, match='multiple of the 4 processes'):
+        stream(make_config(source=corpus['jsonl']), count=4)
+    with pytest.raises(UserError, match='multiple of the 4 processes'):
+        evaluation(make_config(source=corpus['jsonl']), process_count=4)
+    with pytest.raises(UserError, match='no split "vaild"; did you mean "valid"'):
+        evaluation(make_config(source=corpus['jsonl']), 'vaild')
+    few = write_jsonl(tmp_path / 'few.jsonl', ['long enough text ' * 50, 'held out'])
+    with pytest.raises(UserError, match='1 documents for 2 processes'):
+        stream(make_config(source=f'jsonl:{few}'), count=2)
