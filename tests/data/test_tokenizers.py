@@ -64,8 +64,8 @@ def test_hostile_text_comes_back(specs, kind, text):
 
 @pytest.mark.parametrize('kind', KINDS)
 @settings(max_examples=150, deadline=None)
-# U+2581 is how SentencePiece writes a space, and NUL ends its strings: both are its own limits.
-@given(text=st.text(st.characters(exclude_characters='▁\0', exclude_categories=['Cs'])))
+# U+2581 is how SentencePiece writes a space: its own limit.
+@given(text=st.text(st.characters(exclude_characters='▁', exclude_categories=['Cs'])))
 def test_any_text_comes_back(specs, kind, text):
     tokenizer = tokenizers.load(specs[kind])
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,0 +1,82 @@
+import subprocess
+import sys
+
+import pytest
+
+from gau.data import config as data_config
+from gau.errors import UserError
+from tests.data.conftest import make_config
+
+
+@pytest.mark.parametrize('objective', ['lm', 'mlm'])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'source': 'text:/x/*.txt'},
+        {'source': 'jsonl:/x', 'valid_source': 'jsonl:/y', 'text_field': 'body'},
+        {'source': 'mixture', 'mixture': ((1, 'embedded'), (0.5, 'text:/x'))},
+    ],
+)
+def test_resolving_twice_changes_nothing(objective, fields):
+    once = make_config(objective, **fields)
+    assert data_config.resolve(once, objective=objective) == once
+    # As read back from config.json, where tuples are lists.
+    assert data_config.sources(once) == data_config.sources(data_config.resolve(once, objective=objective))
+
+
+def test_defaults_depend_on_objective_and_source():
+    assert make_config().packing == 'concat'
+    assert make_config('mlm').packing == 'first_fit'
+    assert make_config().text_unit is None
+    assert make_config(source='text:x').text_unit == 'file'
+    assert make_config(source='text:x', valid_source='text:y').holdout_every is None
+    assert make_config('mlm', mlm_masking='span').mlm.span_max == 10
+
+
+@pytest.mark.parametrize(
+    ('objective', 'fields', 'message'),
+    [
+        ('lm', {'source': 'embeded'}, 'did you mean "embedded"'),
+        ('lm', {'source': 'json:x'}, 'did you mean "jsonl"'),
+        ('lm', {'source': 'text'}, 'must be "text:..."'),
+        ('lm', {'source': 'text:'}, 'lacks what stands behind the colon'),
+        ('lm', {'tokenizer': 'byte'}, 'did you mean "bytes"'),
+        ('lm', {'packing': 'firstfit'}, 'did you mean "first_fit"'),
+        ('lm', {'shuffle': 'row'}, 'did you mean "rows"'),
+        ('lm', {'source': 'text:x', 'text_unit': 'lines'}, 'did you mean "line"'),
+        ('lm', {'source': 'text:x', 'bad_lines': 'skipp'}, 'did you mean "skip"'),
+        ('lm', {'text_unit': 'line'}, 'data.text_unit speaks to text sources only'),
+        ('lm', {'source': 'text:x', 'text_field': 'body'}, 'data.text_field speaks to jsonl and tfds sources only'),
+        ('lm', {'valid_source': 'text:x'}, 'data.valid_source speaks to text and jsonl sources only'),
+        ('lm', {'source': 'text:x', 'valid_source': 'embedded'}, 'must be text:GLOB or jsonl:GLOB'),
+        ('lm', {'source': 'text:x', 'valid_source': 'text:y', 'holdout_every': 9}, 'has no use beside'),
+        ('lm', {'source': 'text:x', 'holdout_every': 1}, 'at least 2'),
+        ('lm', {'context': 0}, 'data.context=0 must be at least 1'),
+        ('lm', {'shuffle': 'documents', 'shuffle_window': 9999}, 'is for data.shuffle="rows"'),
+        ('lm', {'shuffle_window': 3}, 'less than one row'),
+        ('lm', {'packing': 'document', 'attend_across_documents': True}, 'has no meaning'),
+        ('lm', {'mixture': ((1, 'embedded'),)}, 'is for data.source="mixture"'),
+        ('lm', {'source': 'mixture'}, 'needs data.mixture'),
+        ('lm', {'source': 'mixture', 'mixture': ((0, 'embedded'),)}, 'weight above 0'),
+        ('lm', {'source': 'mixture', 'mixture': ((1, 'mixture'),)}, 'cannot hold a mixture'),
+        ('lm', {'mlm_rate': 0.3}, 'data.mlm.rate speaks to the objective mlm only'),
+        ('mlm', {'mlm_rate': 0.0}, 'data.mlm.rate=0.0'),
+        ('mlm', {'mlm_masking': 'word'}, 'did you mean "whole_word"'),
+        ('mlm', {'mlm_mask_share': 0.8, 'mlm_random_share': 0.3}, 'must be shares of one'),
+        ('mlm', {'mlm_span_max': 3}, 'is for data.mlm.masking="span"'),
+        ('clm', {}, 'objective="clm" is unknown'),
+        ('lm', {'source': 'tokens:/nowhere/at/all'}, 'no such directory'),
+    ],
+)
+def test_what_makes_no_sense_is_refused(objective, fields, message):
+    with pytest.raises(UserError, match=message.replace('(', r'\(')):
+        make_config(objective, **fields)
+
+
+def test_reading_a_config_stays_light():
+    heavy = "{'grain', 'jax', 'sentencepiece', 'tokenizers', 'tensorflow_datasets', 'numpy'}"
+    code = f'import sys, gau.data.config; print(sorted({heavy} & set(sys.modules)))'
+    # ml_collections itself brings NumPy.
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd='.')
+    assert result.stdout.strip() in ('[]', "['numpy']")

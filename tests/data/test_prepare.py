@@ -1,0 +1,183 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gau.data import embedded, manifest, pipeline, prepare, shards, sources
+from gau.errors import UserError
+from tests.data.conftest import make_config, write_jsonl
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """Documents enough for a kill to fall between shards, one of them bad."""
+    folder = tmp_path_factory.mktemp('source')
+    path = write_jsonl(folder / 'c.jsonl', [text * 3 for _, text in embedded.split_text('train')[:200]])
+    with path.open('a') as file:
+        file.write('{"no text": 1}\n')
+    return f'jsonl:{path}'
+
+
+def command(source, output, *flags):
+    script = [sys.executable, str(ROOT / 'scripts/prepare_data.py')]
+    return [*script, f'--source={source}', f'--output={output}', '--bad_lines=skip', '--holdout_every=10', *flags]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(source, tmp_path):
+    whole = make_config(source=source, bad_lines='skip', holdout_every=10)
+    model = prepare._train_tokenizer(tmp_path / 'm.model', sources.open_split(whole, 'train')[0], 600, 300_000)
+    whole.tokenizer = model
+    prepare.prepare(whole, tmp_path / 'whole', workers=1)
+
+    output = tmp_path / 'killed'
+    arguments = command(source, output, f'--tokenizer={model}', '--workers=2')
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(output.glob('*.arrayrecord')):
+        assert process.poll() is None, 'finished before it could be killed'
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (output / manifest.FILE).exists()
+    with pytest.raises(UserError, match='finish preparing it'):
+        make_config(source=f'tokens:{output}')
+    # The workers notice, and let the directory go.
+    deadline = time.monotonic() + 20
+    while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(process.pid)
+    done = len(list((output / '.work').glob('*.arrayrecord.json')))
+    assert done < 30
+    (output / '.work' / 'part-left-behind').write_bytes(b'half a shard')
+
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert contents(output) == contents(tmp_path / 'whole')
+    assert not (output / '.work').exists()
+    # Once more: nothing to do, nothing changes.
+    again = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert 'train on it with' in again.stdout
+    assert contents(output) == contents(tmp_path / 'whole')
+    written = manifest.read(output)
+    assert written['splits']['train']['skipped'] + written['splits']['valid']['skipped'] == 1
+
+
+def _alive(session):
+    """Whether a process of that session (the killed command's) still runs."""
+    for status in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        try:
+            fields = status.read_text().rpartition(')')[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != 'Z':
+            return True
+    return False
+
+
+def test_the_manifest_counts_what_is_there(corpus, by_bytes):
+    folder = corpus['folder'] / 'tokens'
+    written = manifest.read(folder)
+    assert written['tokenizer'] == {'spec': 'bytes', 'fingerprint': by_bytes.fingerprint, 'vocab_size': 260}
+    assert written['dtype'] == 'uint16'
+    config = make_config(source=corpus['tokens'])
+    assert config.tokenizer == 'bytes'
+    from_text = make_config(source=corpus['jsonl'], holdout_every=10)
+    for split in ('train', 'valid'):
+        (texts,), (tokens,) = (sources.open_split(c, split) for c in (from_text, config))
+        assert len(tokens) == len(texts) == written['splits'][split]['documents']
+        for index in range(len(texts)):
+            text, document = texts[index].text, tokens[index]
+            assert by_bytes.decode(document.tokens) == text
+            assert (document.n_bytes, document.n_words) == (len(text.encode()), len(text.split()))
+        total = written['splits'][split]
+        assert total['tokens'] == total['bytes'] == sum(len(texts[i].text.encode()) for i in range(len(texts)))
+        assert total['words'] == sum(len(texts[i].text.split()) for i in range(len(texts)))
+    assert pipeline.tokens_per_epoch(config, by_bytes) == pipeline.tokens_per_epoch(from_text, by_bytes)
+
+
+def test_large_vocabularies_are_stored_whole(tmp_path):
+    tokens = np.array([0, 70_000, 99_999], np.int32)
+    assert (shards.token_dtype(2**16), shards.token_dtype(100_000)) == ('uint16', 'int32')
+    assert shards.write(tmp_path / 'x', [(tokens, 5, 2)], 'int32') == {
+        'documents': 1,
+        'tokens': 3,
+        'bytes': 5,
+        'words': 2,
+    }
+    contents = {
+        'format': manifest.FORMAT,
+        'tokenizer': {'spec': 'bytes', 'fingerprint': 'f'},
+        'dtype': 'int32',
+        'splits': {'train': {'shards': [{'file': 'x', 'size': (tmp_path / 'x').stat().st_size, 'documents': 1}]}},
+    }
+    (tmp_path / manifest.FILE).write_text(json.dumps(contents))
+    (document,) = [shards.Shards(str(tmp_path), 'train', 'f')[0]]
+    np.testing.assert_array_equal(document.tokens, tokens)
+
+
+def test_other_contents_are_never_overwritten(corpus, tmp_path):
+    config = make_config(source=corpus['jsonl'])
+    (tmp_path / 'thesis.tex').write_text('years of work')
+    with pytest.raises(UserError, match=r'holds something else \(thesis.tex\)'):
+        prepare.prepare(config, tmp_path)
+    assert contents(tmp_path) == {'thesis.tex': b'years of work'}
+    with pytest.raises(UserError, match=r'another preparation \(options: {"holdout_every": 10} there, {.*: 50} now\)'):
+        prepare.prepare(config, corpus['folder'] / 'tokens')
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot write there'):
+        prepare.prepare(config, tmp_path / 'file')
+
+
+def test_two_at_once_are_refused(corpus, tmp_path):
+    with prepare._claim(tmp_path / 'out'), pytest.raises(UserError, match='another process is preparing it'):
+        prepare.prepare(make_config(source=corpus['jsonl']), tmp_path / 'out')
+
+
+def test_damaged_shards_and_other_tokenizers_are_refused(corpus, tmp_path):
+    config = make_config(source=corpus['jsonl'])
+    prepare.prepare(config, tmp_path, workers=1)
+    prepared = make_config(source=f'tokens:{tmp_path}')
+    model = tmp_path / 'm.model'
+    prepare._train_tokenizer(model, sources.open_split(make_config(), 'valid')[0], 500, 60_000)
+    prepared.tokenizer = f'sentencepiece:{model}'
+    with pytest.raises(UserError, match='was prepared with the tokenizer bytes'):
+        sources.open_split(prepared, 'train')
+    prepared.tokenizer = 'bytes'
+    (shard, *_) = sorted(tmp_path.glob('train-*'))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf'{shard.name}: \d+ bytes, where the manifest says'):
+        sources.open_split(prepared, 'train')
+    shard.unlink()
+    with pytest.raises(UserError, match=rf'{shard.name}: missing'):
+        sources.open_split(prepared, 'train')
+    (tmp_path / manifest.FILE).write_text(json.dumps({'format': 'other'}))
+    with pytest.raises(UserError, match='not a manifest of prepared tokens'):
+        make_config(source=f'tokens:{tmp_path}')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ([], 'give one of --tokenizer and --train_tokenizer'),
+        (['--tokenizer=bytes', '--train_tokenizer=300'], 'give one of --tokenizer and --train_tokenizer'),
+        (['--tokenizer=bytes', '--splits=train,vaild'], 'unknown split "vaild"; did you mean "valid"?'),
+        (['--tokenizer=bytes', '--text_field=txet'], 'no field "txet"'),
+    ],
+)
+def test_the_command_complains_in_one_line(corpus, tmp_path, flags, message):
+    script = [sys.executable, str(ROOT / 'scripts/prepare_data.py'), f'--source={corpus["jsonl"]}']
+    result = subprocess.run([*script, f'--output={tmp_path}/out', *flags], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count('\n') == 1
