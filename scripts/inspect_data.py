@@ -1,0 +1,83 @@
+"""Shows what a config feeds its model: sizes, lengths, packing, and decoded examples.
+
+python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --plot=lengths.png
+"""
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+from gau.data import pipeline, report, sources, tokenizers
+from gau.training import config as training_config
+
+cli.define_config()
+_SPLIT = flags.DEFINE_string('split', 'train', 'Split to survey')
+_DOCUMENTS = flags.DEFINE_integer('documents', 2000, 'Documents to survey at most, spread evenly', lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer('examples', 2, 'Rows of the first batch to show', lower_bound=0)
+_CHARACTERS = flags.DEFINE_integer('characters', 1500, 'Of each example, at most', lower_bound=1)
+_PLOT = flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to write (empty: none)')
+_ROWS = 512
+
+
+def main() -> None:
+    """Prints the report."""
+    config = training_config.resolve(cli.load_config())
+    data, objective = config.data, config.objective
+    tokenizer = tokenizers.load(data.tokenizer)
+    print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
+    print(f'tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}')
+    found = report.survey(data, _SPLIT.value, tokenizer, at_most=_DOCUMENTS.value)
+    kept = len(found.lengths)
+    scale = found.documents / max(found.surveyed, 1)
+    about = 'about ' if scale > 1 else ''
+    print(f'\n{_SPLIT.value}: {found.documents:,} documents, {found.surveyed:,} surveyed, {found.left_out:,} left out')
+    print(f'{about}{round(found.lengths.sum() * scale):,} tokens, {about}{round(found.n_bytes * scale):,} bytes')
+    if kept and found.lengths.sum():
+        print(
+            f'{found.n_bytes / found.lengths.sum():.3f} bytes a token, '
+            f'{found.lengths.sum() / max(found.n_words, 1):.3f} tokens a word, '
+            f'{found.lengths.mean():,.0f} tokens a document'
+        )
+    if found.changed:
+        print(
+            f'the tokenizer changes {found.changed:,} of {kept:,} texts: bits per byte are then not of the whole text'
+        )
+    print('\ntokens a document')
+    print('\n'.join(report.histogram(found.lengths)))
+    if _PLOT.value:
+        report.plot(found.lengths, data.context, _PLOT.value)
+        print(f'plot: {_PLOT.value}')
+    batches = _batches(config, tokenizer)
+    packed = report.packing(batches)
+    rows = sum(len(batch['inputs']) for batch in batches)
+    print(
+        f'\npacking {data.packing}, {rows:,} rows of {data.context:,}: {packed.filled:.2%} filled, '
+        f'{packed.predicted:.2%} to predict'
+        + (f', {packed.documents:.2f} documents or parts a row' if packed.documents else '')
+    )
+    for row in range(min(_EXAMPLES.value, len(batches[0]['inputs']))):
+        text = report.render(batches[0], row, tokenizer, objective)
+        print(f'\nexample {row + 1}\n{text[: _CHARACTERS.value]}{" ..." if len(text) > _CHARACTERS.value else ""}')
+
+
+def _batches(config, tokenizer) -> list:
+    """Batches as the run would get them; splits other than train as an evaluation would."""
+    data = config.data
+    count = max(1, _ROWS // data.batch_size)
+    if _SPLIT.value == 'train':
+        iterator = pipeline.train_iterator(data, objective=config.objective, tokenizer=tokenizer, seed=config.seed)
+        return [next(iterator) for _ in range(count)]
+    iterator = pipeline.eval_iterator(
+        data,
+        split=_SPLIT.value,
+        context=data.context,
+        batch_size=data.batch_size,
+        objective=config.objective,
+        tokenizer=tokenizer,
+        max_tokens=count * data.batch_size * data.context,
+    )
+    return list(iterator)
+
+
+if __name__ == '__main__':
+    cli.run(main)
