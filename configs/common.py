@@ -8,13 +8,8 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
-DATA = {
-    'embedded': {'source': 'embedded'},
-    'wiki40b': {'source': 'tfds:wiki40b/en'},
-    'pg19': {'source': 'tfds:pg19'},
-    'c4': {'source': 'tfds:c4/en'},
-    'lm1b': {'source': 'tfds:lm1b'},
-}
+# Data sets of the paper, as scripts/prepare_data.py leaves them (README, "Data").
+PREPARED = ('wiki40b', 'pg19', 'c4', 'lm1b')
 
 
 def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDict:
@@ -52,12 +47,13 @@ def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
 def pretraining_config(arg: ConfigDict) -> ConfigDict:
     """Returns the defaults with the arguments `model`, `size`, `context`, `data` and `tokenizer` put in their places.
 
-    `data` is a name of `DATA` or a source such as `jsonl:PATH`; `tokenizer` may be empty, "as the source says".
+    `data` is a name of PREPARED, read from data/NAME, or a source such as `jsonl:PATH`; `tokenizer` may be empty, which
+    means the one that the shards were prepared with, or bytes.
     """
     config = training_config.default_config()
     config.model.name = arg.model
     config.model.size = arg.size
-    config.data.update(DATA.get(arg.data, {'source': arg.data}))
+    config.data.source = f'tokens:data/{arg.data}' if arg.data in PREPARED else arg.data
     config.data.context = arg.context
     config.data.batch_size = max(TOKENS_PER_STEP // arg.context, 1)
     if arg.tokenizer:

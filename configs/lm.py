@@ -1,15 +1,18 @@
 """Causal language modelling with the paper's recipe: FLASH, FLASH-Quad or a baseline, at contexts 512 to 8192.
 
-    python train.py --config=configs/lm.py:model=flash,size=base,context=8192,data=wiki40b --workdir=runs/flash_8192
+    python scripts/prepare_data.py --source=tfds:wiki40b/en --train_tokenizer=32000 --output=data/wiki40b
+    python train.py --config=configs/lm.py:model=flash,size=base,context=8192 --workdir=runs/flash_8192
 
-Arguments: model (a name of README's table), size (tiny, small, base, large), context, data (embedded, wiki40b, pg19,
-c4, lm1b, or a source such as jsonl:PATH), tokenizer (bytes, sentencepiece:FILE, huggingface:FILE), runlocal.
+Arguments: model (a name of README's table), size (tiny, small, base, large), context, data (wiki40b, pg19, c4 or lm1b,
+prepared in data/NAME; or any source, such as embedded or jsonl:PATH), tokenizer (bytes, sentencepiece:FILE,
+huggingface:FILE; by default the one of the prepared shards, or bytes), runlocal.
 
 Recipe, all of it recalled and not read in a source: 2^18 tokens a step at every context, 125 k steps, AdamW, peak
 learning rate 7e-4 after 10 k steps of warm-up, linear decay, weight decay 0.01, clipping at 0.1 parameter by parameter.
 
-Result to expect: the full recipe (33 G tokens) has not been run here. `:runlocal` (tiny, 20 steps on the embedded
-corpus) takes seconds on two CPU cores and shows that everything works, nothing more.
+Result to expect: the full recipe (33 G tokens) has not been run here; the paper reports, on Wiki-40B at 8192, a
+perplexity of 15.109 for FLASH and 15.254 for Transformer++. `:runlocal` (tiny, 20 steps on the embedded corpus) takes
+seconds on two CPU cores and shows that everything works, nothing more.
 """
 
 from ml_collections import ConfigDict

@@ -60,8 +60,12 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
+        rest = flags.FLAGS(argv)
+        if 'config' in flags.FLAGS:
+            # A config file that is not there is reported only when its fields are asked for.
+            flags.FLAGS['config'].value.to_dict()
+        return rest
+    except Exception as error:
         sys.exit(_complain(_explain(error, argv)))
 
 
@@ -72,29 +76,37 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, AttributeError):
+    if isinstance(error, AttributeError | KeyError):
         return _explain_unknown_field(argv) or str(error)
-    # What config_flags reports of a failing config program ends in its traceback, whose last line is the exception.
-    lines = [line.strip() for line in str(error).replace('\\n', '\n').splitlines() if line.strip()]
-    if len(lines) > 1 and 'Traceback' in str(error):
-        return f'{lines[0]} {lines[-1]}'
-    return ' '.join(lines)
+    text = str(error).replace('\\n', '\n')
+    if isinstance(error, OSError) and 'Failed loading config file' in text:
+        name = next((argument for argument in argv if argument.startswith('--config=')), '--config')
+        return f'{name}: {text.strip().splitlines()[-1].strip()}'
+    if 'Traceback' in text:
+        # A bug in a config program: the exception and the line of the file that raised it.
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        place = [line for line in lines if line.startswith('File ')][-1]
+        return f'{lines[0]} {lines[-1]} ({place})'
+    if '--config=None' in text:
+        return '--config=FILE[:name=value,...] must be given, for example --config=configs/quickstart.py'
+    return text
 
 
 def _explain_unknown_field(argv: Sequence[str]) -> str | None:
     """Finds the first --config.a.b whose path does not exist and names the nearest that does."""
-    config = flags.FLAGS['config'].value
+    file = next((argument.partition('=')[2] for argument in argv if argument.startswith('--config=')), None)
+    if file is None:
+        return None
+    config = flags.FLAGS['config'].parser.parse(file)
     for argument in argv:
         match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
-        if not match or config is None:
-            continue
         section = config
-        for field in match[1].split('.'):
+        for field in match[1].split('.') if match else ():
             if not isinstance(section, ConfigDict):
-                return f'--config.{match[1]}: unknown config field, as "{field}" would lie inside a plain value'
+                return f'--config.{match[1]}: unknown config field, "{field}" would lie inside a plain value'
             if field not in section:
                 return f'--config.{match[1]}: unknown config field "{field}"{did_you_mean(field, section.keys())}'
-            section = section.get_ref(field).get() if section.is_type_safe else section[field]
+            section = section[field]
     return None
 
 
