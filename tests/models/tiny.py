@@ -1,0 +1,90 @@
+"""Small models for the tests: every architecture and objective, with parameters that matter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gau.models.architectures import ARCHITECTURES
+from gau.models.config import default_config, resolve
+from gau.models.registry import build
+from tests.numerics import random_like
+
+VOCAB = 11
+CONTEXT = 24
+CASES = [
+    (name, objective)
+    for name, architecture in ARCHITECTURES.items()
+    for objective in ('lm', 'mlm')
+    if not (architecture.not_causal and objective == 'lm')
+]
+CAUSAL = [name for name, objective in CASES if objective == 'lm']
+
+
+def tiny_config(name, objective='lm', *, context=CONTEXT, **fields):
+    """A resolved config of two narrow layers in float64."""
+    config = default_config()
+    config.name = name
+    applicable = ARCHITECTURES[name].defaults
+    small = {
+        'num_layers': 2,
+        'model_dim': 8,
+        'query_key_dim': 4,
+        'chunk_size': 5,
+        'num_heads': 2 if ARCHITECTURES[name].family == 'transformer' else 1,
+        'projection_rank': 3,
+        'vocab_loss_slice': 7,
+        'dtype': 'float64',
+    }
+    for field, value in (small | fields).items():
+        if (field in applicable and value is not None) or field in fields:
+            config[field] = value
+    return resolve(config, objective=objective, context=context)
+
+
+def make(name, objective='lm', *, context=CONTEXT, **fields):
+    """A model and its parameters, of order 1."""
+    model = build(tiny_config(name, objective, context=context, **fields), vocab_size=VOCAB, causal=objective == 'lm')
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), int))['params']
+    return model, random_like(shapes, 0)
+
+
+def tokens(batch=1, n=CONTEXT, seed=3):
+    """Random tokens [batch, n]."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (batch, n)))
+
+
+def positions_of(ids):
+    """Positions within documents, for segment ids [B, N]."""
+    positions = np.zeros(np.shape(ids), int)
+    for row, out in zip(np.asarray(ids), positions, strict=True):
+        for document in np.unique(row):
+            where = np.flatnonzero(row == document)
+            out[where] = where - where[0]
+    return jnp.asarray(positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, tokens_BN, segment_ids_BN=None, positions_BN=None):
+    """Logits."""
+    return model.apply({'params': params}, tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses_and_gradients(model, params, tokens_BN, weights_BN, segment_ids_BN=None, positions_BN=None):
+    """Losses [B, N] of predicting the tokens themselves, and the gradient of their weighted sum."""
+
+    def loss(params):
+        nll = model.apply(
+            {'params': params},
+            tokens_BN,
+            tokens_BN,
+            segment_ids_BN=segment_ids_BN,
+            positions_BN=positions_BN,
+            method='token_losses',
+        )
+        return jnp.where(weights_BN != 0, nll * weights_BN, 0).sum(), nll
+
+    (_, nll), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return nll, gradient
