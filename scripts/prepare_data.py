@@ -6,6 +6,8 @@
 Works on all cores. Killed, it goes on where it was when the same command is given again, and the result is the same.
 """
 
+import sys
+
 import _root  # noqa: F401
 from absl import flags
 from tqdm import tqdm
@@ -31,8 +33,8 @@ for _field in _FIELDS:
 _HOLDOUT = flags.DEFINE_integer('holdout_every', None, 'As the config field data.holdout_every')
 
 
-def main() -> None:
-    """Prepares, and prints what came of it."""
+def main() -> int | None:
+    """Prepares, and prints what came of it; 130 when interrupted."""
     config = data_config.default_config()
     config.source, config.tokenizer, config.holdout_every = _SOURCE.value, _TOKENIZER.value, _HOLDOUT.value
     for field in _FIELDS:
@@ -43,16 +45,21 @@ def main() -> None:
     for split in _SPLITS.value or []:
         if split not in sources.splits(config):
             raise UserError(f'--splits: unknown split "{split}"{did_you_mean(split, sources.splits(config))}')
-    contents = prepare.prepare(
-        config,
-        _OUTPUT.value,
-        splits=_SPLITS.value,
-        train_tokenizer=_TRAIN.value,
-        sample_bytes=int(_SAMPLE.value * 2**20),
-        workers=_WORKERS.value,
-        progress=_Progress(),
-    )
+    try:
+        contents = prepare.prepare(
+            config,
+            _OUTPUT.value,
+            splits=_SPLITS.value,
+            train_tokenizer=_TRAIN.value,
+            sample_bytes=int(_SAMPLE.value * 2**20),
+            workers=_WORKERS.value,
+            progress=_Progress(),
+        )
+    except KeyboardInterrupt:
+        print('\ninterrupted: the same command goes on from here', file=sys.stderr)
+        return 130
     _print_table(contents)
+    return None
 
 
 class _Progress:

@@ -80,9 +80,8 @@ def train_iterator(
             dataset = dataset.shuffle(seed=_seed(seed, 'documents', number))
         dataset = _columns(dataset, config, objective, tokenizer, seed=_seed(seed, 'masks', number), sizes=False)
         dataset = dataset[process_index::process_count].repeat()
-        rows.append(
-            _pack(_read(dataset, config), config, seed=_seed(seed, 'bins', number, process_index), bins=local_batch)
-        )
+        bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', number, process_index)
+        rows.append(_pack(_read(dataset, config), config, seed=bins_seed, bins=local_batch))
     dataset = rows[0]
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])

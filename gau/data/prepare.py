@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -255,6 +256,8 @@ class _Worker:
 
     @classmethod
     def start(cls, config: str, spec: str, output: str, dtype: str) -> None:
+        # Ctrl-C reaches the whole group; the parent decides, after the shards under way are whole.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A killed parent cannot tell its workers; they must not go on writing into a directory somebody else may claim.
         parent = multiprocessing.parent_process()
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -123,8 +123,8 @@ def test_max_tokens_stops_at_whole_rows(corpus):
     ],
 )
 def test_resume_is_bitwise_at_every_step_over_an_epoch_border(tmp_path, objective, fields):
-    path = write_jsonl(tmp_path / 'c.jsonl', make_texts(12, longest=40))
-    config = make_config(objective, source=f'jsonl:{path}', holdout_every=12, shuffle_window=None, **fields)
+    path = write_jsonl(tmp_path / 'c.jsonl', [*make_texts(11, longest=40), ' \n', 'the last one is held out'])
+    config = make_config(objective, source=f'jsonl:{path}', holdout_every=13, shuffle_window=None, **fields)
     epoch = pipeline.tokens_per_epoch(config, tokenizers.load('bytes'), objective)
     steps = 2 * epoch // (config.batch_size * config.context) + 2
     iterator = stream(config, objective=objective)
@@ -221,6 +221,12 @@ def test_epochs_and_seeds_differ_in_order_and_shuffle_none_does_not(corpus, by_b
     assert order(shuffled, 1)[0] not in (first, second)
     first, second = order(make_config(source=corpus['tokens'], shuffle='none'), 0)
     assert first == second
+
+
+def test_unshuffled_first_fit_keeps_the_order(corpus, by_bytes):
+    config = make_config(source=corpus['tokens'], shuffle='none', packing='first_fit', context=600)
+    first = by_bytes.decode(next(stream(config))['targets'][0])
+    assert first.startswith(corpus['texts'][0] + corpus['texts'][1])
 
 
 def test_the_window_only_reorders_rows(corpus):
