@@ -1,0 +1,120 @@
+"""Prints a model as a table: parameters, FLOPs per token and activation memory, part by part and context by context.
+
+    python scripts/describe.py --config=configs/lm.py:model=flash,size=base --contexts=512,8192
+    python scripts/describe.py --config=configs/lm.py:size=base --models=flash,flash_quad,transformer_plus_plus
+
+The first form takes the config's model apart; the second sets models of the config's size side by side, each with its
+own defaults. FLOPs are of the forward pass (a training step is three times that), memory is what is kept for the
+backward pass; `gau.models.counts` says exactly what is counted. Nothing is built and no JAX is needed.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from gau import cli
+from gau.models import counts
+from gau.models.config import default_config, resolve
+
+_CONTEXTS = flags.DEFINE_list('contexts', None, 'Context lengths; default: data.context of the config.')
+_MODELS = flags.DEFINE_list('models', None, 'Models to set side by side, by name.')
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
+
+
+def main() -> None:
+    """Prints the table that the flags ask for."""
+    config = cli.load_config()
+    contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
+    options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
+    if _MODELS.value is None:
+        print(describe(config.model, **options))
+    else:
+        print(compare([_named(name, config.model.size) for name in _MODELS.value], **options))
+
+
+def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: list[int]) -> str:
+    """Returns the parts of one model, at each of the contexts.
+
+    Args:
+      model: a model's config, resolved or not.
+      objective: 'lm' or 'mlm'.
+      vocab_size: V.
+      contexts: tokens in a sequence; what depends on the context (a bias table) is resolved for the longest.
+    """
+    causal = objective == 'lm'
+    model = resolve(model, objective=objective, context=max(contexts))
+    header = ['part', 'parameters']
+    columns = []
+    for context in contexts:
+        columns.append(counts.table(model, context=context, vocab_size=vocab_size, causal=causal))
+        header += [f'MFLOP/token @{context}', f'kB/token @{context}']
+    rows = []
+    for parts in zip(*columns, strict=True):
+        row = [parts[0][0], f'{parts[0][1].parameters:,}']
+        for _, part in parts:
+            row += [f'{part.flops / 1e6:,.3f}', f'{part.activation_bytes / 1e3:,.1f}']
+        rows.append(row)
+    total = ['total', f'{counts.parameters(model, vocab_size=vocab_size):,}']
+    for context in contexts:
+        options = {'context': context, 'vocab_size': vocab_size, 'causal': causal}
+        total += [
+            f'{counts.flops_per_token(model, **options) / 1e6:,.3f}',
+            f'{counts.activation_bytes_per_token(model, **options) / 1e3:,.1f}',
+        ]
+    title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {model.remat}'
+    return f'{title}\n\n{_format([header, *_merge_alike(rows), total])}'
+
+
+def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contexts: list[int]) -> str:
+    """Returns one line a model: parameters, and FLOPs and activation memory at each of the contexts."""
+    header = ['model', 'parameters']
+    for context in contexts:
+        header += [f'MFLOP/token @{context}', f'kB/token @{context}']
+    rows = []
+    for model in models:
+        resolved = resolve(model, objective=objective, context=max(contexts))
+        row = [model.name, f'{counts.parameters(resolved, vocab_size=vocab_size):,}']
+        for context in contexts:
+            options = {'context': context, 'vocab_size': vocab_size, 'causal': objective == 'lm'}
+            row += [
+                f'{counts.flops_per_token(resolved, **options) / 1e6:,.1f}',
+                f'{counts.activation_bytes_per_token(resolved, **options) / 1e3:,.1f}',
+            ]
+        rows.append(row)
+    return _format([header, *rows])
+
+
+def _merge_alike(rows: list[list[str]]) -> list[list[str]]:
+    """Joins neighbouring layers that cost the same into one line."""
+    merged, first = [], 0
+    for i, row in enumerate(rows):
+        if i + 1 < len(rows) and rows[i + 1][1:] == row[1:]:
+            continue
+        name = row[0] if i == first else f'{rows[first][0]} to {row[0].split()[-1]}, each'
+        merged.append([name, *row[1:]])
+        first = i + 1
+    return merged
+
+
+def _format(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append('  '.join([row[0].ljust(widths[0]), *numbers]))
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
+
+
+def _named(name: str, size: str) -> ConfigDict:
+    config = default_config()
+    config.name, config.size = name, size
+    return config
+
+
+if __name__ == '__main__':
+    cli.define_config()
+    cli.run(main)
