@@ -1,10 +1,12 @@
-"""From a document to the columns the model is fed, and from packed rows to a batch.
+"""From documents to the columns the model is fed, and from packed rows to a batch.
 
-A document becomes one int32 array [tokens, columns] whose columns stay side by side through packing, so that a row is
-cut from all of them at the same place:
+Documents go through the pipeline in small groups, so that what costs time per element is shared by short ones. A group
+becomes one int32 array [tokens, columns] whose columns stay side by side through packing, so that a row is cut from all
+of them at the same place:
   INPUTS, TARGETS        always;
   WEIGHTS                MLM: 1 where the token is to be predicted;
   BYTES, WORDS           LM evaluation: the document's size, spread evenly over its targets.
+A document begins where the inputs are BOS, which no tokenizer makes of text: borders need no column.
 """
 
 from collections.abc import Callable
@@ -37,27 +39,37 @@ def size(document: Document) -> tuple[int, int]:
     return len(document.text.encode('utf-8', errors='replace')), len(document.text.split())
 
 
-def framed(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns BOS + tokens + EOS, int32 [tokens + 2]."""
-    tokens = encode(document, tokenizer)
-    frame = np.empty(len(tokens) + 2, np.int32)
-    frame[0], frame[1:-1], frame[-1] = tokenizer.bos_id, tokens, tokenizer.eos_id
-    return frame
+def framed(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns BOS + tokens + EOS of all documents end to end, int32 [n], and where each BOS and EOS stands, int64."""
+    tokens = [encode(document, tokenizer) for document in documents]
+    lengths = np.fromiter((len(part) + 2 for part in tokens), np.int64, len(tokens))
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    frame = np.empty(int(ends[-1]), np.int32)
+    frame[starts], frame[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
+    for part, start in zip(tokens, starts.tolist(), strict=True):
+        frame[start + 1 : start + 1 + len(part)] = part
+    return frame, starts, ends - 1
 
 
-def lm_columns(tokenizer: Tokenizer, *, sizes: bool = False) -> Callable[[Document], Columns]:
+def lm_columns(tokenizer: Tokenizer, *, sizes: bool = False) -> Callable[[list[Document]], Columns]:
     """Returns the map for next-token prediction: inputs BOS + tokens, targets tokens + EOS, thus equally long.
 
     Shifting within the document, before packing, means that a document continued in the next row is fed its true
     previous token there, and that no token is lost or predicted twice.
     """
 
-    def columns(document: Document) -> Columns:
-        frame = framed(document, tokenizer)
-        table = np.empty((len(frame) - 1, 4 if sizes else 2), np.int32)
-        table[:, INPUTS], table[:, TARGETS] = frame[:-1], frame[1:]
+    def columns(documents: list[Document]) -> Columns | None:
+        if not documents:
+            return None
+        frame, starts, ends = framed(documents, tokenizer)
+        table = np.empty((len(frame) - len(documents), 4 if sizes else 2), np.int32)
+        table[:, INPUTS], table[:, TARGETS] = np.delete(frame, ends), np.delete(frame, starts)
         if sizes:
-            table[:, BYTES], table[:, WORDS] = (_spread(total, len(table)) for total in size(document))
+            targets = ends - starts
+            totals = [size(document) for document in documents]
+            for column, of_each in zip((BYTES, WORDS), zip(*totals, strict=True), strict=True):
+                table[:, column] = np.concatenate([_spread(*pair) for pair in zip(of_each, targets, strict=True)])
         return {'tokens': table}
 
     return columns
@@ -68,12 +80,17 @@ def _spread(total: int, n: int) -> np.ndarray:
     return np.diff(np.arange(n + 1, dtype=np.int64) * total // n)
 
 
-def pieces(context: int) -> Callable[[Columns], list[Columns]]:
-    """Returns the map that cuts a document into pieces of at most `context` tokens, none lost."""
+def pieces(context: int, bos_id: int) -> Callable[[Columns], list[Columns]]:
+    """Returns the map that cuts a group into documents, and these into pieces of at most `context`, none lost."""
 
     def cut(columns: Columns) -> list[Columns]:
         table = columns['tokens']
-        return [{'tokens': table[start : start + context]} for start in range(0, len(table), context)]
+        borders = np.flatnonzero(table[:, INPUTS] == bos_id).tolist()
+        return [
+            {'tokens': table[first : min(first + context, end)]}
+            for start, end in zip(borders, [*borders[1:], len(table)], strict=True)
+            for first in range(start, end, context)
+        ]
 
     return cut
 
@@ -91,13 +108,20 @@ def padded_row(context: int) -> Callable[[Columns], Columns]:
     return pad
 
 
-def finish(config: ConfigDict, *, objective: str, pad_id: int, padded: bool, sizes: bool) -> Callable[[Columns], Batch]:
+def finish(
+    config: ConfigDict,
+    *,
+    objective: str,
+    tokenizer: Tokenizer,
+    padded: bool,
+    sizes: bool,
+) -> Callable[[Columns], Batch]:
     """Returns the map from packed rows, stacked, to the batch that the model and the loss get.
 
     Args:
       config: the resolved data config.
       objective: `lm` or `mlm`.
-      pad_id: token at padding.
+      tokenizer: gives BOS and PAD.
       padded: whether rows may hold padding that a model could see.
       sizes: whether `target_bytes` and `target_words` are asked for.
     """
@@ -108,7 +132,7 @@ def finish(config: ConfigDict, *, objective: str, pad_id: int, padded: bool, siz
         real = segment_ids > 0
         inputs, targets = table[..., INPUTS], table[..., TARGETS]
         if padded or not real.all():
-            inputs, targets = np.where(real, inputs, pad_id), np.where(real, targets, pad_id)
+            inputs, targets = (np.where(real, ids, tokenizer.pad_id) for ids in (inputs, targets))
         weights = table[..., WEIGHTS] if objective == 'mlm' else real
         out = {
             'inputs': np.ascontiguousarray(inputs, np.int32),
@@ -116,14 +140,23 @@ def finish(config: ConfigDict, *, objective: str, pad_id: int, padded: bool, siz
             'weights': np.ascontiguousarray(weights, np.float32),
         }
         if marked:
-            positions = columns['tokens_positions']
-            if config.attend_across_documents:
-                segment_ids = real.astype(np.int32)
-                positions = np.where(real, np.arange(real.shape[1], dtype=np.int32), 0)
-            out['segment_ids'], out['positions'] = segment_ids, positions
+            begins = np.zeros(real.shape, bool)
+            if not config.attend_across_documents:
+                # What packing calls an element is a group (concat) or a piece, so borders are found again.
+                begins = inputs == tokenizer.bos_id
+                begins[:, 1:] |= np.diff(segment_ids, axis=1) != 0
+            out['segment_ids'], out['positions'] = _segments(begins, real)
         if sizes:
             out['target_bytes'] = np.ascontiguousarray(table[..., BYTES], np.float32)
             out['target_words'] = np.ascontiguousarray(table[..., WORDS], np.float32)
         return out
 
     return batch
+
+
+def _segments(begins: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns segment ids from 1 and positions from 0, int32 [b, N]; a row begins a segment anyhow, padding is 0."""
+    begins[:, 0] = True
+    places = np.arange(real.shape[1], dtype=np.int32)
+    positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return np.where(real, np.cumsum(begins, axis=1, dtype=np.int32), 0), np.where(real, positions, 0)

@@ -1,6 +1,6 @@
 """Masked language modelling: which tokens are to be predicted, and what the model sees in their place.
 
-Tokens are chosen in groups: single tokens, whole words, or spans of random length into which the document is cut. The
+Tokens are chosen in groups: single tokens, whole words, or spans of random length into which the text is cut. The
 groups are visited in random order until `rate` of the tokens is reached; the group that would overshoot is taken with
 the chance that makes the expected share exactly `rate`. No loop over tokens.
 """
@@ -15,24 +15,32 @@ from gau.data.examples import INPUTS, TARGETS, WEIGHTS, Columns, framed
 from gau.data.tokenizers import Tokenizer
 
 
-def mlm_columns(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[Document, np.random.Generator], Columns]:
-    """Returns the random map for masked language modelling; targets are the document in its frame of BOS and EOS.
+def mlm_columns(
+    config: ConfigDict, tokenizer: Tokenizer
+) -> Callable[[list[Document], np.random.Generator], Columns | None]:
+    """Returns the random map for masked language modelling; targets are the documents in their frames of BOS and EOS.
 
     Args:
       config: the resolved `data.mlm`.
       tokenizer: gives MASK, the ordinary tokens and where words begin.
 
     Returns:
-      A function of a document and a generator; what it draws depends on the generator's state only, and Grain seeds
-      that by the document's index, counted through all epochs.
+      A function of a group of documents and a generator; what it draws depends on the generator's state only, and Grain
+      seeds that by the group's index, counted through all epochs.
     """
     ordinary = np.flatnonzero(tokenizer.ordinary).astype(np.int32)
 
-    def columns(document: Document, rng: np.random.Generator) -> Columns:
-        frame = framed(document, tokenizer)
-        chosen = np.zeros(len(frame), bool)
+    def columns(documents: list[Document], rng: np.random.Generator) -> Columns | None:
+        if not documents:
+            return None
+        frame, starts, ends = framed(documents, tokenizer)
         # BOS and EOS are never predicted: they are given away by their place.
-        chosen[1:-1] = choose(frame[1:-1], config, tokenizer, rng)
+        body = np.ones(len(frame), bool)
+        body[starts] = body[ends] = False
+        begins = np.zeros(len(frame) + 1, bool)
+        begins[starts + 1] = True
+        chosen = np.zeros(len(frame), bool)
+        chosen[body] = choose(frame[body], begins[:-1][body], config, tokenizer, rng)
         places = np.flatnonzero(chosen)
         fate = rng.random(len(places))
         masked = places[fate < config.mask_share]
@@ -46,19 +54,31 @@ def mlm_columns(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[Document,
     return columns
 
 
-def choose(tokens: np.ndarray, config: ConfigDict, tokenizer: Tokenizer, rng: np.random.Generator) -> np.ndarray:
-    """Returns which of a document's `tokens` (int32 [n]) are to be predicted, bool [n]."""
+def choose(
+    tokens: np.ndarray,
+    begins: np.ndarray,
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Returns which tokens are to be predicted, bool [n].
+
+    Args:
+      tokens: of some documents end to end, int32 [n].
+      begins: whether a document begins there, bool [n]; words and spans never reach across.
+      config: the resolved `data.mlm`.
+      tokenizer: says where words begin.
+      rng: what decides.
+    """
     n = len(tokens)
     if n == 0:
         return np.zeros(0, bool)
     if config.masking == 'token':
         sizes = np.ones(n, np.int64)
-    elif config.masking == 'whole_word':
-        begins = tokenizer.starts_word[tokens]
+    else:
+        begins = begins | (tokenizer.starts_word[tokens] if config.masking == 'whole_word' else _spans(n, config, rng))
         begins[0] = True
         sizes = np.diff(np.append(np.flatnonzero(begins), n))
-    else:
-        sizes = _span_sizes(n, config, rng)
     order = rng.permutation(len(sizes))
     visited = sizes[order]
     before = np.cumsum(visited) - visited
@@ -69,9 +89,10 @@ def choose(tokens: np.ndarray, config: ConfigDict, tokenizer: Tokenizer, rng: np
     return np.repeat(wanted, sizes)
 
 
-def _span_sizes(n: int, config: ConfigDict, rng: np.random.Generator) -> np.ndarray:
-    """Cuts n tokens into spans of geometric length, at most span_max; the last one is what is left."""
-    draws = np.minimum(rng.geometric(1 / config.span_mean, size=n), config.span_max)
-    ends = np.cumsum(draws)
-    ends = np.append(ends[ends < n], n)
-    return np.diff(ends, prepend=0)
+def _spans(n: int, config: ConfigDict, rng: np.random.Generator) -> np.ndarray:
+    """Cuts n tokens into spans of geometric length, at most span_max; returns where they begin, bool [n]."""
+    lengths = np.minimum(rng.geometric(1 / config.span_mean, size=n), config.span_max)
+    ends = np.cumsum(lengths)
+    begins = np.zeros(n, bool)
+    begins[ends[ends < n]] = True
+    return begins

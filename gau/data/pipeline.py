@@ -1,6 +1,6 @@
 """The pipeline: documents -> tokens -> packed rows -> batches, as Grain iterators that resume exactly.
 
-    source -> shuffle -> this process's share -> repeat -> tokenize -> pack -> mix -> shuffle rows -> batch -> prefetch
+    order -> shuffle -> own share -> repeat -> read, tokenize -> pack -> mix -> shuffle rows -> batch -> prefetch
 
 Everything before `pack` is addressed by index, so the state of a stream is a few numbers whatever the corpus: where the
 reader stands, where in its document the packer stands, and how many rows of the window are already out.
@@ -28,7 +28,10 @@ from gau.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-# Documents read ahead by each thread: enough to hide a read, few enough for documents the size of books.
+# Short documents go through in groups of about so many tokens, because every element costs Grain some 0.1 ms.
+_GROUP_TOKENS = 2**14
+_LARGEST_GROUP = 256
+# Groups read ahead by each thread: enough to hide a read, few enough for documents the size of books.
 _READ_AHEAD = 8
 # Rows filled together by first-fit packing at least; more rows leave less padding.
 _BINS = 64
@@ -75,13 +78,14 @@ def train_iterator(
         _check_fills_a_batch(name, documents, tokenizer, config)
     rows = []
     for number, documents in enumerate(opened):
-        dataset = grain.MapDataset.source(documents)
+        order = grain.MapDataset.range(len(documents))
         if config.shuffle != 'none':
-            dataset = dataset.shuffle(seed=_seed(seed, 'documents', number))
-        dataset = _columns(dataset, config, objective, tokenizer, seed=_seed(seed, 'masks', number), sizes=False)
-        dataset = dataset[process_index::process_count].repeat()
+            order = order.shuffle(seed=_seed(seed, 'documents', number))
+        order = order[process_index::process_count].repeat()
+        masks = _seed(seed, 'masks', number, process_index)
+        dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
         bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', number, process_index)
-        rows.append(_pack(_read(dataset, config), config, seed=bins_seed, bins=local_batch))
+        rows.append(_pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=local_batch))
     dataset = rows[0]
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])
@@ -95,7 +99,7 @@ def train_iterator(
     finish = examples.finish(
         config,
         objective=objective,
-        pad_id=tokenizer.pad_id,
+        tokenizer=tokenizer,
         padded=config.packing != 'concat',
         sizes=False,
     )
@@ -145,17 +149,29 @@ def eval_iterator(
     config = config.copy_and_resolve_references()
     config.context, config.batch_size = context, batch_size
     sizes = objective == 'lm'
+    static = _seed(0, 'static masks')
     dataset = grain.MapDataset.concatenate(
-        [grain.MapDataset.source(documents) for documents in sources.open_split(config, split)]
+        [
+            _columns(
+                grain.MapDataset.range(len(documents)),
+                documents,
+                config,
+                objective,
+                tokenizer,
+                seed=static,
+                sizes=sizes,
+            )
+            for documents in sources.open_split(config, split)
+            if len(documents)
+        ]
     )
-    dataset = _columns(dataset, config, objective, tokenizer, seed=_seed(0, 'static masks'), sizes=sizes)
-    dataset = _pack(_read(dataset, config), config, seed=None, bins=batch_size)
+    dataset = _pack(_read(dataset, config), config, tokenizer, seed=None, bins=batch_size)
     if max_tokens is not None:
         dataset = grain.experimental.LimitIterDataset(dataset, max(1, math.ceil(max_tokens / context)))
     finish = examples.finish(
         config,
         objective=objective,
-        pad_id=tokenizer.pad_id,
+        tokenizer=tokenizer,
         # The last row ends in padding; a causal model never sees it.
         padded=config.packing != 'concat' or objective != 'lm',
         sizes=sizes,
@@ -234,7 +250,8 @@ def _check_fills_a_batch(name: str, documents: Documents, tokenizer: Tokenizer, 
 
 
 def _columns(
-    dataset: grain.MapDataset,
+    order: grain.MapDataset,
+    documents: Documents,
     config: ConfigDict,
     objective: str,
     tokenizer: Tokenizer,
@@ -242,10 +259,20 @@ def _columns(
     seed: int,
     sizes: bool,
 ) -> grain.MapDataset:
+    """Reads and tokenizes the documents whose indices `order` holds, some at a time."""
+    mean = _estimated_tokens(documents, tokenizer) // max(len(documents), 1) + 1
+    groups = order.batch(min(max(_GROUP_TOKENS // mean, 1), _LARGEST_GROUP), batch_fn=list).map(_reader(documents))
     if objective == 'lm':
-        return dataset.map(examples.lm_columns(tokenizer, sizes=sizes))
+        return groups.map(examples.lm_columns(tokenizer, sizes=sizes))
     # Seeded by the index, which goes on counting from epoch to epoch: a document is masked anew each time it comes.
-    return dataset.random_map(masking.mlm_columns(config.mlm, tokenizer), seed=seed)
+    return groups.random_map(masking.mlm_columns(config.mlm, tokenizer), seed=seed)
+
+
+def _reader(documents: Documents) -> Callable[[list[int]], list[Document]]:
+    """Returns the map from indices to the documents that are not left out."""
+    if hasattr(documents, '__getitems__'):
+        return lambda indices: documents.__getitems__(indices)
+    return lambda indices: [document for document in map(documents.__getitem__, indices) if document is not None]
 
 
 def _read(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
@@ -254,12 +281,19 @@ def _read(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
     return dataset.to_iter_dataset(options)
 
 
-def _pack(dataset: grain.IterDataset, config: ConfigDict, *, seed: int | None, bins: int) -> grain.IterDataset:
+def _pack(
+    dataset: grain.IterDataset,
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    *,
+    seed: int | None,
+    bins: int,
+) -> grain.IterDataset:
     """Rows of `context` tokens; `seed` shuffles the rows that first-fit fills together (None: in order)."""
     length = {'tokens': config.context}
     if config.packing == 'concat':
         return grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=length)
-    dataset = grain.experimental.FlatMapIterDataset(dataset, _Pieces(examples.pieces(config.context)))
+    dataset = grain.experimental.FlatMapIterDataset(dataset, _Pieces(examples.pieces(config.context, tokenizer.bos_id)))
     if config.packing == 'document':
         return dataset.map(examples.padded_row(config.context))
     return grain.experimental.FirstFitPackIterDataset(

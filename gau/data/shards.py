@@ -7,7 +7,7 @@ sizes keep bits per byte exact without the text.
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,13 @@ class Shards:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
-        record = self._records[index]
+        return self._document(self._records[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Document]:
+        """Reads several documents at once, which is faster than one by one."""
+        return [self._document(record) for record in self._records.__getitems__(indices)]
+
+    def _document(self, record: bytes) -> Document:
         n_bytes, n_words = np.frombuffer(record, _HEADER, count=2).tolist()
         tokens = np.frombuffer(record, self._dtype, offset=2 * _HEADER.itemsize)
         return Document(tokens=tokens, n_bytes=n_bytes, n_words=n_words)
