@@ -124,7 +124,7 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     unknown = sorted(set(config) - set(default_config()))
     if unknown:
-        raise UserError(f'model.{unknown[0]} does not exist{did_you_mean(unknown[0], config)}')
+        raise UserError(f'model.{unknown[0]} does not exist{did_you_mean(unknown[0], default_config())}')
     _check_choice('model.name', config.name, ARCHITECTURES)
     _check_choice('model.size', config.size, SIZES)
     _check_choice('objective', objective, OBJECTIVES)

@@ -11,6 +11,9 @@ from gau.models.config import default_config, resolve
 from gau.models.registry import build
 from tests.numerics import random_like
 
+# Tests compile much and run little.
+compile_fast = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
 VOCAB = 11
 CONTEXT = 24
 CASES = [
@@ -65,13 +68,13 @@ def positions_of(ids):
     return jnp.asarray(positions)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compile_fast, static_argnums=0)
 def apply(model, params, tokens_BN, segment_ids_BN=None, positions_BN=None):
     """Logits."""
     return model.apply({'params': params}, tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compile_fast, static_argnums=0)
 def losses_and_gradients(model, params, tokens_BN, weights_BN, segment_ids_BN=None, positions_BN=None):
     """Losses [B, N] of predicting the tokens themselves, and the gradient of their weighted sum."""
 

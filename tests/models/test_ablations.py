@@ -1,0 +1,144 @@
+"""Every ablation changes the computation: an option that is ignored fails here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.layers.common import TokenInfo
+from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.models.architectures import ARCHITECTURES
+from gau.models.config import ENUMS
+from gau.ops.positions import rope_table
+from gau.ops.scores import Scoring
+from tests.models.tiny import CONTEXT, VOCAB, apply, make, tiny_config, tokens
+from tests.numerics import max_error, normal, random_like
+
+GAU_OPTIONS = [
+    *({'attention_function': name} for name in ('softmax', 'laplace', 'softplus2', 'smooth_relu2')),
+    *({'normalizer': name} for name in ('visible', 'su')),
+    {'normalizer_length': 64, 'normalizer': 'fixed'},
+    {'num_heads': 4},
+    {'num_heads': 4, 'head_decay': 1.0},
+    {'temperature': 'learned'},
+    {'gate': 'none'},
+    {'relative_bias': 'rotary'},
+    {'relative_bias': 'none'},
+    {'rope': 'none'},
+    {'absolute_position': 'none'},
+    {'norm': 'layer_norm'},
+    {'norm': 'rms_norm'},
+    {'norm_placement': 'post'},
+    {'expansion_factor': 3.0},
+    {'query_key_dim': 6},
+]
+CHUNK_OPTIONS = [
+    {'branches': 'local'},
+    {'branches': 'global'},
+    {'global_reduction': 'sum'},
+    {'chunk_size': 7},
+]
+ATTENTION_OPTIONS = [
+    {'attention_function': 'relu2'},
+    {'num_heads': 1},
+    {'num_heads': 4, 'head_decay': 1.0},
+    {'gate': 'silu'},
+    {'head_dim': 6},
+    {'temperature': 'learned'},
+    {'relative_bias': 'toeplitz'},
+    {'relative_bias': 'rotary'},
+    {'feed_forward': 'gelu'},
+    {'feed_forward': 'swiglu'},
+    {'feed_forward_dim': 10},
+    {'rope': 'none'},
+    {'norm': 'scale_norm'},
+    {'norm_placement': 'post'},
+]
+OPTIONS = [
+    *(('flash_quad', option) for option in [*GAU_OPTIONS, {'normalizer': 'paper'}]),
+    *(('flash', option) for option in [*GAU_OPTIONS[:2], *GAU_OPTIONS[4:11], *CHUNK_OPTIONS]),
+    *(('transformer_plus_plus', option) for option in ATTENTION_OPTIONS),
+    *(('mc_transformer_plus_plus', option) for option in [*CHUNK_OPTIONS, {'relative_bias': 'toeplitz'}]),
+    ('performer', {'feature_map': 'favor', 'num_features': 8}),
+    ('performer', {'gate': 'silu'}),
+    ('combiner', {'chunk_size': 7}),
+    ('linformer', {'projection_rank': 4}),
+]
+
+
+def shared(own, others):
+    """`own` with every leaf that `others` has in the same shape taken from there."""
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(others)}
+
+    def pick(path, leaf):
+        other = flat.get(jax.tree_util.keystr(path))
+        return other if other is not None and other.shape == leaf.shape else leaf
+
+    return jax.tree_util.tree_map_with_path(pick, own)
+
+
+@pytest.mark.parametrize(('name', 'option'), OPTIONS, ids=str)
+def test_the_option_changes_the_computation(name, option):
+    # Compared with the default at the same parameters, as far as they have the same shape; heads that fall are compared
+    # with heads that do not.
+    base_option = {'num_heads': option['num_heads']} if 'head_decay' in option else {}
+    base_layers = {'num_layers': 2 if 'head_decay' in option else 1}
+    objective = 'mlm' if ARCHITECTURES[name].not_causal else 'lm'
+    _, base_params = (base := make(name, objective, **base_option, **base_layers))
+    expected = apply(*base, tokens(1))
+    model, params = make(name, objective, **option, **base_layers)
+    logits = apply(model, shared(params, base_params), tokens(1))
+    assert np.isfinite(logits).all()
+    assert logits.shape == (1, CONTEXT, VOCAB)
+    assert max_error(logits, expected) > 1e-5
+
+
+def test_every_choice_of_the_model_is_tried_above():
+    computational = set(ENUMS) - {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init'}
+    default = {'relu2', 'softmax', 'silu', 'none', 'both', 'mean', 'geglu', 'scale_norm', 'pre', 'relu'}
+    default |= {'fixed', 'paper', 'toeplitz', 'sinusoid', 'rotary'}
+    tried = {(field, value) for _, option in OPTIONS for field, value in option.items()}
+    for field in computational:
+        assert {(field, value) for value in ENUMS[field] if value not in default} <= tried
+
+
+def output_at_start(**fields):
+    """Largest output of a causal GAU of the base size, at its initial parameters, on N(0, 1) inputs."""
+    positions = jnp.arange(64)[None]
+    info = TokenInfo(None, positions, {128: rope_table(positions, 128)})
+    unit = GatedAttentionUnit(1536, 128, True, scoring=Scoring('relu2', 'fixed', 512), **fields)
+    x = normal(0, 1, 64, 768).astype(jnp.float32)
+    return jnp.abs(jax.jit(lambda x: unit.init_with_output(jax.random.key(0), x, info)[0])(x)).max()
+
+
+def test_gamma_starts_so_that_the_layer_lives():
+    # Trap 2: what the combination does that `resolve` refuses, and what its default does.
+    assert output_at_start(relative_bias='none', gamma_init='normal') < 1e-10
+    assert output_at_start(relative_bias='none', gamma_init='ones') > 1e-5
+    assert output_at_start(relative_bias='toeplitz', gamma_init='normal') > 1e-5
+    for fields in ({'relative_bias': 'none'}, {}):
+        assert tiny_config('flash_quad', **fields).gamma_init == ('ones' if fields else 'normal')
+
+
+def test_one_head_is_the_plain_unit():
+    plain = make('flash', num_layers=1)
+    heads = make('flash', num_layers=1, num_heads=1)
+    np.testing.assert_array_equal(apply(*plain, tokens(1)), apply(*heads, tokens(1)))
+    # Two heads with the same gamma, beta and bias are one head with V and U put back together.
+    model, params = make('flash', num_layers=1, num_heads=2)
+    gau = plain[1]['blocks_0']['gau']
+    doubled = {
+        'query_key': jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), gau['query_key']),
+        'relative_bias': jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), gau['relative_bias']),
+    }
+    params = plain[1] | {'blocks_0': plain[1]['blocks_0'] | {'gau': gau | doubled}}
+    assert max_error(apply(model, params, tokens(1)), apply(*plain, tokens(1))) < 1e-12
+
+
+def test_random_parameters_matter():
+    # What the other tests stand on: with parameters drawn like this, q and k reach the output (trap 2).
+    model, params = make('flash', num_layers=1)
+    redrawn = random_like(params, 1)
+    gau = params['blocks_0']['gau'] | {'z': redrawn['blocks_0']['gau']['z']}
+    changed = params | {'blocks_0': params['blocks_0'] | {'gau': gau}}
+    assert max_error(apply(model, changed, tokens(1)), apply(model, params, tokens(1))) > 1e-3

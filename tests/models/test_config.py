@@ -1,0 +1,133 @@
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.models.architectures import ARCHITECTURES, SIZES
+from gau.models.config import COUNTS, ENUMS, default_config, heads_at, resolve
+from tests.models.tiny import CASES
+
+
+def config_of(name='flash', **fields):
+    config = default_config()
+    config.name = name
+    config.update(fields)
+    return config
+
+
+def resolved(name='flash', objective='lm', context=1024, **fields):
+    return resolve(config_of(name, **fields), objective=objective, context=context)
+
+
+@pytest.mark.parametrize('size', sorted(SIZES))
+@pytest.mark.parametrize(('name', 'objective'), CASES)
+def test_resolving_fills_what_applies_and_is_idempotent(name, objective, size):
+    config = config_of(name, size=size)
+    before = config.to_dict()
+    once = resolve(config, objective=objective, context=700)
+    assert config.to_dict() == before
+    assert resolve(once, objective=objective, context=700) == once
+    # At other contexts a resolved config keeps its shapes (evaluation does that).
+    assert resolve(once, objective=objective, context=64) == once
+    for field in default_config():
+        assert field in ('name', 'size') or once[field] is None or field in ARCHITECTURES[name].defaults
+
+
+def test_every_field_is_documented_and_belongs_to_a_model():
+    fields = set(default_config()) - {'name', 'size'}
+    assert fields == {field for architecture in ARCHITECTURES.values() for field in architecture.defaults}
+    assert all(f'      {field}: ' in default_config.__doc__ for field in fields)
+    assert set(ENUMS) | set(COUNTS) <= fields
+
+
+def test_defaults_are_the_papers():
+    flash = resolved('flash', size='base')
+    assert (flash.model_dim, flash.num_layers, flash.expansion_factor) == (768, 24, 2)
+    assert (flash.query_key_dim, flash.chunk_size, flash.num_heads) == (128, 256, 1)
+    assert (flash.attention_function, flash.normalizer, flash.norm, flash.gamma_init) == (
+        'relu2', 'paper', 'scale_norm', 'normal'
+    )  # fmt: skip
+    assert (flash.relative_bias, flash.rope, flash.absolute_position) == ('toeplitz', 'rotary', 'sinusoid')
+    transformer = resolved('transformer_plus_plus', size='base')
+    assert (transformer.num_layers, transformer.num_heads, transformer.head_dim) == (12, 12, 64)
+    assert (transformer.feed_forward, transformer.feed_forward_dim) == ('geglu', 2048)
+
+
+@pytest.mark.parametrize(('fields', 'expected'), [
+    ({'name': 'flash_quad', 'objective': 'lm'}, {'normalizer': 'fixed', 'normalizer_length': 512}),
+    ({'name': 'flash_quad', 'objective': 'mlm'}, {'normalizer': 'paper', 'normalizer_length': None}),
+    ({'name': 'flash_quad', 'context': 512}, {'relative_bias': 'toeplitz', 'relative_bias_length': 512}),
+    ({'name': 'flash_quad', 'context': 513}, {'relative_bias': 'rotary', 'relative_bias_length': None}),
+    ({'chunk_size': 1024}, {'relative_bias': 'rotary'}),
+    ({'relative_bias': 'none'}, {'gamma_init': 'ones'}),
+    ({'branches': 'global'}, {'gamma_init': 'ones', 'relative_bias': None, 'attention_function': None}),
+    ({'branches': 'local'}, {'global_reduction': None}),
+    ({'attention_function': 'softmax'}, {'normalizer': None}),
+    ({'name': 'combiner', 'context': 1024}, {'chunk_size': 32}),
+    ({'name': 'performer'}, {'num_features': None}),
+    ({'name': 'performer', 'feature_map': 'favor'}, {'num_features': 256}),
+    ({'name': 'linformer', 'objective': 'mlm', 'context': 100}, {'projection_rank': 100, 'projection_length': 100}),
+    ({'name': 'transformer_plus_plus', 'feed_forward': 'gelu'}, {'feed_forward_dim': 4 * 768}),
+], ids=str)  # fmt: skip
+def test_what_follows_from_what(fields, expected):
+    config = resolved(**fields)
+    assert {field: config[field] for field in expected} == expected
+
+
+def test_heads_fall_with_depth():
+    config = resolved('flash', num_heads=8, head_decay=1.0, num_layers=9)
+    assert [heads_at(config, layer) for layer in range(9)][:3] == [8, 4, 3]
+    config = resolved('flash', num_heads=8, head_decay=0.0)
+    assert heads_at(config, 23) == 8
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+    ({'name': 'flsh'}, 'model.name=flsh does not exist; did you mean "flash"?'),
+    ({'size': 'bse'}, 'model.size=bse does not exist; did you mean "base"?'),
+    ({'objective': 'ml'}, 'objective=ml does not exist; did you mean "mlm"?'),
+    ({'attention_function': 'relu'}, 'model.attention_function=relu does not exist; did you mean "relu2"?'),
+    ({'impl': 'pallas'}, 'model.impl=pallas does not exist; choose from'),
+    ({'query_key_dim': 65}, 'model.query_key_dim=65 is odd; RoPE rotates pairs'),
+    ({'query_key_dim': 65, 'rope': 'none', 'chunk_size': 1024}, 'odd; relative_bias=rotary rotates pairs'),
+    ({'name': 'transformer_plus_plus', 'head_dim': 7}, 'model.head_dim=7 is odd; RoPE rotates pairs'),
+    ({'name': 'transformer_plus_plus', 'num_heads': 7}, 'model.num_heads=7 does not divide model.model_dim=768'),
+    ({'name': 'linformer'}, 'model.name=linformer cannot be a causal language model: it mixes the whole sequence'),
+    ({'num_heads': 5}, 'model.num_heads=5, which does not divide E = expansion_factor * model_dim = 1536'),
+    ({'num_heads': 16, 'head_decay': 0.5}, 'layer 1 has 11 heads, which does not divide E'),
+    ({'num_heads': 8, 'head_decay': 1.0, 'num_layers': 3, 'layer_stack': 'scan'}, 'layer_stack=scan needs layers'),
+    ({'expansion_factor': 1.3}, 'times model_dim=768 is 998.4; it must be a whole number'),
+    ({'model_dim': 7, 'expansion_factor': 1.0}, 'model.absolute_position=sinusoid needs an even model_dim, not 7'),
+    ({'name': 'flash_quad', 'chunk_size': 64}, 'chunk_size=64 does not apply to flash_quad: it is a field of flash'),
+    ({'name': 'transformer', 'branches': 'local'}, 'model.branches=local does not apply to transformer'),
+    ({'branches': 'global', 'relative_bias': 'none'}, 'branches=global has no local branch'),
+    ({'branches': 'local', 'global_reduction': 'sum'}, 'branches=local has no global branch'),
+    ({'attention_function': 'softmax', 'normalizer': 'su'}, 'softmax normalises by itself'),
+    ({'normalizer': 'su', 'normalizer_length': 9}, 'it is the constant of normalizer=fixed, and this is su'),
+    ({'relative_bias': 'rotary', 'relative_bias_length': 9}, 'it is the length of a toeplitz table'),
+    ({'name': 'flash_quad', 'relative_bias': 'none', 'gamma_init': 'normal'}, 'leaves the layer dead; use'),
+    ({'name': 'performer', 'num_features': 9}, 'it is the number of random features of feature_map=favor'),
+    ({'name': 'combiner', 'impl': 'xla'}, 'model.impl=xla does not exist for combiner; choose from reference'),
+    ({'chunk_size': 0}, 'model.chunk_size must be at least 1, not 0'),
+    ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
+    ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),
+    ({'expansion_factor': 0.0}, 'model.expansion_factor must be positive'),
+    ({'context': 0}, 'context must be at least 1, not 0'),
+], ids=str)  # fmt: skip
+def test_wrong_combinations_are_refused_in_one_line(fields, message):
+    with pytest.raises(UserError) as error:
+        resolved(**fields)
+    assert message in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_an_unknown_field_is_refused():
+    config = ConfigDict(default_config().to_dict() | {'chunk_sze': 3})
+    with pytest.raises(UserError, match=r'model.chunk_sze does not exist; did you mean "chunk_size"'):
+        resolve(config, objective='lm', context=8)
+
+
+def test_configs_and_counts_import_no_jax():
+    code = 'import sys, gau.models.config, gau.models.counts; sys.exit("jax" in sys.modules or "flax" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

@@ -1,0 +1,119 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gau.models import counts
+from gau.models.architectures import ARCHITECTURES, SIZES
+from gau.models.config import default_config, resolve
+from gau.models.registry import build
+from tests.models.tiny import CASES, VOCAB, make, tiny_config
+
+VOCABULARY = 32_000
+
+
+def named(name, size, objective='lm', context=1024, **fields):
+    config = default_config()
+    config.name, config.size = name, size
+    config.update(fields)
+    return resolve(config, objective=objective, context=context)
+
+
+def built(config, causal=True, vocab_size=VOCABULARY):
+    model = build(config, vocab_size=vocab_size, causal=causal)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+    return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes)))
+
+
+@pytest.mark.parametrize('size', sorted(SIZES))
+def test_the_table_of_sizes_is_true(size):
+    for name, number in SIZES[size].parameters.items():
+        config = named(name, size)
+        assert counts.parameters(config, vocab_size=VOCABULARY) == number
+        assert built(config) == number
+
+
+def test_base_is_the_papers_size():
+    assert abs(SIZES['base'].parameters['flash'] / 112.0e6 - 1) < 0.01
+    assert abs(SIZES['base'].parameters['transformer_plus_plus'] / 109.5e6 - 1) < 0.01
+
+
+OPTIONS = [
+    {'name': 'flash', 'num_heads': 4},
+    {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'},
+    {'name': 'flash', 'branches': 'local', 'temperature': 'learned'},
+    {'name': 'flash', 'branches': 'global', 'absolute_position': 'none'},
+    {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0},
+    {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4, 'head_decay': 1.0},
+    {'name': 'transformer', 'gate': 'silu', 'head_dim': 6, 'norm': 'rms_norm'},
+    {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
+    {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
+    {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4, 'head_decay': 1.0},
+]
+
+
+def test_parameters_are_those_of_the_built_models():
+    cases = [{'name': name, 'objective': objective} for name, objective in CASES]
+    for fields in cases + OPTIONS:
+        _, params = make(**fields)
+        count = counts.parameters(tiny_config(**fields), vocab_size=VOCAB)
+        assert count == sum(leaf.size for leaf in jax.tree.leaves(params)), fields
+
+
+@pytest.mark.parametrize('name', sorted(ARCHITECTURES))
+def test_flops_are_those_xla_counts(name):
+    # Bidirectional, so that the reference computes exactly what is counted; wide, so that matrix products dominate.
+    # Chunked attention is compared in its chunked form: the reference is quadratic.
+    chunked = ARCHITECTURES[name].attention in ('mixed_chunk', 'performer', 'linformer')
+    fields = {'impl': 'xla' if chunked else 'reference', 'dtype': 'float32', 'num_layers': 1, 'model_dim': 256}
+    if 'chunk_size' in ARCHITECTURES[name].defaults:
+        fields['chunk_size'] = 64
+    context, vocab_size = 256, 512
+    config = named(name, 'tiny', 'mlm', context, **fields)
+    model = build(config, vocab_size=vocab_size, causal=False)
+    tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
+    variables = jax.eval_shape(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32))), jax.random.key(0))
+    analysis = jax.jit(model.apply).lower(variables, tokens).cost_analysis()
+    expected = counts.flops_per_token(config, context=context, vocab_size=vocab_size, causal=False)
+    # XLA also counts what is not a matrix product: norms, activations, positions.
+    assert 1 <= analysis['flops'] / context / expected < 1.12
+
+
+def test_causal_attention_counts_half_and_chunks_are_flat():
+    options = {'vocab_size': VOCABULARY}
+    for name in ('flash_quad', 'transformer_plus_plus'):
+        config = named(name, 'base')
+        whole, half = (counts.flops_per_token(config, context=4096, causal=c, **options) for c in (False, True))
+        nothing = counts.flops_per_token(config, context=1, causal=False, **options)
+        assert abs((half - nothing) / (whole - nothing) - 0.5) < 1e-3
+    flash = named('flash', 'base')
+    short, long = (counts.flops_per_token(flash, context=n, causal=True, **options) for n in (512, 65536))
+    assert short == long
+
+
+def test_activation_memory():
+    options = {'context': 1024, 'vocab_size': VOCABULARY, 'causal': True}
+    for name, objective in CASES:
+        config = named(name, 'small', objective)
+        kept = counts.activation_bytes_per_token(config, **options)
+        assert kept > config.num_layers * config.model_dim * 2
+        remat = counts.activation_bytes_per_token(named(name, 'small', objective, remat='full'), **options)
+        assert remat < kept / 2
+
+    # What XLA keeps for the backward pass of one layer more, against the closed form.
+    def bytes_of(layers):
+        config = named('flash', 'tiny', context=256, num_layers=layers, dtype='float32', chunk_size=64)
+        model = build(config, vocab_size=64, causal=True)
+        tokens = jnp.zeros((4, 256), jnp.int32)
+        params = jax.eval_shape(lambda key: nn.unbox(model.init(key, tokens[:1, :8])), jax.random.key(0))
+
+        def residuals(variables):
+            return jax.vjp(lambda v: model.apply(v, tokens, method='hidden'), variables)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
+        own = sum(x.size for x in jax.tree.leaves(params))
+        return sum(x.size * x.dtype.itemsize for x in leaves) - 4 * own, config
+
+    (two, config), (one, _) = bytes_of(2), bytes_of(1)
+    layer = dict(counts.table(config, context=256, vocab_size=64, causal=True))['layer 0'].activation_bytes
+    assert 0.5 < (two - one) / (4 * 256) / layer < 2
