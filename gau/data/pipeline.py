@@ -237,6 +237,9 @@ def _estimated_tokens(documents: Documents, tokenizer: Tokenizer) -> int:
 def _check_fills_a_batch(name: str, documents: Documents, tokenizer: Tokenizer, config: ConfigDict) -> None:
     """Raises UserError if one epoch is less than one batch; stops counting at the first batch."""
     rows, tokens = 0, 0
+    counted = isinstance(documents, Shards) and config.packing != 'document'
+    if counted and documents.totals['tokens'] >= config.batch_size * config.context:
+        return
     for length in _lengths(documents, tokenizer, range(len(documents))):
         tokens += length + 1
         rows += math.ceil((length + 1) / config.context)
