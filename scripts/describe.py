@@ -27,7 +27,8 @@ _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bo
 
 def main() -> None:
     """Prints the table that the flags ask for."""
-    config = cli.load_config()
+    # Not `cli.load_config`: that asks for the data, and a model can be described without any.
+    config = flags.FLAGS.config
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
     if _MODELS.value is None:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.errors import UserError
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
 from gau.layers.gated_attention_unit import ScaleOffset
 from gau.layers.positions import RelativeBias
@@ -205,13 +206,14 @@ class LinformerAttention(MultiHeadAttention):
         """See the base class.
 
         Raises:
-          ValueError: the sequence is longer than the projections, or the layer is causal.
+          UserError: the sequence is longer than the projections.
+          ValueError: the layer is causal.
         """
         n = v_BHNK.shape[2]
         if self.causal:
             raise ValueError('Linformer has no causal form')
         if n > self.projection_length:
-            raise ValueError(f'Linformer projects up to {self.projection_length} tokens and was given {n}')
+            raise UserError(f'Linformer projects up to {self.projection_length} tokens (projection_length), not {n}')
         q_BHNK, k_BHNK = self.rotated(q_BHNK, tokens), self.rotated(k_BHNK, tokens)
         shape = (self.projection_length, self.projection_rank)
         init = nn.with_logical_partitioning(nn.initializers.normal(self.projection_length**-0.5), ('position', None))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.errors import UserError
 from gau.layers.common import KERNEL_INIT, param_dtype
 from gau.ops.positions import rotary_bias, sinusoid, toeplitz_bias
 
@@ -32,12 +33,17 @@ class RelativeBias(nn.Module):
         """Returns the bias for n positions, [H, n, n], float32 or better; None for kind 'none'.
 
         Raises:
-          ValueError: kind 'toeplitz' and n above `length`.
+          UserError: kind 'toeplitz' and n above `length`.
         """
         if self.kind == 'none':
             return None
         dtype = param_dtype(self.dtype)
         if self.kind == 'toeplitz':
+            if n > self.length:
+                raise UserError(
+                    f'a relative bias of {self.length} positions cannot serve {n}: evaluate at a shorter context, or '
+                    'train with relative_bias=rotary or a longer relative_bias_length'
+                )
             init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'position'))
             w_HP = self.param('table', init, (self.num_heads, 2 * self.length - 1), dtype)
             return jax.vmap(lambda w: toeplitz_bias(w, n))(w_HP)

@@ -155,7 +155,7 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
         filled(field, value)
     if config.impl == 'auto':
         config.impl = architecture.impls[-1]
-    _check_combinations(config, architecture, defaults)
+    _check_combinations(config, architecture, defaults, context)
     return config
 
 
@@ -259,7 +259,7 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f'model.dropout_rate must be in [0, 1), not {config.dropout_rate}')
 
 
-def _check_combinations(config: ConfigDict, architecture: Architecture, defaults: dict[str, Any]) -> None:
+def _check_combinations(config: ConfigDict, architecture: Architecture, defaults: dict[str, Any], context: int) -> None:
     for field, value in defaults.items():
         if config[field] is None:
             raise AssertionError(f'{field} was left open (default {value}); an architecture table is incomplete')
@@ -270,6 +270,12 @@ def _check_combinations(config: ConfigDict, architecture: Architecture, defaults
         raise UserError(f'model.absolute_position=sinusoid needs an even model_dim, not {config.model_dim}')
     if config.layer_stack == 'scan' and config.head_decay:
         raise UserError('model.layer_stack=scan needs layers that are alike; set head_decay=0 or layer_stack=unrolled')
+    served = {'projection_length': config.projection_length}
+    if architecture.attention == 'quadratic':
+        served['relative_bias_length'] = config.relative_bias_length
+    for field, length in served.items():
+        if length is not None and length < context:
+            raise UserError(f'model.{field}={length} is too short for a context of {context}')
     if architecture.family == 'gau':
         _check_gau(config)
     else:

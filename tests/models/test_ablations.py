@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gau.errors import UserError
 from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
 from gau.models.architectures import ARCHITECTURES
@@ -142,3 +143,13 @@ def test_random_parameters_matter():
     gau = params['blocks_0']['gau'] | {'z': redrawn['blocks_0']['gau']['z']}
     changed = params | {'blocks_0': params['blocks_0'] | {'gau': gau}}
     assert max_error(apply(model, changed, tokens(1)), apply(model, params, tokens(1))) > 1e-3
+
+
+@pytest.mark.parametrize(('name', 'objective', 'message'), [
+    ('flash_quad', 'lm', 'a relative bias of 24 positions cannot serve 25'),
+    ('linformer', 'mlm', 'projects up to 24 tokens'),
+])  # fmt: skip
+def test_a_longer_sequence_than_the_parameters_serve_is_refused(name, objective, message):
+    model, params = make(name, objective, num_layers=1)
+    with pytest.raises(UserError, match=message):
+        apply(model, params, tokens(1, 25))

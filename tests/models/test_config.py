@@ -113,6 +113,14 @@ def test_heads_fall_with_depth():
     ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
     ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),
     ({'expansion_factor': 0.0}, 'model.expansion_factor must be positive'),
+    (
+        {'name': 'flash_quad', 'relative_bias_length': 512, 'relative_bias': 'toeplitz'},
+        'model.relative_bias_length=512 is too short for a context of 1024',
+    ),
+    (
+        {'name': 'linformer', 'objective': 'mlm', 'projection_length': 100},
+        'model.projection_length=100 is too short for a context of 1024',
+    ),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip
 def test_wrong_combinations_are_refused_in_one_line(fields, message):
