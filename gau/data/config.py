@@ -206,7 +206,8 @@ def sources(config: ConfigDict) -> list[str]:
 
 def mixture(config: ConfigDict) -> list[tuple[float, str]]:
     """Returns the (weight, source) pairs of a mixture. Raises UserError as `sources` does."""
-    pairs = [tuple(pair) for pair in config.mixture]
+    # A config read back from JSON holds lists.
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else (pair,) for pair in config.mixture]
     if not pairs:
         raise UserError('data.source="mixture" needs data.mixture=((weight, source), ...)')
     for pair in pairs:

@@ -179,7 +179,10 @@ def _expand(globs: str) -> list[str]:
     for pattern in globs.split(','):
         found = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
         if not found:
-            raise UserError(f'data: no file matches "{pattern}"')
+            hint = (
+                f', which is a directory: say which files, as in "{pattern}/**/*.txt"' if os.path.isdir(pattern) else ''
+            )
+            raise UserError(f'data: no file matches "{pattern}"{hint}')
         names += found
     return names
 

@@ -59,6 +59,7 @@ def test_defaults_depend_on_objective_and_source():
         ('lm', {'mixture': ((1, 'embedded'),)}, 'is for data.source="mixture"'),
         ('lm', {'source': 'mixture'}, 'needs data.mixture'),
         ('lm', {'source': 'mixture', 'mixture': ((0, 'embedded'),)}, 'weight above 0'),
+        ('lm', {'source': 'mixture', 'mixture': (0.5, 'embedded')}, 'must be a pair'),
         ('lm', {'source': 'mixture', 'mixture': ((1, 'mixture'),)}, 'cannot hold a mixture'),
         ('lm', {'mlm_rate': 0.3}, 'data.mlm.rate speaks to the objective mlm only'),
         ('mlm', {'mlm_rate': 0.0}, 'data.mlm.rate=0.0'),

@@ -1,12 +1,13 @@
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import sys
 
 import pytest
 
-from gau.data import sources
+from gau.data import pipeline, sources, tokenizers
 from gau.data.documents import Texts, hold_out
 from gau.data.textfiles import TextFiles
 from gau.errors import UserError
@@ -102,6 +103,18 @@ def test_bad_lines_are_named_or_skipped(tmp_path, monkeypatch, line, message, bl
     assert files.skipped == {1}
 
 
+@pytest.mark.parametrize('threads', [0, 2])
+def test_a_bad_line_found_while_training_is_a_user_error(tmp_path, threads):
+    path = write_jsonl(tmp_path / 'a.jsonl', make_texts(100))
+    lines = path.read_text('utf-8').splitlines()
+    lines[41] = '{"text": 1}'
+    path.write_text('\n'.join(lines), 'utf-8')
+    config = make_config(source=f'jsonl:{path}', read_threads=threads, prefetch_batches=threads)
+    iterator = pipeline.train_iterator(config, objective='lm', tokenizer=tokenizers.load('bytes'), seed=0)
+    with pytest.raises(UserError, match=r'a.jsonl:42: the field "text" is int'):
+        list(itertools.islice(iterator, 1000))
+
+
 def test_a_misnamed_field_shows_at_once(tmp_path):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(3))
     with pytest.raises(UserError, match=r'a.jsonl:1: no field "txt"'):
@@ -111,6 +124,8 @@ def test_a_misnamed_field_shows_at_once(tmp_path):
 def test_missing_empty_and_endless_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'no file matches ".*none\*.txt"'):
         read(tmp_path / 'none*.txt', tmp_path)
+    with pytest.raises(UserError, match=r'is a directory: say which files'):
+        read(tmp_path, tmp_path)
     (tmp_path / 'empty.txt').touch()
     with pytest.raises(UserError, match=r'empty.txt: the file is empty'):
         read(tmp_path / 'empty.txt', tmp_path)
