@@ -28,6 +28,9 @@ from gau.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+# As good as endless. Grain's own endless repeat has length 2**63 - 1, which its batching rounds up to one too many.
+_EPOCHS = 2**20
+
 # Short documents go through in groups of about so many tokens, because every element costs Grain some 0.1 ms.
 _GROUP_TOKENS = 2**14
 _LARGEST_GROUP = 256
@@ -81,7 +84,7 @@ def train_iterator(
         order = grain.MapDataset.range(len(documents))
         if config.shuffle != 'none':
             order = order.shuffle(seed=_seed(seed, 'documents', number))
-        order = order[process_index::process_count].repeat()
+        order = order[process_index::process_count].repeat(_EPOCHS)
         masks = _seed(seed, 'masks', number, process_index)
         dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
         bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', number, process_index)
