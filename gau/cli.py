@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gau.errors import UserError, did_you_mean
+from gau.training import config as training_config
 from gau.training.durations import UNITS
 
 _UNIT_FIELD = re.compile(rf'(?P<stem>.*?)(?P<unit>{"|".join(UNITS)})')
@@ -21,10 +22,13 @@ def define_config(required: bool = True) -> None:
 
 
 def load_config() -> ConfigDict:
-    """Returns the config with the command line's overrides.
+    """Returns the config with the command line's overrides, resolved and checked before anything heavy is imported.
 
     A duration stands in one unit only, so a unit given on the command line replaces the config's own:
     `--config.tokens=1000000` takes the place of the file's `steps`.
+
+    Raises:
+      UserError: an unknown name, a wrong combination or a number out of range.
     """
     config = flags.FLAGS.config
     overrides = set(config_flags.get_override_values(flags.FLAGS['config']))
@@ -40,7 +44,7 @@ def load_config() -> ConfigDict:
             sibling = match['stem'] + unit
             if sibling != field and sibling in section and '.'.join([*parents, sibling]) not in overrides:
                 section[sibling] = None
-    return config
+    return training_config.resolve(config)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -266,8 +266,11 @@ def _columns(
     sizes: bool,
 ) -> grain.MapDataset:
     """Reads and tokenizes the documents whose indices `order` holds, some at a time."""
-    mean = _estimated_tokens(documents, tokenizer) // max(len(documents), 1) + 1
-    groups = order.batch(min(max(_GROUP_TOKENS // mean, 1), _LARGEST_GROUP), batch_fn=list).map(_reader(documents))
+    count = len(documents)
+    mean = _estimated_tokens(documents, tokenizer) // max(count, 1) + 1
+    # Not much of an epoch at once: Grain's shuffle takes milliseconds an index where there are only a few.
+    most = min(_LARGEST_GROUP, count // 16)
+    groups = order.batch(max(min(_GROUP_TOKENS // mean, most), 1), batch_fn=list).map(_reader(documents))
     if objective == 'lm':
         return groups.map(examples.lm_columns(tokenizer, sizes=sizes))
     # Seeded by the index, which goes on counting from epoch to epoch: a document is masked anew each time it comes.

@@ -71,7 +71,7 @@ class Run:
 
     @cached_property
     def _tokens_per_epoch(self) -> int:
-        return pipeline.tokens_per_epoch(self.config.data, self.tokenizer)
+        return pipeline.tokens_per_epoch(self.config.data, self.tokenizer, self.config.objective)
 
     def steps(self, section: str = '', stem: str = '') -> int:
         """Returns a duration of the config in steps: the run's own, or e.g. `steps('eval', 'every_')`."""
