@@ -201,6 +201,26 @@ def test_an_epoch_over_shards_covers_every_token_once(corpus, by_bytes, count):
     assert pipeline.tokens_per_epoch(config, by_bytes) == sum(len(tokens) * n for tokens, n in expected.items())
 
 
+def test_short_documents_go_in_groups_once_an_epoch_and_resume(tmp_path, by_bytes):
+    texts = make_texts(200, longest=6)
+    path = write_jsonl(tmp_path / 'c.jsonl', [*texts[:50], ' ', *texts[50:]])
+    config = make_config(source=f'jsonl:{path}', valid_source=f'jsonl:{path}', shuffle='documents')
+
+    def rows():
+        iterator = stream(config)
+        while True:
+            state = json.loads(json.dumps(iterator.get_state()))
+            batch, again = next(iterator), stream(config)
+            again.set_state(state)
+            assert_same(next(again), batch)
+            again.close()
+            yield from zip(batch['inputs'], batch['targets'], strict=True)
+
+    seen = documents_in(rows(), by_bytes)
+    epochs = [sorted(by_bytes.decode(next(seen)) for _ in texts) for _ in range(2)]
+    assert epochs == [sorted(texts)] * 2
+
+
 def test_epochs_and_seeds_differ_in_order_and_shuffle_none_does_not(corpus, by_bytes):
     def order(config, seed, epochs=2):
         iterator = stream(config, seed=seed)
