@@ -51,7 +51,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Parses the flags and runs `main()`; exits with its return value, or with 2 after one line for a UserError."""
 
     def guarded(argv: Sequence[str]) -> int | None:
-        logging.set_verbosity(logging.WARNING)
+        # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
+        logging.set_verbosity(logging.ERROR)
         try:
             if len(argv) > 1:
                 raise UserError(f'unexpected argument "{argv[1]}": flags are written --name=value')

@@ -4,15 +4,11 @@
     python scripts/describe.py --config=configs/lm.py:size=base --models=flash,flash_quad,transformer_plus_plus
 
 The first form takes the config's model apart; the second sets models of the config's size side by side, each with its
-own defaults. FLOPs are of the forward pass (a training step is three times that), memory is what is kept for the
-backward pass; `gau.models.counts` says exactly what is counted. Nothing is built and no JAX is needed.
+own defaults. FLOPs and memory are per token: FLOPs of the forward pass (a training step is three times that), memory is
+what is kept for the backward pass; `gau.models.counts` says exactly what is counted. Nothing is built, without JAX.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import _root  # noqa: F401
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -23,6 +19,9 @@ from gau.models.config import default_config, resolve
 _CONTEXTS = flags.DEFINE_list('contexts', None, 'Context lengths; default: data.context of the config.')
 _MODELS = flags.DEFINE_list('models', None, 'Models to set side by side, by name.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
+
+
+_MAX_WIDTH = 100
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
     columns = []
     for context in contexts:
         columns.append(counts.table(model, context=context, vocab_size=vocab_size, causal=causal))
-        header += [f'MFLOP/token @{context}', f'kB/token @{context}']
+        header += [f'MFLOP @{context}', f'kB @{context}']
     rows = []
     for parts in zip(*columns, strict=True):
         row = [parts[0][0], f'{parts[0][1].parameters:,}']
@@ -66,7 +65,7 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
             f'{counts.flops_per_token(model, **options) / 1e6:,.3f}',
             f'{counts.activation_bytes_per_token(model, **options) / 1e3:,.1f}',
         ]
-    title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {model.remat}'
+    title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {model.remat}; per token'
     return f'{title}\n\n{_format([header, *_merge_alike(rows), total])}'
 
 
@@ -74,7 +73,7 @@ def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contex
     """Returns one line a model: parameters, and FLOPs and activation memory at each of the contexts."""
     header = ['model', 'parameters']
     for context in contexts:
-        header += [f'MFLOP/token @{context}', f'kB/token @{context}']
+        header += [f'MFLOP @{context}', f'kB @{context}']
     rows = []
     for model in models:
         resolved = resolve(model, objective=objective, context=max(contexts))
@@ -102,6 +101,19 @@ def _merge_alike(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _format(rows: list[list[str]]) -> str:
+    """Aligns the columns; those that do not fit beside each other follow below, behind the first two again."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    blocks, used = [], _MAX_WIDTH
+    for column in range(2, len(widths)):
+        if used + 2 + widths[column] > _MAX_WIDTH:
+            blocks.append([0, 1])
+            used = widths[0] + 2 + widths[1]
+        blocks[-1].append(column)
+        used += 2 + widths[column]
+    return '\n\n'.join(_aligned([[row[i] for i in block] for row in rows]) for block in blocks)
+
+
+def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

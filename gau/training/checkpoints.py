@@ -10,7 +10,6 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
@@ -100,7 +99,7 @@ class Checkpoints:
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
                 _drop_unfinished_reads()
                 where = self.directory / str(candidate)
-                logging.warning('checkpoint %s is damaged and passed over (%s)', where, _first_line(error))
+                print(f'warning: checkpoint {where} is damaged and passed over ({_first_line(error)})', file=sys.stderr)
                 continue
             if self._writable and step is None:
                 self._set_aside([later for later in steps if later > candidate])

@@ -18,8 +18,8 @@ SCHEDULES = ('linear', 'cosine', 'constant')
 CLIPPINGS = ('local', 'global', 'none')
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
-# Fields that say where and how loudly a run computes, not what: they may differ when a run is resumed.
-RESUMABLE_CHANGES = ('mesh', 'log')
+# Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
+RESUMABLE_CHANGES = ('mesh.', 'log.', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir')
 
 
 def default_config() -> ConfigDict:
@@ -149,7 +149,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f'{path}: {flat_old.get(path, "absent")} -> {flat_new.get(path, "absent")}'
         for path in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(path, ...) != flat_new.get(path, ...) and path.split('.')[0] not in RESUMABLE_CHANGES
+        if flat_old.get(path, ...) != flat_new.get(path, ...) and not path.startswith(RESUMABLE_CHANGES)
     ]
 
 

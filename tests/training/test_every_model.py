@@ -1,4 +1,4 @@
-"""Every model of the registry through the real configs, data and step: in 50 steps on the embedded corpus loss falls."""
+"""Every model of the registry through the real configs, data and step: loss falls in 50 steps."""
 
 import numpy as np
 import pytest

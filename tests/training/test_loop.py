@@ -95,12 +95,12 @@ def test_signal_saves_and_resumes(finished, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(finished)
 
 
-def test_damaged_checkpoint_falls_back_and_is_kept(finished, tmp_path, caplog):
+def test_damaged_checkpoint_falls_back_and_is_kept(finished, tmp_path, capsys):
     path = copy_until(finished, tmp_path / 'run', 4)
     largest = max((path / 'checkpoints' / '4').rglob('*'), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     loop.train(tiny_config(), path)
-    assert 'checkpoints/4 is damaged' in caplog.text
+    assert 'checkpoints/4 is damaged' in capsys.readouterr().err
     assert (path / 'damaged_checkpoints' / '4').is_dir()
     assert_trees_equal(read_state(path), read_state(finished))
     assert read_metrics(path) == read_metrics(finished)
