@@ -9,6 +9,7 @@ from gau.errors import UserError
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
 from gau.layers.gated_attention_unit import ScaleOffset
 from gau.layers.positions import RelativeBias
+from gau.layers.state import linear_with_state, mixed_chunk_with_state, quadratic_with_state
 from gau.ops.combiner import combiner_attention
 from gau.ops.linear_attention import favor_features, linear_attention, orthogonal_directions, relu_features
 from gau.ops.linformer import linformer_attention
@@ -80,6 +81,10 @@ class QuadraticAttention(MultiHeadAttention):
     def attend(self, q_BHNK: Array, k_BHNK: Array, v_BHNK: Array, tokens: TokenInfo) -> Array:
         """See the base class."""
 
+        q_BHNK, k_BHNK = self.heated(self.rotated(q_BHNK, tokens)), self.rotated(k_BHNK, tokens)
+        if tokens.at is not None:
+            return quadratic_with_state(self, q_BHNK, k_BHNK, v_BHNK, tokens, scoring=self.scoring, bias=self.bias)
+
         def attend(q_BNK, k_BNK, v_BNK, bias_NN):
             return quadratic_attention(
                 q_BNK,
@@ -92,15 +97,14 @@ class QuadraticAttention(MultiHeadAttention):
                 impl=self.impl,
             )
 
-        q_BHNK, k_BHNK = self.heated(self.rotated(q_BHNK, tokens)), self.rotated(k_BHNK, tokens)
         return over_heads(attend, q_BHNK, k_BHNK, v_BHNK, bias_HNN=self.bias(v_BHNK.shape[2]))
 
     def heated(self, q: Array) -> Array:
         """Multiplies q, and with it q.k, by the learned temperature, if there is one."""
         return Temperature(self.temperature, name='temperature')(q)
 
-    def bias(self, n: int) -> Array | None:
-        """Returns the relative position bias for n positions, [H, n, n], if there is one."""
+    def bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
+        """Returns the relative position bias for n positions, [H, n, n], or the queries' rows, if there is one."""
         bias = RelativeBias(
             self.relative_bias,
             self.num_heads,
@@ -109,7 +113,7 @@ class QuadraticAttention(MultiHeadAttention):
             self.dtype,
             name='relative_bias',
         )
-        return bias(n)
+        return bias(n, queries_BT)
 
 
 class MixedChunkAttention(QuadraticAttention):
@@ -150,13 +154,24 @@ class MixedChunkAttention(QuadraticAttention):
                 impl=self.impl,
             )
 
-        q_lin_BHNK, k_lin_BHNK, bias_HCC = q_BHNK, k_BHNK, None
+        q_lin_BHNK, k_lin_BHNK = q_BHNK, k_BHNK
         if self.branches != 'local':
             transform = ScaleOffset(2, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key_linear')
             q_lin_BHNK, k_lin_BHNK = transform(q_BHNK, k_BHNK, tokens=tokens)
         if self.branches != 'global':
             q_BHNK, k_BHNK = self.heated(self.rotated(q_BHNK, tokens)), self.rotated(k_BHNK, tokens)
-            bias_HCC = self.bias(min(self.chunk_size, v_BHNK.shape[2]))
+        if tokens.at is not None:
+            return mixed_chunk_with_state(
+                self,
+                *(q_BHNK, k_BHNK, q_lin_BHNK, k_lin_BHNK, v_BHNK),
+                tokens,
+                bias=self.bias,
+                chunk_size=self.chunk_size,
+                scoring=self.scoring,
+                branches=self.branches,
+                global_reduction=self.global_reduction,
+            )
+        bias_HCC = None if self.branches == 'global' else self.bias(min(self.chunk_size, v_BHNK.shape[2]))
         return over_heads(attend, q_BHNK, k_BHNK, q_lin_BHNK, k_lin_BHNK, v_BHNK, bias_HNN=bias_HCC)
 
 
@@ -182,6 +197,9 @@ class PerformerAttention(MultiHeadAttention):
                 jax.vmap(lambda x, w, is_query=is_query: favor_features(x, w, is_query=is_query), (1, 0), 1)(x, w_HMK)
                 for x, is_query in ((q_BHNK, True), (k_BHNK, False))
             )
+
+        if tokens.at is not None:
+            return linear_with_state(self, q_BHNM, k_BHNM, v_BHNK, tokens)
 
         def attend(q_BNM, k_BNM, v_BNK, _):
             return linear_attention(

@@ -1,13 +1,15 @@
 """What all layers share: the dense layer, norms, what a layer is told about its tokens, and the loop over heads."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import RulesFallback
 from jax import Array
+
+from gau.ops.decoding import Continuation
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 NORM_EPSILON = 1e-5
@@ -20,11 +22,14 @@ class TokenInfo(NamedTuple):
       segment_ids_BN: documents and padding (see gau.ops), or None.
       positions_BN: position of each token in its document, [B, N] or [1, N].
       rope: for every width in use, the cosines and sines of `gau.ops.positions.rope_table`.
+      at: where a block of tokens stands in texts that are read bit by bit; the layers then keep their state in the
+        collection 'cache' (`gau.layers.state`). None where whole texts are read at once.
     """
 
     segment_ids_BN: Array | None
     positions_BN: Array
     rope: dict[int, tuple[Array, Array]]
+    at: Continuation | None = None
 
 
 def param_dtype(dtype) -> jnp.dtype:
@@ -108,9 +113,14 @@ class Temperature(nn.Module):
         return q * self.param('scale', init, (), param_dtype(q.dtype)).astype(q.dtype)
 
 
-def over_heads(op: Callable[..., Array], *x_BHNK: Array, bias_HNN: Array | None) -> Array:
-    """Applies a single-head op(x_BNK..., bias_NN) to every head: arrays [B, H, N, K], result [B, H, N, K']."""
-    if x_BHNK[0].shape[1] == 1:
-        return op(*(x[:, 0] for x in x_BHNK), None if bias_HNN is None else bias_HNN[0])[:, None]
+def over_heads(op: Callable[..., Any], *x_BHNK: Any, bias_HNN: Array | None) -> Any:
+    """Applies a single-head op(x_BNK..., bias_NN) to every head: arrays [B, H, N, K], result [B, H, N, K'].
+
+    Arguments and result may be trees of such arrays.
+    """
+    if jax.tree.leaves(x_BHNK)[0].shape[1] == 1:
+        first = jax.tree.map(lambda x: x[:, 0], x_BHNK)
+        result = op(*first, None if bias_HNN is None else bias_HNN[0])
+        return jax.tree.map(lambda x: x[:, None], result)
     in_axes = (1,) * len(x_BHNK) + (None if bias_HNN is None else 0,)
     return jax.vmap(op, in_axes=in_axes, out_axes=1)(*x_BHNK, bias_HNN)

@@ -17,6 +17,7 @@ from jax import Array
 
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
 from gau.layers.positions import RelativeBias
+from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
 from gau.ops.quadratic_attention import quadratic_attention
@@ -129,6 +130,9 @@ class GatedAttentionUnit(nn.Module):
 
     def _quadratic(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS = self._scale_offset(2)(z_BNS, tokens=tokens)
+        q_BHNS = self._heated(q_BHNS)
+        if tokens.at is not None:
+            return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens, scoring=self.scoring, bias=self._bias)
 
         def attend(q_BNS, k_BNS, v_BNE, bias_NN):
             return quadratic_attention(
@@ -142,15 +146,27 @@ class GatedAttentionUnit(nn.Module):
                 impl=self.impl,
             )
 
-        return over_heads(attend, self._heated(q_BHNS), k_BHNS, v_BHNE, bias_HNN=self._bias(v_BHNE.shape[2]))
+        return over_heads(attend, q_BHNS, k_BHNS, v_BHNE, bias_HNN=self._bias(v_BHNE.shape[2]))
 
     def _mixed_chunk(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
         roles = self._scale_offset(4 if self.branches == 'both' else 2)(z_BNS, tokens=tokens)
         # With one branch alone the other's queries and keys do not exist; the op does not read them.
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = roles if len(roles) == 4 else roles * 2
-        bias_HCC = None
         if self.branches != 'global':
             q_BHNS = self._heated(q_BHNS)
+        if tokens.at is not None:
+            return mixed_chunk_with_state(
+                self,
+                *(q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE),
+                tokens,
+                bias=self._bias,
+                chunk_size=self.chunk_size,
+                scoring=self.scoring,
+                branches=self.branches,
+                global_reduction=self.global_reduction,
+            )
+        bias_HCC = None
+        if self.branches != 'global':
             bias_HCC = self._bias(min(self.chunk_size, v_BHNE.shape[2]))
 
         def attend(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE, bias_CC):
@@ -178,7 +194,7 @@ class GatedAttentionUnit(nn.Module):
     def _heated(self, q: Array) -> Array:
         return Temperature(self.temperature, name='temperature')(q)
 
-    def _bias(self, n: int) -> Array | None:
+    def _bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
         bias = RelativeBias(
             self.relative_bias,
             self.num_heads,
@@ -187,4 +203,4 @@ class GatedAttentionUnit(nn.Module):
             self.dtype,
             name='relative_bias',
         )
-        return bias(n)
+        return bias(n, queries_BT)

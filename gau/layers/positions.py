@@ -7,7 +7,7 @@ from jax import Array
 
 from gau.errors import UserError
 from gau.layers.common import KERNEL_INIT, param_dtype
-from gau.ops.positions import rotary_bias, sinusoid, toeplitz_bias
+from gau.ops.positions import rotary_bias, rotary_bias_at, sinusoid, toeplitz_bias, toeplitz_bias_at
 
 
 class RelativeBias(nn.Module):
@@ -29,8 +29,10 @@ class RelativeBias(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, n: int) -> Array | None:
+    def __call__(self, n: int, queries_BT: Array | None = None) -> Array | None:
         """Returns the bias for n positions, [H, n, n], float32 or better; None for kind 'none'.
+
+        With the positions of queries, [B, T], only their rows: [H, B, T, n].
 
         Raises:
           UserError: kind 'toeplitz' and n above `length`.
@@ -46,10 +48,14 @@ class RelativeBias(nn.Module):
                 )
             init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'position'))
             w_HP = self.param('table', init, (self.num_heads, 2 * self.length - 1), dtype)
+            if queries_BT is not None:
+                return jax.vmap(lambda w: toeplitz_bias_at(w, queries_BT, n))(w_HP)
             return jax.vmap(lambda w: toeplitz_bias(w, n))(w_HP)
         init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'query_key'))
         a_HS = self.param('a', init, (self.num_heads, self.width), dtype)
         c_HS = self.param('c', init, (self.num_heads, self.width), dtype)
+        if queries_BT is not None:
+            return jax.vmap(lambda a, c: rotary_bias_at(a, c, queries_BT, n))(a_HS, c_HS)
         return jax.vmap(lambda a, c: rotary_bias(a, c, n))(a_HS, c_HS)
 
 

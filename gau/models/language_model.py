@@ -11,6 +11,7 @@ from gau.models.architectures import ARCHITECTURES
 from gau.models.blocks import Block
 from gau.models.config import head_dim_at
 from gau.ops.cross_entropy import output_logits, sliced_cross_entropy
+from gau.ops.decoding import Continuation
 from gau.ops.masks import clear_padding
 from gau.ops.positions import rope_table
 
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
         if scan:
             stack = nn.scan(
                 block,
-                variable_axes={'params': 0},
+                variable_axes={'params': 0, 'cache': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=config.num_layers,
@@ -91,7 +92,7 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
-        return output_logits(h_BND, self.embedding.kernel)
+        return self.logits(h_BND)
 
     def token_losses(
         self, tokens_BN, targets_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True
@@ -103,21 +104,49 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
+        return self.losses(h_BND, targets_BN)
+
+    def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
+        """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""
+        if positions_BN is None:
+            positions_BN = jnp.arange(tokens_BN.shape[1])[None]
+        return self._stack(
+            tokens_BN, TokenInfo(segment_ids_BN, positions_BN, self._rope_tables(positions_BN)), deterministic
+        )
+
+    def extend(self, tokens_BT: Array, at: Continuation) -> Array:
+        """Reads on in texts whose beginnings are summed up in the collection 'cache' (see `gau.models.decoding`).
+
+        Args:
+          tokens_BT: the next tokens of each row's text, padded on the right.
+          at: where they stand, and how many of them are the row's.
+
+        Returns:
+          What the output layer reads, [B, T, D] in the compute type; meaningless at padding.
+        """
+        n = tokens_BT.shape[1]
+        positions_BT = at.positions_BT(n)
+        return self._stack(
+            tokens_BT, TokenInfo(at.real_BT(n), positions_BT, self._rope_tables(positions_BT), at), deterministic=True
+        )
+
+    def logits(self, h_BND: Array) -> Array:
+        """Returns the logits of what `hidden` or `extend` returned, [B, N, V], float32 (float64)."""
+        return output_logits(h_BND, self.embedding.kernel)
+
+    def losses(self, h_BND: Array, targets_BN: Array) -> Array:
+        """Returns -log p(target) in nats for what `hidden` or `extend` returned, [B, N], float32 (float64)."""
         return sliced_cross_entropy(
             h_BND, self.embedding.kernel, targets_BN, positions_per_slice=self.config.vocab_loss_slice
         )
 
-    def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
-        """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""
+    def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:
+        """Embedding, blocks and last norm, [B, N, D]."""
         config = self.config
-        if positions_BN is None:
-            positions_BN = jnp.arange(tokens_BN.shape[1])[None]
-        tokens = TokenInfo(segment_ids_BN, positions_BN, self._rope_tables(positions_BN))
-
         x_BND = self.embedding(tokens_BN)
         if config.absolute_position == 'sinusoid':
-            x_BND = x_BND + self.position(positions_BN, config.model_dim)
-        x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), segment_ids_BN)
+            x_BND = x_BND + self.position(tokens.positions_BN, config.model_dim)
+        x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)
         x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
         if config.layer_stack == 'scan':
             x_BND, _ = self.blocks(x_BND, tokens, deterministic)

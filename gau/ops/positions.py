@@ -78,6 +78,18 @@ def toeplitz_bias(w: Array, n: int) -> Array:
     return rows[:, n - 1 :]
 
 
+def toeplitz_bias_at(w: Array, positions_BT: Array, n: int) -> Array:
+    """Returns the rows of `toeplitz_bias(w, n)` for queries at these positions (below the table's m), [B, T, n].
+
+    Raises:
+      ValueError: the table is too short for n positions.
+    """
+    m = (w.shape[0] + 1) // 2
+    if m < n:
+        raise ValueError(f'a relative bias table for {m} positions cannot serve {n}')
+    return w[jnp.arange(n) - positions_BT[..., None] + m - 1]
+
+
 def rotary_bias(a_S: Array, c_S: Array, n: int) -> Array:
     """Returns b = rope(a) rope(c)^T, [n, n]: both vectors repeated over n positions and rotated (paper.md section 2).
 
@@ -86,3 +98,13 @@ def rotary_bias(a_S: Array, c_S: Array, n: int) -> Array:
     table = rope_table(jnp.arange(n)[None], a_S.shape[0], dtype=a_S.dtype)
     rotated_a, rotated_c = (apply_rope(jnp.broadcast_to(x, (1, n, x.shape[0])), table)[0] for x in (a_S, c_S))
     return rotated_a @ rotated_c.T
+
+
+def rotary_bias_at(a_S: Array, c_S: Array, positions_BT: Array, n: int) -> Array:
+    """Returns the rows of `rotary_bias(a, c, n)` for queries at these positions, [B, T, n]."""
+    width, dtype = a_S.shape[0], a_S.dtype
+    a_BTS = jnp.broadcast_to(a_S, (*positions_BT.shape, width))
+    c_1NS = jnp.broadcast_to(c_S, (1, n, width))
+    rotated_a_BTS = apply_rope(a_BTS, rope_table(positions_BT, width, dtype=dtype))
+    rotated_c_NS = apply_rope(c_1NS, rope_table(jnp.arange(n)[None], width, dtype=dtype))[0]
+    return rotated_a_BTS @ rotated_c_NS.T

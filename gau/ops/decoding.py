@@ -1,0 +1,257 @@
+"""The recurrent forms of causal attention: a state, a block of new tokens in, their outputs and the new state out.
+
+A text is read in blocks of T tokens, T = 1 when it is being written. Every row of the batch has a position of its own,
+`start`, and takes the first `length` tokens of the block (0..T); the rest of the row is padding, which changes nothing.
+The states, for one head (H goes after B):
+
+    quadratic      k [B, M, S], v [B, M, E]: every token so far, at most M
+    mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
+                   sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C)
+    linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features
+
+All are zeros at the start of a text. What stands in them beyond a row's position is never read. With blocks of any
+lengths the outputs are those of the parallel form (paper.md section 3: one S x E state, at most one chunk of K and V).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.chunk_states import into_chunks
+from gau.ops.masks import clear_padding
+from gau.ops.scores import Scoring, attention_weights
+
+State = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Where the tokens of a block stand.
+
+    Attributes:
+      start_B: int32, tokens that each row has read before.
+      length_B: int32, tokens of the block that are the row's, the first ones.
+      capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
+    """
+
+    start_B: Array
+    length_B: Array
+    capacity: int | None = dataclasses.field(default=None, metadata={'static': True})
+
+    def real_BT(self, n: int) -> Array:
+        """Returns which of the block's n tokens are not padding, as segment ids, int32 [B, n]."""
+        return (jnp.arange(n) < self.length_B[:, None]).astype(jnp.int32)
+
+    def positions_BT(self, n: int) -> Array:
+        """Returns the position of each token of the block in its row's text, int32 [B, n]."""
+        return self.start_B[:, None] + jnp.arange(n)
+
+
+def quadratic_block(
+    q_BTS: Array,
+    k_BTS: Array,
+    v_BTE: Array,
+    state: State,
+    *,
+    at: Continuation,
+    scoring: Scoring,
+    bias_BTM: Array | None = None,
+) -> tuple[Array, State]:
+    """Reads a block with quadratic attention: the keys and values are kept, M of them at most.
+
+    A token beyond the M-th cannot be kept; its output is NaN, so that an overrun is not mistaken for text.
+
+    Args:
+      q_BTS: queries.
+      k_BTS: keys.
+      v_BTE: values.
+      state: `k` and `v` (module docstring).
+      at: where the tokens stand.
+      scoring: attention function and normaliser; not 'paper', whose n is the length of a text that is not over yet.
+      bias_BTM: relative bias between the block's tokens and all M places, or None.
+
+    Returns:
+      Outputs [B, T, E] in the dtype of v, meaningless at padding, and the new state.
+
+    Raises:
+      ValueError: the normaliser is 'paper'.
+    """
+    if scoring.normalizer == 'paper':
+        raise ValueError('the length of a text that is being written is not known')
+    t = q_BTS.shape[1]
+    capacity = state['k'].shape[1]
+    positions_BT = at.positions_BT(t)
+    places_BT = jnp.where(at.real_BT(t) > 0, positions_BT, capacity)
+    rows_B1 = jnp.arange(q_BTS.shape[0])[:, None]
+    k_BMS, v_BME = (state[name].at[rows_B1, places_BT].set(x, mode='drop') for name, x in (('k', k_BTS), ('v', v_BTE)))
+    mask_BTM = jnp.arange(capacity) <= positions_BT[..., None]
+    a_BTM = attention_weights(q_BTS, k_BMS, scoring=scoring, sequence_length=capacity, mask=mask_BTM, bias=bias_BTM)
+    o_BTE = a_BTM.astype(v_BME.dtype) @ v_BME
+    return jnp.where((positions_BT < capacity)[..., None], o_BTE, jnp.nan), {'k': k_BMS, 'v': v_BME}
+
+
+def linear_block(q_BTF: Array, k_BTF: Array, v_BTK: Array, state: State, *, at: Continuation) -> tuple[Array, State]:
+    """Reads a block with Performer's linear attention: `gau.ops.linear_attention`, one sum carried on.
+
+    Args:
+      q_BTF: features phi(q), non-negative.
+      k_BTF: features phi(k), non-negative.
+      v_BTK: values.
+      state: `sum` (module docstring); the value of 1 beside the others sums up to the denominator.
+      at: where the tokens stand.
+
+    Returns:
+      Outputs [B, T, K] in the dtype of v, meaningless at padding, and the new state.
+    """
+    t = q_BTF.shape[1]
+    dtype = state['sum'].dtype
+    ones_BT1 = jnp.ones((*v_BTK.shape[:2], 1), dtype)
+    v_BTL = clear_padding(jnp.concatenate([v_BTK.astype(dtype), ones_BT1], axis=-1), at.real_BT(t))
+    q_BTF, k_BTF = q_BTF.astype(dtype), clear_padding(k_BTF.astype(dtype), at.real_BT(t))
+    earlier = jnp.tril(jnp.ones((t, t), bool))
+    a_BTT = jnp.where(earlier, jnp.einsum('BTF,BUF->BTU', q_BTF, k_BTF), 0)
+    o_BTL = a_BTT @ v_BTL + q_BTF @ state['sum']
+    denominator = o_BTL[..., -1:]
+    safe = jnp.where(denominator > 0, denominator, 1)
+    o_BTK = jnp.where(denominator > 0, o_BTL[..., :-1] / safe, 0).astype(v_BTK.dtype)
+    return o_BTK, {'sum': state['sum'] + jnp.einsum('BTF,BTL->BFL', k_BTF, v_BTL)}
+
+
+def mixed_chunk_block(
+    q_BTS: Array,
+    k_BTS: Array,
+    q_lin_BTS: Array,
+    k_lin_BTS: Array,
+    v_BTE: Array,
+    state: State,
+    *,
+    at: Continuation,
+    chunk_size: int,
+    scoring: Scoring,
+    bias_CC: Array | None = None,
+    branches: str = 'both',
+    global_reduction: str = 'mean',
+) -> tuple[Array, State]:
+    """Reads a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
+
+    Args:
+      q_BTS: queries of the local branch (not read if branches is 'global').
+      k_BTS: keys of the local branch.
+      q_lin_BTS: queries of the global branch (not read if branches is 'local').
+      k_lin_BTS: keys of the global branch.
+      v_BTE: values of both.
+      state: `v`; with a local branch `k`; with a global branch `k_lin` and `sum` (module docstring).
+      at: where the tokens stand.
+      chunk_size: C.
+      scoring: attention function and normaliser of the local branch.
+      bias_CC: relative bias inside a chunk; for a block of one token its row [B, 1, C]; or None.
+      branches: 'both', 'local' or 'global'.
+      global_reduction: 'mean' or 'sum'.
+
+    Returns:
+      Outputs [B, T, E] in the dtype of v, meaningless at padding, and the new state.
+    """
+    new = {'v': v_BTE}
+    if branches != 'global':
+        new['k'] = k_BTS
+    if branches != 'local':
+        new['k_lin'] = k_lin_BTS
+    read = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
+    return read(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC, global_reduction == 'mean')
+
+
+def _weights_of_state(q_lin: Array, count: Array, mean: bool, dtype) -> Array:
+    """Queries of the global branch over the number of tokens they look back on; 0 where there are none."""
+    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1).astype(dtype) if mean else 1, 0).astype(dtype)
+    return q_lin.astype(dtype) * scale[..., None]
+
+
+def _one_token(q_B1S, q_lin_B1S, new, state, at, chunk_size, scoring, bias_B1C, mean):
+    """The token joins its chunk, looks at it and at the state; a chunk that is full now goes into the state."""
+    offset_B = at.start_B % chunk_size
+    rows_B = jnp.arange(offset_B.shape[0])
+    place_B = jnp.where(at.length_B > 0, offset_B, chunk_size)
+    state = state | {name: state[name].at[rows_B, place_B].set(x[:, 0], mode='drop') for name, x in new.items()}
+    v_BCE = state['v']
+
+    # As in the parallel form one matrix product serves both branches.
+    left, right = [], []
+    if 'k' in state:
+        mask_B1C = (jnp.arange(chunk_size) <= offset_B[:, None])[:, None]
+        a_B1C = attention_weights(
+            q_B1S, state['k'], scoring=scoring, sequence_length=chunk_size, mask=mask_B1C, bias=bias_B1C
+        )
+        left.append(a_B1C)
+        right.append(v_BCE)
+    if 'sum' in state:
+        total_BSE = state['sum']
+        left.append(_weights_of_state(q_lin_B1S, (at.start_B - offset_B)[:, None], mean, total_BSE.dtype))
+        right.append(total_BSE)
+        full_B = offset_B + at.length_B == chunk_size
+
+        def folded(total_BSE):
+            k_BCS = jnp.where(full_B[:, None, None], state['k_lin'], 0)
+            return total_BSE + jnp.einsum('BCS,BCE->BSE', k_BCS, v_BCE, preferred_element_type=total_BSE.dtype)
+
+        state['sum'] = jax.lax.cond(full_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
+    o_B1E = sum(
+        weights.astype(v_BCE.dtype) @ values.astype(v_BCE.dtype) for weights, values in zip(left, right, strict=True)
+    )
+    return o_B1E, state
+
+
+def _whole_chunks(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC, mean):
+    """The current chunk and the block, laid end to end from the start of that chunk, as chunks."""
+    t = q_BTS.shape[1]
+    offset_B = at.start_B % chunk_size
+    # One chunk more than the block fills: it begins somewhere inside the first.
+    chunks = 1 + -(-t // chunk_size)
+    real_BN = jnp.arange(chunks * chunk_size) < (offset_B + at.length_B)[:, None]
+
+    def laid_out(chunk_BCS, block_BTS):
+        x_BNS = jnp.pad(chunk_BCS, ((0, 0), (0, (chunks - 1) * chunk_size), (0, 0)))
+        x_BNS = jax.vmap(lambda x, y, r: jax.lax.dynamic_update_slice_in_dim(x, y, r, 0))(x_BNS, block_BTS, offset_B)
+        return clear_padding(x_BNS, real_BN)
+
+    whole = {name: laid_out(state[name], x) for name, x in new.items()}
+    split = {name: into_chunks(x, chunk_size) for name, x in whole.items()}
+    nothing_BCS = jnp.zeros((q_BTS.shape[0], chunk_size, q_BTS.shape[-1]), q_BTS.dtype)
+    v_BGCE = split['v']
+
+    left, right = [], []
+    if 'k' in split:
+        mask_BGCC = jnp.tril(jnp.ones((chunk_size, chunk_size), bool)) & into_chunks(real_BN, chunk_size)[:, :, None]
+        q_BGCS = into_chunks(laid_out(nothing_BCS, q_BTS), chunk_size)
+        left.append(
+            attention_weights(
+                q_BGCS, split['k'], scoring=scoring, sequence_length=chunk_size, mask=mask_BGCC, bias=bias_CC
+            )
+        )
+        right.append(v_BGCE)
+    complete_B = (offset_B + at.length_B) // chunk_size
+    new_state = {}
+    if 'k_lin' in split:
+        dtype = state['sum'].dtype
+        kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', split['k_lin'], v_BGCE, preferred_element_type=dtype)
+        # before[g]: the state as chunk g finds it.
+        sums_BGSE = jnp.cumsum(jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1), axis=1)
+        before_BGSE = sums_BGSE[:, :-1]
+        count_BG = (at.start_B - offset_B)[:, None] + jnp.arange(chunks) * chunk_size
+        q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
+        left.append(_weights_of_state(q_lin_BGCS, count_BG[..., None], mean, dtype))
+        right.append(before_BGSE)
+        new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
+    dtype = v_BGCE.dtype
+    o_BGCE = jnp.concatenate([x.astype(dtype) for x in left], axis=-1) @ jnp.concatenate(
+        [x.astype(dtype) for x in right], axis=-2
+    )
+    o_BNE = o_BGCE.reshape(*whole['v'].shape)
+
+    def cut(x_BNS, first_B, n):
+        return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, n, 0))(x_BNS, first_B)
+
+    new_state |= {name: cut(x, complete_B * chunk_size, chunk_size) for name, x in whole.items()}
+    return cut(o_BNE, offset_B, t), new_state

@@ -1,0 +1,205 @@
+"""Token by token is the same as all at once: every causal model, prompt length, row and chunk border."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.errors import UserError
+from gau.models import decoding
+from tests.models import tiny
+from tests.numerics import float64
+
+N, BLOCK = tiny.CONTEXT, 7
+DECODABLE = [name for name in tiny.CAUSAL if name != 'combiner']
+# The plain Transformers differ from Transformer++ in what stands around the attention only.
+FIRST = [
+    pytest.param(name, marks=pytest.mark.slow if name in ('transformer', 'transformer_plus') else ())
+    for name in DECODABLE
+]
+ABLATIONS = {
+    'scan, remat, heads, global': (
+        'flash',
+        {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global'},
+    ),
+    'scan, quadratic': ('transformer_plus_plus', {'layer_stack': 'scan'}),
+    'local, rotary bias, post norm': (
+        'flash',
+        {'branches': 'local', 'relative_bias': 'rotary', 'norm_placement': 'post'},
+    ),
+    'sum, su, no gate, temperature': (
+        'flash',
+        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned'},
+    ),
+    'visible, laplace, no bias': (
+        'flash',
+        {'normalizer': 'visible', 'attention_function': 'laplace', 'relative_bias': 'none', 'gamma_init': 'ones'},
+    ),
+    'reference impl, no positions': ('flash', {'impl': 'reference', 'rope': 'none', 'absolute_position': 'none'}),
+    'quad, rotary bias, heads, visible': (
+        'flash_quad',
+        {'relative_bias': 'rotary', 'num_heads': 2, 'normalizer': 'visible'},
+    ),
+    'quad, softmax, temperature': ('flash_quad', {'attention_function': 'softmax', 'temperature': 'learned'}),
+    'attention with relu^2, bias, gate, falling heads': (
+        'transformer_plus_plus',
+        {'attention_function': 'relu2', 'relative_bias': 'toeplitz', 'gate': 'silu', 'head_decay': 1.0},
+    ),
+    'mixed chunks, global': ('mc_transformer_plus_plus', {'branches': 'global', 'layer_stack': 'scan'}),
+    'favor': ('performer', {'feature_map': 'favor', 'num_features': 6}),
+}
+
+
+def functions(model, block=BLOCK):
+    prefill = functools.partial(decoding.prefill, model, block=block)
+    return tiny.compile_fast(prefill), tiny.compile_fast(functools.partial(decoding.step, model))
+
+
+def staircase(name, *, block=BLOCK, **fields):
+    """Largest difference between decoding and the full forward, for the prompts of 1, 2, ... N tokens in one batch.
+
+    Each row has a text of its own. Prompts are read in blocks that do not fit the chunks of 5; then every row steps to
+    the end of its text.
+    """
+    model, params = tiny.make(name, **fields)
+    tokens_BN = tiny.tokens(N, N)
+    full_BNV = np.asarray(tiny.apply(model, params, tokens_BN), np.float64)
+    length_B = jnp.arange(1, N + 1)
+    # What stands behind a prompt must not matter.
+    prompts_BN = jnp.where(jnp.arange(N) < length_B[:, None], tokens_BN, 7)
+    prefill, step = functions(model, block)
+    rows = np.arange(N)
+    logits_BV, state = prefill(params, decoding.init_state(model, batch_size=N, capacity=N), prompts_BN, length_B)
+    worst = 0.0
+    while True:
+        position_B = np.asarray(state['position'])
+        here = position_B <= N
+        difference = np.asarray(logits_BV, np.float64)[here] - full_BNV[rows, np.minimum(position_B, N) - 1][here]
+        worst = max(worst, np.abs(difference).max())
+        if not (position_B < N).any():
+            return worst, np.abs(full_BNV).max()
+        # Rows at the end of their text go on with anything, past the capacity too, and are not looked at.
+        logits_BV, state = step(params, state, tokens_BN[rows, np.minimum(position_B, N - 1)])
+
+
+@pytest.mark.parametrize('name', FIRST)
+def test_decoding_is_the_full_forward_at_every_position(name):
+    with float64():
+        worst, size = staircase(name)
+    assert size > 0.1
+    assert worst < 1e-12
+
+
+@pytest.mark.parametrize('case', ABLATIONS)
+def test_every_ablation_decodes(case):
+    name, fields = ABLATIONS[case]
+    with float64():
+        worst, size = staircase(name, **fields)
+    assert size > 0.1
+    assert worst < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', DECODABLE)
+@pytest.mark.parametrize(('dtype', 'bound'), [('float32', 2e-5), ('bfloat16', 0.05)])
+@pytest.mark.parametrize('block', [1, 5, 24])
+def test_rounding_in_the_other_types(name, dtype, bound, block):
+    """bfloat16 has steps of 2^-8: the two ways of adding may differ by some of them in logits of size 3."""
+    worst, size = staircase(name, dtype=dtype, block=block)
+    assert worst < bound * size
+
+
+@pytest.mark.parametrize(('dtype', 'bound'), [('float32', 2e-5), ('bfloat16', 0.05)])
+def test_rounding_of_flash(dtype, bound):
+    worst, size = staircase('flash', dtype=dtype)
+    assert 0 < worst < bound * size
+
+
+@pytest.mark.parametrize('name', ['flash', 'transformer_plus_plus'])
+def test_a_state_saved_in_mid_chunk_goes_on_bitwise(name, tmp_path):
+    model, params = tiny.make(name, dtype='bfloat16')
+    prefill, step = functions(model)
+    tokens_BN = tiny.tokens(2, N)
+    _, state = prefill(
+        params, decoding.init_state(model, batch_size=2, capacity=N), tokens_BN[:, :13], jnp.array([13, 8])
+    )
+    leaves, tree = jax.tree.flatten(state)
+    for i, leaf in enumerate(leaves):
+        np.save(tmp_path / f'{i}.npy', np.asarray(leaf).view(np.uint8 if leaf.dtype == jnp.bfloat16 else leaf.dtype))
+    loaded = [np.load(tmp_path / f'{i}.npy').view(leaf.dtype) for i, leaf in enumerate(leaves)]
+    restored = jax.tree.unflatten(tree, [jnp.asarray(x) for x in loaded])
+    for i in range(13, 18):
+        a, state = step(params, state, tokens_BN[:, i])
+        b, restored = step(params, restored, tokens_BN[:, i])
+        assert np.array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, state, restored)
+
+
+@pytest.mark.parametrize('fields', [{}, {'layer_stack': 'scan'}])
+def test_copies_of_a_row_continue_alike(fields):
+    model, params = tiny.make('flash', dtype='float32', **fields)
+    prefill, step = functions(model)
+    tokens_BN = tiny.tokens(2, N)
+    _logits_BV, state = prefill(params, decoding.init_state(model, batch_size=2), tokens_BN, jnp.array([9, 24]))
+    three = decoding.repeat_rows(state, 3, stacked='layer_stack' in fields)
+    assert np.array_equal(three['position'], [9, 9, 9, 24, 24, 24])
+    assert decoding.state_bytes(three) == 3 * decoding.state_bytes(state)
+    one, _ = step(params, state, jnp.array([3, 4]))
+    many, _ = tiny.compile_fast(functools.partial(decoding.step, model))(params, three, jnp.array([3, 3, 5, 4, 4, 4]))
+    np.testing.assert_allclose(many[jnp.array([0, 1, 3, 4, 5])], one[jnp.array([0, 0, 1, 1, 1])], atol=1e-5)
+    assert np.abs(many[2] - one[0]).max() > 1e-3
+
+
+def test_the_state_does_not_grow_with_the_text_unless_the_model_keeps_it():
+    shapes = {}
+    for name in DECODABLE:
+        model, _ = tiny.make(name, dtype='bfloat16', context=64)
+        sizes = [decoding.state_bytes(decoding.init_state(model, batch_size=2, capacity=m)) for m in (32, 64)]
+        shapes[name] = sizes[1] / sizes[0]
+    quadratic = {'flash_quad', 'transformer', 'transformer_plus', 'transformer_plus_plus'}
+    assert {name for name, growth in shapes.items() if growth > 1.9} == quadratic
+    assert {name for name, growth in shapes.items() if growth == 1} == set(DECODABLE) - quadratic
+
+
+def test_shapes_of_flash():
+    model, _ = tiny.make('flash', dtype='bfloat16')
+    state = decoding.init_state(model, batch_size=3)
+    found = {name: (x.shape, x.dtype.name) for name, x in state['blocks_0']['gau'].items()}
+    assert found == {
+        'v': ((3, 1, 5, 16), 'bfloat16'),
+        'k': ((3, 1, 5, 4), 'bfloat16'),
+        'k_lin': ((3, 1, 5, 4), 'bfloat16'),
+        'sum': ((3, 1, 4, 16), 'float32'),
+    }
+    assert set(state) == {'position', 'blocks_0', 'blocks_1'}
+    assert state['position'].shape == (3,)
+
+
+def test_past_the_capacity_is_nan_and_not_text():
+    model, params = tiny.make('transformer_plus_plus', dtype='float32')
+    prefill, step = functions(model)
+    tokens_BN = tiny.tokens(2, 4)
+    state = decoding.init_state(model, batch_size=2, capacity=4)
+    logits_BV, state = prefill(params, state, tokens_BN, jnp.array([4, 3]))
+    assert np.isfinite(logits_BV).all()
+    logits_BV, _ = step(params, state, jnp.array([1, 1]))
+    assert np.isnan(logits_BV[0]).all()
+    assert np.isfinite(logits_BV[1]).all()
+
+
+@pytest.mark.parametrize(
+    ('name', 'objective', 'fields', 'capacity', 'message'),
+    [
+        ('flash', 'mlm', {}, None, 'masked language model'),
+        ('combiner', 'lm', {}, None, 'weighted by the mean of all their queries'),
+        ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole text'),
+        ('flash_quad', 'lm', {}, 25, 'relative positions for 24 tokens'),
+        ('transformer', 'lm', {}, None, 'needs a capacity'),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused_in_one_line(name, objective, fields, capacity, message):
+    model, _ = tiny.make(name, objective, dtype='float32', **fields)
+    with pytest.raises(UserError, match=message):
+        decoding.init_state(model, batch_size=1, capacity=capacity)
