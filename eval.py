@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: python eval.py --workdir=DIR [--step=K] [--contexts=512,1024] [--splits=valid,test].
+"""Evaluates a checkpoint: python eval.py --workdir=DIR [--step=K] [--contexts=512,1024] [--splits=...] [--stream].
 
 The work directory alone says what to build and which data to read. Prints a table and appends to DIR/eval.jsonl; the
 loss by position goes to DIR/plots/. Exit codes: 0 done; 2 bad usage, in one line on stderr; 1 anything else.
@@ -15,6 +15,10 @@ flags.DEFINE_list('splits', None, "Data splits, comma separated; the config's ev
 flags.DEFINE_alias('split', 'splits')
 flags.DEFINE_integer('max_tokens', None, "Tokens of each split to use; the config's eval.max_tokens by default.")
 
+flags.DEFINE_boolean(
+    'stream', False, 'Read whole texts with the state carried to their ends, and once for each context without.'
+)
+
 
 def main() -> None:
     """Evaluates every split at every context."""
@@ -26,6 +30,7 @@ def main() -> None:
         contexts=cli.parse_positive_integers('contexts', flags.FLAGS.contexts),
         splits=flags.FLAGS.splits,
         max_tokens=flags.FLAGS.max_tokens,
+        stream=flags.FLAGS.stream,
     )
 
 

@@ -1,7 +1,17 @@
-"""Writes text with a trained model: python scripts/sample.py --workdir=DIR [--prompt=TEXT] [--max_tokens=256] ...
+"""Writes text with a trained model, with a state of constant size where the model has one (FLASH, Performer, MC-TFM++).
 
-Meant for a look at what a model has learned: each token runs the model over the whole text so far.
+    python scripts/sample.py --workdir=DIR --prompt='Once upon' --max_tokens=512 --temperature=0.8 --top_p=0.95
+    python scripts/sample.py --workdir=DIR --prompt_file=chapter.txt --num=4 --json
+    python scripts/sample.py --workdir=DIR --interactive
+
+One text is printed as it is written; several, one after the other when they are done. The same seed writes the same
+text. Tokens a second go to stderr at the end (compiling not counted).
 """
+
+import json
+import sys
+import time
+from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
@@ -11,34 +21,97 @@ from gau.errors import UserError
 
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.')
-flags.DEFINE_string('prompt', '', 'Text to continue.')
+flags.DEFINE_string('prompt', None, 'Text to continue.')
+flags.DEFINE_string('prompt_file', None, 'UTF-8 file with the text to continue.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
-flags.DEFINE_integer('max_tokens', 256, 'Tokens to write.', lower_bound=1)
+flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most.', lower_bound=1)
 flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token each time.', lower_bound=0.0)
+flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens only; 0: from all.', lower_bound=0)
+flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens that have this probability together.')
 flags.DEFINE_integer('seed', 0, 'Of the draws.')
+flags.DEFINE_multi_string('stop', [], 'End where this text would be written; may be given several times.')
+flags.DEFINE_boolean('json', False, 'Print one JSON object for each continuation instead of text.')
+flags.DEFINE_boolean('interactive', False, 'Continue one line of the terminal after another; an empty line ends.')
 
 
 def main() -> None:
-    """Prints the prompt and what the model makes of it."""
-    from gau.training import evaluate, sampling
+    """Reads the prompt and writes what the model makes of it."""
+    prompt = _prompt()
+    if not 0 < flags.FLAGS.top_p <= 1:
+        raise UserError(f'--top_p={flags.FLAGS.top_p} is no probability above 0')
+    from gau.models import decoding
+    from gau.training import evaluate
 
     run, params, _ = evaluate.load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
-    if run.config.objective != 'lm':
-        raise UserError(f'--workdir={flags.FLAGS.workdir} holds a masked language model, which does not write text')
-    tokenizer = run.tokenizer
-    written = sampling.sample(
+    decoding.check(run.model)
+    if not flags.FLAGS.interactive:
+        return _write(run, params, prompt)
+    while prompt := _line():
+        _write(run, params, prompt)
+
+
+def _prompt() -> str:
+    given = [name for name in ('prompt', 'prompt_file', 'interactive') if flags.FLAGS[name].value]
+    if len(given) > 1:
+        raise UserError(f'give one of --{given[0]} and --{given[1]}')
+    if not flags.FLAGS.prompt_file:
+        return flags.FLAGS.prompt or ''
+    path = Path(flags.FLAGS.prompt_file)
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--prompt_file={path}: {error}') from error
+
+
+def _line() -> str:
+    try:
+        return input('> ')
+    except (EOFError, KeyboardInterrupt):
+        return ''
+
+
+def _write(run, params, prompt: str) -> None:
+    """Prints the continuations of one prompt."""
+    import numpy as np
+
+    from gau.training import sampling
+    from gau.training.text_stream import TextStream
+
+    tokens = np.concatenate([[run.tokenizer.bos_id], run.tokenizer.encode(prompt)]).astype(np.int32)
+    num, live = flags.FLAGS.num, flags.FLAGS.num == 1 and not flags.FLAGS.json
+    streams = [TextStream(run.tokenizer, before=tokens[1:], stop=flags.FLAGS.stop) for _ in range(num)]
+    blocks = sampling.generate(
         run.model,
         params,
-        tokenizer.encode(flags.FLAGS.prompt),
-        bos_id=tokenizer.bos_id,
+        [tokens] * num,
         max_tokens=flags.FLAGS.max_tokens,
-        temperature=flags.FLAGS.temperature,
+        drawing=sampling.Drawing(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p),
         seed=flags.FLAGS.seed,
-        num=flags.FLAGS.num,
     )
-    for row in written:
-        ends = (row == tokenizer.eos_id).nonzero()[0]
-        print(flags.FLAGS.prompt + tokenizer.decode(row[: ends[0]] if len(ends) else row))
+    if live:
+        print(prompt, end='', flush=True)
+    counted, seconds, started = 0, 0.0, None
+    for block in blocks:
+        if started is not None:
+            # The first block waits for the compiler; speed is that of the others.
+            counted, seconds = counted + block.size, time.perf_counter() - started
+        else:
+            started = time.perf_counter()
+        for stream, row in zip(streams, block, strict=True):
+            text = stream.push(row)
+            if live:
+                print(text, end='', flush=True)
+        if all(stream.finished for stream in streams):
+            break
+    for stream in streams:
+        text = stream.close()
+        if flags.FLAGS.json:
+            record = {'prompt': prompt, 'text': stream.text, 'tokens': stream.tokens, 'finished': stream.finished}
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(text if live else prompt + stream.text)
+    if counted:
+        print(f'{counted / seconds:.0f} tokens/s over {counted} tokens', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from gau.training.config import resolve
 from gau.training.evaluation import Result
 from gau.training.plots import plot_loss_by_position
 from gau.training.setup import Run, use_compilation_cache
+from gau.training.stream import StreamEvaluator
 
 
 def load_run(workdir: str | Path, *, step: int | None = None) -> tuple[Run, Any, int]:
@@ -55,6 +56,7 @@ def evaluate(
     contexts: Sequence[int] | None = None,
     splits: Sequence[str] | None = None,
     max_tokens: int | None = None,
+    stream: bool = False,
 ) -> list[Result]:
     """Evaluates a checkpoint, prints tables, appends to DIR/eval.jsonl and draws the loss by position.
 
@@ -64,25 +66,28 @@ def evaluate(
       contexts: context lengths; None means the config's.
       splits: data splits; None means the config's `eval.splits`.
       max_tokens: tokens of each split to use; None means the config's.
+      stream: whether to read whole texts with the state carried along (`gau.training.stream`): once to their ends, and
+        once for each of `contexts`, after so many tokens of which the state is forgotten.
 
     Raises:
-      UserError: see `load_run`; or an unknown split.
+      UserError: see `load_run`; an unknown split; or `stream` and a model without a state of constant size.
     """
     workdir = Path(workdir)
     run, params, step = load_run(workdir, step=step)
     if max_tokens is not None:
         run.config.eval.max_tokens = max_tokens
-    evaluator = run.evaluator()
+    evaluator = StreamEvaluator(run.config, run.model, run.tokenizer) if stream else run.evaluator()
+    contexts = [*([None] if stream else []), *(contexts or [run.config.data.context])]
     results = []
     print(f'{workdir} at step {step}: {run.config.model.name} ({run.config.model.size}), {run.config.data.tokenizer}')
     print(f'{"split":10} {"context":>8} {"tokens":>12} {"loss":>9} {"perplexity":>11} {"bits/byte":>10}')
     with run.context():
         for split in splits or run.config.eval.splits:
-            for context in contexts or [run.config.data.context]:
+            for context in contexts:
                 result = evaluator(params, split=split, context=context)
                 metrics = result.metrics()
                 print(
-                    f'{split:10} {context:8} {metrics["tokens"]:12,} {_number(metrics["loss"], 9)} '
+                    f'{split:10} {context or "text":>8} {metrics["tokens"]:12,} {_number(metrics["loss"], 9)} '
                     f'{_number(metrics["perplexity"], 11)} {_number(metrics["bits_per_byte"], 10)}'
                 )
                 results.append(result)
@@ -91,10 +96,11 @@ def evaluate(
             by_position = [
                 dict(zip(('first', 'last', 'loss', 'tokens'), row, strict=True)) for row in result.by_position()
             ]
-            row = {'step': step, 'split': f'eval/{result.split}', **result.metrics(), 'loss_by_position': by_position}
+            name = f'{"stream" if stream else "eval"}/{result.split}'
+            row = {'step': step, 'split': name, **result.metrics(), 'loss_by_position': by_position}
             file.write(json.dumps(row) + '\n')
     _print_by_position(results)
-    path = workdir / 'plots' / f'loss_by_position_step_{step}.png'
+    path = workdir / 'plots' / f'{"stream_" if stream else ""}loss_by_position_step_{step}.png'
     plot_loss_by_position(results, path, title=f'{workdir.name} at step {step}')
     print(f'written: {workdir / files.EVAL}, {path}')
     return results

@@ -1,28 +1,128 @@
-"""Text from a causal model: one jitted loop that draws a token, appends it and looks again."""
+"""Text from a causal model: the prompt is read in parallel, then a jitted loop on the device draws block after block.
+
+The host sees the tokens once a block and turns them into text; nothing else travels between host and device.
+"""
 
 import functools
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gau.models import decoding
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _continue(
-    model: nn.Module, params: Any, tokens_BN: jax.Array, first: jax.Array, last: int, temperature: jax.Array, key: Any
-) -> jax.Array:
-    def body(n: jax.Array, tokens_BN: jax.Array) -> jax.Array:
-        # What is not written yet is padding, which no token sees: every model gives what it would on the prefix alone.
-        segment_ids_BN = jnp.broadcast_to((jnp.arange(tokens_BN.shape[1]) < n).astype(jnp.int32), tokens_BN.shape)
-        logits_BNV = model.apply({'params': params}, tokens_BN, segment_ids_BN=segment_ids_BN)
-        logits_BV = jax.lax.dynamic_index_in_dim(logits_BNV, n - 1, axis=1, keepdims=False)
-        drawn_B = jax.random.categorical(jax.random.fold_in(key, n), logits_BV / jnp.maximum(temperature, 1e-6))
-        chosen_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1))
-        return jax.lax.dynamic_update_index_in_dim(tokens_BN, chosen_B.astype(tokens_BN.dtype), n, axis=1)
+# Tokens drawn between two looks of the host: large enough to hide the call, small enough to read along.
+STREAM_BLOCK = 32
 
-    return jax.lax.fori_loop(first, last, body, tokens_BN)
+
+class Drawing(NamedTuple):
+    """How a token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token each time.
+      top_k: only the k likeliest tokens may be drawn; 0 is no bound.
+      top_p: only the likeliest tokens that together have this probability (and the one that reaches it); 1 is no bound.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def drawn_logits(logits_BV: jax.Array, drawing: Drawing) -> jax.Array:
+    """Returns the logits to draw from, [B, V]: divided by the temperature, -inf where top_k or top_p rule a token out.
+
+    top_p looks at the probabilities that temperature and top_k leave. The likeliest token always stays.
+    """
+    logits_BV = logits_BV / (drawing.temperature or 1.0)
+    if drawing.top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, min(drawing.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
+    if drawing.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # Kept: tokens before which less than top_p has been reached.
+        kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < drawing.top_p
+        kept_BV = kept_BV.at[:, 0].set(True)
+        least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(model: nn.Module, params: Any, state: Any, tokens_BN: jax.Array, length_B: jax.Array):
+    return decoding.prefill(model, params, state, tokens_BN, length_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2, 3))
+def _draw_block(model, params, state, logits_BV, key_B, drawing: Drawing, block: int, first):
+    """Draws `block` tokens a row and reads them; returns them, [block, B], with state and logits to go on from."""
+
+    def body(carry, number):
+        state, logits_BV = carry
+        if drawing.temperature:
+            # Every row has draws of its own, whatever the other rows are.
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+            tokens_B = jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, drawing))
+        else:
+            tokens_B = jnp.argmax(logits_BV, axis=-1)
+        tokens_B = tokens_B.astype(jnp.int32)
+        logits_BV, state = decoding.step(model, params, state, tokens_B)
+        return (state, logits_BV), tokens_B
+
+    (state, logits_BV), tokens_NB = jax.lax.scan(body, (state, logits_BV), first + jnp.arange(block))
+    return tokens_NB, state, logits_BV
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    drawing: Drawing,
+    seed: int,
+    block: int = STREAM_BLOCK,
+) -> Iterator[np.ndarray]:
+    """Continues prompts, all at once, without an end of its own: the caller stops at what it takes for the end.
+
+    Row b draws from the stream (seed, b): it is the same text alone and beside others, up to rounding.
+
+    Args:
+      model: a causal LanguageModel.
+      params: its parameters.
+      prompts: int32 [n] tokens each, of any lengths, at least one (BOS).
+      max_tokens: tokens to add.
+      drawing: how tokens are drawn.
+      seed: of the draws.
+      block: tokens drawn between two results.
+
+    Yields:
+      int32 [B, block], the next tokens (fewer in the last block).
+
+    Raises:
+      UserError: the model cannot be decoded, or not so far (see `decoding.check`).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    capacity = longest + max_tokens
+    state = decoding.init_state(model, batch_size=len(prompts), capacity=capacity)
+    # Few different shapes, so that prompts of other lengths find their program compiled.
+    width = decoding.PREFILL_BLOCK
+    width = 2 ** math.ceil(math.log2(longest)) if longest <= width else -(-longest // width) * width
+    tokens_BN = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens_BN, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    logits_BV, state = _prefill(model, params, state, tokens_BN, length_B)
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
+    for first in range(0, max_tokens, block):
+        # Always whole blocks, so that one program serves; what is drawn past the end (and past the capacity) is cut.
+        tokens_NB, state, logits_BV = _draw_block(model, params, state, logits_BV, key_B, drawing, block, first)
+        yield np.asarray(tokens_NB).T[:, : max_tokens - first]
 
 
 def sample(
@@ -36,7 +136,7 @@ def sample(
     seed: int,
     num: int = 1,
 ) -> np.ndarray:
-    """Continues a prompt; every token costs a forward pass over the whole text, so this is for short samples.
+    """Continues a prompt `num` times; see `generate` for the rest.
 
     Args:
       model: a causal LanguageModel.
@@ -51,9 +151,7 @@ def sample(
     Returns:
       int32 [num, max_tokens].
     """
-    start = np.concatenate([[bos_id], prompt]).astype(np.int32)
-    tokens_BN = np.zeros((num, len(start) + max_tokens), np.int32)
-    tokens_BN[:, : len(start)] = start
-    key = jax.random.key(seed)
-    filled = _continue(model, params, tokens_BN, len(start), tokens_BN.shape[1], jnp.float32(temperature), key)
-    return np.asarray(filled)[:, len(start) :]
+    prompts = [np.concatenate([[bos_id], prompt]).astype(np.int32)] * num
+    drawing = Drawing(temperature)
+    blocks = generate(model, params, prompts, max_tokens=max_tokens, drawing=drawing, seed=seed, block=max_tokens)
+    return np.concatenate(list(blocks), axis=1)
