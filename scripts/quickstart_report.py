@@ -22,7 +22,8 @@ def main() -> None:
 
     workdir = Path(flags.FLAGS.workdir)
     run, params, step = evaluate.load_run(workdir)
-    final = json.loads((workdir / 'final.json').read_text())
+    result = json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
+    parameters = json.loads((workdir / 'final.json').read_text())['parameters']
     written = sampling.sample(
         run.model,
         params,
@@ -41,10 +42,10 @@ def main() -> None:
         'xz -9': 8 * len(lzma.compress(together, preset=9)) / size,
         'bz2 -9 file by file': 8 * sum(len(bz2.compress(text, 9)) for text in texts) / size,
     }
-    ours = final['eval']['valid']['bits_per_byte']
+    ours = result['bits_per_byte']
     print(
-        f'1. Result: {final["parameters"]:,} parameters, {step} steps, {ours:.3f} bits per byte on {size:,} bytes of '
-        'source that it never saw.'
+        f'1. Result: {parameters:,} parameters, {step} steps, {ours:.3f} bits per byte on {result["bytes"]:,} bytes '
+        'of source that it never saw.'
     )
     print('2. Compared with: ' + ', '.join(f'{name} {value:.3f}' for name, value in bits.items()) + ' bits per byte.')
     print(f'3. Checkpoint: {workdir}/checkpoints/{step}')
