@@ -66,7 +66,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.model.size = 'tiny'
     config.model.dtype = 'float32'
     config.data.source = 'embedded'
-    config.data.tokenizer = 'bytes'
+    config.data.tokenizer = None  # bytes, or that of the prepared tokens put in the corpus's place
     config.data.context = 128
     config.data.batch_size = 4
     config.steps, config.tokens, config.epochs = 20, None, None
