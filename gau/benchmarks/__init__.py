@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: each kind yields rows (dicts); scripts/benchmark.py writes, tables and draws them."""
+"""Measurements of speed and memory: each kind yields rows (dicts); scripts/benchmark.py shows them."""

@@ -127,7 +127,7 @@ def _measured(abstract, run, *, position: int, repeats: int, tokens: int, per_se
     memory = (device.memory_stats() or {}).get('bytes_limit')
     needed = decoding.state_bytes(abstract)
     if memory and needed > STATE_SHARE * memory:
-        return {'error': f'out of memory: the state alone takes {needed / 2**30:.1f} of {memory / 2**30:.0f} GiB'}
+        return {'error': f'out of memory: {needed / 2**30:.0f} GiB of state'}
     try:
         state = _random_state(abstract)
         seconds = []
