@@ -42,7 +42,8 @@ class Embedding(nn.Module):
 class LanguageModel(nn.Module):
     """Any model of the registry, causal (LM) or bidirectional (MLM).
 
-    All its methods take:
+    `extend` reads on in texts that have begun (`gau.models.decoding`); `__call__`, `token_losses` and `hidden` read
+    whole texts and take:
       tokens_BN: integer tokens in [0, V).
       segment_ids_BN: integers; 0 is padding, another number names the document of the token, and documents do not see
         each other. None: all one document.

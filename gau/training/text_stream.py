@@ -49,19 +49,26 @@ class TextStream:
 
     def _decoded(self, *, last: bool) -> str:
         """Text of the waiting tokens; those of a character that is not whole yet go on waiting."""
+        ready = self._waiting if last else self._certain()
         before = self._tokenizer.decode(self._done)
-        for cut in [] if last else range(min(UNFINISHED, len(self._waiting)) + 1):
-            ready = self._waiting[: len(self._waiting) - cut]
-            text = self._tokenizer.decode(self._done + ready)[len(before) :]
-            if not text.endswith(REPLACEMENT):
-                break
-        else:
-            # The end of the text, or bytes that no further ones can mend.
-            ready = self._waiting
-            text = self._tokenizer.decode(self._done + ready)[len(before) :]
+        text = self._tokenizer.decode(self._done + ready)[len(before) :]
         self._waiting = self._waiting[len(ready) :]
         self._done = self._after_whole_character((self._done + ready)[-OVERLAP:])
         return text
+
+    def _certain(self) -> list[int]:
+        """The waiting tokens whose text no further tokens can change."""
+        waiting, decode = self._waiting, self._tokenizer.decode
+        for cut in range(min(UNFINISHED, len(waiting)) + 1):
+            ready = waiting[: len(waiting) - cut]
+            if not decode(self._done + ready).endswith(REPLACEMENT):
+                return ready
+        # Bytes that nothing can mend stand before the last few: cut where no broken character is broken in two.
+        for cut in range(UNFINISHED, min(2 * UNFINISHED, len(waiting)) + 1):
+            ready, rest = waiting[: len(waiting) - cut], waiting[len(waiting) - cut :]
+            if decode(ready) + decode(rest) == decode(waiting):
+                return ready
+        return []
 
     def _after_whole_character(self, tokens: list[int]) -> list[int]:
         """Drops tokens from the left until no character is cut in two there."""

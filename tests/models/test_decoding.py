@@ -104,7 +104,7 @@ def test_every_ablation_decodes(case):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', DECODABLE)
 @pytest.mark.parametrize(('dtype', 'bound'), [('float32', 2e-5), ('bfloat16', 0.05)])
-@pytest.mark.parametrize('block', [1, 5, 24])
+@pytest.mark.parametrize('block', [1, 24])
 def test_rounding_in_the_other_types(name, dtype, bound, block):
     """bfloat16 has steps of 2^-8: the two ways of adding may differ by some of them in logits of size 3."""
     worst, size = staircase(name, dtype=dtype, block=block)

@@ -82,6 +82,22 @@ def test_bytes_that_are_no_text_are_not_waited_for():
     assert stream.close() == '\ufffd'
 
 
+def test_any_bytes_read_bit_by_bit_are_the_text_of_all_of_them():
+    generator = np.random.default_rng(0)
+    characters = [character.encode() for character in 'aé漢😀']
+    for _ in range(200):
+        # Whole characters, halves of characters and stray bytes.
+        pieces = [characters[i][: generator.integers(1, 5)] for i in generator.integers(0, 4, 12)]
+        tokens = list(b''.join([*pieces, generator.bytes(3), characters[2]]))
+        stream, first = TextStream(TOKENIZER), 0
+        while first < len(tokens):
+            size = generator.integers(1, 6)
+            stream.push(tokens[first : first + size])
+            first += size
+        stream.close()
+        assert stream.text == TOKENIZER.decode(tokens)
+
+
 @pytest.mark.parametrize('block', [1, 4, 100])
 def test_text_ends_at_a_stop_string_or_eos_and_never_shows_a_part_of_it(block):
     tokens = [*TOKENIZER.encode('abSTSTOPde').tolist(), TOKENIZER.eos_id, 65]
