@@ -6,8 +6,10 @@ which are no text. Documents are split by name, not at random: the held-out ones
 """
 
 import functools
+import hashlib
 import os
 import pathlib
+import platform
 import sysconfig
 import zlib
 
@@ -25,6 +27,14 @@ SPLITS = ('train', 'valid')
 def split_text(split: str) -> list[tuple[str, str]]:
     """Returns the (name, text) documents of `split`, `train` or `valid`, sorted by name."""
     return [(name, text) for name, text in _documents() if _split_of(name) == split]
+
+
+def identity() -> str:
+    """Returns the version of Python and a hash of all documents."""
+    digest = hashlib.sha256()
+    for name, text in _documents():
+        digest.update(f'{name}|{len(text)}|{text}'.encode('utf-8', errors='replace'))
+    return f'Python {platform.python_version()}, {digest.hexdigest()[:16]}'
 
 
 def _split_of(name: str) -> str:

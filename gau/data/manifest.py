@@ -1,5 +1,6 @@
 """The manifest of a directory of prepared token shards: what is in it, and how it was made."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +32,11 @@ def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get('format') != FORMAT:
         raise UserError(f'{path}: not a manifest of prepared tokens in the format {FORMAT}')
     return contents
+
+
+def identity(directory: str | os.PathLike[str]) -> str:
+    """Returns a hash of the manifest of `directory`, which holds what every shard was made of. Raises as `read`."""
+    return hashlib.sha256(json.dumps(read(directory), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tokenizer_spec(directory: str | os.PathLike[str]) -> str:

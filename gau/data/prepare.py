@@ -165,7 +165,7 @@ def _plan(
         size = math.ceil(total / min(wanted, total))
         count = math.ceil(total / size)
         jobs += [dataclasses.asdict(Shard(split, i, count, i * size, min(total, (i + 1) * size))) for i in range(count)]
-    return {'options': options, 'tokenizer': tokenizer, 'files': sources.identity(config), 'shards': jobs}
+    return {'options': options, 'tokenizer': tokenizer, 'files': sources.text_files(config), 'shards': jobs}
 
 
 def _estimated_bytes(documents: docs.Documents) -> float:

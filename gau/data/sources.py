@@ -1,12 +1,14 @@
 """Which documents a config means: its sources, their splits, and opening them."""
 
 import functools
+import hashlib
+import json
 
 from ml_collections import ConfigDict
 
 from gau.data import config as data_config
 from gau.data import documents as docs
-from gau.data import embedded, manifest, tfds_source, tokenizers
+from gau.data import embedded, manifest, textfiles, tfds_source, tokenizers
 from gau.data.documents import Documents
 from gau.data.shards import Shards
 from gau.data.textfiles import TextFiles
@@ -74,11 +76,38 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
     return docs.hold_out(documents, every=config.holdout_every, split=split)
 
 
-def identity(config: ConfigDict) -> list[list[str | int]]:
+def text_files(config: ConfigDict) -> list[list[str | int]]:
     """Returns name, size and time of every text file behind the config: equal means the same documents."""
-    named = [*data_config.sources(config), config.valid_source, config.test_source]
-    texts = [source for source in named if source and data_config.source_kind(source) in ('text', 'jsonl')]
-    return [entry for source in texts for entry in _open_text(config, source).identity]
+    texts = [source for source in _named(config) if data_config.source_kind(source) in ('text', 'jsonl')]
+    return [entry for source in texts for entry in textfiles.identity(_argument(source))]
+
+
+def identity(config: ConfigDict) -> dict[str, str]:
+    """Returns what tells whether the data behind the (resolved) data config changed: a line for each of its sources.
+
+    Nothing but names, sizes and times of files is read, the manifest of prepared tokens, or the built-in corpus. How
+    the config cuts documents out of that, and with which tokenizer, is not in it.
+
+    Raises:
+      UserError: missing files, no such directory or data set.
+    """
+    return {source: _identity_of(config, source) for source in _named(config)}
+
+
+def _named(config: ConfigDict) -> list[str]:
+    return [source for source in (*data_config.sources(config), config.valid_source, config.test_source) if source]
+
+
+def _identity_of(config: ConfigDict, source: str) -> str:
+    kind = data_config.source_kind(source)
+    if kind == 'embedded':
+        return embedded.identity()
+    if kind == 'tokens':
+        return f'manifest {manifest.identity(_argument(source))}'
+    if kind == 'tfds':
+        return tfds_source.identity(_argument(source), config.tfds_dir)
+    files = textfiles.identity(_argument(source))
+    return f'{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}'
 
 
 def _argument(source: str) -> str:

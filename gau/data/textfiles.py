@@ -92,12 +92,6 @@ class TextFiles:
         start, end = self._spans[number][index - (int(self._ends[number - 1]) if number else 0)]
         return int(end - start)
 
-    @property
-    def identity(self) -> list[list[str | int]]:
-        """Name, size and modification time (ns) of every file: equal means the same documents."""
-        status = [os.stat(name) for name in self._names]
-        return [[n, s.st_size, s.st_mtime_ns] for n, s in zip(self._names, status, strict=True)]
-
     def _parse(self, raw: bytes) -> str:
         """Returns the document's text; raises ValueError saying what is wrong."""
         try:
@@ -167,6 +161,11 @@ class TextFiles:
         if self._unit == 'paragraph':
             return np.fromiter(_paragraphs(path, start), np.dtype((np.int64, 2)))
         return _lines(path, start)
+
+
+def identity(globs: str) -> list[list[str | int]]:
+    """Returns name, size and modification time (ns) of every file that matches: equal means the same documents."""
+    return [[name, status.st_size, status.st_mtime_ns] for name in _expand(globs) for status in [os.stat(name)]]
 
 
 def default_cache_dir() -> pathlib.Path:

@@ -24,6 +24,17 @@ def splits(name: str, data_dir: str | None) -> list[str]:
     return list(_split_names(_builder(name, data_dir)))
 
 
+def identity(name: str, data_dir: str | None) -> str:
+    """Returns the data set's full name with its version, and documents and bytes of every split.
+
+    Raises:
+      UserError: no such data set in the directory.
+    """
+    info = _builder(name, data_dir).info
+    sizes = [f'{split}: {part.num_examples} in {part.num_bytes} bytes' for split, part in sorted(info.splits.items())]
+    return ', '.join([info.full_name, *sizes])
+
+
 class TfdsText:
     """The documents of one split.
 
