@@ -90,7 +90,7 @@ class Checkpoints:
             raise UserError(f'{self.directory} has no checkpoint of step {step}, only {steps or "none"}')
         candidates = [step] if step is not None else steps[::-1]
         for candidate in candidates:
-            self._check_architecture(abstract_state.params, candidate)
+            self.check_architecture(abstract_state.params, candidate)
             args = {'state': ocp.args.StandardRestore(abstract_state)}
             if iterator is not None:
                 args['data'] = grain.checkpoint.CheckpointRestore(iterator)
@@ -98,6 +98,8 @@ class Checkpoints:
                 state = self._manager.restore(candidate, args=ocp.args.Composite(**args)).state
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
                 _drop_unfinished_reads()
+                if 'RESOURCE_EXHAUSTED' in str(error):
+                    raise
                 where = self.directory / str(candidate)
                 print(f'warning: checkpoint {where} is damaged and passed over ({_first_line(error)})', file=sys.stderr)
                 continue
@@ -114,7 +116,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged, or its parameters are those of another architecture.
         """
-        self._check_architecture(abstract_params, step)
+        self.check_architecture(abstract_params, step)
         partial = ocp.args.PyTreeRestore(
             item={'params': abstract_params},
             restore_args={'params': ocp.checkpoint_utils.construct_restore_args(abstract_params)},
@@ -128,8 +130,8 @@ class Checkpoints:
                 _drop_unfinished_reads()
                 raise UserError(f'checkpoint {directory.parent} is damaged ({_first_line(error)})') from error
 
-    def _check_architecture(self, abstract_params: Any, step: int) -> None:
-        """Raises UserError at the first parameter in which the stored tree differs from the wanted one."""
+    def check_architecture(self, abstract_params: Any, step: int) -> None:
+        """Raises UserError at the first parameter in which a stored tree differs from the one wanted."""
         directory = self.directory / str(step)
         try:
             stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(epath.Path(directory / 'state')).tree['params'])

@@ -19,7 +19,8 @@ CLIPPINGS = ('local', 'global', 'none')
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
-RESUMABLE_CHANGES = ('mesh.', 'log.', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir')
+# (`fork`, too: it is settled when a run begins.)
+RESUMABLE_CHANGES = ('mesh.', 'log.', 'fork', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir')
 
 
 def default_config() -> ConfigDict:
@@ -110,19 +111,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     _check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
+    _check_ranges(config)
     for section in ('checkpoint', 'eval'):
         unit = durations.given_unit(config[section], 'every_', where=f'{section}.')
         _check_positive(f'{section}.every_{unit}', config[section][f'every_{unit}'])
-    for path in ('log.every_steps', 'optimizer.accumulation_steps', 'checkpoint.keep_last', 'checkpoint.keep_every'):
-        section, field = path.split('.')
-        if config[section][field] is not None:
-            _check_positive(path, config[section][field])
-    if optimizer.clip != 'none':
-        _check_positive('optimizer.clip_norm', optimizer.clip_norm)
-    if optimizer.learning_rate <= 0:
-        raise UserError(f'optimizer.learning_rate={optimizer.learning_rate} must be positive')
-    if not 0 <= optimizer.final_fraction <= 1:
-        raise UserError(f'optimizer.final_fraction={optimizer.final_fraction} must lie in 0..1')
     config.data = data_config.resolve(config.data, objective=config.objective)
     if config.data.batch_size % optimizer.accumulation_steps:
         raise UserError(
@@ -133,14 +125,43 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _check_ranges(config: ConfigDict) -> None:
+    positive = ['steps', 'tokens', 'epochs', 'log.every_steps', 'optimizer.accumulation_steps', 'optimizer.eps']
+    positive += ['optimizer.learning_rate', 'checkpoint.keep_last', 'checkpoint.keep_every']
+    positive += ['eval.batch_size', 'eval.max_tokens']
+    if config.optimizer.clip != 'none':
+        positive.append('optimizer.clip_norm')
+    for path in positive:
+        _check_positive(path, _field(config, path))
+    for context in config.eval.contexts:
+        _check_positive('eval.contexts', context)
+    if not config.eval.splits:
+        raise UserError('eval.splits=() names no split to evaluate')
+    for path, low, high in (
+        ('seed', 0, 2**31 - 1),
+        ('optimizer.final_fraction', 0, 1),
+        ('optimizer.b1', 0, 1),
+        ('optimizer.b2', 0, 1),
+        ('optimizer.weight_decay', 0, float('inf')),
+    ):
+        if not low <= _field(config, path) <= high:
+            raise UserError(f'{path}={_field(config, path)} must lie in {low}..{high}')
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+    for name in path.split('.'):
+        config = config[name]
+    return config
+
+
 def _check_name(path: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise UserError(f'{path}="{value}" is unknown{did_you_mean(value, options)}')
 
 
-def _check_positive(path: str, value: float) -> None:
-    if value <= 0:
-        raise UserError(f'{path}={value} must be positive')
+def _check_positive(path: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float('inf'):
+        raise UserError(f'{path}={value} must be positive and finite')
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -149,7 +170,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f'{path}: {flat_old.get(path, "absent")} -> {flat_new.get(path, "absent")}'
         for path in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(path, ...) != flat_new.get(path, ...) and not path.startswith(RESUMABLE_CHANGES)
+        if flat_old.get(path) != flat_new.get(path) and not path.startswith(RESUMABLE_CHANGES)
     ]
 
 

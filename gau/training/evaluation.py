@@ -77,19 +77,28 @@ class Evaluator:
         self._mesh = mesh
         self._eval_step = jax.jit(eval_step)
 
-    def __call__(self, params: Any, *, split: str, context: int | None = None) -> Result:
+    def __call__(
+        self,
+        params: Any,
+        *,
+        split: str,
+        context: int | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Result | None:
         """Runs over the split once and returns its sums.
 
         Args:
           params: the model's parameters, unboxed.
           split: a split of the config's data.
           context: tokens a row; None means the config's. Rows are then fewer or more, so that a batch's tokens stay.
+          cancelled: asked before every batch; once it says True, the result is None.
 
         Raises:
           UserError: unknown split, or a batch that does not divide over the mesh.
         """
         data, evaluation = self._config.data, self._config.eval
-        base_rows = evaluation.batch_size or data.batch_size
+        # As many rows as a training step holds at once.
+        base_rows = evaluation.batch_size or data.batch_size // self._config.optimizer.accumulation_steps
         context = context or data.context
         divisor = self._mesh.shape['data'] * self._mesh.shape['fsdp']
         rows = max(base_rows * data.context // context // divisor, 1) * divisor
@@ -109,6 +118,8 @@ class Evaluator:
         by_position = np.zeros((2, context))
         in_flight = None
         for batch in iterator:
+            if cancelled():
+                return None
             dispatched = self._eval_step(params, self._to_device(batch))
             # The sums of one batch are taken on the host while the device works on the next.
             if in_flight is not None:

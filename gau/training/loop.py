@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from gau.training.metrics import MetricsWriter, Progress
 from gau.training.plots import plot_loss, plot_loss_by_position
 from gau.training.setup import Run, use_compilation_cache
 from gau.training.step import TrainState
-from gau.training.throughput import training_mfu
 
 
 class Interrupted(Exception):
@@ -53,7 +52,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     use_compilation_cache()
     run = Run.from_config(config)
     # Everything a config can get wrong shows here, before anything is written.
-    total_steps, _ = run.total_steps, run.abstract_state
+    run.check()
+    if config.fork is not None and not (workdir / files.CONFIG).exists():
+        config.fork = str(_pin_fork(run, Path(config.fork)))
+    total_steps = run.total_steps
     iterator = pipeline.train_iterator(
         config.data,
         objective=config.objective,
@@ -63,10 +65,12 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
     with ExitStack() as stack:
-        resuming = stack.enter_context(files.claim(workdir, config))
+        if stack.enter_context(files.claim(workdir, config)):
+            # Where a run came from is settled when it begins.
+            config.fork = files.read_config(workdir).fork
+        else:
+            files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
         config_tree = files.config_to_dict(config)
-        if not resuming:
-            files.write_json(workdir / files.CONFIG, config_tree)
         saved = Checkpoints(workdir, config.checkpoint)
         stack.callback(saved.close)
         state, origin = _start(run, saved, iterator)
@@ -83,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         stack.callback(progress.close)
         progress.say(
             f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
-            f'{len(jax.devices())} x {jax.devices()[0].device_kind}, {origin}'
+            f'{run.devices}, {origin}'
         )
         stop = stack.enter_context(_signals())
         stack.enter_context(run.context())
@@ -97,21 +101,46 @@ def _start(run: Run, saved: Checkpoints, iterator: Any) -> tuple[TrainState, str
     state = saved.restore(run.abstract_state, iterator=iterator)
     if state is not None:
         return state, f'resumed at step {int(state.step)}'
-    fork = run.config.fork
-    if fork is None:
+    if run.config.fork is None:
         return run.init_state(), 'new run'
-    parent_config = files.read_config(Path(fork))
-    parent = Checkpoints(Path(fork))
+    checkpoint = Path(run.config.fork)
+    parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
+    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
+    # The iterator's position means something only in the same data in the same order.
+    same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
+    parent = Checkpoints(parent_workdir)
     try:
-        changed = differences(files.config_to_dict(parent_config), files.config_to_dict(run.config))
-        # The iterator's position means something only in the same data in the same order.
-        same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
-        state = parent.restore(run.abstract_state, iterator=iterator if same_data else None)
+        state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)
     finally:
         parent.close()
-    if state is None:
-        raise UserError(f'fork={fork} has no checkpoint')
-    return state, f'forked from {fork} at step {int(state.step)}' + ('' if same_data else ', data from their start')
+    # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
+    saved.save(step, state, iterator, files.config_to_dict(run.config))
+    return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
+
+
+def _pin_fork(run: Run, fork: Path) -> Path:
+    """Returns the checkpoint that a new run starts from: the newest of the work directory `fork`, or `fork` itself.
+
+    Raises:
+      UserError: there is none, it is of another architecture, or at or beyond the end of the new run.
+    """
+    is_checkpoint = fork.parent.name == 'checkpoints' and fork.name.isdecimal()
+    workdir = fork.parent.parent if is_checkpoint else fork
+    files.read_config(workdir)
+    parent = Checkpoints(workdir)
+    try:
+        steps = parent.steps()
+        step = int(fork.name) if is_checkpoint else max(steps, default=None)
+        if step not in steps:
+            raise UserError(f'fork={fork}: no such checkpoint, {workdir} has {steps or "none"}')
+        parent.check_architecture(run.abstract_params, step)
+    finally:
+        parent.close()
+    if step >= run.total_steps:
+        raise UserError(
+            f'fork={fork} is at step {step} already and this run ends at {run.total_steps}: give more steps'
+        )
+    return workdir / 'checkpoints' / str(step)
 
 
 class _Loop:
@@ -138,10 +167,16 @@ class _Loop:
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = _Clock(self.step)
         self.last_metrics: dict[str, Any] = {}
+        self.reported = {
+            (row['step'], row['split'].removeprefix('eval/')) for row in writer.kept if row['split'].startswith('eval/')
+        }
 
     def run_to(self, total_steps: int) -> None:
         save_every = max(self.run.steps('checkpoint', 'every_'), 1)
         eval_every = max(self.run.steps('eval', 'every_'), 1)
+        if 0 < self.step < total_steps and self.step % eval_every == 0:
+            # A signal may have cut short the evaluation of the step that it saved.
+            self.evaluate()
         while self.step < total_steps:
             batch = put_batch(next(self.iterator), self.batch_sharding)
             self.state, metrics = self.train_step(self.state, batch)
@@ -149,19 +184,22 @@ class _Loop:
             self.settle()
             self.in_flight = (self.step, metrics)
             due_eval = self.step % eval_every == 0 and self.step < total_steps
-            due_save = self.step % save_every == 0 or self.step == total_steps or bool(self.stop)
-            if due_eval or due_save:
+            due_save = self.step % save_every == 0 or self.step == total_steps
+            if due_eval or due_save or self.stop:
                 # What the files say must never be older than a checkpoint, or a killed run would lose lines for good.
                 self.settle()
                 with self.clock.paused():
                     if due_eval:
                         self.evaluate()
-                    if due_save:
+                    if due_save or self.stop:
                         self.saved.save(self.step, self.state, self.iterator, self.config_tree)
             if self.stop and self.step < total_steps:
-                self.saved.wait()
-                name = signal.Signals(self.stop[0]).name
-                raise Interrupted(self.stop[0], f'{name}: saved at step {self.step}; the same command resumes')
+                self._leave()
+
+    def _leave(self) -> None:
+        self.saved.wait()
+        name = signal.Signals(self.stop[0]).name
+        raise Interrupted(self.stop[0], f'{name}: saved at step {self.step}; the same command resumes')
 
     def settle(self) -> None:
         """Reads the metrics of the step in flight: checks them, logs them when due."""
@@ -180,26 +218,35 @@ class _Loop:
         if step % self.run.config.log.every_steps == 0 or step == self.run.total_steps:
             speed = self.clock.window(step, self.run.tokens_per_step)
             rate = speed['tokens_per_second']
-            mfu = training_mfu(flops_per_token=self.run.flops_per_token, tokens_per_second=rate) if rate else None
+            mfu = self.run.mfu(rate) if rate else None
             self.last_metrics = metrics
             self.writer.write(step, 'train', {**metrics, **speed, 'mfu': mfu})
 
-    def evaluate(self) -> list[Result]:
-        """Evaluates every configured split at the config's context."""
+    def evaluate(self, contexts: Sequence[int] = ()) -> list[Result]:
+        """Evaluates every configured split at the config's context and the given ones; a signal cuts it short.
+
+        What metrics.jsonl has of this step already is not evaluated again.
+        """
         results = []
-        for split in self.run.config.eval.splits:
-            results.append(self.evaluator(self.state.params, split=split))
-            self._report(results[-1])
+        for context in (self.run.config.data.context, *contexts):
+            for split in self.run.config.eval.splits:
+                if (self.step, _eval_name(split, context, self.run.config)) in self.reported:
+                    continue
+                result = self.evaluator(
+                    self.state.params, split=split, context=context, cancelled=lambda: bool(self.stop)
+                )
+                if result is None:
+                    return results
+                self._report(result)
+                results.append(result)
         return results
 
     def finish(self, workdir: Path) -> dict[str, Any]:
         """Evaluates the last state at every context, and writes final.json and the plots."""
         self.settle()
-        results = self.evaluate()
-        for context in self.run.config.eval.contexts:
-            for split in self.run.config.eval.splits:
-                results.append(self.evaluator(self.state.params, split=split, context=context))
-                self._report(results[-1])
+        results = self.evaluate(self.run.config.eval.contexts)
+        if self.stop:
+            self._leave()
         self.saved.wait()
         rows = files.read_metrics(workdir / files.METRICS)
         title = f'{self.run.config.model.name} ({self.run.config.model.size}) on {self.run.config.data.source}'
@@ -209,9 +256,9 @@ class _Loop:
             'step': self.step,
             'parameters': count_parameters(self.state.params),
             'train': self.last_metrics or next((row for row in rows[::-1] if row['split'] == 'train'), {}),
-            'eval': {_eval_name(result, self.run.config.data.context): result.metrics() for result in results},
+            'eval': {_eval_name(result.split, result.context, self.run.config): result.metrics() for result in results},
             'flops_per_token': self.run.flops_per_token,
-            'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+            'device': self.run.devices,
             'versions': library_versions(),
         }
         files.write_json(workdir / files.FINAL, final)
@@ -219,7 +266,8 @@ class _Loop:
 
     def _report(self, result: Result) -> None:
         metrics = result.metrics()
-        name = _eval_name(result, self.run.config.data.context)
+        name = _eval_name(result.split, result.context, self.run.config)
+        self.reported.add((self.step, name))
         self.writer.write(self.step, f'eval/{name}', metrics)
         if metrics['loss'] is not None:
             bits = f', {metrics["bits_per_byte"]:.4f} bits per byte' if metrics['bits_per_byte'] is not None else ''
@@ -239,8 +287,8 @@ class _Loop:
         )
 
 
-def _eval_name(result: Result, own_context: int) -> str:
-    return result.split if result.context == own_context else f'{result.split}_{result.context}'
+def _eval_name(split: str, context: int, config: ConfigDict) -> str:
+    return split if context == config.data.context else f'{split}_{context}'
 
 
 class _Clock:

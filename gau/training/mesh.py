@@ -34,7 +34,8 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     """Builds the mesh over the axes data, fsdp, tensor, sequence.
 
     Args:
-      config: the config's `mesh` section; one axis may be -1, which takes the devices left over.
+      config: the config's `mesh` section; one axis may be -1, which takes the devices left over; without it, one
+        process may leave devices unused.
       devices: all devices of the run; None means `jax.devices()`.
 
     Raises:
@@ -46,6 +47,8 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f'{named}: sizes are positive, and at most one is -1')
     fixed = math.prod(size for size in sizes if size != -1)
+    if -1 not in sizes and fixed < len(devices) and jax.process_count() == 1:
+        devices = devices[:fixed]
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise UserError(f'{named}: the sizes must multiply to the {len(devices)} device(s) at hand')

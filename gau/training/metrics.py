@@ -21,7 +21,7 @@ class MetricsWriter:
 
         logging.getLogger('tensorboardX').setLevel(logging.ERROR)
         path = Path(workdir) / files.METRICS
-        files.truncate_metrics(path, last_step=first_step, keep_evaluations=keep_evaluations)
+        self.kept = files.truncate_metrics(path, last_step=first_step, keep_evaluations=keep_evaluations)
         self._file = path.open('a')
         self._board = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1, flush_secs=10)
 

@@ -9,18 +9,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gau.data import pipeline, tokenizers
-from gau.errors import UserError
+from gau.data import pipeline, sources, tokenizers
+from gau.errors import UserError, did_you_mean
 from gau.models import counts, registry
 from gau.training import checkpoints, durations, step
 from gau.training import mesh as meshes
 from gau.training.evaluation import Evaluator
 from gau.training.optimizer import make_optimizer, make_schedule
+from gau.training.throughput import training_mfu
 
 CACHE_VARIABLE = 'GAU_COMPILATION_CACHE'
 
@@ -51,18 +53,47 @@ class Run:
         """Builds the parts of a resolved config, on all devices or on those given.
 
         Raises:
-          UserError: the tokenizer is missing, or mesh, batch and context do not fit together.
+          UserError: the tokenizer is missing, or the mesh does not fit the devices.
         """
         tokenizer = tokenizers.load(config.data.tokenizer)
         mesh = meshes.make_mesh(config.mesh, devices)
-        micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
-        meshes.check_batch(mesh, batch_size=micro_batch, context=config.data.context)
-        if config.data.batch_size % jax.process_count():
-            raise UserError(
-                f'data.batch_size={config.data.batch_size} does not divide over {jax.process_count()} processes'
-            )
+        if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
+            raise UserError('model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment')
         model = registry.build(config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm')
         return cls(config, tokenizer, mesh, model)
+
+    def check(self) -> None:
+        """Finds what would go wrong in training only later.
+
+        Raises:
+          UserError: the batch does not divide over the mesh, the schedule is impossible, a split does not exist, or the
+            model cannot be evaluated at a context.
+        """
+        data, rows = self.config.data, self.config.data.batch_size // self.config.optimizer.accumulation_steps
+        meshes.check_batch(self.mesh, batch_size=rows, context=data.context)
+        if data.batch_size % jax.process_count():
+            raise UserError(f'data.batch_size={data.batch_size} does not divide over {jax.process_count()} processes')
+        known = sources.splits(data)
+        for split in self.config.eval.splits:
+            if split not in known:
+                raise UserError(f'eval.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}')
+        for context in self.config.eval.contexts:
+            meshes.check_batch(self.mesh, batch_size=rows, context=context)
+            tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
+            batch = {'inputs': tokens, 'targets': tokens}
+            jax.eval_shape(step.make_eval_step(self.model), nn.unbox(self._boxed_params), batch)
+        _ = self.abstract_state
+
+    @property
+    def devices(self) -> str:
+        """What the run computes on, e.g. `8 x NVIDIA H100`."""
+        return f'{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}'
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation of training at this speed; None where the chip is unknown."""
+        return training_mfu(
+            flops_per_token=self.flops_per_token, tokens_per_second=tokens_per_second, devices=self.mesh.size
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -6,6 +6,8 @@ import jax
 PEAK_FLOPS = {
     'H200': 989e12,  # NVIDIA H200 SXM data sheet
     'H100': 989e12,  # NVIDIA H100 SXM data sheet
+    'H100 PCIe': 756e12,  # NVIDIA H100 data sheet, without sparsity
+    'L40S': 362e12,  # NVIDIA L40S data sheet, without sparsity
     'A100': 312e12,  # NVIDIA A100 data sheet
     'L4': 121e12,  # NVIDIA L4 data sheet, without sparsity
     'TPU v2': 22.5e12,  # 45 TFLOP/s a chip, a device is one of its two cores; Google Cloud TPU documentation
@@ -24,14 +26,15 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
     return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if name in kind), None)
 
 
-def training_mfu(*, flops_per_token: float, tokens_per_second: float) -> float | None:
+def training_mfu(*, flops_per_token: float, tokens_per_second: float, devices: int) -> float | None:
     """Share of the peak of all devices that training uses; None where the chip is unknown.
 
     Args:
       flops_per_token: of one forward pass; the backward pass counts twice that, recomputation is not counted.
       tokens_per_second: of the whole run, over all devices.
+      devices: how many there are.
     """
     peak = peak_flops()
     if peak is None:
         return None
-    return 3 * flops_per_token * tokens_per_second / (peak * jax.device_count())
+    return 3 * flops_per_token * tokens_per_second / (peak * devices)

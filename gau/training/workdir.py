@@ -15,6 +15,7 @@ from gau.training.config import differences
 
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
+DROPPED = 'metrics.dropped.jsonl'
 EVAL = 'eval.jsonl'
 FINAL = 'final.json'
 PARAMETERS = 'parameters.txt'
@@ -62,18 +63,7 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
         another process trains in it right now. Nothing in it has been touched then.
     """
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f'--workdir={workdir} is not a directory')
-    exists = (workdir / CONFIG).exists()
-    if exists:
-        changed = differences(config_to_dict(read_config(workdir)), config_to_dict(config))
-        if changed:
-            raise UserError(
-                f'--workdir={workdir} holds a run with another config ({"; ".join(changed)}): '
-                f'resume with the same config, or start another work directory with --fork={workdir}'
-            )
-    elif workdir.is_dir() and any(not entry.name.startswith('.') for entry in workdir.iterdir()):
-        raise UserError(f'--workdir={workdir} is not empty and holds no run ({CONFIG} is missing): choose another')
+    _holds_this_run(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / '.lock', 'w')  # noqa: SIM115  held until the run ends, or dies
@@ -84,7 +74,26 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f'--workdir={workdir}: another process is training there') from error
-        yield exists
+        # Looked at again: another process may have begun a run between the first look and the lock.
+        yield _holds_this_run(workdir, config)
+
+
+def _holds_this_run(workdir: Path, config: ConfigDict) -> bool:
+    """Returns whether a run with this config is there; raises UserError if anything else is."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f'--workdir={workdir} is not a directory')
+    if (workdir / CONFIG).exists():
+        stored = read_config(workdir)
+        changed = differences(config_to_dict(stored), config_to_dict(config))
+        if changed:
+            raise UserError(
+                f'--workdir={workdir} holds a run with another config ({"; ".join(changed)}): '
+                f'resume with the same config, or start another work directory with --fork={workdir}'
+            )
+        return True
+    if workdir.is_dir() and any(not entry.name.startswith('.') for entry in workdir.iterdir()):
+        raise UserError(f'--workdir={workdir} is not empty and holds no run ({CONFIG} is missing): choose another')
+    return False
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -103,32 +112,46 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+    """Returns the lines of a metrics file; one that a kill or a full disk cut short is left out."""
+    return [row for _, row in _metrics_lines(path) if row is not None]
 
 
-def truncate_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> None:
+def truncate_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> list[dict[str, Any]]:
     """Drops the lines that a run resumed after `last_step` will write again, so that each stands in the file once.
+
+    What is dropped goes to the end of metrics.dropped.jsonl beside it: the checkpoints may have been lost, not the run.
 
     Args:
       path: a metrics file; may be absent.
       last_step: lines of later steps go.
       keep_evaluations: whether the evaluations of `last_step` itself stay.
+
+    Returns:
+      The lines that stay.
     """
 
-    def stays(row: dict[str, Any]) -> bool:
-        return row['step'] < last_step or (row['step'] == last_step and (keep_evaluations or row['split'] == 'train'))
+    def stays(row: dict[str, Any] | None) -> bool:
+        if row is None or row['step'] > last_step:
+            return False
+        return row['step'] < last_step or keep_evaluations or row['split'] == 'train'
 
-    if path.exists():
-        rows = [row for row in read_metrics(path) if stays(row)]
-        _replace(path, ''.join(json.dumps(row) + '\n' for row in rows))
+    lines = _metrics_lines(path)
+    dropped = [text + '\n' for text, row in lines if not stays(row)]
+    if dropped:
+        with path.with_name(DROPPED).open('a') as file:
+            file.writelines(dropped)
+        _replace(path, ''.join(text + '\n' for text, row in lines if stays(row)))
+    return [row for _, row in lines if stays(row)]
+
+
+def _metrics_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append((text, json.loads(text)))
+        except ValueError:
+            lines.append((text, None))
+    return lines
 
 
 def _replace(path: Path, text: str) -> None:
