@@ -18,16 +18,18 @@ MASKINGS = ('token', 'whole_word', 'span')
 OBJECTIVES = ('lm', 'mlm')
 
 # Which kinds of source a field speaks to; it must be None everywhere else, so that nothing is silently ignored.
+# Those of the source speak to data.source alone, the others to valid_source and test_source too.
 _SPEAKS_TO = {
     'text_field': ('jsonl', 'tfds'),
     'text_unit': ('text',),
     'bad_lines': ('text', 'jsonl'),
+    'cache_dir': ('text', 'jsonl'),
     'valid_source': ('text', 'jsonl'),
     'test_source': ('text', 'jsonl'),
     'holdout_every': ('text', 'jsonl'),
-    'cache_dir': ('text', 'jsonl'),
     'tfds_dir': ('tfds',),
 }
+_OF_THE_SOURCE = ('valid_source', 'test_source', 'holdout_every')
 _DEFAULTS = {'text_unit': 'file', 'bad_lines': 'error', 'holdout_every': 50}
 
 
@@ -110,8 +112,12 @@ def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     check_name('objective', objective, OBJECTIVES)
-    kinds = {source_kind(source) for source in sources(config)}
+    own = {source_kind(source) for source in sources(config)}
+    separate = {
+        source_kind(config[field], f'data.{field}') for field in ('valid_source', 'test_source') if config[field]
+    }
     for field, speaks_to in _SPEAKS_TO.items():
+        kinds = own if field in _OF_THE_SOURCE else own | separate
         if not kinds.isdisjoint(speaks_to):
             if config[field] is None and field in _DEFAULTS and not _replaced(config, field):
                 config[field] = _DEFAULTS[field]

@@ -35,6 +35,21 @@ def test_defaults_depend_on_objective_and_source():
 
 
 @pytest.mark.parametrize(
+    ('fields', 'default'),
+    [
+        ({'source': 'text:x', 'valid_source': 'jsonl:y', 'text_field': 'content'}, ('text_unit', 'file')),
+        ({'source': 'text:x', 'test_source': 'jsonl:y', 'text_field': 'content'}, ('holdout_every', 50)),
+        ({'source': 'jsonl:x', 'valid_source': 'text:y', 'text_unit': 'line'}, ('bad_lines', 'error')),
+        ({'source': 'jsonl:x', 'valid_source': 'text:y'}, ('text_unit', 'file')),
+    ],
+)
+def test_fields_speak_to_the_files_of_valid_and_test_too(fields, default):
+    config = make_config(**fields)
+    assert config[default[0]] == default[1]
+    assert data_config.resolve(config, objective='lm') == config
+
+
+@pytest.mark.parametrize(
     ('objective', 'fields', 'message'),
     [
         ('lm', {'source': 'embeded'}, 'did you mean "embedded"'),
