@@ -141,6 +141,9 @@ def _replaced(config: ConfigDict, field: str) -> bool:
 
 
 def _resolve_tokenizer(config: ConfigDict) -> None:
+    # On a command line None is spelt out.
+    if config.tokenizer in ('', 'None'):
+        config.tokenizer = None
     prepared = [source for source in sources(config) if source_kind(source) == 'tokens']
     if config.tokenizer is None and prepared:
         config.tokenizer = manifest.tokenizer_spec(prepared[0].partition(':')[2])

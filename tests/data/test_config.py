@@ -1,9 +1,11 @@
+import json
 import subprocess
 import sys
 
 import pytest
 
 from gau.data import config as data_config
+from gau.data import manifest
 from gau.errors import UserError
 from tests.data.conftest import make_config
 
@@ -47,6 +49,15 @@ def test_fields_speak_to_the_files_of_valid_and_test_too(fields, default):
     config = make_config(**fields)
     assert config[default[0]] == default[1]
     assert data_config.resolve(config, objective='lm') == config
+
+
+@pytest.mark.parametrize('spelt', [None, 'None', ''])
+def test_no_tokenizer_means_bytes_or_that_of_the_shards(spelt, tmp_path):
+    assert make_config(tokenizer=spelt).tokenizer == 'bytes'
+    contents = {'format': manifest.FORMAT, 'tokenizer': {'spec': 'sentencepiece:tokenizer.model'}}
+    (tmp_path / manifest.FILE).write_text(json.dumps(contents))
+    prepared = make_config(source=f'tokens:{tmp_path}', tokenizer=spelt)
+    assert prepared.tokenizer == f'sentencepiece:{tmp_path}/tokenizer.model'
 
 
 @pytest.mark.parametrize(
