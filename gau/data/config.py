@@ -3,6 +3,9 @@
 Light on purpose (no Grain, no tokenizer library), so that a script which only reads configs starts at once.
 """
 
+import glob
+import os
+
 from ml_collections import ConfigDict, config_dict
 
 from gau.data import manifest
@@ -35,6 +38,8 @@ _DEFAULTS = {'text_unit': 'file', 'bad_lines': 'error', 'holdout_every': 50}
 
 def default_config() -> ConfigDict:
     """Returns every field of the data with its default; None means "decided by the source or the objective".
+
+    Paths of sources and of the tokenizer may be relative; `resolve` makes them absolute.
 
     source: where documents come from.
       `embedded`: the documentation and source of Python's own standard library, split by file.
@@ -105,13 +110,16 @@ def _default_mlm() -> ConfigDict:
 
 
 def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
-    """Returns a copy with every None that another field decides filled in; resolving twice changes nothing.
+    """Returns a copy with every None that another field decides filled in, and with absolute paths.
+
+    Resolving twice changes nothing.
 
     Raises:
       UserError: an unknown name, a number out of range, a field that does not speak to this source or objective.
     """
     config = config.copy_and_resolve_references()
     check_name('objective', objective, OBJECTIVES)
+    _resolve_paths(config)
     own = {source_kind(source) for source in sources(config)}
     separate = {
         source_kind(config[field], f'data.{field}') for field in ('valid_source', 'test_source') if config[field]
@@ -136,6 +144,35 @@ def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
     return config
 
 
+def _resolve_paths(config: ConfigDict) -> None:
+    """Makes paths absolute, so that they mean the same from any directory. (The tokenizer's: in _resolve_tokenizer.)"""
+    sources(config)
+    for field in ('source', 'valid_source', 'test_source'):
+        if config[field] is not None:
+            config[field] = _absolute(config[field])
+    if config.mixture:
+        config.mixture = tuple((weight, _absolute(source)) for weight, source in mixture(config))
+
+
+def _absolute(spec: str) -> str:
+    """Returns `text:GLOB`, `tokens:DIR`, `sentencepiece:FILE` and the like with absolute paths."""
+    kind, colon, rest = spec.partition(':')
+    if not colon or kind == 'tfds':
+        return spec
+    if kind not in ('text', 'jsonl'):
+        return f'{kind}:{_join(os.getcwd(), rest)}'
+    # A comma cannot be escaped in a list of globs; below such a directory they stay relative.
+    if ',' in os.getcwd():
+        return spec
+    return f'{kind}:{",".join(_join(glob.escape(os.getcwd()), pattern) for pattern in rest.split(","))}'
+
+
+def _join(directory: str, path: str) -> str:
+    path = os.path.expanduser(path)
+    # What stands before `..` may be a link or a glob, so nothing is cut but the leading dot; nothing stays nothing.
+    return os.path.join(directory, path.removeprefix('./')) if path else path
+
+
 def _replaced(config: ConfigDict, field: str) -> bool:
     return field == 'holdout_every' and config.valid_source is not None
 
@@ -149,6 +186,7 @@ def _resolve_tokenizer(config: ConfigDict) -> None:
         config.tokenizer = manifest.tokenizer_spec(prepared[0].partition(':')[2])
     config.tokenizer = config.tokenizer or 'bytes'
     _check_prefix('data.tokenizer', config.tokenizer, TOKENIZERS)
+    config.tokenizer = _absolute(config.tokenizer)
 
 
 def _resolve_rows(config: ConfigDict, objective: str) -> None:

@@ -3,9 +3,10 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from gau.data import config as data_config
-from gau.data import manifest
+from gau.data import manifest, sources
 from gau.errors import UserError
 from tests.data.conftest import make_config
 
@@ -58,6 +59,55 @@ def test_no_tokenizer_means_bytes_or_that_of_the_shards(spelt, tmp_path):
     (tmp_path / manifest.FILE).write_text(json.dumps(contents))
     prepared = make_config(source=f'tokens:{tmp_path}', tokenizer=spelt)
     assert prepared.tokenizer == f'sentencepiece:{tmp_path}/tokenizer.model'
+
+
+@pytest.mark.parametrize(
+    ('fields', 'found'),
+    [
+        ({'source': 'text:a/**/*.txt,./b,/c,../d'}, {'source': 'text:HERE/a/**/*.txt,HERE/b,/c,HERE/../d'}),
+        (
+            {'source': 'jsonl:x', 'valid_source': 'text:y', 'test_source': 'jsonl:/z'},
+            {'source': 'jsonl:HERE/x', 'valid_source': 'text:HERE/y', 'test_source': 'jsonl:/z'},
+        ),
+        ({'source': 'text:~/x'}, {'source': 'text:HOME/x'}),
+        ({'tokenizer': 'sentencepiece:m.model'}, {'source': 'embedded', 'tokenizer': 'sentencepiece:HERE/m.model'}),
+        ({'tokenizer': 'huggingface:a/t.json'}, {'tokenizer': 'huggingface:HERE/a/t.json'}),
+        ({'source': 'tfds:toy/en', 'tokenizer': 'bytes'}, {'source': 'tfds:toy/en', 'tokenizer': 'bytes'}),
+        ({'source': 'tokens:made'}, {'source': 'tokens:HERE/made', 'tokenizer': 'sentencepiece:HERE/made/t.model'}),
+        (
+            {'source': 'mixture', 'mixture': ((1, 'text:x'), (2.5, 'embedded'), (1, 'tokens:./made'))},
+            {
+                'mixture': ((1, 'text:HERE/x'), (2.5, 'embedded'), (1, 'tokens:HERE/made')),
+                'tokenizer': 'sentencepiece:HERE/made/t.model',
+            },
+        ),
+    ],
+)
+def test_paths_become_absolute_and_stay_so_elsewhere(tmp_path, monkeypatch, fields, found):
+    contents = {'format': manifest.FORMAT, 'tokenizer': {'spec': 'sentencepiece:t.model'}}
+    (tmp_path / 'made').mkdir()
+    (tmp_path / 'made' / manifest.FILE).write_text(json.dumps(contents))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', '/home/me')
+    config = make_config(**fields)
+    assert {
+        name: json.loads(json.dumps(config[name]).replace(str(tmp_path), 'HERE').replace('/home/me', 'HOME'))
+        for name in found
+    } == json.loads(json.dumps(found))
+    monkeypatch.chdir('/')
+    # As a resumed or evaluated run reads it back, where tuples are lists.
+    again = data_config.resolve(ConfigDict(json.loads(config.to_json())), objective='lm')
+    assert again.to_json() == config.to_json()
+    assert data_config.resolve(config, objective='lm') == config
+
+
+def test_the_directory_itself_is_no_glob(tmp_path, monkeypatch):
+    for name in ('a[b]*', 'a,b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'x.txt').write_text('text\n\ntext')
+        monkeypatch.chdir(tmp_path / name)
+        config = make_config(source='text:*.txt', text_unit='line')
+        assert len(sources.open_split(config, 'train')[0]) == 1
 
 
 @pytest.mark.parametrize(
