@@ -49,11 +49,12 @@ def normal(seed, *shape):
 
 
 def max_error(x, y):
-    """Largest difference between two trees, relative to the largest number in the second tree."""
+    """Largest difference between two trees, relative to the largest number in the second tree; NaN if any is NaN."""
     x, y = jax.tree.leaves(x), jax.tree.leaves(y)
     assert len(x) == len(y)
-    largest = max([1e-300] + [float(np.abs(b).max()) for b in y if np.size(b)])
-    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(x, y, strict=True)) / largest
+    # Not Python's max, which passes over a NaN that does not come first.
+    largest = np.max([1e-300] + [np.abs(b).max() for b in y if np.size(b)])
+    return float(np.max([np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(x, y, strict=True)]) / largest)
 
 
 def finite_difference(f, args, seed, epsilon=1e-6):
