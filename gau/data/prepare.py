@@ -92,10 +92,12 @@ def prepare(
             _check_same(plan, contents['plan'], output)
             shutil.rmtree(output / _WORK)
             return contents
-        _start(output, plan)
+        _start(output, plan, config)
         spec = config.tokenizer
         if train_tokenizer is not None:
-            spec = _train_tokenizer(output / _TRAINED, opened['train'], train_tokenizer, sample_bytes)
+            # Whatever is written: a tokenizer must not have seen what a model is measured on.
+            texts = opened['train'] if 'train' in opened else _one(sources.open_split(config, 'train'), config)
+            spec = _train_tokenizer(output / _TRAINED, texts, train_tokenizer, sample_bytes)
         tokenizer = tokenizers.load(spec)
         dtype = shards.token_dtype(tokenizer.vocab_size)
         jobs = [Shard(**job) for job in plan['shards']]
@@ -132,6 +134,7 @@ def _claim(output: pathlib.Path) -> Iterator[None]:
             strangers = sorted(path.name for path in output.iterdir())
             if strangers:
                 raise UserError(f'{output}: holds something else ({strangers[0]}): choose a new or empty directory')
+        found = (output / _WORK).exists()
         (output / _WORK).mkdir(parents=True, exist_ok=True)
         lock = open(output / _WORK / 'lock', 'w')  # noqa: SIM115
     except OSError as error:
@@ -141,7 +144,13 @@ def _claim(output: pathlib.Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f'{output}: another process is preparing it') from error
-        yield
+        try:
+            yield
+        except BaseException:
+            # A finished directory stays as it was.
+            if not found and (output / manifest.FILE).exists():
+                shutil.rmtree(output / _WORK, ignore_errors=True)
+            raise
 
 
 def _plan(
@@ -175,11 +184,17 @@ def _estimated_bytes(documents: docs.Documents) -> float:
     return len(documents) * float(np.mean(sizes)) if sizes else 0.0
 
 
-def _start(output: pathlib.Path, plan: dict[str, Any]) -> None:
+def _start(output: pathlib.Path, plan: dict[str, Any], config: ConfigDict) -> None:
+    """Writes the plan, or checks that it is the one there; as long as there is no shard, another one may replace it."""
     path = output / _WORK / 'plan.json'
-    if path.exists():
-        _check_same(plan, json.loads(path.read_text(encoding='utf-8')), output)
-    else:
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+    if found is not None and any(output.glob('*.arrayrecord')):
+        _check_same(plan, found, output)
+    elif found != json.loads(json.dumps(plan)):
+        trained = output / _TRAINED
+        # Of the plan before; it may be the one asked for by its name.
+        if pathlib.Path(config.tokenizer.partition(':')[2]).resolve() != trained.resolve():
+            trained.unlink(missing_ok=True)
         _write_json(path, plan)
     for part in (output / _WORK).glob('part-*'):
         part.unlink()

@@ -139,6 +139,45 @@ def test_other_contents_are_never_overwritten(corpus, tmp_path):
         prepare.prepare(config, tmp_path / 'file')
 
 
+def test_a_refused_call_leaves_a_finished_directory_as_it_was(corpus, tmp_path):
+    prepare.prepare(make_config(source=corpus['jsonl'], holdout_every=10), tmp_path, workers=1)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match='another preparation'):
+        prepare.prepare(make_config(source=corpus['jsonl']), tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_whatever_is_written(corpus, tmp_path):
+    config = make_config(source=corpus['jsonl'], holdout_every=4)
+    both = prepare.prepare(config, tmp_path / 'both', train_tokenizer=300, workers=1)
+    alone = prepare.prepare(config, tmp_path / 'valid', train_tokenizer=300, splits=['valid'], workers=1)
+    assert list(alone['splits']) == ['valid']
+    assert alone['tokenizer'] == both['tokenizer']
+    assert alone['splits']['valid'] == both['splits']['valid']
+
+
+def test_another_plan_may_replace_one_without_shards(corpus, tmp_path):
+    config = make_config(source=corpus['jsonl'], holdout_every=10)
+    with pytest.raises(UserError, match='--train_tokenizer=50000: SentencePiece says'):
+        prepare.prepare(config, tmp_path, train_tokenizer=50_000)
+    # As if killed when the tokenizer was there, but no shard.
+    (tmp_path / 'tokenizer.model').write_bytes(b'of another size')
+    contents = prepare.prepare(config, tmp_path, train_tokenizer=310, workers=1)
+    assert contents['tokenizer']['vocab_size'] == 310
+    assert contents['plan']['tokenizer']['train'] == 310
+
+
+def test_a_plan_with_shards_is_kept(corpus, tmp_path):
+    config = make_config(source=corpus['jsonl'], holdout_every=10)
+    prepare.prepare(config, tmp_path, workers=1)
+    (tmp_path / '.work').mkdir()
+    (tmp_path / '.work/plan.json').write_text(json.dumps(manifest.read(tmp_path)['plan']))
+    (tmp_path / manifest.FILE).unlink()
+    with pytest.raises(UserError, match='another preparation'):
+        prepare.prepare(config, tmp_path, train_tokenizer=300)
+    assert (tmp_path / '.work/plan.json').exists()
+
+
 def test_two_at_once_are_refused(corpus, tmp_path):
     with prepare._claim(tmp_path / 'out'), pytest.raises(UserError, match='another process is preparing it'):
         prepare.prepare(make_config(source=corpus['jsonl']), tmp_path / 'out')
