@@ -1,8 +1,11 @@
 """What the config programs share: their argument, the data presets, and the shrinking to a laptop."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
+from gau.models.architectures import ARCHITECTURES
 from gau.training import config as training_config
 
 # The paper's batch (as recalled): the same number of tokens at every context length.
@@ -21,8 +24,11 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
 
     Raises:
       UserError: an unknown name or a value of the wrong type.
+
+    Returns:
+      The values by name, and in `given` the names that were given.
     """
-    values = {'runlocal': False, **defaults}
+    values, given = {'runlocal': False, **defaults}, []
     for item in (arg or '').split(','):
         name, equals, text = item.partition('=')
         if not name:
@@ -30,7 +36,8 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
         if name not in values:
             raise UserError(f'unknown config argument "{name}"{did_you_mean(name, values)}')
         values[name] = _convert(name, text if equals else 'True', type(values[name]))
-    return ConfigDict(values)
+        given.append(name)
+    return ConfigDict({**values, 'given': tuple(given)})
 
 
 def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
@@ -61,14 +68,28 @@ def pretraining_config(arg: ConfigDict) -> ConfigDict:
     return config
 
 
-def run_local(config: ConfigDict) -> ConfigDict:
-    """Shrinks any config to seconds on a laptop, in place: the same code, a toy of a run on the embedded corpus."""
-    config.model.size = 'tiny'
+def run_local(config: ConfigDict, given: Sequence[str] = ()) -> ConfigDict:
+    """Shrinks any config to seconds on a laptop, in place: the same code, a toy of a run on the embedded corpus.
+
+    Args:
+      config: to shrink.
+      given: arguments that the user gave and that stand as they are: `size`, `context`, `data`, `tokenizer`.
+    """
+    if 'size' not in given:
+        config.model.size = 'tiny'
+    if 'context' not in given:
+        config.data.context = 128
+    if 'data' not in given:
+        config.data.source = 'embedded'
+    if 'tokenizer' not in given:
+        # Bytes, or that of the prepared tokens put in the corpus's place.
+        config.data.tokenizer = None
+    architecture = ARCHITECTURES.get(config.model.name)
+    if architecture is not None and architecture.defaults.get('chunk_size'):
+        config.model.chunk_size = 32  # several chunks in a text, or the global branch would have nothing to do
     config.model.dtype = 'float32'
-    config.data.source = 'embedded'
-    config.data.tokenizer = None  # bytes, or that of the prepared tokens put in the corpus's place
-    config.data.context = 128
     config.data.batch_size = 4
+    config.mesh.data = 1  # four rows do not divide over every machine's devices
     config.steps, config.tokens, config.epochs = 20, None, None
     _every(config.optimizer, 'warmup_', 5)
     _every(config.checkpoint, 'every_', 10)

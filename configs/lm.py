@@ -24,4 +24,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/lm.py:arg`."""
     arg = common.parse_arg(arg, model='flash', size='base', context=1024, data='wiki40b', tokenizer='')
     config = common.pretraining_config(arg)
-    return common.run_local(config) if arg.runlocal else config
+    return common.run_local(config, arg.given) if arg.runlocal else config

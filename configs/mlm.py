@@ -22,4 +22,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, model='flash', size='base', context=512, data='c4', tokenizer='')
     config = common.pretraining_config(arg)
     config.objective = 'mlm'
-    return common.run_local(config) if arg.runlocal else config
+    return common.run_local(config, arg.given) if arg.runlocal else config

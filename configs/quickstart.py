@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.tokenizer = 'bytes'
     config.data.context = 256
     config.data.batch_size = 2
+    config.mesh.data = 1  # two rows do not divide over every machine's devices
     config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.98
@@ -39,4 +40,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.max_tokens = 32_768
     config.eval.batch_size = 32
     config.log.every_steps = 20
-    return common.run_local(config) if arg.runlocal else config
+    return common.run_local(config, arg.given) if arg.runlocal else config

@@ -153,3 +153,80 @@ def test_loss_falls(tmp_path):
     loop.train(config, tmp_path)
     losses = [row['loss'] for row in read_metrics(tmp_path) if row['split'] == 'train']
     assert sum(losses[-5:]) / 5 < losses[0] - 1.0
+
+
+@pytest.fixture(scope='module')
+def two_splits(tmp_path_factory):
+    """A run that evaluates two splits at step 4, which is not a step to save at, and at the end."""
+    config = tiny_config(eval__splits=('valid', 'train'), checkpoint__every_steps=5)
+    path = tmp_path_factory.mktemp('runs') / 'two_splits'
+    loop.train(config, path)
+    return config, path
+
+
+@pytest.mark.parametrize('step', [4, 6])
+def test_signal_during_evaluation_saves_and_goes_on_there(two_splits, tmp_path, step):
+    config, straight = two_splits
+    original = loop._Loop._report
+
+    def interrupt_after_the_first_split(self, result):
+        original(self, result)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, '_report', interrupt_after_the_first_split)
+        with pytest.raises(loop.Interrupted, match=f'saved at step {step}'):
+            loop.train(config, tmp_path)
+    assert (tmp_path / 'checkpoints' / str(step)).is_dir()
+    loop.train(config, tmp_path)
+    assert read_metrics(tmp_path) == read_metrics(straight)
+
+
+def test_a_fork_that_fails_leaves_nothing_and_can_be_corrected(finished, tmp_path):
+    config = tiny_config(fork=str(tmp_path / 'nothing'), steps=8)
+    with pytest.raises(UserError, match='holds no run'):
+        loop.train(config, tmp_path / 'fork')
+    with pytest.raises(UserError, match='ends at 6'):
+        loop.train(tiny_config(fork=str(finished)), tmp_path / 'fork')
+    assert not (tmp_path / 'fork').exists()
+
+
+def test_a_fork_stays_at_the_checkpoint_it_began_from(finished, tmp_path):
+    parent = copy_until(finished, tmp_path / 'parent', 2)
+    config = tiny_config(fork=str(parent), optimizer__learning_rate=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, 'run_to', lambda self, total_steps: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(config, tmp_path / 'fork')
+    # The parent goes on; the child, killed before its first own step, must not jump ahead. Nor need --fork be repeated.
+    loop.train(tiny_config(), parent)
+    loop.train(tiny_config(optimizer__learning_rate=1e-4), tmp_path / 'fork')
+    steps = [row['step'] for row in read_metrics(tmp_path / 'fork') if row['split'] == 'train']
+    assert steps == [3, 4, 5, 6]
+
+
+def test_impossible_evaluations_are_refused_before_training(tmp_path):
+    for fields, message in (
+        ({'eval__splits': ('vald',)}, 'did you mean "valid"'),
+        ({'eval__contexts': (-4,)}, 'eval.contexts'),
+        ({'seed': -1}, 'seed=-1'),
+        ({'steps': 0}, 'steps=0'),
+        ({'optimizer__b1': 1.5}, 'b1'),
+        ({'optimizer__learning_rate': float('nan')}, 'learning_rate'),
+        ({'eval__max_tokens': -7}, 'max_tokens'),
+        ({'model__dtype': 'float64'}, 'JAX_ENABLE_X64'),
+    ):
+        with pytest.raises(UserError, match=message):
+            loop.train(tiny_config(**fields), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_metrics_survive_lost_checkpoints(finished, tmp_path):
+    path = tmp_path / 'run'
+    shutil.copytree(finished, path)
+    shutil.rmtree(path / 'checkpoints')
+    before = (path / 'metrics.jsonl').read_text()
+    loop.train(tiny_config(), path)
+    assert (path / 'metrics.dropped.jsonl').read_text() == before
+    assert read_metrics(path) == read_metrics(finished)
