@@ -17,7 +17,9 @@ environment() {
     echo "environment: reusing .venv" >&2
     return
   fi
-  if [[ ! -x "$PYTHON" ]]; then
+  # Without pip it was interrupted while being made, and would fail for good.
+  if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
     local candidate system=""
     for candidate in python3 python3.13 python3.12 python3.11 python; do
       if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
