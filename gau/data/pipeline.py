@@ -136,7 +136,8 @@ def eval_iterator(
       batch_size: rows a batch over all processes.
       objective: `lm` or `mlm`; the masks of `mlm` are the same at every call.
       tokenizer: from `tokenizers.load(config.tokenizer)`.
-      max_tokens: stop after about so many tokens, rounded up to whole rows (None: the whole split).
+      max_tokens: stop after about so many tokens, rounded up to whole rows (None: the whole split). Each source of a
+        mixture gives rows according to its size, one at least.
       process_index: this process, 0..process_count-1.
       process_count: processes that share the batches.
 
@@ -153,24 +154,34 @@ def eval_iterator(
     config.context, config.batch_size = context, batch_size
     sizes = objective == 'lm'
     static = _seed(0, 'static masks')
-    dataset = grain.MapDataset.concatenate(
-        [
-            _columns(
-                grain.MapDataset.range(len(documents)),
-                documents,
-                config,
-                objective,
-                tokenizer,
-                seed=static,
-                sizes=sizes,
-            )
-            for documents in sources.open_split(config, split)
-            if len(documents)
+    opened = [documents for documents in sources.open_split(config, split) if len(documents)]
+    columns = [
+        _columns(
+            grain.MapDataset.range(len(documents)),
+            documents,
+            config,
+            objective,
+            tokenizer,
+            seed=static,
+            sizes=sizes,
+        )
+        for documents in opened
+    ]
+
+    def packed(part: grain.MapDataset) -> grain.IterDataset:
+        return _pack(_read(part, config), config, tokenizer, seed=None, bins=batch_size)
+
+    if max_tokens is None:
+        dataset = packed(grain.MapDataset.concatenate(columns))
+    else:
+        rows = _shares(
+            max(1, math.ceil(max_tokens / context)),
+            [_estimated_tokens(documents, tokenizer) for documents in opened],
+        )
+        parts = [
+            grain.experimental.LimitIterDataset(packed(part), count) for part, count in zip(columns, rows, strict=True)
         ]
-    )
-    dataset = _pack(_read(dataset, config), config, tokenizer, seed=None, bins=batch_size)
-    if max_tokens is not None:
-        dataset = grain.experimental.LimitIterDataset(dataset, max(1, math.ceil(max_tokens / context)))
+        dataset = parts[0] if len(parts) == 1 else grain.experimental.InterleaveIterDataset(parts, cycle_length=1)
     finish = examples.finish(
         config,
         objective=objective,
@@ -185,6 +196,12 @@ def eval_iterator(
     if config.prefetch_batches:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch_batches)
     return _Resumable(iter(dataset))
+
+
+def _shares(rows: int, sizes: list[int]) -> list[int]:
+    """Returns `rows` shared out in proportion to `sizes`, at least one each."""
+    ends = np.rint(rows * np.cumsum(sizes) / max(sum(sizes), 1)).astype(int)
+    return [max(1, int(share)) for share in np.diff(ends, prepend=0)]
 
 
 def tokens_per_epoch(config: ConfigDict, tokenizer: Tokenizer, objective: str = 'lm') -> int:

@@ -109,6 +109,30 @@ def test_max_tokens_stops_at_whole_rows(corpus):
     assert sum(batch['weights'].sum() for batch in batches) == 128
 
 
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_max_tokens_takes_of_every_source_of_a_mixture(tmp_path, by_bytes, packing):
+    for name, count in (('a', 60), ('b', 20), ('c', 1)):
+        write_jsonl(tmp_path / f'{name}.jsonl', [name * 31] * count)
+    mixture = [(1, f'jsonl:{tmp_path}/{name}.jsonl') for name in 'ab']
+    # A source may be less than one row of the limit.
+    mixture.append((1, f'jsonl:{tmp_path}/c.jsonl'))
+    config = make_config(
+        source='mixture', mixture=tuple(mixture), packing=packing, valid_source=f'jsonl:{tmp_path}/a.jsonl'
+    )
+    batches = evaluation(config, 'train', max_tokens=32 * 16)
+    rows = collections.Counter(
+        by_bytes.decode(targets)[:1]
+        for batch in batches
+        for targets, weights in zip(batch['targets'], batch['weights'], strict=True)
+        if weights.any()
+    )
+    assert rows == {'a': 12, 'b': 4, 'c': 1}
+    shares = [evaluation(config, 'train', max_tokens=32 * 16, process_index=i, process_count=2) for i in range(2)]
+    for whole, *parts in zip(batches, *shares, strict=True):
+        assert_same(whole, {key: np.concatenate([part[key] for part in parts]) for key in whole})
+    assert sum(batch['weights'].sum() for batch in evaluation(config, 'train')) == 81 * 32
+
+
 @pytest.mark.parametrize(
     ('objective', 'fields'),
     [
