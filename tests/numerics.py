@@ -28,7 +28,7 @@ def float64():
 
 
 def random_like(params, seed, scale=0.3):
-    """Parameters of these shapes drawn so that everything matters: gamma and scales of order 1 (paper.md, trap 2)."""
+    """Parameters of these shapes so that everything matters: gamma and scales of order 1 (docs/paper.md, trap 2)."""
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -44,11 +44,19 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, config: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        iterator: grain.DatasetIterator,
+        *,
+        config: dict[str, Any],
+        data: dict[str, str],
+    ) -> None:
         """Starts saving; returns as soon as the device's memory has been copied. A step saved already is left alone."""
         if step in self._manager.all_steps():
             return
-        meta = {'step': step, 'config': config, 'versions': library_versions()}
+        meta = {'step': step, 'config': config, 'data': data, 'versions': library_versions()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -68,7 +76,7 @@ class Checkpoints:
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what is stored beside the state: `step`, `config`, `versions`."""
+        """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`."""
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore(

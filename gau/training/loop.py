@@ -1,6 +1,7 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -100,6 +101,7 @@ def _start(run: Run, saved: Checkpoints, iterator: Any) -> tuple[TrainState, str
     """Returns the first state and where it came from; sets the iterator to the same place."""
     state = saved.restore(run.abstract_state, iterator=iterator)
     if state is not None:
+        _warn_of_changes(saved.meta(int(state.step)), run)
         return state, f'resumed at step {int(state.step)}'
     if run.config.fork is None:
         return run.init_state(), 'new run'
@@ -114,8 +116,21 @@ def _start(run: Run, saved: Checkpoints, iterator: Any) -> tuple[TrainState, str
     finally:
         parent.close()
     # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
-    saved.save(step, state, iterator, files.config_to_dict(run.config))
+    saved.save(step, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
     return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
+
+
+def _warn_of_changes(meta: dict[str, Any], run: Run) -> None:
+    """Says on stderr what the checkpoint was made with and this process no longer has."""
+    for kind, now in (('data', run.data_identity), ('versions', library_versions())):
+        before = meta.get(kind, {})
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                print(
+                    f'warning: {name} has changed since the checkpoint ({before[name]} -> {now[name]}): '
+                    'the run goes on, but not as it would have',
+                    file=sys.stderr,
+                )
 
 
 def _pin_fork(run: Run, fork: Path) -> Path:
@@ -192,7 +207,8 @@ class _Loop:
                     if due_eval:
                         self.evaluate()
                     if due_save or self.stop:
-                        self.saved.save(self.step, self.state, self.iterator, self.config_tree)
+                        identity = self.run.data_identity
+                        self.saved.save(self.step, self.state, self.iterator, config=self.config_tree, data=identity)
             if self.stop and self.step < total_steps:
                 self._leave()
 

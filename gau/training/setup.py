@@ -101,8 +101,13 @@ class Run:
         return self.config.data.batch_size * self.config.data.context
 
     @cached_property
+    def data_identity(self) -> dict[str, str]:
+        """What tells whether the data or the tokenizer changed, by source."""
+        return {**sources.identity(self.config.data), 'tokenizer': self.tokenizer.fingerprint}
+
+    @cached_property
     def _tokens_per_epoch(self) -> int:
-        return pipeline.tokens_per_epoch(self.config.data, self.tokenizer, self.config.objective)
+        return pipeline.places_per_epoch(self.config.data, self.tokenizer, self.config.objective)
 
     def steps(self, section: str = '', stem: str = '') -> int:
         """Returns a duration of the config in steps: the run's own, or e.g. `steps('eval', 'every_')`."""

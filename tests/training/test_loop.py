@@ -230,3 +230,19 @@ def test_metrics_survive_lost_checkpoints(finished, tmp_path):
     loop.train(tiny_config(), path)
     assert (path / 'metrics.dropped.jsonl').read_text() == before
     assert read_metrics(path) == read_metrics(finished)
+
+
+def test_resuming_on_changed_data_is_said_aloud(tmp_path, capsys):
+    texts = tmp_path / 'texts'
+    texts.mkdir()
+    for number in range(4):
+        (texts / f'{number}.txt').write_text(f'text number {number}. ' * 100)
+    config = tiny_config(data__source=f'text:{texts}/*.txt', steps=2, optimizer__warmup_steps=1)
+    loop.train(config, tmp_path / 'run')
+    (tmp_path / 'run' / 'final.json').unlink()
+    loop.train(config, tmp_path / 'run')
+    assert 'has changed' not in capsys.readouterr().err
+    (texts / '9.txt').write_text('one more')
+    (tmp_path / 'run' / 'final.json').unlink()
+    loop.train(config, tmp_path / 'run')
+    assert 'texts/*.txt has changed since the checkpoint' in capsys.readouterr().err
