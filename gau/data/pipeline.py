@@ -8,21 +8,18 @@ reader stands, where in its document the packer stands, and how many rows of the
 
 import functools
 import math
-import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from gau.data import config as data_config
-from gau.data import examples, masking, sources
+from gau.data import counting, examples, masking, packing, sources
+from gau.data.counting import places_per_epoch
 from gau.data.documents import Document, Documents
-from gau.data.shards import Shards
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
 
@@ -36,8 +33,6 @@ _GROUP_TOKENS = 2**14
 _LARGEST_GROUP = 256
 # Groups read ahead by each thread: enough to hide a read, few enough for documents the size of books.
 _READ_AHEAD = 8
-# Rows filled together by first-fit packing at least; more rows leave less padding.
-_BINS = 64
 
 
 def train_iterator(
@@ -78,7 +73,7 @@ def train_iterator(
     for name, documents in zip(data_config.sources(config), opened, strict=True):
         if len(documents) < process_count:
             raise UserError(f'data.source="{name}" has {len(documents)} documents for {process_count} processes')
-        _check_fills_a_batch(name, documents, tokenizer, config)
+        counting.check_fills_a_batch(name, documents, tokenizer, config)
     rows = []
     for number, documents in enumerate(opened):
         order = grain.MapDataset.range(len(documents))
@@ -88,13 +83,13 @@ def train_iterator(
         masks = _seed(seed, 'masks', number, process_index)
         dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
         bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', number, process_index)
-        rows.append(_pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=local_batch))
+        rows.append(packing.pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=local_batch))
     dataset = rows[0]
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])
     if config.shuffle == 'rows':
         # A window beyond an epoch would only mix epochs, and keep a small corpus waiting for its first batch.
-        epoch = sum(_estimated_tokens(documents, tokenizer) for documents in opened)
+        epoch = sum(counting.estimated_tokens(documents, tokenizer) for documents in opened)
         window = max(1, min(config.shuffle_window, epoch) // config.context // process_count)
         dataset = grain.experimental.WindowShuffleIterDataset(
             dataset, window_size=window, seed=_seed(seed, 'rows', process_index)
@@ -169,14 +164,14 @@ def eval_iterator(
     ]
 
     def packed(part: grain.MapDataset) -> grain.IterDataset:
-        return _pack(_read(part, config), config, tokenizer, seed=None, bins=batch_size)
+        return packing.pack(_read(part, config), config, tokenizer, seed=None, bins=batch_size)
 
     if max_tokens is None:
         dataset = packed(grain.MapDataset.concatenate(columns))
     else:
         rows = _shares(
             max(1, math.ceil(max_tokens / context)),
-            [_estimated_tokens(documents, tokenizer) for documents in opened],
+            [counting.estimated_tokens(documents, tokenizer) for documents in opened],
         )
         parts = [
             grain.experimental.LimitIterDataset(packed(part), count) for part, count in zip(columns, rows, strict=True)
@@ -204,74 +199,6 @@ def _shares(rows: int, sizes: list[int]) -> list[int]:
     return [max(1, int(share)) for share in np.diff(ends, prepend=0)]
 
 
-def tokens_per_epoch(config: ConfigDict, tokenizer: Tokenizer, objective: str = 'lm') -> int:
-    """Returns how many tokens one pass over the training documents feeds: each document's own, and EOS (MLM: and BOS).
-
-    Exact: from the manifest for prepared tokens, counted by one pass otherwise.
-    """
-    frame = {'lm': 1, 'mlm': 2}[objective]
-    total = 0
-    for documents in sources.open_split(config, 'train'):
-        if isinstance(documents, Shards):
-            total += documents.totals['tokens'] + frame * documents.totals['documents']
-        else:
-            total += _count_tokens(documents, tokenizer, frame)
-    return total
-
-
-def _count_tokens(documents: Documents, tokenizer: Tokenizer, frame: int) -> int:
-    """Tokenizes everything once, on all cores as far as the tokenizer's library releases the interpreter."""
-    count = len(documents)
-    # A part is some milliseconds of work, so that threads share the work evenly and the bar moves.
-    parts = [range(start, min(start + 32, count)) for start in range(0, count, 32)]
-
-    def tokens_in(part: range) -> int:
-        return sum(length + frame for length in _lengths(documents, tokenizer, part))
-
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Silent unless it takes a while.
-        bar = tqdm(total=count, desc='counting tokens', unit=' documents', delay=2, leave=False)
-        with bar:
-            total = 0
-            for part, tokens in zip(parts, pool.map(tokens_in, parts), strict=True):
-                total += tokens
-                bar.update(len(part))
-    return total
-
-
-def _lengths(documents: Documents, tokenizer: Tokenizer, indices: Iterable[int]) -> Iterator[int]:
-    """Yields the number of tokens of every document that is not left out."""
-    for index in indices:
-        document = documents[index]
-        if document is not None:
-            yield len(examples.encode(document, tokenizer))
-
-
-def _estimated_tokens(documents: Documents, tokenizer: Tokenizer) -> int:
-    """Returns about the tokens of an epoch, from documents spread evenly."""
-    chosen = np.unique(np.linspace(0, len(documents) - 1, 16).astype(int))
-    lengths = [length + 1 for length in _lengths(documents, tokenizer, chosen.tolist())]
-    return int(len(documents) * np.mean(lengths)) if lengths else 0
-
-
-def _check_fills_a_batch(name: str, documents: Documents, tokenizer: Tokenizer, config: ConfigDict) -> None:
-    """Raises UserError if one epoch is less than one batch; stops counting at the first batch."""
-    rows, tokens = 0, 0
-    counted = isinstance(documents, Shards) and config.packing != 'document'
-    if counted and documents.totals['tokens'] >= config.batch_size * config.context:
-        return
-    for length in _lengths(documents, tokenizer, range(len(documents))):
-        tokens += length + 1
-        rows += math.ceil((length + 1) / config.context)
-        enough = rows if config.packing == 'document' else tokens // config.context
-        if enough >= config.batch_size:
-            return
-    raise UserError(
-        f'data.source="{name}" holds {tokens} training tokens in {rows} rows at most, less than one batch of '
-        f'data.batch_size={config.batch_size} rows of data.context={config.context}'
-    )
-
-
 def _columns(
     order: grain.MapDataset,
     documents: Documents,
@@ -284,7 +211,7 @@ def _columns(
 ) -> grain.MapDataset:
     """Reads and tokenizes the documents whose indices `order` holds, some at a time."""
     count = len(documents)
-    mean = _estimated_tokens(documents, tokenizer) // max(count, 1) + 1
+    mean = counting.estimated_tokens(documents, tokenizer) // max(count, 1) + 1
     # Not much of an epoch at once: Grain's shuffle takes milliseconds an index where there are only a few.
     most = min(_LARGEST_GROUP, count // 16)
     groups = order.batch(max(min(_GROUP_TOKENS // mean, most), 1), batch_fn=list).map(_reader(documents))
@@ -305,41 +232,6 @@ def _read(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
     threads = config.read_threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * _READ_AHEAD)
     return dataset.to_iter_dataset(options)
-
-
-def _pack(
-    dataset: grain.IterDataset,
-    config: ConfigDict,
-    tokenizer: Tokenizer,
-    *,
-    seed: int | None,
-    bins: int,
-) -> grain.IterDataset:
-    """Rows of `context` tokens; `seed` shuffles the rows that first-fit fills together (None: in order)."""
-    length = {'tokens': config.context}
-    if config.packing == 'concat':
-        return grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=length)
-    dataset = grain.experimental.FlatMapIterDataset(dataset, _Pieces(examples.pieces(config.context, tokenizer.bos_id)))
-    if config.packing == 'document':
-        return dataset.map(examples.padded_row(config.context))
-    return grain.experimental.FirstFitPackIterDataset(
-        dataset,
-        length_struct=length,
-        num_packing_bins=max(_BINS, bins),
-        shuffle_bins=seed is not None,
-        seed=seed or 0,
-    )
-
-
-class _Pieces(grain.experimental.FlatMapTransform):
-    """One document to many pieces, in Grain's terms."""
-
-    def __init__(self, cut: Callable[[examples.Columns], list[examples.Columns]]) -> None:
-        self._cut = cut
-
-    def flat_map(self, element: examples.Columns) -> list[examples.Columns]:
-        """Returns the pieces of a document."""
-        return self._cut(element)
 
 
 def _seed(seed: int, *purpose: str | int) -> int:
@@ -380,4 +272,4 @@ def _tuples(state: Any) -> Any:
     return state
 
 
-__all__ = ['Batch', 'Document', 'eval_iterator', 'tokens_per_epoch', 'train_iterator']
+__all__ = ['Batch', 'Document', 'eval_iterator', 'places_per_epoch', 'train_iterator']

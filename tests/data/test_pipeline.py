@@ -149,7 +149,7 @@ def test_max_tokens_takes_of_every_source_of_a_mixture(tmp_path, by_bytes, packi
 def test_resume_is_bitwise_at_every_step_over_an_epoch_border(tmp_path, objective, fields):
     path = write_jsonl(tmp_path / 'c.jsonl', [*make_texts(11, longest=40), ' \n', 'the last one is held out'])
     config = make_config(objective, source=f'jsonl:{path}', holdout_every=13, shuffle_window=None, **fields)
-    epoch = pipeline.tokens_per_epoch(config, tokenizers.load('bytes'), objective)
+    epoch = pipeline.places_per_epoch(config, tokenizers.load('bytes'), objective)
     steps = 2 * epoch // (config.batch_size * config.context) + 2
     iterator = stream(config, objective=objective)
     states, batches = [iterator.get_state()], []
@@ -222,7 +222,7 @@ def test_an_epoch_over_shards_covers_every_token_once(corpus, by_bytes, count):
                 epoch[next(seen)] += 1
     assert epochs[0] == expected
     assert epochs[1] == expected
-    assert pipeline.tokens_per_epoch(config, by_bytes) == sum(len(tokens) * n for tokens, n in expected.items())
+    assert pipeline.places_per_epoch(config, by_bytes) == sum(len(tokens) * n for tokens, n in expected.items())
 
 
 def test_short_documents_go_in_groups_once_an_epoch_and_resume(tmp_path, by_bytes):
@@ -325,7 +325,7 @@ def test_mixture_holds_its_shares_and_never_mixes_in_a_row(tmp_path, by_bytes):
         for documents in sources.open_split(config, 'train')
         for text in [documents[i].text for i in range(len(documents))]
     )
-    assert pipeline.tokens_per_epoch(config, by_bytes) == total
+    assert pipeline.places_per_epoch(config, by_bytes) == total
 
 
 def test_what_cannot_be_fed_is_said(corpus, tmp_path):
@@ -341,3 +341,36 @@ def test_what_cannot_be_fed_is_said(corpus, tmp_path):
     few = write_jsonl(tmp_path / 'few.jsonl', ['long enough text ' * 50, 'held out'])
     with pytest.raises(UserError, match='1 documents for 2 processes'):
         stream(make_config(source=f'jsonl:{few}'), count=2)
+
+
+@pytest.mark.parametrize('source', ['jsonl', 'tokens'])
+@pytest.mark.parametrize('objective', ['lm', 'mlm'])
+def test_the_places_of_an_epoch_hold_its_padding_too(corpus, by_bytes, source, objective):
+    fields = {'holdout_every': 10} if source == 'jsonl' else {}
+    texts = texts_of(make_config(source=corpus['jsonl'], holdout_every=10), 'train')
+    lengths = [len(text.encode()) + {'lm': 1, 'mlm': 2}[objective] for text in texts]
+    for packing, context in (
+        ('concat', 32),
+        ('document', 32),
+        ('document', 512),
+        ('first_fit', 32),
+        ('first_fit', 512),
+    ):
+        config = make_config(
+            objective, source=corpus[source], packing=packing, context=context, shuffle='documents', **fields
+        )
+        found = pipeline.places_per_epoch(config, by_bytes, objective)
+        if packing == 'concat':
+            assert found == sum(lengths)
+        elif packing == 'document':
+            assert found == sum(-(-length // context) * context for length in lengths)
+        else:
+            # Of what training really feeds: EOS once a document, over some epochs.
+            iterator, ended, rows = stream(config, objective=objective), 0, 0
+            while rows < 1000:
+                batch = next(iterator)
+                rows += len(batch['targets'])
+                ended += (batch['targets'] == by_bytes.eos_id).sum()
+            iterator.close()
+            assert found > sum(lengths)
+            assert ended / len(texts) == pytest.approx(rows * context / found, rel=0.04)

@@ -103,7 +103,7 @@ def test_the_manifest_counts_what_is_there(corpus, by_bytes):
         total = written['splits'][split]
         assert total['tokens'] == total['bytes'] == sum(len(texts[i].text.encode()) for i in range(len(texts)))
         assert total['words'] == sum(len(texts[i].text.split()) for i in range(len(texts)))
-    assert pipeline.tokens_per_epoch(config, by_bytes) == pipeline.tokens_per_epoch(from_text, by_bytes)
+    assert pipeline.places_per_epoch(config, by_bytes) == pipeline.places_per_epoch(from_text, by_bytes)
 
 
 def test_large_vocabularies_are_stored_whole(tmp_path):

@@ -53,7 +53,7 @@ def test_a_built_data_set_is_read_without_tensorflow(built):
     tokenizer = tokenizers.load('bytes')
     iterator = pipeline.train_iterator(config, objective='lm', tokenizer=tokenizer, seed=0)
     assert next(iterator)['inputs'].shape == (6, 32)
-    assert pipeline.tokens_per_epoch(config, tokenizer) == sum(len(text.encode()) + 1 for text in texts)
+    assert pipeline.places_per_epoch(config, tokenizer) == sum(len(text.encode()) + 1 for text in texts)
     found = sources.identity(config)['tfds:toy/en']
     assert found.startswith('toy/en/1.0.0, train: 30 in ')
     assert 'validation: 5 in ' in found
