@@ -117,7 +117,7 @@ class QuadraticAttention(MultiHeadAttention):
 
 
 class MixedChunkAttention(QuadraticAttention):
-    """Mixed chunk attention in a Transformer (MC-TFM++, paper.md section 4).
+    """Mixed chunk attention in a Transformer (MC-TFM++, docs/paper.md section 4).
 
     Inside chunks every head has softmax attention; between chunks it has the linear attention of FLASH, whose queries
     and keys are scale-and-offset transforms of the head's own projections, as a GAU's are of its Z.
@@ -190,23 +190,28 @@ class PerformerAttention(MultiHeadAttention):
         """See the base class."""
         q_BHNK, k_BHNK = self.rotated(q_BHNK, tokens), self.rotated(k_BHNK, tokens)
         if self.feature_map == 'relu':
-            q_BHNM, k_BHNM = relu_features(q_BHNK), relu_features(k_BHNK)
+            q_BHNM, k_BHNM, log_scale_BHN = relu_features(q_BHNK), relu_features(k_BHNK), None
         else:
             w_HMK = orthogonal_directions(self.num_features, self.head_dim, self.num_heads)
-            q_BHNM, k_BHNM = (
-                jax.vmap(lambda x, w, is_query=is_query: favor_features(x, w, is_query=is_query), (1, 0), 1)(x, w_HMK)
-                for x, is_query in ((q_BHNK, True), (k_BHNK, False))
+            (q_BHNM, _), (k_BHNM, log_scale_BHN) = (
+                jax.vmap(favor_features, (1, 0), 1)(x, w_HMK) for x in (q_BHNK, k_BHNK)
             )
 
         if tokens.at is not None:
-            return linear_with_state(self, q_BHNM, k_BHNM, v_BHNK, tokens)
+            return linear_with_state(self, q_BHNM, k_BHNM, v_BHNK, log_scale_BHN, tokens)
 
-        def attend(q_BNM, k_BNM, v_BNK, _):
+        def attend(q_BNM, k_BNM, v_BNK, log_scale_BN, _):
             return linear_attention(
-                q_BNM, k_BNM, v_BNK, causal=self.causal, segment_ids_BN=tokens.segment_ids_BN, impl=self.impl
+                q_BNM,
+                k_BNM,
+                v_BNK,
+                causal=self.causal,
+                key_log_scale_BN=log_scale_BN,
+                segment_ids_BN=tokens.segment_ids_BN,
+                impl=self.impl,
             )
 
-        return over_heads(attend, q_BHNM, k_BHNM, v_BHNK, bias_HNN=None)
+        return over_heads(attend, q_BHNM, k_BHNM, v_BHNK, log_scale_BHN, bias_HNN=None)
 
 
 class LinformerAttention(MultiHeadAttention):

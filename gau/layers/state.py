@@ -82,14 +82,24 @@ def mixed_chunk_with_state(
     return _carried(layer, shapes, attend, q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, v_BHTE, bias=bias_HCC)
 
 
-def linear_with_state(layer: nn.Module, q_BHTF: Array, k_BHTF: Array, v_BHTK: Array, tokens: TokenInfo) -> Array:
+def linear_with_state(
+    layer: nn.Module,
+    q_BHTF: Array,
+    k_BHTF: Array,
+    v_BHTK: Array,
+    key_log_scale_BHT: Array | None,
+    tokens: TokenInfo,
+) -> Array:
     """`linear_block` over the heads of a layer; returns [B, H, T, K]."""
 
-    def attend(q, k, v, state, _):
-        return linear_block(q, k, v, state, at=tokens.at)
+    def attend(q, k, v, key_log_scale, state, _):
+        return linear_block(q, k, v, key_log_scale, state, at=tokens.at)
 
-    sums = (*v_BHTK.shape[:2], k_BHTF.shape[-1], v_BHTK.shape[-1] + 1)
-    return _carried(layer, {'sum': (sums, param_dtype(v_BHTK.dtype))}, attend, q_BHTF, k_BHTF, v_BHTK, bias=None)
+    dtype = param_dtype(v_BHTK.dtype)
+    shapes = {'sum': ((*v_BHTK.shape[:2], k_BHTF.shape[-1], v_BHTK.shape[-1] + 1), dtype)}
+    if key_log_scale_BHT is not None:
+        shapes['log_scale'] = v_BHTK.shape[:2], dtype
+    return _carried(layer, shapes, attend, q_BHTF, k_BHTF, v_BHTK, key_log_scale_BHT, bias=None)
 
 
 def _carried(layer, shapes, attend, *x_BHTS, bias):

@@ -7,7 +7,7 @@ cut by rows:
     blocks_0/gau/..., blocks_1/...      the layers' own (`gau.ops.decoding`), with the heads H after B:
       FLASH, MC-TFM++                   v [B, H, C, E/H], k and k_lin [B, H, C, S] (compute type), sum [B, H, S, E/H]
       FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
-      Performer                         sum [B, H, F, K + 1]
+      Performer                         sum [B, H, F, K + 1]; with FAVOR+ log_scale [B, H]
 
 The sums are float32 (float64 in float64). With `layer_stack='scan'` the layers' arrays have a first axis more, the
 layers'. FLASH's number of tokens in its sum is no array of its own: C * (position // C).

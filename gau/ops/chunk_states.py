@@ -1,8 +1,12 @@
 """What a chunk can know of the other chunks: sums of k v^T carried between chunks, never from one document to another.
 
-This is the linear half of mixed chunk attention (paper.md section 3) and of Performer. Documents are contiguous, so a
-chunk can only continue the one document that is open at its start, and hand on the one that is open at its end. That
-is all the state there is: one [S, E] matrix and one count per chunk.
+This is the linear half of mixed chunk attention (docs/paper.md section 3) and of Performer. Documents are contiguous,
+so a chunk can only continue the one document that is open at its start, and hand on the one that is open at its end.
+That is all the state there is: one [S, E] matrix and one count per chunk.
+
+Keys may come with a factor exp(log_scale) that no float holds (FAVOR+). A state is then kept over the factor of the
+largest key in it, whose logarithm stands beside it. That maximum runs over what the state sums up and over nothing
+else, so that no later token and no other document reaches a result, not even by rounding.
 """
 
 from typing import NamedTuple
@@ -14,6 +18,8 @@ from jax import Array
 # Up to this many chunks the states are one product with a G x G matrix (measured faster than cumsum and scan);
 # beyond, a scan over groups of this many chunks keeps the cost linear in the length.
 GROUP = 256
+# Logarithm of the factor of a sum over nothing: below every other, and finite, so that no difference is NaN.
+LOWEST = -1e30
 
 
 class Seen(NamedTuple):
@@ -23,11 +29,13 @@ class Seen(NamedTuple):
       state_BGSE: sum of k v^T over tokens of other chunks, at least float32.
       count_BG: number of tokens in that sum.
       sees_BGC: which tokens of the chunk belong to the document of that state.
+      log_scale_BG: the state is to be multiplied by exp of this; None where keys have no factors.
     """
 
     state_BGSE: Array
     count_BG: Array
     sees_BGC: Array
+    log_scale_BG: Array | None = None
 
 
 def into_chunks(x: Array, chunk: int, *, axis: int = 1) -> Array:
@@ -48,7 +56,38 @@ def first_and_last_document(ids_BGC: Array) -> tuple[Array, Array]:
     return pick(ids_BGC, valid), pick(ids_BGC[..., ::-1], valid[..., ::-1])
 
 
-def states_of_other_chunks(k_BGCS: Array, v_BGCE: Array, ids_BGC: Array, *, causal: bool) -> list[Seen]:
+def relative_weights(sees: Array, log_scale: Array | None, dtype) -> tuple[Array, Array | None]:
+    """Returns the weights [..., T] of things summed up, 0 where not seen, over the largest, and its logarithm [...].
+
+    Args:
+      sees: bool [..., T].
+      log_scale: logarithms of the weights, [..., T] or what broadcasts to it; None: they are all 1.
+      dtype: type of the weights.
+    """
+    if log_scale is None:
+        return sees.astype(dtype), None
+    top = jnp.where(sees, log_scale, LOWEST).max(-1)
+    return jnp.where(sees, jnp.exp(log_scale - top[..., None]), 0).astype(dtype), top
+
+
+def add_scaled(x: Array, log_x: Array | None, y: Array, log_y: Array | None) -> tuple[Array, Array | None]:
+    """Returns x exp(log_x) + y exp(log_y) over the larger of both factors, and its logarithm.
+
+    Args:
+      x: [..., A, B].
+      log_x: [...]; None, as `log_y` then is: both factors are 1.
+      y: as x.
+      log_y: as `log_x`.
+    """
+    if log_x is None:
+        return x + y, None
+    top = jnp.maximum(log_x, log_y)
+    return x * jnp.exp(log_x - top)[..., None, None] + y * jnp.exp(log_y - top)[..., None, None], top
+
+
+def states_of_other_chunks(
+    k_BGCS: Array, v_BGCE: Array, ids_BGC: Array, *, causal: bool, log_scale_BGC: Array | None = None
+) -> list[Seen]:
     """Returns what each chunk sees of the others: the states before it and, unless causal, those after it.
 
     Args:
@@ -56,64 +95,87 @@ def states_of_other_chunks(k_BGCS: Array, v_BGCE: Array, ids_BGC: Array, *, caus
       v_BGCE: values, 0 at padding.
       ids_BGC: segment ids, [B, G, C] or [1, G, C].
       causal: whether later chunks are hidden.
+      log_scale_BGC: the logarithm of each key's factor, no gradient goes there; or None.
     """
     first_BG, last_BG = first_and_last_document(ids_BGC)
-    seen = [_states_before(k_BGCS, v_BGCE, ids_BGC, first_BG, last_BG)]
+    seen = [_states_before(k_BGCS, v_BGCE, ids_BGC, first_BG, last_BG, log_scale_BGC)]
     if not causal:
         # The later chunks are the earlier ones of the reversed sequence.
-        reverse = (x[:, ::-1] for x in (k_BGCS, v_BGCE, ids_BGC, last_BG, first_BG))
-        seen.append(Seen(*(x[:, ::-1] for x in _states_before(*reverse))))
+        reverse = jax.tree.map(lambda x: x[:, ::-1], (k_BGCS, v_BGCE, ids_BGC, last_BG, first_BG, log_scale_BGC))
+        seen.append(jax.tree.map(lambda x: x[:, ::-1], _states_before(*reverse)))
     return seen
 
 
-def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG) -> Seen:
+def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC) -> Seen:
     """For each chunk, the state of the document at its head, summed over earlier chunks that have it at their tail."""
     dtype = jnp.promote_types(k_BGCS.dtype, jnp.float32)
     at_tail_BGC = (ids_BGC == tail_BG[..., None]) & (ids_BGC > 0)
     k_BGCS = jnp.where(at_tail_BGC[..., None], k_BGCS, 0)
+    log_scale_BG = None
+    if log_scale_BGC is not None:
+        weights_BGC, log_scale_BG = relative_weights(at_tail_BGC, log_scale_BGC, dtype)
+        k_BGCS = k_BGCS * weights_BGC[..., None]
     kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', k_BGCS, v_BGCE, preferred_element_type=dtype)
     n_BG = at_tail_BGC.sum(-1).astype(dtype)
     if ids_BGC.shape[1] <= GROUP:
-        state_BGSE, count_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG)
+        state_BGSE, count_BG, log_scale_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
     else:
-        state_BGSE, count_BG = _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG)
-    return Seen(state_BGSE, count_BG, (ids_BGC == head_BG[..., None]) & (ids_BGC > 0))
+        state_BGSE, count_BG, log_scale_BG = _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
+    return Seen(state_BGSE, count_BG, (ids_BGC == head_BG[..., None]) & (ids_BGC > 0), log_scale_BG)
 
 
-def _sum_before(kv_BGSE, n_BG, head_BG, tail_BG):
+def _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
     """M[g] = sum over h < g of kv[h] where the document at h's tail is the one at g's head; the counts likewise."""
     g = jnp.arange(head_BG.shape[1])
     w_BGH = (g[:, None] > g) & (head_BG[:, :, None] == tail_BG[:, None, :]) & (head_BG > 0)[:, :, None]
-    w_BGH = w_BGH.astype(kv_BGSE.dtype)
+    ones_BGH = w_BGH.astype(kv_BGSE.dtype)
+    log_scale_B1G = None if log_scale_BG is None else log_scale_BG[:, None]
+    w_BGH, log_scale_BG = relative_weights(w_BGH, log_scale_B1G, kv_BGSE.dtype)
+    if ones_BGH.shape[0] == 1:
+        count_BG = jnp.einsum('GH,BH->BG', ones_BGH[0], n_BG)
+    else:
+        count_BG = jnp.einsum('BGH,BH->BG', ones_BGH, n_BG)
     if w_BGH.shape[0] == 1:
-        return jnp.einsum('GH,BHSE->BGSE', w_BGH[0], kv_BGSE), jnp.einsum('GH,BH->BG', w_BGH[0], n_BG)
-    return jnp.einsum('BGH,BHSE->BGSE', w_BGH, kv_BGSE), jnp.einsum('BGH,BH->BG', w_BGH, n_BG)
+        return jnp.einsum('GH,BHSE->BGSE', w_BGH[0], kv_BGSE), count_BG, log_scale_BG
+    return jnp.einsum('BGH,BHSE->BGSE', w_BGH, kv_BGSE), count_BG, log_scale_BG
 
 
-def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG):
+def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
     """`_sum_before` for many chunks: within groups as there, between groups the one open document is carried."""
     batch, chunks = kv_BGSE.shape[:2]
     head_BG, tail_BG, n_BG = (jnp.broadcast_to(x, (batch, chunks)) for x in (head_BG, tail_BG, n_BG))
     # Scanned over groups: [groups, B, GROUP, ...].
-    xs = tuple(jnp.moveaxis(into_chunks(x, GROUP), 1, 0) for x in (kv_BGSE, n_BG, head_BG, tail_BG))
+    xs = jax.tree.map(
+        lambda x: jnp.moveaxis(into_chunks(x, GROUP), 1, 0), (kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
+    )
+
+    def open_scale(sees, open_log_B):
+        """The open document's factor where it goes on, else the least."""
+        return None if open_log_B is None else jnp.where(sees, open_log_B, LOWEST)
 
     def body(carry, xs):
-        open_kv_BSE, open_n_B, open_id_B = carry
-        kv_BGSE, n_BG, head_BG, tail_BG = xs
-        state_BGSE, count_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG)
-        continues_BG = ((head_BG == open_id_B[:, None]) & (head_BG > 0)).astype(kv_BGSE.dtype)
-        state_BGSE += continues_BG[..., None, None] * open_kv_BSE[:, None]
+        open_kv_BSE, open_n_B, open_id_B, open_log_B = carry
+        kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG = xs
+        state_BGSE, count_BG, state_log_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
+        continues_BG = (head_BG == open_id_B[:, None]) & (head_BG > 0)
+        before_BGSE = continues_BG[..., None, None].astype(kv_BGSE.dtype) * open_kv_BSE[:, None]
+        before_log_BG = open_scale(continues_BG, None if open_log_B is None else open_log_B[:, None])
+        state_BGSE, state_log_BG = add_scaled(state_BGSE, state_log_BG, before_BGSE, before_log_BG)
         count_BG += continues_BG * open_n_B[:, None]
 
         # The document open at the end of the group: of its last chunk that holds a token, else still the old one.
         last_B = first_and_last_document(tail_BG)[1]
         last_B = jnp.where(last_B > 0, last_B, open_id_B)
-        same_BG = (tail_BG == last_B[:, None]).astype(kv_BGSE.dtype)
-        kept_B = (last_B == open_id_B).astype(kv_BGSE.dtype)
-        open_kv_BSE = kept_B[:, None, None] * open_kv_BSE + jnp.einsum('BG,BGSE->BSE', same_BG, kv_BGSE)
+        same_BG = (tail_BG == last_B[:, None]) & (tail_BG > 0)
+        kept_B = last_B == open_id_B
+        w_BG, new_log_B = relative_weights(same_BG, log_scale_BG, kv_BGSE.dtype)
+        old_kv_BSE = kept_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE
+        new_kv_BSE = jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE)
+        open_kv_BSE, new_log_B = add_scaled(old_kv_BSE, open_scale(kept_B, open_log_B), new_kv_BSE, new_log_B)
         open_n_B = kept_B * open_n_B + (same_BG * n_BG).sum(-1)
-        return (open_kv_BSE, open_n_B, last_B), (state_BGSE, count_BG)
+        return (open_kv_BSE, open_n_B, last_B, new_log_B), (state_BGSE, count_BG, state_log_BG)
 
-    start = (jnp.zeros_like(kv_BGSE[:, 0]), jnp.zeros_like(n_BG[:, 0]), jnp.zeros_like(head_BG[:, 0]))
+    start_log_B = None if log_scale_BG is None else jnp.full_like(log_scale_BG[:, 0], LOWEST)
+    start = (jnp.zeros_like(kv_BGSE[:, 0]), jnp.zeros_like(n_BG[:, 0]), jnp.zeros_like(head_BG[:, 0]), start_log_B)
     _, ys = jax.lax.scan(body, start, xs)
-    return tuple(jnp.moveaxis(y, 0, 1).reshape((batch, -1, *y.shape[3:]))[:, :chunks] for y in ys)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape((batch, -1, *y.shape[3:]))[:, :chunks], ys)

@@ -7,10 +7,12 @@ The states, for one head (H goes after B):
     quadratic      k [B, M, S], v [B, M, E]: every token so far, at most M
     mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
                    sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C)
-    linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features
+    linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
+                   the sum is to be multiplied by exp of it
 
 All are zeros at the start of a text. What stands in them beyond a row's position is never read. With blocks of any
-lengths the outputs are those of the parallel form (paper.md section 3: one S x E state, at most one chunk of K and V).
+lengths the outputs are those of the parallel form (docs/paper.md section 3: one S x E state, at most one chunk of K
+and V).
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.chunk_states import into_chunks
+from gau.ops.chunk_states import LOWEST, add_scaled, into_chunks, relative_weights
+from gau.ops.linear_attention import quotient
 from gau.ops.masks import clear_padding
 from gau.ops.scores import Scoring, attention_weights
 
@@ -93,31 +96,51 @@ def quadratic_block(
     return jnp.where((positions_BT < capacity)[..., None], o_BTE, jnp.nan), {'k': k_BMS, 'v': v_BME}
 
 
-def linear_block(q_BTF: Array, k_BTF: Array, v_BTK: Array, state: State, *, at: Continuation) -> tuple[Array, State]:
+def linear_block(
+    q_BTF: Array,
+    k_BTF: Array,
+    v_BTK: Array,
+    key_log_scale_BT: Array | None,
+    state: State,
+    *,
+    at: Continuation,
+) -> tuple[Array, State]:
     """Reads a block with Performer's linear attention: `gau.ops.linear_attention`, one sum carried on.
 
     Args:
       q_BTF: features phi(q), non-negative.
       k_BTF: features phi(k), non-negative.
       v_BTK: values.
-      state: `sum` (module docstring); the value of 1 beside the others sums up to the denominator.
+      key_log_scale_BT: the logarithm of each key's factor, or None.
+      state: `sum` and, with factors, `log_scale` (module docstring); the value of 1 beside the others sums up to the
+        denominator.
       at: where the tokens stand.
 
     Returns:
       Outputs [B, T, K] in the dtype of v, meaningless at padding, and the new state.
     """
     t = q_BTF.shape[1]
-    dtype = state['sum'].dtype
+    real_BT, dtype = at.real_BT(t), state['sum'].dtype
     ones_BT1 = jnp.ones((*v_BTK.shape[:2], 1), dtype)
-    v_BTL = clear_padding(jnp.concatenate([v_BTK.astype(dtype), ones_BT1], axis=-1), at.real_BT(t))
-    q_BTF, k_BTF = q_BTF.astype(dtype), clear_padding(k_BTF.astype(dtype), at.real_BT(t))
-    earlier = jnp.tril(jnp.ones((t, t), bool))
-    a_BTT = jnp.where(earlier, jnp.einsum('BTF,BUF->BTU', q_BTF, k_BTF), 0)
-    o_BTL = a_BTT @ v_BTL + q_BTF @ state['sum']
-    denominator = o_BTL[..., -1:]
-    safe = jnp.where(denominator > 0, denominator, 1)
-    o_BTK = jnp.where(denominator > 0, o_BTL[..., :-1] / safe, 0).astype(v_BTK.dtype)
-    return o_BTK, {'sum': state['sum'] + jnp.einsum('BTF,BTL->BFL', k_BTF, v_BTL)}
+    v_BTL = clear_padding(jnp.concatenate([v_BTK.astype(dtype), ones_BT1], axis=-1), real_BT)
+    q_BTF, k_BTF = q_BTF.astype(dtype), clear_padding(k_BTF.astype(dtype), real_BT)
+    sees_BTT = jnp.tril(jnp.ones((t, t), bool)) & (real_BT > 0)[:, None]
+    log_scale_B1T = log_scale_B = log_scale_BT = None
+    if key_log_scale_BT is not None:
+        log_scale_B1T = key_log_scale_BT[:, None]
+        log_scale_B = jnp.where(at.start_B > 0, state['log_scale'], LOWEST)
+        log_scale_BT = jnp.broadcast_to(log_scale_B[:, None], key_log_scale_BT.shape)
+
+    # Every sum comes over the largest factor in it. A query's is cancelled by the quotient; the state's is kept.
+    weights_BTT, top_BT = relative_weights(sees_BTT, log_scale_B1T, dtype)
+    a_BTT = jnp.where(sees_BTT, jnp.einsum('BTF,BUF->BTU', q_BTF, k_BTF) * weights_BTT, 0)
+    near_BT1L, far_BT1L = (a_BTT @ v_BTL)[:, :, None], (q_BTF @ state['sum'])[:, :, None]
+    o_BT1L, _ = add_scaled(near_BT1L, top_BT, far_BT1L, log_scale_BT)
+    weights_B1T, top_B1 = relative_weights((real_BT > 0)[:, None], log_scale_B1T, dtype)
+    kv_BFL = jnp.einsum('BTF,BTL->BFL', k_BTF * weights_B1T[:, 0, :, None], v_BTL)
+    sum_BFL, log_scale_B = add_scaled(state['sum'], log_scale_B, kv_BFL, None if top_B1 is None else top_B1[:, 0])
+    new = {'sum': sum_BFL} if log_scale_B is None else {'sum': sum_BFL, 'log_scale': log_scale_B}
+    return quotient(o_BT1L[:, :, 0]).astype(v_BTK.dtype), new
 
 
 def mixed_chunk_block(

@@ -3,7 +3,8 @@
     out[t] = phi(q[t]) . sum(phi(k) v^T) / phi(q[t]) . sum(phi(k))      over the tokens t sees
 
 Two feature maps (Choromanski et al. 2021): the ReLU kernel, and FAVOR+, positive orthogonal random features whose
-product estimates exp(q.k / sqrt(K)) without bias.
+product estimates exp(q.k / sqrt(K)) without bias. The latter need more range than float32 has, so that each key comes
+as features of order 1 and the logarithm of a factor.
 """
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gau.ops.chunk_states import into_chunks, states_of_other_chunks
+from gau.ops.chunk_states import LOWEST, into_chunks, relative_weights, states_of_other_chunks
 from gau.ops.masks import clear_padding, visibility_mask
 
 CHUNK = 128
@@ -38,20 +39,29 @@ def orthogonal_directions(features: int, width: int, heads: int) -> np.ndarray:
     return (rows * lengths[..., None]).astype(np.float32)
 
 
-def favor_features(x_BNK: Array, w_MK: Array, *, is_query: bool) -> Array:
-    """Returns exp(w.x - |x|^2 / 2), up to a factor that the quotient of `linear_attention` cancels, [B, N, M].
+def favor_features(x_BNK: Array, w_MK: Array) -> tuple[Array, Array]:
+    """Returns phi(x) = exp(w.x - |x|^2 / 2) as features [B, N, M], the largest of a token 1, and a log-scale [B, N].
 
-    x is scaled by K^(-1/4) first. The factor of a query is its own largest exponent. That of the keys is one constant:
-    a maximum over keys, as it is often seen, would let later tokens touch earlier ones. With it the exponent is at most
-    (|w|^2 - K) / 2, which float32 holds.
+    phi(x) = features exp(log_scale). x is scaled by K^(-1/4) first. At K = 256 |x|^2 / 2 is 8 for keys of N(0, 1) and
+    72 for ones three times as large, and differs from key to key: phi leaves float32's range, whatever the constant
+    factor. A query's factor cancels in the quotient; keys are summed with theirs (`linear_attention`).
+    The factors are taken as constants: the quotient does not depend on how phi is split.
     """
     dtype = jnp.promote_types(x_BNK.dtype, jnp.float32)
-    width = x_BNK.shape[-1]
-    x_BNK = x_BNK.astype(dtype) * width**-0.25
-    exponent = x_BNK @ w_MK.T.astype(dtype)
-    if is_query:
-        return jnp.exp(exponent - jax.lax.stop_gradient(exponent.max(-1, keepdims=True)))
-    return jnp.exp(exponent - jnp.square(x_BNK).sum(-1, keepdims=True) / 2 - width / 2)
+    x_BNK = x_BNK.astype(dtype) * x_BNK.shape[-1] ** -0.25
+    exponent = x_BNK @ w_MK.T.astype(dtype) - jnp.square(x_BNK).sum(-1, keepdims=True) / 2
+    log_scale_BN1 = jax.lax.stop_gradient(exponent.max(-1, keepdims=True))
+    return jnp.exp(exponent - log_scale_BN1), log_scale_BN1[..., 0]
+
+
+def quotient(o_BNL: Array) -> Array:
+    """Returns the sums over values divided by the last, the denominator; zeros where that is 0.
+
+    Both are scaled by a constant first, so that the gradient never has the square of a small denominator in it.
+    """
+    denominator = jax.lax.stop_gradient(o_BNL[..., -1:])
+    o_BNL = jnp.where(denominator > 0, o_BNL, 1) / jnp.where(denominator > 0, denominator, 1)
+    return jnp.where(denominator > 0, o_BNL[..., :-1] / o_BNL[..., -1:], 0)
 
 
 def linear_attention(
@@ -60,6 +70,7 @@ def linear_attention(
     v_BNK: Array,
     *,
     causal: bool,
+    key_log_scale_BN: Array | None = None,
     segment_ids_BN: Array | None = None,
     impl: str = 'xla',
 ) -> Array:
@@ -70,6 +81,8 @@ def linear_attention(
       k_BNM: features phi(k), non-negative.
       v_BNK: values.
       causal: whether keys after the query are hidden.
+      key_log_scale_BN: the features of a key are to be multiplied by exp of this, a constant; None: by 1. Only the
+        keys that a query sees decide by what they are scaled down.
       segment_ids_BN: documents and padding, or None.
       impl: 'reference' forms the N x N matrix; 'xla' is linear in N and asks that documents are contiguous.
 
@@ -83,29 +96,49 @@ def linear_attention(
     v_BNL = jnp.concatenate([v_BNK, ones], axis=-1).astype(dtype)
     q_BNM, k_BNM = q_BNM.astype(dtype), k_BNM.astype(dtype)
     attend = _reference if impl == 'reference' else _chunked
-    o_BNL = attend(q_BNM, k_BNM, v_BNL, causal, segment_ids_BN)
-    denominator = o_BNL[..., -1:]
-    safe = jnp.where(denominator > 0, denominator, 1)
-    o_BNK = jnp.where(denominator > 0, o_BNL[..., :-1] / safe, 0).astype(v_BNK.dtype)
-    return clear_padding(o_BNK, segment_ids_BN)
+    o_BNL = attend(q_BNM, k_BNM, v_BNL, key_log_scale_BN, causal, segment_ids_BN)
+    return clear_padding(quotient(o_BNL).astype(v_BNK.dtype), segment_ids_BN)
 
 
-def _reference(q, k, v, causal, segment_ids_BN):
-    mask_BNN = visibility_mask(segment_ids_BN, segment_ids_BN, n=q.shape[1], m=q.shape[1], causal=causal)
-    a_BNN = jnp.einsum('BNM,BTM->BNT', q, k)
-    return (a_BNN if mask_BNN is None else jnp.where(mask_BNN, a_BNN, 0)) @ v
+# These return the sums of every query over a positive factor of its own, which the quotient cancels.
 
 
-def _chunked(q, k, v, causal, segment_ids_BN):
+def _reference(q, k, v, log_scale_BN, causal, segment_ids_BN):
+    n = q.shape[1]
+    mask_BNN = visibility_mask(segment_ids_BN, segment_ids_BN, n=n, m=n, causal=causal)
+    return _masked(jnp.einsum('BNM,BTM->BNT', q, k), mask_BNN, log_scale_BN)[0] @ v
+
+
+def _masked(a_BNT, mask_BNT, log_scale_BT):
+    """The matrix with its keys' factors over the largest that the query sees, and the logarithm of that [B, N]."""
+    if log_scale_BT is None:
+        return a_BNT if mask_BNT is None else jnp.where(mask_BNT, a_BNT, 0), None
+    sees = jnp.ones(a_BNT.shape, bool) if mask_BNT is None else mask_BNT
+    weights_BNT, top_BN = relative_weights(sees, log_scale_BT[..., None, :], a_BNT.dtype)
+    return jnp.where(sees, a_BNT * weights_BNT, 0), top_BN
+
+
+def _chunked(q, k, v, log_scale_BN, causal, segment_ids_BN):
     n = q.shape[1]
     if segment_ids_BN is None and not causal:
+        if log_scale_BN is not None:
+            k = k * jnp.exp(log_scale_BN - log_scale_BN.max(-1, keepdims=True))[..., None]
         return q @ jnp.einsum('BNM,BNL->BML', k, v)
     size = min(CHUNK, n)
     # Zeros that fill the last chunk weigh nothing: they stand after every token, and their values are 0.
     ids_BN = jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN
     ids_BGC, q, k, v = (into_chunks(x, size) for x in (ids_BN, q, k, v))
+    log_scale_BGC = None if log_scale_BN is None else into_chunks(log_scale_BN, size)
     mask_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
-    o_BGCL = jnp.where(mask_BGCC, jnp.einsum('BGCM,BGTM->BGCT', q, k), 0) @ v
-    for seen in states_of_other_chunks(k, v, ids_BGC, causal=causal):
-        o_BGCL += jnp.where(seen.sees_BGC[..., None], q, 0) @ seen.state_BGSE
+    a_BGCC, top_BGC = _masked(jnp.einsum('BGCM,BGTM->BGCT', q, k), mask_BGCC, log_scale_BGC)
+    o_BGCL = a_BGCC @ v
+    for seen in states_of_other_chunks(k, v, ids_BGC, causal=causal, log_scale_BGC=log_scale_BGC):
+        far_BGCL = jnp.where(seen.sees_BGC[..., None], q, 0) @ seen.state_BGSE
+        if log_scale_BN is None:
+            o_BGCL += far_BGCL
+        else:
+            far_BGC = jnp.where(seen.sees_BGC, seen.log_scale_BG[..., None], LOWEST)
+            before_BGC, top_BGC = top_BGC, jnp.maximum(top_BGC, far_BGC)
+            o_BGCL *= jnp.exp(before_BGC - top_BGC)[..., None]
+            o_BGCL += far_BGCL * jnp.exp(far_BGC - top_BGC)[..., None]
     return o_BGCL.reshape(q.shape[0], -1, v.shape[-1])[:, :n]

@@ -115,18 +115,74 @@ def test_directions_are_orthogonal_and_always_the_same():
     assert np.abs(w[0] - w[1]).max() > 0.1
 
 
+def favor(q, k, v, w, **options):
+    (phi_q, _), (phi_k, log_scale) = favor_features(q, w), favor_features(k, w)
+    return linear_attention(phi_q, phi_k, v, key_log_scale_BN=log_scale, **options)
+
+
 def test_favor_estimates_the_softmax_kernel():
     q, k, v = (0.5 * a for a in inputs())
-    w = orthogonal_directions(20_000, K, 1)[0]
-    phi_q, phi_k = favor_features(q, w, is_query=True), favor_features(k, w, is_query=False)
-    y = linear_attention(phi_q, phi_k, jnp.asarray(v), causal=True)
+    y = favor(q, k, jnp.asarray(v), orthogonal_directions(20_000, K, 1)[0], causal=True)
     soft = oracle.quadratic(q[0], k[0], v[0], causal=True, function='softmax', normalizer=None)
     assert max_error(y[0], soft) < 0.02
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('ids', [None, *sorted(set(LAYOUTS) - {'short'})], ids=str)
+def test_favor_is_its_formula(causal, ids):
+    q, k, v = inputs()
+    w = orthogonal_directions(6, K, 1)[0]
+    phi_q, phi_k = (np.exp(x[0] @ w.T - (x[0] ** 2).sum(-1, keepdims=True) / 2) for x in (q * K**-0.25, k * K**-0.25))
+    ids = LAYOUTS.get(ids)
+    formula = oracle.linear(phi_q, phi_k, v[0], causal=causal, ids=ids)
+    for impl in ('reference', 'xla'):
+        y = favor(q, k, jnp.asarray(v), w, causal=causal, segment_ids_BN=ids_array(ids), impl=impl)
+        np.testing.assert_allclose(y[0], formula, atol=1e-12)
+
+
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+@pytest.mark.parametrize('width', [64, 128, 256])
+@pytest.mark.parametrize('std', [1, 3])
+@pytest.mark.parametrize('causal', [True, False])
+def test_favor_in_float32_is_favor_in_float64(causal, std, width, impl):
+    q, k = (std * normal(i, 1, 40, width).astype(jnp.float32) for i in (0, 1))
+    v, weights = (normal(i, 1, 40, width).astype(jnp.float32) for i in (2, 3))
+    w = orthogonal_directions(256, width, 1)[0]
+    (of_q, _), (of_k, log_scale) = favor_features(q, w), favor_features(k, w)
+    assert of_q.dtype == of_k.dtype == log_scale.dtype == jnp.float32
+
+    def loss(x, impl):
+        y = favor(*x, w, causal=causal, impl=impl)
+        return (y * weights).sum(), y
+
+    single = jax.value_and_grad(loss, has_aux=True)((q, k, v), impl)
+    # The formula, whose exponents float64 holds.
+    phi_q, phi_k = (
+        np.exp(x @ w.T.astype(float) - (x**2).sum(-1, keepdims=True) / 2)
+        for x in (np.asarray(x[0], float) * width**-0.25 for x in (q, k))
+    )
+    np.testing.assert_allclose(
+        single[0][1][0], oracle.linear(phi_q, phi_k, np.asarray(v[0], float), causal=causal), atol=2e-3
+    )
+    double = jax.grad(loss, has_aux=True)(tuple(x.astype(float) for x in (q, k, v)), 'reference')[0]
+    for a, b in zip(single[1], double, strict=True):
+        assert np.abs(b).max() > 0
+        assert max_error(a, b) < 2e-3
+
+
+def test_later_keys_do_not_touch_the_rounding_of_earlier_ones():
+    q, k, v = (x.astype(np.float32) for x in inputs())
+    w = orthogonal_directions(6, K, 1)[0]
+    for impl in ('reference', 'xla'):
+        y, changed = (
+            favor(q, k * factor, jnp.asarray(v), w, causal=True, impl=impl)
+            for factor in (1, np.where(np.arange(N) < 13, 1, 9)[:, None].astype(np.float32))
+        )
+        np.testing.assert_array_equal(y[:, :13], changed[:, :13])
 
 
 def test_favor_survives_large_inputs():
     x = 30 * normal(0, 1, 64, 64).astype(jnp.float32)
     w = orthogonal_directions(256, 64, 1)[0]
-    phi_q, phi_k = favor_features(x, w, is_query=True), favor_features(x, w, is_query=False)
-    y = linear_attention(phi_q, phi_k, x, causal=True)
+    y = favor(x, x, x, w, causal=True)
     assert np.isfinite(y).all()
