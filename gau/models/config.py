@@ -45,7 +45,7 @@ COUNTS = (
     'vocab_loss_slice',
 )
 OBJECTIVES = ('lm', 'mlm')
-# Up to here the relative bias is a Toeplitz table, beyond it is rotary (paper.md section 2).
+# Up to here the relative bias is a Toeplitz table, beyond it is rotary (docs/paper.md section 2).
 TOEPLITZ_LIMIT = 512
 
 
@@ -79,7 +79,7 @@ def default_config() -> ConfigDict:
       expansion_factor: GAU models: E / D, default 2.
       query_key_dim: GAU models: S, default 128.
       gamma_init: GAU models and MC-TFM++: 'normal' N(0, 0.02), or 'ones', which is the default where a GAU has no
-        relative bias and where there is no local branch: the layer would be dead otherwise (paper.md 7, trap 2).
+        relative bias and where there is no local branch: the layer would be dead otherwise (docs/paper.md 7, trap 2).
       attention_function: 'relu2' (default of GAU), 'softmax' (default of Transformers), 'laplace', 'softplus2' or
         'smooth_relu2'.
       normalizer: n in f(q.k / n + b), not for softmax, which divides by sqrt(S). 'paper': length of the sequence (of
@@ -148,6 +148,9 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
                 raise UserError(f'model.{field}={config[field]} does not apply to {config.name}: {reason}')
             defaults.pop(field, None)
 
+    # A config without open fields was resolved before; what stands there need not be anybody's choice for this context.
+    resolved = all(config[field] is not None for field in defaults)
+    chosen_reduction = None if resolved else config.global_reduction
     filled = _Filler(config, defaults)
     _fill_sizes(filled, architecture)
     _fill_attention(filled, architecture, causal=causal, context=context)
@@ -156,6 +159,8 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
     if config.impl == 'auto':
         config.impl = architecture.impls[-1]
     _check_combinations(config, architecture, defaults, context)
+    if causal and config.chunk_size is not None and config.chunk_size >= context:
+        _check_one_chunk(config, context, chosen_reduction)
     return config
 
 
@@ -280,6 +285,15 @@ def _check_combinations(config: ConfigDict, architecture: Architecture, defaults
         _check_gau(config)
     else:
         _check_transformer(config)
+
+
+def _check_one_chunk(config: ConfigDict, context: int, chosen_reduction: str | None) -> None:
+    """Refuses what asks for earlier chunks where a causal model has none."""
+    alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
+    if config.branches == 'global':
+        raise UserError(f'{alone}: branches=global would see nothing; use a smaller chunk_size or branches=both')
+    if chosen_reduction is not None:
+        raise UserError(f'{alone}: global_reduction={chosen_reduction} changes nothing; use a smaller chunk_size')
 
 
 def _check_gau(config: ConfigDict) -> None:

@@ -121,6 +121,15 @@ def test_heads_fall_with_depth():
         {'name': 'linformer', 'objective': 'mlm', 'projection_length': 100},
         'model.projection_length=100 is too short for a context of 1024',
     ),
+    (
+        {'branches': 'global', 'context': 256},
+        'model.chunk_size=256 makes one chunk of a context of 256: branches=global would see nothing',
+    ),
+    (
+        {'name': 'mc_transformer_plus_plus', 'branches': 'global', 'chunk_size': 2048},
+        'branches=global would see nothing',
+    ),
+    ({'global_reduction': 'sum', 'chunk_size': 1024}, 'global_reduction=sum changes nothing'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip
 def test_wrong_combinations_are_refused_in_one_line(fields, message):
@@ -128,6 +137,21 @@ def test_wrong_combinations_are_refused_in_one_line(fields, message):
         resolved(**fields)
     assert message in str(error.value)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('objective', 'context', 'fields'), [
+    ('lm', 257, {'branches': 'global'}),
+    ('lm', 257, {'global_reduction': 'sum'}),
+    ('lm', 256, {}),
+    ('lm', 256, {'branches': 'local'}),
+    ('mlm', 256, {'branches': 'global', 'global_reduction': 'sum'}),
+], ids=str)  # fmt: skip
+def test_a_single_chunk_is_refused_only_where_nothing_is_seen(objective, context, fields):
+    once = resolved(objective=objective, context=context, **fields)
+    assert resolve(once, objective=objective, context=context) == once
+    # Evaluation at a short context refuses no reduction the model was trained with.
+    if fields.get('branches') != 'global':
+        assert resolve(once, objective=objective, context=64) == once
 
 
 def test_an_unknown_field_is_refused():
