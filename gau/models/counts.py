@@ -50,11 +50,12 @@ def flops_per_token(config: ConfigDict, *, context: int, vocab_size: int, causal
 def activation_bytes_per_token(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) -> float:
     """Returns the bytes per token that a training step keeps from forward to backward pass.
 
-    Counted are the inputs of matrix products and of the functions between them, each once, in the compute type, and
-    attention matrices in float32 and in the compute type, as the reference keeps them. XLA fuses some away and keeps
-    some twice: take it for the order of magnitude and for how it grows. With remat=full: one residual stream a layer,
-    and one layer's own activations while it is run again. `dots` and `dots_no_batch` lie between and are counted as
-    'none'.
+    Counted are the inputs of matrix products and of the functions between them, each once, in the compute type;
+    attention matrices in float32 and in the compute type, as the reference keeps them; and a layer's relative bias,
+    [H, N, N] (in chunks [H, C, C]) in float32 with every implementation, counted as for a batch of 1: a larger one
+    shares it. XLA fuses some away and keeps some twice: take it for the order of magnitude and for how it grows. With
+    remat=full: one residual stream a layer, and one layer's own activations while it is run again. `dots` and
+    `dots_no_batch` lie between and are counted as 'none'.
     """
     parts = table(config, context=context, vocab_size=vocab_size, causal=causal)
     layers = [part.activation_bytes for name, part in parts if name.startswith('layer')]
@@ -152,6 +153,12 @@ def _bias(config: ConfigDict, heads: int, width: int) -> Count:
     return Count(2 * heads * width if config.relative_bias == 'rotary' else 0, 0, 0)
 
 
+def _bias_matrix(config: ConfigDict, heads: int, length: int, context: int) -> Count:
+    """The relative bias of all pairs of `length` positions, over the tokens of one sequence."""
+    exists = config.relative_bias in ('toeplitz', 'rotary')
+    return Count(0, 0, exists * heads * length**2 / context * max(4, BYTES[config.dtype]))
+
+
 def _temperature(config: ConfigDict) -> Count:
     return Count(int(config.temperature == 'learned'), 0, 0)
 
@@ -159,20 +166,23 @@ def _temperature(config: ConfigDict) -> Count:
 def _quadratic(config: ConfigDict, h: int, width: int, value_width: float, context: int, causal: bool) -> Count:
     seen = context / 2 if causal else context
     matrix = 0 if config.impl == 'xla' and context > 1024 else h * context
-    return Count(0, 2 * h * seen * (width + value_width), 0) + _kept(config, 0, matrix=matrix)
+    count = Count(0, 2 * h * seen * (width + value_width), 0) + _kept(config, 0, matrix=matrix)
+    return count + _bias_matrix(config, h, context, context)
 
 
 def _mixed_chunk(config: ConfigDict, h: int, width: int, value_width: float, context: int, causal: bool) -> Count:
     c = min(config.chunk_size, context)
     flops = matrix = state = 0.0
+    bias = Count(0, 0, 0)
     if config.branches != 'global':
         flops += 2 * h * (c / 2 if causal else c) * (width + value_width)
         matrix = h * c
+        bias = _bias_matrix(config, h, c, context)
     if config.branches != 'local' and (context > c or not causal):
         # One k v^T and one q M for every token.
         flops += 4 * h * width * value_width
         state = h * width * value_width / c
-    return Count(0, flops, 0) + _kept(config, 2 * state, matrix=matrix)
+    return Count(0, flops, 0) + _kept(config, 2 * state, matrix=matrix) + bias
 
 
 def _performer(config: ConfigDict, h: int, k: int, context: int, causal: bool) -> Count:

@@ -1,4 +1,4 @@
-"""Quadratic attention: every query against every key it sees. GAU's A V (paper.md section 1) and softmax attention."""
+"""Quadratic attention: every query against every key it sees. GAU's A V (docs/paper.md section 1) and softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ def quadratic_attention(
       segment_ids_BN: documents and padding, or None.
       bias_NN: relative position bias, or None.
       impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
-        the backward pass, so that memory grows with N and not with its square.
+        the backward pass, so that what it keeps itself grows with N and not with its square. A bias, which comes whole,
+        is still N x N.
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.

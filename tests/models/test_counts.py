@@ -100,6 +100,12 @@ def test_activation_memory():
         remat = counts.activation_bytes_per_token(named(name, 'small', objective, remat='full'), **options)
         assert remat < kept / 2
 
+    long = {'context': 8192, 'vocab_size': 64}
+    # The relative bias is a whole matrix, however the scores are computed.
+    configs = [named('flash_quad', 'small', context=8192, relative_bias=bias) for bias in ('rotary', 'none')]
+    with_bias, without = (dict(counts.table(config, causal=True, **long))['layer 0'][2] for config in configs)
+    assert with_bias - without == 4 * 8192
+
     # What XLA keeps for the backward pass of one layer more, against the closed form.
     def bytes_of(layers):
         config = named('flash', 'tiny', context=256, num_layers=layers, dtype='float32', chunk_size=64)
