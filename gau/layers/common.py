@@ -73,7 +73,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """ScaleNorm (one scalar, paper.md section 2), LayerNorm or RMSNorm over the last axis, in float32.
+    """ScaleNorm (one scalar, docs/paper.md section 2), LayerNorm or RMSNorm over the last axis, in float32.
 
     Attributes:
       kind: 'scale_norm' x / rms(x) * g with one g; 'rms_norm' with one g a feature; 'layer_norm' (x - mean) / std * g

@@ -11,7 +11,7 @@ from gau.ops.positions import rotary_bias, rotary_bias_at, sinusoid, toeplitz_bi
 
 
 class RelativeBias(nn.Module):
-    """A bias b[q, k] that depends on k - q alone, one for every head (paper.md section 2).
+    """A bias b[q, k] that depends on k - q alone, one for every head (docs/paper.md section 2).
 
     Attributes:
       kind: 'toeplitz', a table of 2 * length - 1 numbers; 'rotary', two vectors `a` and `c` rotated by position; or
@@ -60,7 +60,7 @@ class RelativeBias(nn.Module):
 
 
 class ScaledSinusoid(nn.Module):
-    """The absolute sinusoid times one learned scalar that starts at 1/sqrt(D) (paper.md section 2)."""
+    """The absolute sinusoid times one learned scalar that starts at 1/sqrt(D) (docs/paper.md section 2)."""
 
     dtype: str
 

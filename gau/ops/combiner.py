@@ -1,4 +1,4 @@
-"""Combiner, axial and row-major (Ren et al. 2021; our reading, paper.md section 4 marks the choice as recalled).
+"""Combiner, axial and row-major (Ren et al. 2021; our reading, docs/paper.md section 4 marks the choice as recalled).
 
 The sequence is laid out in rows of C tokens. A query in row r sees
 

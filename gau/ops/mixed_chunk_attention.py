@@ -1,4 +1,4 @@
-"""FLASH's mixed chunk attention (paper.md section 3): quadratic inside chunks of C tokens, linear between them.
+"""FLASH's mixed chunk attention (docs/paper.md section 3): quadratic inside chunks of C tokens, linear between them.
 
     V_quad[g] = f(Q_quad[g] K_quad[g]^T / C + b) V[g]                    the local branch, lower triangle if causal
     V_lin[g]  = Q_lin[g] mean(k_lin v^T)                                 the global branch

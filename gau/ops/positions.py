@@ -1,4 +1,4 @@
-"""Position encodings: rotary (RoPE), sinusoid, and the two forms of the relative bias (paper.md section 2)."""
+"""Position encodings: rotary (RoPE), sinusoid, and the two forms of the relative bias (docs/paper.md section 2)."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -33,7 +33,7 @@ def rope_table(positions_BN: Array, width: int, *, dtype=jnp.float32) -> tuple[A
 
 
 def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (x[i], x[i + S/2]) of every token by its position (half-split form, paper.md section 2).
+    """Rotates the pairs (x[i], x[i + S/2]) of every token by its position (half-split form, docs/paper.md section 2).
 
     Args:
       x: [B, N, S] or, with heads, [B, H, N, S].
@@ -91,7 +91,7 @@ def toeplitz_bias_at(w: Array, positions_BT: Array, n: int) -> Array:
 
 
 def rotary_bias(a_S: Array, c_S: Array, n: int) -> Array:
-    """Returns b = rope(a) rope(c)^T, [n, n]: both vectors repeated over n positions and rotated (paper.md section 2).
+    """Returns b = rope(a) rope(c)^T, [n, n]: both vectors at n positions, rotated (docs/paper.md section 2).
 
     The rotation makes it a function of k - q only, for any n, with 2S parameters.
     """

@@ -1,4 +1,4 @@
-"""From q.k to attention weights: attention functions and normalisers (paper.md sections 1, 2 and 7)."""
+"""From q.k to attention weights: attention functions and normalisers (docs/paper.md sections 1, 2 and 7)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ def relu2(x: Array) -> Array:
 def laplace(x: Array) -> Array:
     """Mega's smooth step, 0.5 (1 + erf((x - mu) / (sigma sqrt 2))) with mu = sqrt(1/2), sigma = sqrt(1/(4 pi)).
 
-    It is 0.006 at 0 and not 0: masks must come after it (paper.md section 7, trap 3).
+    It is 0.006 at 0 and not 0: masks must come after it (docs/paper.md section 7, trap 3).
     """
     mu, sigma = 0.5**0.5, (0.25 / jnp.pi) ** 0.5
     return 0.5 * (1.0 + jax.lax.erf((x - mu) / (sigma * 2**0.5)))
@@ -79,7 +79,7 @@ def attention_weights(
     """Returns the attention matrix A = f(q k^T / n + b) where `mask` allows and exactly 0 elsewhere.
 
     The mask goes on after the function, for not every f(0) is 0; softmax is the exception: it is masked before, and a
-    query that sees no key gets a row of zeros. The bias stands outside the division (paper.md section 1).
+    query that sees no key gets a row of zeros. The bias stands outside the division (docs/paper.md section 1).
 
     Args:
       q: queries [..., N, S].

@@ -1,4 +1,4 @@
-"""The second oracle: FLASH-pytorch 0.1.9, another hand's FLASH (paper.md section 8).
+"""The second oracle: FLASH-pytorch 0.1.9, another hand's FLASH (docs/paper.md section 8).
 
 Bidirectional it computes section 3 exactly, once it is given our rotation and our bias. Causal it sums the means of
 past chunks where the paper takes the mean over all of their tokens: a sum over tokens divided by C.

@@ -1,4 +1,4 @@
-"""The unit of FLASH-Quad and of FLASH against the NumPy oracle, with the identities of paper.md section 1."""
+"""The unit of FLASH-Quad and of FLASH against the NumPy oracle, with the identities of docs/paper.md section 1."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The first oracle: the paper's formulas (paper.md sections 1 to 4) in NumPy float64, one token at a time.
+"""The first oracle: the paper's formulas (docs/paper.md sections 1 to 4) in NumPy float64, one token at a time.
 
 Written from the formulas, with loops and without a look at the ops. One sequence [N, ...] at a time; segment ids are a
 list of N integers, 0 for padding.
@@ -166,7 +166,7 @@ def rotary(a, c, n):
 
 
 def gau(params, x, *, causal, positions, chunk=None, use_rope=True, attention=None, **options):
-    """The unit of paper.md section 1 (or 3, with `chunk`): one head, parameters as in the Linen module."""
+    """The unit of docs/paper.md section 1 (or 3, with `chunk`): one head, parameters as in the Linen module."""
     uv = params['uv']
     u, v = (silu(x @ uv['kernel'][:, i] + uv['bias'][i]) for i in (0, 1))
     z = silu(x @ params['z']['kernel'] + params['z']['bias'])
