@@ -20,7 +20,7 @@ MESHES = ('8,1,1,1', '1,8,1,1', '2,2,2,1', '1,1,2,4', '1,2,1,4')
         pytest.param('flash', 'mlm', marks=pytest.mark.slow),
         pytest.param('flash_quad', 'lm', marks=pytest.mark.slow),
         pytest.param('flash_quad', 'mlm', marks=pytest.mark.slow),
-        ('transformer_plus_plus', 'lm'),
+        pytest.param('transformer_plus_plus', 'lm', marks=pytest.mark.slow),
         pytest.param('transformer_plus_plus', 'mlm', marks=pytest.mark.slow),
     ],
 )
