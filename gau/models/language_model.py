@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
       deterministic: False turns dropout on, which draws from the 'dropout' stream.
 
     Attributes:
-      config: resolved model config (`gau.models.config.resolve`), frozen.
+      config: resolved model config (`gau.models.config.resolve`) with a concrete `impl` (`registry.build`), frozen.
       vocab_size: V.
       causal: whether later tokens are hidden.
     """
