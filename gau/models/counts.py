@@ -79,7 +79,7 @@ def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) ->
             parts.append((f'layer {layer}', _attention(config, layer, context, causal) + _feed_forward(config)))
     if config.norm_placement == 'pre':
         parts.append(('final norm', _norm(config)))
-    # The logits of one slice are computed again, so what is kept is the loss and, per slice, nothing.
+    # Of the logits nothing is kept: what waits for the backward pass is the gradient of the hidden states.
     parts.append(('head (tied)', Count(0, 2 * d * vocab_size, d * size)))
     return parts
 
