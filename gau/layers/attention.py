@@ -9,6 +9,7 @@ from gau.errors import UserError
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
 from gau.layers.gated_attention_unit import ScaleOffset
 from gau.layers.positions import RelativeBias
+from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import linear_with_state, mixed_chunk_with_state, quadratic_with_state
 from gau.ops.combiner import combiner_attention
 from gau.ops.linear_attention import favor_features, linear_attention, orthogonal_directions, relu_features
@@ -85,19 +86,26 @@ class QuadraticAttention(MultiHeadAttention):
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNK, k_BHNK, v_BHNK, tokens, scoring=self.scoring, bias=self.bias)
 
-        def attend(q_BNK, k_BNK, v_BNK, bias_NN):
+        def attend(q_BNK, k_BNK, v_BNK, bias_NN, **tokens_and_axis):
             return quadratic_attention(
                 q_BNK,
                 k_BNK,
                 v_BNK,
                 scoring=self.scoring,
                 causal=self.causal,
-                segment_ids_BN=tokens.segment_ids_BN,
                 bias_NN=bias_NN,
                 impl=self.impl,
+                **tokens_and_axis,
             )
 
-        return over_heads(attend, q_BHNK, k_BHNK, v_BHNK, bias_HNN=self.bias(v_BHNK.shape[2]))
+        return attention_over_mesh(
+            attend,
+            *(q_BHNK, k_BHNK, v_BHNK),
+            bias_HNN=self.bias(v_BHNK.shape[2]),
+            segment_ids_BN=tokens.segment_ids_BN,
+            token_multiple=None if self.impl == 'reference' else 1,
+            bias_rows='length',
+        )
 
     def heated(self, q: Array) -> Array:
         """Multiplies q, and with it q.k, by the learned temperature, if there is one."""
@@ -137,7 +145,7 @@ class MixedChunkAttention(QuadraticAttention):
     def attend(self, q_BHNK: Array, k_BHNK: Array, v_BHNK: Array, tokens: TokenInfo) -> Array:
         """See the base class."""
 
-        def attend(q_BNK, k_BNK, q_lin_BNK, k_lin_BNK, v_BNK, bias_CC):
+        def attend(q_BNK, k_BNK, q_lin_BNK, k_lin_BNK, v_BNK, bias_CC, **tokens_and_axis):
             return mixed_chunk_attention(
                 q_BNK,
                 k_BNK,
@@ -147,11 +155,11 @@ class MixedChunkAttention(QuadraticAttention):
                 chunk_size=self.chunk_size,
                 scoring=self.scoring,
                 causal=self.causal,
-                segment_ids_BN=tokens.segment_ids_BN,
                 bias_CC=bias_CC,
                 branches=self.branches,
                 global_reduction=self.global_reduction,
                 impl=self.impl,
+                **tokens_and_axis,
             )
 
         q_lin_BHNK, k_lin_BHNK = q_BHNK, k_BHNK
@@ -172,7 +180,13 @@ class MixedChunkAttention(QuadraticAttention):
                 global_reduction=self.global_reduction,
             )
         bias_HCC = None if self.branches == 'global' else self.bias(min(self.chunk_size, v_BHNK.shape[2]))
-        return over_heads(attend, q_BHNK, k_BHNK, q_lin_BHNK, k_lin_BHNK, v_BHNK, bias_HNN=bias_HCC)
+        return attention_over_mesh(
+            attend,
+            *(q_BHNK, k_BHNK, q_lin_BHNK, k_lin_BHNK, v_BHNK),
+            bias_HNN=bias_HCC,
+            segment_ids_BN=tokens.segment_ids_BN,
+            token_multiple=None if self.impl == 'reference' else self.chunk_size,
+        )
 
 
 class PerformerAttention(MultiHeadAttention):

@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
+from gau.layers.common import Linear, Temperature, TokenInfo, constrain, param_dtype
 from gau.layers.positions import RelativeBias
+from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
@@ -138,19 +139,26 @@ class GatedAttentionUnit(nn.Module):
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens, scoring=self.scoring, bias=self._bias)
 
-        def attend(q_BNS, k_BNS, v_BNE, bias_NN):
+        def attend(q_BNS, k_BNS, v_BNE, bias_NN, **tokens_and_axis):
             return quadratic_attention(
                 q_BNS,
                 k_BNS,
                 v_BNE,
                 scoring=self.scoring,
                 causal=self.causal,
-                segment_ids_BN=tokens.segment_ids_BN,
                 bias_NN=bias_NN,
                 impl=self.impl,
+                **tokens_and_axis,
             )
 
-        return over_heads(attend, q_BHNS, k_BHNS, v_BHNE, bias_HNN=self._bias(v_BHNE.shape[2]))
+        return attention_over_mesh(
+            attend,
+            *(q_BHNS, k_BHNS, v_BHNE),
+            bias_HNN=self._bias(v_BHNE.shape[2]),
+            segment_ids_BN=tokens.segment_ids_BN,
+            token_multiple=None if self.impl == 'reference' else 1,
+            bias_rows='length',
+        )
 
     def _mixed_chunk(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
         roles = self._scale_offset(4 if self.branches == 'both' else 2)(z_BNS, tokens=tokens)
@@ -173,7 +181,7 @@ class GatedAttentionUnit(nn.Module):
         if self.branches != 'global':
             bias_HCC = self._bias(min(self.chunk_size, v_BHNE.shape[2]))
 
-        def attend(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE, bias_CC):
+        def attend(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE, bias_CC, **tokens_and_axis):
             return mixed_chunk_attention(
                 q_BNS,
                 k_BNS,
@@ -183,14 +191,20 @@ class GatedAttentionUnit(nn.Module):
                 chunk_size=self.chunk_size,
                 scoring=self.scoring,
                 causal=self.causal,
-                segment_ids_BN=tokens.segment_ids_BN,
                 bias_CC=bias_CC,
                 branches=self.branches,
                 global_reduction=self.global_reduction,
                 impl=self.impl,
+                **tokens_and_axis,
             )
 
-        return over_heads(attend, q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE, bias_HNN=bias_HCC)
+        return attention_over_mesh(
+            attend,
+            *(q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE),
+            bias_HNN=bias_HCC,
+            segment_ids_BN=tokens.segment_ids_BN,
+            token_multiple=None if self.impl == 'reference' else self.chunk_size,
+        )
 
     def _fused_mixed_chunk(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)

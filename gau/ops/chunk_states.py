@@ -7,7 +7,12 @@ That is all the state there is: one [S, E] matrix and one count per chunk.
 Keys may come with a factor exp(log_scale) that no float holds (FAVOR+). A state is then kept over the factor of the
 largest key in it, whose logarithm stands beside it. That maximum runs over what the state sums up and over nothing
 else, so that no later token and no other document reaches a result, not even by rounding.
+
+Where the tokens are spread over the devices of a mesh axis, in whole chunks, each device hands on one state, too: that
+of the document open at its end. This is all that devices tell each other.
 """
+
+import functools
 
 from typing import NamedTuple
 
@@ -86,7 +91,13 @@ def add_scaled(x: Array, log_x: Array | None, y: Array, log_y: Array | None) -> 
 
 
 def states_of_other_chunks(
-    k_BGCS: Array, v_BGCE: Array, ids_BGC: Array, *, causal: bool, log_scale_BGC: Array | None = None
+    k_BGCS: Array,
+    v_BGCE: Array,
+    ids_BGC: Array,
+    *,
+    causal: bool,
+    log_scale_BGC: Array | None = None,
+    sequence_axis: str | None = None,
 ) -> list[Seen]:
     """Returns what each chunk sees of the others: the states before it and, unless causal, those after it.
 
@@ -96,17 +107,20 @@ def states_of_other_chunks(
       ids_BGC: segment ids, [B, G, C] or [1, G, C].
       causal: whether later chunks are hidden.
       log_scale_BGC: the logarithm of each key's factor, no gradient goes there; or None.
+      sequence_axis: mesh axis over whose devices the chunks are spread in order (inside `jax.shard_map`), or None.
     """
     first_BG, last_BG = first_and_last_document(ids_BGC)
-    seen = [_states_before(k_BGCS, v_BGCE, ids_BGC, first_BG, last_BG, log_scale_BGC)]
+    before = functools.partial(_states_before, sequence_axis=sequence_axis, backwards=False)
+    seen = [before(k_BGCS, v_BGCE, ids_BGC, first_BG, last_BG, log_scale_BGC)]
     if not causal:
         # The later chunks are the earlier ones of the reversed sequence.
         reverse = jax.tree.map(lambda x: x[:, ::-1], (k_BGCS, v_BGCE, ids_BGC, last_BG, first_BG, log_scale_BGC))
-        seen.append(jax.tree.map(lambda x: x[:, ::-1], _states_before(*reverse)))
+        after = _states_before(*reverse, sequence_axis=sequence_axis, backwards=True)
+        seen.append(jax.tree.map(lambda x: x[:, ::-1], after))
     return seen
 
 
-def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC) -> Seen:
+def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC, *, sequence_axis, backwards) -> Seen:
     """For each chunk, the state of the document at its head, summed over earlier chunks that have it at their tail."""
     dtype = jnp.promote_types(k_BGCS.dtype, jnp.float32)
     at_tail_BGC = (ids_BGC == tail_BG[..., None]) & (ids_BGC > 0)
@@ -117,11 +131,47 @@ def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC) -> 
         k_BGCS = k_BGCS * weights_BGC[..., None]
     kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', k_BGCS, v_BGCE, preferred_element_type=dtype)
     n_BG = at_tail_BGC.sum(-1).astype(dtype)
-    if ids_BGC.shape[1] <= GROUP:
-        state_BGSE, count_BG, log_scale_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
-    else:
-        state_BGSE, count_BG, log_scale_BG = _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
+    sum_before = _sum_before if ids_BGC.shape[1] <= GROUP else _sum_before_by_groups
+    state = sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
+    if sequence_axis is not None:
+        opened = _open_at_start(
+            kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG, sequence_axis=sequence_axis, backwards=backwards
+        )
+        state = _add_open(*state, head_BG, *opened)
+    state_BGSE, count_BG, log_scale_BG = state
     return Seen(state_BGSE, count_BG, (ids_BGC == head_BG[..., None]) & (ids_BGC > 0), log_scale_BG)
+
+
+def _open_at_start(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG, *, sequence_axis, backwards):
+    """The document at the head of this device's chunks, summed over the devices before it that have it at their tail.
+
+    Every device gathers one state, count and document of every other: P S E numbers, whatever the length.
+
+    Returns:
+      The state [B, S, E], its count [B], its document [B] (0: none) and the logarithm of its factor [B] or None.
+    """
+    batch, chunks = kv_BGSE.shape[:2]
+    head_BG, tail_BG, n_BG = (jnp.broadcast_to(x, (batch, chunks)) for x in (head_BG, tail_BG, n_BG))
+    head_B, tail_B = first_and_last_document(head_BG)[0], first_and_last_document(tail_BG)[1]
+    at_tail_BG = (tail_BG == tail_B[:, None]) & (tail_BG > 0)
+    w_BG, log_B = relative_weights(at_tail_BG, log_scale_BG, kv_BGSE.dtype)
+    own = (jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE), (at_tail_BG * n_BG).sum(-1), tail_B, log_B)
+    kv_BPSE, n_BP, tail_BP, log_BP = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis, axis=1), own)
+
+    device, here = jnp.arange(tail_BP.shape[1]), jax.lax.axis_index(sequence_axis)
+    earlier_P = device > here if backwards else device < here
+    sees_BP = earlier_P & (tail_BP == head_B[:, None]) & (head_B > 0)[:, None]
+    w_BP, log_B = relative_weights(sees_BP, log_BP, kv_BGSE.dtype)
+    return jnp.einsum('BP,BPSE->BSE', w_BP, kv_BPSE), (sees_BP * n_BP).sum(-1), head_B, log_B
+
+
+def _add_open(state_BGSE, count_BG, log_BG, head_BG, open_kv_BSE, open_n_B, open_id_B, open_log_B):
+    """Adds the open document's state to that of every chunk which has this document at its head."""
+    continues_BG = (head_BG == open_id_B[:, None]) & (head_BG > 0)
+    open_BGSE = continues_BG[..., None, None].astype(open_kv_BSE.dtype) * open_kv_BSE[:, None]
+    open_log_BG = None if open_log_B is None else jnp.where(continues_BG, open_log_B[:, None], LOWEST)
+    state_BGSE, log_BG = add_scaled(state_BGSE, log_BG, open_BGSE, open_log_BG)
+    return state_BGSE, count_BG + continues_BG * open_n_B[:, None], log_BG
 
 
 def _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
@@ -149,19 +199,10 @@ def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
         lambda x: jnp.moveaxis(into_chunks(x, GROUP), 1, 0), (kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
     )
 
-    def open_scale(sees, open_log_B):
-        """The open document's factor where it goes on, else the least."""
-        return None if open_log_B is None else jnp.where(sees, open_log_B, LOWEST)
-
     def body(carry, xs):
         open_kv_BSE, open_n_B, open_id_B, open_log_B = carry
         kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG = xs
-        state_BGSE, count_BG, state_log_BG = _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
-        continues_BG = (head_BG == open_id_B[:, None]) & (head_BG > 0)
-        before_BGSE = continues_BG[..., None, None].astype(kv_BGSE.dtype) * open_kv_BSE[:, None]
-        before_log_BG = open_scale(continues_BG, None if open_log_B is None else open_log_B[:, None])
-        state_BGSE, state_log_BG = add_scaled(state_BGSE, state_log_BG, before_BGSE, before_log_BG)
-        count_BG += continues_BG * open_n_B[:, None]
+        state = _add_open(*_sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG), head_BG, *carry)
 
         # The document open at the end of the group: of its last chunk that holds a token, else still the old one.
         last_B = first_and_last_document(tail_BG)[1]
@@ -170,10 +211,11 @@ def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
         kept_B = last_B == open_id_B
         w_BG, new_log_B = relative_weights(same_BG, log_scale_BG, kv_BGSE.dtype)
         old_kv_BSE = kept_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE
+        old_log_B = None if open_log_B is None else jnp.where(kept_B, open_log_B, LOWEST)
         new_kv_BSE = jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE)
-        open_kv_BSE, new_log_B = add_scaled(old_kv_BSE, open_scale(kept_B, open_log_B), new_kv_BSE, new_log_B)
+        open_kv_BSE, new_log_B = add_scaled(old_kv_BSE, old_log_B, new_kv_BSE, new_log_B)
         open_n_B = kept_B * open_n_B + (same_BG * n_BG).sum(-1)
-        return (open_kv_BSE, open_n_B, last_B, new_log_B), (state_BGSE, count_BG, state_log_BG)
+        return (open_kv_BSE, open_n_B, last_B, new_log_B), state
 
     start_log_B = None if log_scale_BG is None else jnp.full_like(log_scale_BG[:, 0], LOWEST)
     start = (jnp.zeros_like(kv_BGSE[:, 0]), jnp.zeros_like(n_BG[:, 0]), jnp.zeros_like(head_BG[:, 0]), start_log_B)

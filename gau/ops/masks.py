@@ -44,9 +44,13 @@ def clear_padding(x: Array, segment_ids_BN: Array | None, *, token_axis: int = 1
     return jnp.where(ids > 0, x, jnp.zeros((), x.dtype))
 
 
-def document_length(segment_ids_BN: Array) -> Array:
-    """Returns for every token the number of tokens of its document, int32 [B, N]; 0 at padding."""
-    same = visibility_mask(
-        segment_ids_BN, segment_ids_BN, n=segment_ids_BN.shape[1], m=segment_ids_BN.shape[1], causal=False
-    )
+def document_length(segment_ids_BN: Array, all_ids_BM: Array | None = None) -> Array:
+    """Returns for every token the number of tokens of its document, int32 [B, N]; 0 at padding.
+
+    Args:
+      segment_ids_BN: segment ids of the tokens.
+      all_ids_BM: those among which to count, where the tokens are a part of a sequence; None: the same.
+    """
+    ids_BM = segment_ids_BN if all_ids_BM is None else all_ids_BM
+    same = visibility_mask(segment_ids_BN, ids_BM, n=segment_ids_BN.shape[1], m=ids_BM.shape[1], causal=False)
     return jnp.where(segment_ids_BN > 0, same.sum(-1, dtype=jnp.int32), 0)

@@ -7,6 +7,9 @@ The mean runs over the tokens a query may see: all of its document if bidirectio
 causal (so the first chunk gets exactly 0). No token of another document enters either branch.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -30,6 +33,7 @@ def mixed_chunk_attention(
     branches: str = 'both',
     global_reduction: str = 'mean',
     impl: str = 'xla',
+    sequence_axis: str | None = None,
 ) -> Array:
     """Returns V_quad + V_lin for one head.
 
@@ -49,12 +53,15 @@ def mixed_chunk_attention(
       global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
       impl: 'reference' is a masked N x N form, right for any layout of segments; 'xla' is linear in N and asks that
         documents are contiguous.
+      sequence_axis: mesh axis over whose devices the tokens are spread in order and in whole chunks, where this runs
+        inside `jax.shard_map`; N is then the tokens of one device. The local branch needs no other device; of the
+        global branch, one [S, E] state of each crosses the axis. None with the reference.
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.
     """
     tensors = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
-    attend = _reference if impl == 'reference' else _chunked
+    attend = _reference if impl == 'reference' else functools.partial(_chunked, sequence_axis=sequence_axis)
     o_BNE = attend(
         *tensors,
         chunk_size=chunk_size,
@@ -100,7 +107,21 @@ def _reference(
 
 
 def _chunked(
-    q, k, q_lin, k_lin, v, *, chunk_size, scoring, causal, segment_ids_BN, bias_CC, local_branch, global_branch, mean
+    q,
+    k,
+    q_lin,
+    k_lin,
+    v,
+    *,
+    chunk_size,
+    scoring,
+    causal,
+    segment_ids_BN,
+    bias_CC,
+    local_branch,
+    global_branch,
+    mean,
+    sequence_axis,
 ):
     """The linear form: chunks attend within themselves and read one state each of what lies outside."""
     n = v.shape[1]
@@ -123,10 +144,14 @@ def _chunked(
     if global_branch and not causal and ids_BGC is None:
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         kv_BSE = jnp.einsum('BGCS,BGCE->BSE', k_lin, v_BGCE, preferred_element_type=dtype)
+        if sequence_axis is not None:
+            kv_BSE, n = jax.lax.psum((kv_BSE, n), sequence_axis)
         o_BGCE = jnp.einsum('BGCS,BSE->BGCE', q_lin, (kv_BSE / n if mean else kv_BSE).astype(v.dtype))
-    elif global_branch and (groups > 1 or not causal):
+    elif global_branch and (groups > 1 or not causal or sequence_axis is not None):
         one_document = jnp.ones((1, groups, size), jnp.int32)
-        seen = states_of_other_chunks(k_lin, v_BGCE, one_document if ids_BGC is None else ids_BGC, causal=causal)
+        seen = states_of_other_chunks(
+            *(k_lin, v_BGCE, one_document if ids_BGC is None else ids_BGC), causal=causal, sequence_axis=sequence_axis
+        )
         count_BGC = sum(s.sees_BGC * s.count_BG[..., None] for s in seen)
         if not causal:
             count_BGC += same_BGCC.sum(-1)
@@ -147,4 +172,4 @@ def _chunked(
         o_BGCE += left @ right
     elif not global_branch or causal:
         o_BGCE = jnp.zeros_like(v_BGCE)
-    return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, :n]
+    return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, : v.shape[1]]

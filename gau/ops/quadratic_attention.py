@@ -20,6 +20,7 @@ def quadratic_attention(
     segment_ids_BN: Array | None = None,
     bias_NN: Array | None = None,
     impl: str = 'reference',
+    sequence_axis: str | None = None,
 ) -> Array:
     """Returns A V for one head, A = f(q k^T / n + b) over the visible keys.
 
@@ -34,23 +35,33 @@ def quadratic_attention(
       impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
         the backward pass, so that what it keeps itself grows with N and not with its square. A bias, which comes whole,
         is still N x N.
+      sequence_axis: mesh axis over whose devices the tokens are spread in order, where this runs inside
+        `jax.shard_map`; N is then the tokens of one device, but for `bias_NN`, which has this device's rows of all
+        columns. Keys and values of all devices are gathered.
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.
     """
     n = q_BNS.shape[1]
-    q_BNS, k_BNS, v_BNE = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
-    if segment_ids_BN is None:
-        length_BN1 = jnp.full((1, n, 1), n, jnp.int32)
-    else:
-        length_BN1 = document_length(segment_ids_BN)[..., None]
-
-    def attend(q_BnS, ids_Bn, length_Bn1, bias_nN, first):
-        mask_BnN = visibility_mask(ids_Bn, segment_ids_BN, n=q_BnS.shape[1], m=n, causal=causal, first_query=first)
-        a_BnN = attention_weights(
-            q_BnS, k_BNS, scoring=scoring, sequence_length=length_Bn1, mask=mask_BnN, bias=bias_nN
+    q_BNS, k_BMS, v_BME = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
+    ids_BM, offset = segment_ids_BN, 0
+    if sequence_axis is not None:
+        k_BMS, v_BME, ids_BM = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True), (k_BMS, v_BME, ids_BM)
         )
-        return a_BnN.astype(v_BNE.dtype) @ v_BNE
+        offset = n * jax.lax.axis_index(sequence_axis)
+    m = k_BMS.shape[1]
+    if segment_ids_BN is None:
+        length_BN1 = jnp.full((1, n, 1), m, jnp.int32)
+    else:
+        length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
+
+    def attend(q_BnS, ids_Bn, length_Bn1, bias_nM, first):
+        mask_BnM = visibility_mask(ids_Bn, ids_BM, n=q_BnS.shape[1], m=m, causal=causal, first_query=offset + first)
+        a_BnM = attention_weights(
+            q_BnS, k_BMS, scoring=scoring, sequence_length=length_Bn1, mask=mask_BnM, bias=bias_nM
+        )
+        return a_BnM.astype(v_BME.dtype) @ v_BME
 
     if impl == 'reference' or n <= 2 * QUERY_BLOCK:
         o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, bias_NN, 0)

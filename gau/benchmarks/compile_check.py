@@ -1,0 +1,335 @@
+"""The real training step, compiled for a machine that need not be here: what it will hold, compute and send.
+
+Nothing is allocated and no data are read; the vocabulary is a number. libtpu compiles for TPUs without one.
+"""
+
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gau.benchmarks.chips import Target
+from gau.benchmarks.hlo import Collective, Program
+from gau.data.config import default_config as default_data_config
+from gau.errors import UserError
+from gau.models import registry
+from gau.training import config as training_config
+from gau.training import mesh as meshes
+from gau.training.durations import UNITS
+from gau.training.setup import Run
+
+Row = dict[str, Any]
+
+# The only fields of the data that the step's program depends on.
+_DATA_FIELDS = ('context', 'batch_size', 'packing', 'attend_across_documents')
+# A sweep stops when it knows the answer to within this share of it.
+SWEEP_RESOLUTION = 1 / 16
+
+
+class _Vocabulary(NamedTuple):
+    """Stands where a run has its tokenizer: the program knows nothing of it but the size."""
+
+    vocab_size: int
+
+
+class Check(NamedTuple):
+    """What the compiler says of one training step.
+
+    Attributes:
+      row: plain numbers of one device, for JSON (see `check`).
+      collectives: every communication.
+      largest: (bytes, type and shape, source) of the largest arrays.
+    """
+
+    row: Row
+    collectives: list[Collective]
+    largest: list[tuple[int, str, str]]
+
+
+def without_data(config: ConfigDict) -> ConfigDict:
+    """Returns the resolved config of the same training step, but for data and durations, which it does not depend on.
+
+    Raises:
+      UserError: see `gau.training.config.resolve`.
+    """
+    config = config.copy_and_resolve_references()
+    data = default_data_config()
+    for field in _DATA_FIELDS:
+        data[field] = config.data[field]
+    config.data = data
+    for section, stem in ((config, ''), (config.optimizer, 'warmup_')):
+        for unit in UNITS:
+            if stem + unit in section:
+                section[stem + unit] = None
+        section[f'{stem}steps'] = 1
+    return training_config.resolve(config)
+
+
+def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
+    """Returns the run of a resolved config on the target's devices.
+
+    Raises:
+      UserError: the mesh does not fit the devices, or the batch not the mesh.
+    """
+    mesh = meshes.make_mesh(config.mesh, target.devices)
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    meshes.check_batch(mesh, batch_size=rows, context=config.data.context)
+    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm')
+    return Run(config, _Vocabulary(vocab_size), mesh, model)
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and shardings of a training batch (see `gau.data.pipeline.train_iterator`)."""
+    data = run.config.data
+    dtypes = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+    if data.packing != 'concat' or not data.attend_across_documents:
+        dtypes |= {'segment_ids': jnp.int32, 'positions': jnp.int32}
+    shape, sharding = (data.batch_size, data.context), meshes.batch_sharding(run.mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
+    """Compiles the training step of a config and returns what its program says.
+
+    The row holds, for one device: `argument_bytes` (state and batch), `output_bytes` (those that do not take an
+    argument's place), `temporary_bytes`, `code_bytes`, their sum `total_bytes`, `memory_bytes` of the device, `fits`
+    (None where its memory is not known); `flops` of the matrix products in a step as traced, recomputation and masked
+    halves included, and `model_flops`, three times the forward pass in closed form; `traffic_bytes` of its memory;
+    `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, and
+    `compiler`, the compiler's own estimate of its kernels; `step_seconds`, and `mfu`, the model FLOPs utilisation that
+    goes with it. If it does not fit, only what was known before.
+
+    Raises:
+      UserError: the config is impossible.
+    """
+    config = without_data(config)
+    run = make_run(config, target, vocab_size=vocab_size)
+    step, state, batch = run.train_step(), run.abstract_state, abstract_batch(run)
+    row = _about(run, target)
+    with run.context():
+        traced = step.trace(state, batch)
+        row['flops'] = flops(traced.jaxpr) / run.mesh.size
+        lowered = traced.lower()
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            row |= {'fits': False, 'error': str(error).partition(': ')[2].splitlines()[0]}
+            return Check(row, [], _largest_traced(traced.jaxpr, run.mesh.size))
+    row['compile_seconds'] = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    row |= {
+        'argument_bytes': memory.argument_size_in_bytes,
+        'output_bytes': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        'temporary_bytes': memory.temp_size_in_bytes,
+        'code_bytes': memory.generated_code_size_in_bytes,
+    }
+    total = sum(row[f'{part}_bytes'] for part in ('argument', 'output', 'temporary', 'code'))
+    row |= {'total_bytes': total, 'fits': None if target.memory_bytes is None else total <= target.memory_bytes}
+    program = Program(compiled.as_text())
+    collectives = program.collectives()
+    row |= {'traffic_bytes': program.memory_traffic(), 'collectives': _by_kind(collectives)}
+    row |= _times(row, collectives, program.cycles(), target)
+    return Check(row, collectives, program.largest_arrays(5))
+
+
+def sweep(
+    config: ConfigDict, field: str, target: Target, *, vocab_size: int, report: Callable[[Row], None]
+) -> tuple[int, Row] | None:
+    """Returns the largest batch or context that fits, to within SWEEP_RESOLUTION, and its row; None if none does.
+
+    Doubles from the config's own value, then halves the interval.
+
+    Args:
+      config: not resolved, so that what depends on the context follows it.
+      field: 'batch' or 'context'.
+      target: whose memory must be known.
+      vocab_size: V.
+      report: is given every row as it comes.
+
+    Raises:
+      UserError: the memory of the target is not known.
+    """
+    if target.memory_bytes is None:
+        raise UserError(f'--sweep: how much memory a device of --topology={target.name} has is not known')
+    mesh = meshes.make_mesh(config.mesh, target.devices).shape
+    name = {'batch': 'batch_size', 'context': 'context'}[field]
+    unit = mesh['data'] * mesh['fsdp'] * config.optimizer.accumulation_steps
+    if field == 'context':
+        unit = math.lcm(mesh['sequence'] * (config.model.chunk_size or 256), 512)
+    rows: dict[int, Row] = {}
+
+    def fits(units: int) -> bool:
+        tried = config.copy_and_resolve_references()
+        tried.data[name] = units * unit
+        rows[units] = check(tried, target, vocab_size=vocab_size).row
+        report(rows[units])
+        return bool(rows[units]['fits'])
+
+    low, high = 0, max(config.data[name] // unit, 1)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low * SWEEP_RESOLUTION):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return (low * unit, rows[low]) if low else None
+
+
+def flops(jaxpr: Any) -> int:
+    """Returns the FLOPs of all matrix products of a traced program, over all devices, loops as often as they run."""
+    return sum(times * _product_flops(equation) for equation, times in _equations(jaxpr.jaxpr, 1))
+
+
+def _equations(jaxpr: Any, times: int) -> Any:
+    """Every equation with how often it runs; inside of a `shard_map` it runs on every device."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inner = times
+        if equation.primitive.name == 'scan':
+            inner *= equation.params['length']
+        if equation.primitive.name == 'shard_map':
+            inner *= equation.params['mesh'].size
+        for sub in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+            sub = getattr(sub, 'jaxpr', sub)
+            if hasattr(sub, 'eqns'):
+                yield from _equations(sub, inner)
+
+
+def _product_flops(equation: Any) -> int:
+    if equation.primitive.name != 'dot_general':
+        return 0
+    (contracted, _), _ = equation.params['dimension_numbers']
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _largest_traced(jaxpr: Any, devices: int) -> list[tuple[int, str, str]]:
+    """The largest arrays that the program makes before it is compiled, as if divided evenly over the devices."""
+    sizes = {}
+    for equation, _ in _equations(jaxpr.jaxpr, 1):
+        for variable in equation.outvars:
+            shape, dtype = getattr(variable.aval, 'shape', ()), getattr(variable.aval, 'dtype', None)
+            # What is broadcast or compared is not stored; what loops and products return is.
+            if dtype is not None and equation.primitive.name in ('scan', 'dot_general', 'gather', 'concatenate'):
+                source = f'{equation.source_info.name_stack}/{equation.primitive.name}'
+                sizes[f'{dtype}[{",".join(map(str, shape))}]', source] = math.prod(shape) * dtype.itemsize // devices
+    return [(size, *key) for key, size in Counter(sizes).most_common(5)]
+
+
+def _about(run: Run, target: Target) -> Row:
+    config = run.config
+    return {
+        'model': config.model.name,
+        'size': config.model.size,
+        'objective': config.objective,
+        'context': config.data.context,
+        'batch_size': config.data.batch_size,
+        'layer_stack': config.model.layer_stack,
+        'remat': config.model.remat,
+        'impl': config.model.impl,
+        'topology': target.name,
+        'device': target.devices[0].device_kind,
+        'mesh': dict(run.mesh.shape),
+        'memory_bytes': target.memory_bytes,
+        'model_flops': 3 * run.flops_per_token * run.tokens_per_step / run.mesh.size,
+        'jax': jax.__version__,
+    }
+
+
+def _by_kind(collectives: list[Collective]) -> dict[str, dict[str, int]]:
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {'count': 0, 'bytes': 0})
+    for collective in collectives:
+        kinds[collective.kind]['count'] += collective.times
+        kinds[collective.kind]['bytes'] += collective.bytes
+    return dict(kinds)
+
+
+def _times(row: Row, collectives: list[Collective], cycles: int | None, target: Target) -> Row:
+    """What each part needs at least, and a whole step: communication is taken to hide behind nothing."""
+    if target.chip is None:
+        return {}
+    seconds = {
+        'compute': row['flops'] / target.peak_flops,
+        'memory': row['traffic_bytes'] / target.chip.hbm_bandwidth,
+        'links': sum(collective.sent for collective in collectives) / target.chip.link_bandwidth,
+        'compiler': cycles / target.chip.clock if cycles else None,
+    }
+    at_least = max(seconds['compute'], seconds['memory'], seconds['links'])
+    likely = max(at_least, (seconds['compiler'] or at_least) + seconds['links'])
+    mfu = {name: row['model_flops'] / target.peak_flops / time for name, time in (('', likely), ('_bound', at_least))}
+    return {
+        'seconds': seconds,
+        'step_seconds': likely,
+        'step_seconds_bound': at_least,
+        'mfu': mfu[''],
+        'mfu_bound': mfu['_bound'],
+    }
+
+
+def describe(check: Check) -> str:
+    """Returns a check as a page of text."""
+    row = check.row
+    mesh = ' x '.join(f'{axis} {size}' for axis, size in row['mesh'].items())
+    lines = [
+        f'{row["model"]} ({row["size"]}), {row["objective"]}, batch {row["batch_size"]} x {row["context"]}, layers '
+        f'{row["layer_stack"]}, remat {row["remat"]}, impl {row["impl"]}',
+        f'{math.prod(row["mesh"].values())} x {row["device"]} ({row["topology"]}): {mesh}',
+        '',
+    ]
+    if 'total_bytes' in row:
+        lines.append(f'compiled in   {row["compile_seconds"]:.1f} s')
+        lines.append(
+            f'memory        {_gib(row["total_bytes"])} a device: arguments {_gib(row["argument_bytes"])}, outputs '
+            f'{_gib(row["output_bytes"])}, temporaries {_gib(row["temporary_bytes"])}, code {_gib(row["code_bytes"])}'
+        )
+    lines.append(f'              {verdict(row)}')
+    if row['fits'] is not True:
+        lines.append(
+            'largest       ' + ('as compiled' if 'total_bytes' in row else 'as traced, if divided evenly') + ':'
+        )
+        lines += [f'              {_gib(size):>10}  {shape}  {_short(source)}' for size, shape, source in check.largest]
+    lines.append(
+        f'FLOPs         {row["flops"] / 1e12:.3f} T a device and step as traced, {row["model_flops"] / 1e12:.3f} T '
+        'by the closed form'
+    )
+    if 'total_bytes' not in row:
+        return '\n'.join(lines)
+    lines.append(f"traffic       {_gib(row['traffic_bytes'])} of a device's memory")
+    for kind, found in sorted(row['collectives'].items()):
+        lines.append(f'{kind:22} {found["count"]:5} a step, {found["bytes"] / 2**20:,.1f} MiB')
+    if not row['collectives']:
+        lines.append('collectives   none')
+    if 'seconds' in row:
+        parts = ', '.join(f'{name} {1e3 * value:.1f}' for name, value in row['seconds'].items() if value is not None)
+        lines.append(f'ms a step     {parts}')
+        lines.append(
+            f'estimate      {1e3 * row["step_seconds"]:.1f} ms, MFU {row["mfu"]:.2f}; at best '
+            f'{1e3 * row["step_seconds_bound"]:.1f} ms, MFU {row["mfu_bound"]:.2f}'
+        )
+    return '\n'.join(lines)
+
+
+def verdict(row: Row) -> str:
+    """Returns whether it fits, in words."""
+    if row['fits'] is None:
+        return 'how much memory the device has is not known'
+    if row['fits']:
+        return f'fits into {_gib(row["memory_bytes"])}'
+    return f'does not fit: {row["error"]}' if 'error' in row else f'does not fit into {_gib(row["memory_bytes"])}'
+
+
+def _gib(size: float) -> str:
+    return f'{size / 2**30:.2f} GiB' if size >= 2**30 / 10 else f'{size / 2**20:.1f} MiB'
+
+
+def _short(source: str) -> str:
+    source = re.sub(r'(jit|jvp|transpose|checkpoint|rematted_computation)\(([^()]*)\)', r'\2', source)
+    return source if len(source) <= 80 else '...' + source[-77:]

@@ -1,0 +1,282 @@
+"""What a compiled program says of itself: its collectives, its traffic to memory and its cycles, read from its text.
+
+XLA's own cost analysis counts the body of a loop once; here everything is counted as often as it runs. Sizes are those
+of one device, since the text is the program of one device.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128}
+# What moves nothing: names, tuples, views, and calls whose insides are counted instead.
+_FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all'}
+_FREE |= {'partition-id', 'replica-id', 'opt-barrier', 'copy-done', 'iota'}
+_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
+_CALLED = re.compile(
+    r'\b(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)'
+)
+
+
+class Array(NamedTuple):
+    """One array in a result: its element type, shape, and the memory it lies in (0 is the device's main memory)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    memory_space: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes without padding."""
+        digits = re.search(r'\d+', self.dtype)
+        bits = _BITS.get(self.dtype) or (int(digits[0]) if digits else 0)
+        return math.ceil(math.prod(self.shape) * bits / 8)
+
+
+class Instruction(NamedTuple):
+    """One line of the program: `%name = result opcode(%operand, ...), attributes`."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls, conditions of loops aside."""
+        return [
+            name.strip().removeprefix('%') for match in _CALLED.findall(self.attributes) for name in match.split(',')
+        ]
+
+    @property
+    def source(self) -> str:
+        """The part of the model it comes from, as JAX names it."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else self.opcode
+
+
+class Collective(NamedTuple):
+    """One communication: what kind, over how many devices, the arrays of one device, and how often in a step.
+
+    `payload` is the larger side, in bytes: what is summed, gathered (the result), scattered (the input) or sent.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    payload: int
+    group_size: int
+    times: int
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """Payload of all its runs in a step."""
+        return self.payload * self.times
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in a step over a ring: (k - 1) / k of the payload, twice that to sum."""
+        share = 1 if self.kind == 'collective-permute' else (self.group_size - 1) / self.group_size
+        return self.bytes * share * (2 if self.kind == 'all-reduce' else 1)
+
+
+class Program:
+    """The text of a compiled program, parsed: computations by name, and how often each instruction runs."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ''
+        current: dict[str, Instruction] = {}
+        for line in re.sub(r'/\*.*?\*/', '', text).splitlines():
+            header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
+            if header:
+                current = self.computations[header[2]] = {}
+                self.entry = header[2] if header[1] else self.entry
+            elif ' = ' in line and line.startswith(' '):
+                instruction = _parse(line)
+                current[instruction.name] = instruction
+
+    @cached_property
+    def runs(self) -> list[tuple[Instruction, str, int]]:
+        """(instruction, its computation, how often it runs), those inside of fused kernels left out."""
+        return list(self._walk(self.entry, 1, into=lambda instruction: instruction.opcode != 'fusion'))
+
+    def _walk(
+        self, computation: str, times: int, into: Callable[[Instruction], bool]
+    ) -> Iterator[tuple[Instruction, str, int]]:
+        for instruction in self.computations.get(computation, {}).values():
+            yield instruction, computation, times
+            # The function that a reduction applies to two elements is no work of its own.
+            if instruction.opcode.startswith(('reduce', 'all-reduce', 'scatter', 'sort', 'map', 'select-and')):
+                continue
+            if into(instruction):
+                inner = times * self._trips(instruction) if instruction.opcode == 'while' else times
+                for name in instruction.called:
+                    yield from self._walk(name, inner, into)
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: JAX's scans count from 0 up to a constant in the condition."""
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = re.search(r'condition=%([\w.\-]+)', loop.attributes)
+        inside = self._walk(condition[1], 1, into=lambda _: True) if condition else ()
+        bounds = [int(i.attributes) for i, _, _ in inside if i.opcode == 'constant' and i.attributes.isdigit()]
+        return max(bounds, default=1)
+
+    def collectives(self) -> list[Collective]:
+        """Returns every communication between two or more devices."""
+        found = []
+        for instruction, where, times in self._walk(self.entry, 1, into=lambda _: True):
+            kind = instruction.opcode.removesuffix('-start')
+            if kind not in COLLECTIVES:
+                continue
+            size = _group_size(instruction.attributes)
+            if size == 1:
+                continue
+            inputs = sum(array.bytes for array in self._operands(instruction, where))
+            if instruction.opcode.endswith('-start') and kind != 'all-reduce':
+                # The result of a start holds operands and results beside each other.
+                payload = max(inputs, sum(array.bytes for array in instruction.result) - inputs)
+            else:
+                payload = max(inputs, sum(array.bytes for array in instruction.result))
+            if 'all-reduce-scatter' in where:
+                kind = 'reduce-scatter'
+            found.append(Collective(kind, instruction.result, payload, size, times, instruction.source))
+        return found
+
+    def memory_traffic(self) -> int:
+        """Returns the bytes that a step reads from and writes to main memory, faster memories aside.
+
+        Every instruction reads its operands and writes its result once; of what it only slices, or updates in place,
+        the slice counts.
+        """
+        return sum(times * self._traffic(instruction, where) for instruction, where, times in self.runs)
+
+    def cycles(self) -> int | None:
+        """Returns the cycles that libtpu's compiler estimates for a step's kernels; None for others."""
+        total = 0
+        for instruction, _, times in self.runs:
+            match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            total += times * int(match[1]) if match else 0
+        return total or None
+
+    def largest_arrays(self, number: int) -> list[tuple[int, str, str]]:
+        """Returns (bytes, type and shape, source) of the largest arrays in main memory, arguments aside."""
+        sizes = {}
+        for instruction, _, _ in self.runs:
+            if instruction.opcode in _FREE:
+                continue
+            for array in instruction.result:
+                if array.memory_space == 0:
+                    shape = f'{array.dtype}[{",".join(map(str, array.shape))}]'
+                    sizes[shape, instruction.source] = array.bytes
+        return [(size, *key) for key, size in Counter(sizes).most_common(number)]
+
+    def _operands(self, instruction: Instruction, where: str) -> list[Array]:
+        known = self.computations[where]
+        return [array for name in instruction.operands if name in known for array in known[name].result]
+
+    def _traffic(self, instruction: Instruction, where: str) -> int:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith('-done'):
+            return 0
+        result = _main_memory(instruction.result)
+        if opcode in ('copy-start', 'slice-start'):
+            # Source and destination stand first in the result, and the smaller of them is what moves.
+            ends = instruction.result[:2]
+            return min(array.bytes for array in ends) * sum(array.memory_space == 0 for array in ends)
+        if opcode in ('dynamic-slice', 'slice', 'gather'):
+            return 2 * result
+        if opcode == 'dynamic-update-slice':
+            return 2 * _main_memory(self.computations[where][instruction.operands[1]].result)
+        if opcode == 'fusion' and instruction.called:
+            return self._fusion_traffic(instruction, where)
+        return result + _main_memory(self._operands(instruction, where))
+
+    def _fusion_traffic(self, fusion: Instruction, where: str) -> int:
+        body = self.computations[fusion.called[0]]
+        parameters = {int(i.attributes): i for i in body.values() if i.opcode == 'parameter'}
+        total, updated = 0, 0
+        for index, name in enumerate(fusion.operands):
+            held = _main_memory(self.computations[where][name].result) if name in self.computations[where] else 0
+            if not held or index not in parameters:
+                continue
+            users = _users(body, parameters[index].name)
+            if users and all(user.opcode in ('dynamic-slice', 'gather', 'slice') for user, _ in users):
+                total += min(held, sum(sum(array.bytes for array in user.result) for user, _ in users))
+            elif users and all(user.opcode == 'dynamic-update-slice' and place == 0 for user, place in users):
+                update = sum(sum(a.bytes for a in body[user.operands[1]].result) for user, _ in users)
+                updated += held - update
+                total += 0
+            else:
+                total += held
+        return total + max(_main_memory(fusion.result) - updated, 0)
+
+
+def _users(body: dict[str, Instruction], name: str) -> list[tuple[Instruction, int]]:
+    """Instructions that read `name`, or a view of it, and at which place."""
+    users = []
+    for instruction in body.values():
+        for place, operand in enumerate(instruction.operands):
+            if operand == name:
+                users += _users(body, instruction.name) if instruction.opcode == 'bitcast' else [(instruction, place)]
+    return users
+
+
+def _main_memory(arrays: tuple[Array, ...] | list[Array]) -> int:
+    return sum(array.bytes for array in arrays if array.memory_space == 0)
+
+
+def _parse(line: str) -> Instruction:
+    left, _, right = line.strip().partition(' = ')
+    # The result is one word, or a tuple in (nested) parentheses.
+    end = _closing(right, 0) + 1 if right.startswith('(') else right.index(' ')
+    opened = right.index('(', end)
+    closed = _closing(right, opened)
+    opcode, inside, rest = right[end:opened].strip(), right[opened + 1 : closed], right[closed + 1 :]
+    return Instruction(
+        name=left.removeprefix('ROOT ').removeprefix('%'),
+        opcode=opcode,
+        result=tuple(_array(match) for match in _ARRAY.findall(right[:end])),
+        operands=tuple(re.findall(r'%([\w.\-]+)', inside)),
+        attributes=inside if opcode in ('constant', 'parameter') else rest,
+        is_root=left.startswith('ROOT '),
+    )
+
+
+def _closing(text: str, opened: int) -> int:
+    depth = 0
+    for place in range(opened, len(text)):
+        depth += {'(': 1, ')': -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    raise ValueError(f'unbalanced parentheses: {text[:200]}')
+
+
+def _array(match: tuple[str, str, str]) -> Array:
+    dtype, shape, layout = match
+    space = re.search(r'S\((\d+)\)', layout)
+    return Array(dtype, tuple(int(n) for n in shape.split(',') if n), int(space[1]) if space else 0)
+
+
+def _group_size(attributes: str) -> int:
+    """Devices that speak with each other, from any of the three ways to write replica groups; permutes count as 2."""
+    if 'source_target_pairs=' in attributes:
+        return 2
+    axes = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes)
+    if axes:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
+    iota = re.search(r'replica_groups=\[(\d+(?:,\d+)*)\]', attributes)
+    if iota:
+        return int(iota[1].split(',')[-1])
+    listed = re.search(r'replica_groups=\{\{([\d,]*)\}', attributes)
+    return len(listed[1].split(',')) if listed else 1

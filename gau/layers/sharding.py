@@ -1,0 +1,121 @@
+"""An op on every device's own part of its arrays, where a mesh is set: for what the compiler cannot partition well.
+
+The compiler cuts products and sums by itself (`gau.layers.common.constrain` says how). Sums that run along a sharded
+sequence it would gather, and kernels it does not understand; those run inside `jax.shard_map`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+from gau.layers.common import over_heads
+
+Names = Sequence[str | None]
+
+
+def over_mesh(
+    op: Callable[..., Array],
+    *operands: Array | None,
+    axes: Sequence[Names],
+    result_like: int,
+    token_multiple: int | None,
+) -> Array:
+    """Returns op(*operands, sequence_axis=...), computed by every device on its own part of the operands.
+
+    Without a mesh of several devices, without axis rules, or inside another `shard_map`, it is called as it is, with
+    sequence_axis=None.
+
+    A dimension is cut along the mesh axes that the rules give its name (`gau.training.mesh.AXIS_RULES`), unless they do
+    not divide it or an earlier dimension of the array has them: then it is whole on every device, as it is where it has
+    no name. So `('batch', 'act_heads', 'length', 'act_expanded')` cuts the heads, or the width of a lone head.
+
+    Args:
+      op: takes parts of the operands, None where an operand is None, and `sequence_axis`: the mesh axis along which
+        the dimensions named 'length' are cut, or None where they are whole. It may use collectives over that axis.
+      *operands: arrays, or None.
+      axes: the logical name of every dimension of every operand.
+      result_like: which operand the result has the shape of, but for dimensions without a name, and lies as.
+      token_multiple: each device must get a multiple of this many tokens (a chunk), or they stay whole; None: they
+        stay whole.
+
+    Raises:
+      KeyError: a name has no rule.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    if mesh.size == 1 or not rules or AxisType.Manual in mesh.axis_types:
+        return op(*operands, sequence_axis=None)
+
+    def cut(operand: Array, names: Names) -> list[tuple[str, ...] | None]:
+        """The mesh axes along which each dimension is cut."""
+        entries, used = [], set()
+        for size, name in zip(operand.shape, names, strict=True):
+            entry = rules[name] if name is not None else None
+            entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            parts = math.prod(mesh.shape[axis] for axis in entry)
+            if name == 'length':
+                parts *= token_multiple or math.inf
+            fits = entry and size % parts == 0 and not used.intersection(entry)
+            entries.append(entry if fits else None)
+            used.update(entry if fits else ())
+        return entries
+
+    given = [i for i, operand in enumerate(operands) if operand is not None]
+    cuts = {i: cut(operands[i], axes[i]) for i in given}
+    along = {entry for i in given for entry, name in zip(cuts[i], axes[i], strict=True) if name == 'length' and entry}
+    sequence_axis = next((axis for (axis,) in along if mesh.shape[axis] > 1), None)
+
+    def local(*parts: Array) -> Array:
+        everything = dict(zip(given, parts, strict=True))
+        return op(*(everything.get(i) for i in range(len(operands))), sequence_axis=sequence_axis)
+
+    # Unchecked, since kernels do not say along which axes their results differ.
+    mapped = jax.shard_map(
+        local,
+        in_specs=tuple(PartitionSpec(*cuts[i]) for i in given),
+        out_specs=PartitionSpec(*cuts[result_like]),
+        check_vma=False,
+    )
+    return mapped(*(operands[i] for i in given))
+
+
+def attention_over_mesh(
+    op: Callable[..., Array],
+    *x_BHNK: Array,
+    bias_HNN: Array | None,
+    segment_ids_BN: Array | None,
+    token_multiple: int | None,
+    bias_rows: str | None = None,
+) -> Array:
+    """Applies a single-head op(x_BNK..., bias_NN, segment_ids_BN=..., sequence_axis=...) to all heads on all devices.
+
+    Args:
+      op: returns what is shaped as its last array x.
+      *x_BHNK: queries, keys, ... and values last, [B, H, N, K]; the last dimension of the values may be cut.
+      bias_HNN: relative bias, or None.
+      segment_ids_BN: documents and padding, or None.
+      token_multiple: see `over_mesh`.
+      bias_rows: 'length' where the rows of the bias are the tokens, None where they are places in a chunk.
+    """
+
+    def all_heads(*operands: Array | None, sequence_axis: str | None) -> Array:
+        *parts, bias, ids = operands
+        single = functools.partial(op, segment_ids_BN=ids, sequence_axis=sequence_axis)
+        return over_heads(single, *parts, bias_HNN=bias)
+
+    head = ('batch', 'act_heads', 'length')
+    return over_mesh(
+        all_heads,
+        *x_BHNK,
+        bias_HNN,
+        segment_ids_BN,
+        axes=[(*head, None)] * (len(x_BHNK) - 1)
+        + [(*head, 'act_expanded'), ('act_heads', bias_rows, None), ('batch', 'length')],
+        result_like=len(x_BHNK) - 1,
+        token_multiple=token_multiple,
+    )

@@ -1,0 +1,56 @@
+"""Compiles the training step of a config for a machine nobody here has, and says whether and how it would run.
+
+    python scripts/compile_check.py --config=configs/lm.py:context=4096 --topology=v4:4x4x4
+    python scripts/compile_check.py --config=configs/lm.py:size=large --topology=v5e:4x4 --config.mesh.fsdp=-1 \
+        --config.mesh.data=1 --config.model.remat=full --sweep=batch
+    python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
+
+TPU topologies (v4, v5e, v5p, v6e) are compiled for by libtpu, a package that needs no TPU: `pip install libtpu` in the
+version that `jax[tpu]` asks for. `--config.model.layer_stack=scan` compiles several times faster. No data are read.
+"""
+
+import json
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', 'local', 'v4:4x4x4, v5e:.., v5p:.., v6e:..; cpu:8, simulated; or local, the devices here.'
+)
+_SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the largest that fits.')
+_JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
+
+
+def main() -> None:
+    """Compiles, once or in a sweep."""
+    from gau.benchmarks import chips, compile_check
+
+    config = flags.FLAGS.config
+    compile_check.without_data(config)
+    target = chips.target(_TOPOLOGY.value)
+
+    def keep(row: dict) -> None:
+        if _JSON.value:
+            with open(_JSON.value, 'a') as file:
+                file.write(json.dumps(row) + '\n')
+
+    if _SWEEP.value is None:
+        found = compile_check.check(config, target, vocab_size=_VOCAB_SIZE.value)
+        keep(found.row)
+        print(compile_check.describe(found))
+        return
+
+    def report(row: dict) -> None:
+        keep(row)
+        print(f'batch {row["batch_size"]} x {row["context"]}: {compile_check.verdict(row)}', flush=True)
+
+    largest = compile_check.sweep(config, _SWEEP.value, target, vocab_size=_VOCAB_SIZE.value, report=report)
+    print(f'largest {_SWEEP.value}: {largest[0] if largest else "none fits"}')
+
+
+if __name__ == '__main__':
+    cli.define_config()
+    cli.run(main)

@@ -1,0 +1,69 @@
+"""compile_check on simulated devices; TPUs only where their compiler is installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from gau.benchmarks import chips
+from gau.errors import UserError
+from tests.training.test_commands import run
+
+TINY = ['--config=configs/lm.py:runlocal', '--vocab_size=512', '--config.model.num_layers=2']
+TINY += ['--config.model.model_dim=64', '--config.model.query_key_dim=16']
+has_libtpu = importlib.util.find_spec('libtpu') is not None
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('v4', 'want CHIP:AxB'),
+        ('v9:4x4', 'unknown chip "v9"'),
+        ('cpu:2x2', 'want CHIP:AxB'),
+        ('v5e:4x4x4', 'numbered in AxB$'),
+    ],
+)
+def test_unknown_topologies_are_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        chips.target(name)
+
+
+def test_the_step_is_compiled_for_simulated_devices(tmp_path):
+    output = tmp_path / 'row.jsonl'
+    mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=-1']
+    code, out, err = run('scripts/compile_check.py', *TINY, *mesh, '--topology=cpu:4', f'--json={output}')
+    assert code == 0, err
+    (row,) = (json.loads(line) for line in output.read_text().splitlines())
+    assert row['mesh'] == {'data': 2, 'fsdp': 2, 'tensor': 1, 'sequence': 1}
+    assert row['fits'] is None
+    # 86 k parameters and two moments in float32, half of them on each device, and little else.
+    assert 0.5 < row['argument_bytes'] / (3 * 4 * 86_000) < 0.6
+    assert row['temporary_bytes'] > 0
+    assert row['flops'] > row['model_flops'] > 0
+    assert row['collectives']['all-gather']['bytes'] > 0
+    assert 'data 2 x fsdp 2' in out
+    code, _, err = run('scripts/compile_check.py', *TINY, '--topology=cpu:4', '--config.mesh.data=3')
+    assert (code, err.count('\n')) == (2, 1)
+
+
+@pytest.mark.skipif(has_libtpu, reason='the TPU compiler is installed')
+def test_a_missing_compiler_is_one_line():
+    code, out, err = run('scripts/compile_check.py', *TINY, '--topology=v4:2x2x1')
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert 'pip install libtpu' in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu, reason='needs libtpu')
+def test_a_tpu_step_and_the_largest_batch(tmp_path):
+    output = tmp_path / 'rows.jsonl'
+    large = ['--config.data.batch_size=1024', '--config.data.context=2048', '--config.model.layer_stack=scan']
+    tpu = ['--topology=v5e:2x2', '--config.mesh.data=-1']
+    code, out, err = run('scripts/compile_check.py', *TINY, *large, *tpu, f'--json={output}', '--sweep=batch')
+    assert code == 0, err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    largest = int(out.split()[-1])
+    assert max(row['batch_size'] for row in rows if row['fits']) == largest
+    smallest_too_large = min(row['batch_size'] for row in rows if not row['fits'])
+    assert largest < smallest_too_large <= largest * 1.1 + 4
+    assert all(0 < row['mfu'] <= row['mfu_bound'] < 1 for row in rows if row['fits'])
