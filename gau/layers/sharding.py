@@ -24,6 +24,7 @@ def over_mesh(
     *operands: Array | None,
     axes: Sequence[Names],
     result_like: int,
+    result_axes: Names | None = None,
     token_multiple: int | None,
 ) -> Array:
     """Returns op(*operands, sequence_axis=...), computed by every device on its own part of the operands.
@@ -41,6 +42,7 @@ def over_mesh(
       *operands: arrays, or None.
       axes: the logical name of every dimension of every operand.
       result_like: which operand the result has the shape of, but for dimensions without a name, and lies as.
+      result_axes: the names of the result's dimensions, all of them names of that operand's; None: the same ones.
       token_multiple: each device must get a multiple of this many tokens (a chunk), or they stay whole; None: they
         stay whole.
 
@@ -74,11 +76,12 @@ def over_mesh(
         everything = dict(zip(given, parts, strict=True))
         return op(*(everything.get(i) for i in range(len(operands))), sequence_axis=sequence_axis)
 
+    lies = dict(zip(axes[result_like], cuts[result_like], strict=True))
     # Unchecked, since kernels do not say along which axes their results differ.
     mapped = jax.shard_map(
         local,
         in_specs=tuple(PartitionSpec(*cuts[i]) for i in given),
-        out_specs=PartitionSpec(*cuts[result_like]),
+        out_specs=PartitionSpec(*(lies[name] for name in result_axes or axes[result_like])),
         check_vma=False,
     )
     return mapped(*(operands[i] for i in given))
@@ -87,35 +90,33 @@ def over_mesh(
 def attention_over_mesh(
     op: Callable[..., Array],
     *x_BHNK: Array,
-    bias_HNN: Array | None,
+    bias: Array | None,
     segment_ids_BN: Array | None,
     token_multiple: int | None,
-    bias_rows: str | None = None,
 ) -> Array:
-    """Applies a single-head op(x_BNK..., bias_NN, segment_ids_BN=..., sequence_axis=...) to all heads on all devices.
+    """Applies a single-head op(x_BNK..., bias, segment_ids_BN=..., sequence_axis=...) to all heads on all devices.
 
     Args:
       op: returns what is shaped as its last array x.
       *x_BHNK: queries, keys, ... and values last, [B, H, N, K]; the last dimension of the values may be cut.
-      bias_HNN: relative bias, or None.
+      bias: relative bias [H, ...], whole on every device but for its heads, or None.
       segment_ids_BN: documents and padding, or None.
       token_multiple: see `over_mesh`.
-      bias_rows: 'length' where the rows of the bias are the tokens, None where they are places in a chunk.
     """
 
     def all_heads(*operands: Array | None, sequence_axis: str | None) -> Array:
         *parts, bias, ids = operands
         single = functools.partial(op, segment_ids_BN=ids, sequence_axis=sequence_axis)
-        return over_heads(single, *parts, bias_HNN=bias)
+        return over_heads(single, *parts, bias=bias)
 
     head = ('batch', 'act_heads', 'length')
+    bias_axes = () if bias is None else ('act_heads', *[None] * (bias.ndim - 1))
     return over_mesh(
         all_heads,
         *x_BHNK,
-        bias_HNN,
+        bias,
         segment_ids_BN,
-        axes=[(*head, None)] * (len(x_BHNK) - 1)
-        + [(*head, 'act_expanded'), ('act_heads', bias_rows, None), ('batch', 'length')],
+        axes=[(*head, None)] * (len(x_BHNK) - 1) + [(*head, 'act_expanded'), bias_axes, ('batch', 'length')],
         result_like=len(x_BHNK) - 1,
         token_multiple=token_multiple,
     )
