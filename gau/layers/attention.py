@@ -12,6 +12,7 @@ from gau.layers.positions import RelativeBias, bias_in_chunk
 from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import linear_with_state, mixed_chunk_with_state, quadratic_with_state
 from gau.ops.combiner import combiner_attention
+from gau.ops.kernels.cudnn_attention import cudnn_attention
 from gau.ops.linear_attention import favor_features, linear_attention, orthogonal_directions, relu_features
 from gau.ops.linformer import linformer_attention
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
@@ -85,6 +86,11 @@ class QuadraticAttention(MultiHeadAttention):
         q_BHNK, k_BHNK = self.heated(self.rotated(q_BHNK, tokens)), self.rotated(k_BHNK, tokens)
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNK, k_BHNK, v_BHNK, tokens, scoring=self.scoring, bias=self.bias)
+
+        if self.impl == 'cudnn':
+            q_BNHK, k_BNHK, v_BNHK = (x.swapaxes(1, 2) for x in (q_BHNK, k_BHNK, v_BHNK))
+            o_BNHK = cudnn_attention(q_BNHK, k_BNHK, v_BNHK, causal=self.causal, segment_ids_BN=tokens.segment_ids_BN)
+            return o_BNHK.swapaxes(1, 2)
 
         def attend(q_BNK, k_BNK, v_BNK, bias_P, **tokens_and_axis):
             return quadratic_attention(

@@ -54,6 +54,7 @@ _SOFTMAX = {
     'relative_bias': 'none',
     'relative_bias_length': None,
 }
+_FUSED = ('cudnn', 'xla', 'reference')
 
 
 class Architecture(NamedTuple):
@@ -79,12 +80,12 @@ ARCHITECTURES = MappingProxyType(
         'flash_quad': Architecture('gau', 'quadratic', _GAU, impls=('triton', 'xla', 'reference')),
         'flash': Architecture('gau', 'mixed_chunk', _GAU | _CHUNKED, impls=('triton', 'xla', 'reference')),
         'transformer': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu', 'rope': 'none'}
+            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu', 'rope': 'none'}, _FUSED
         ),
         'transformer_plus': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu'}
+            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu'}, _FUSED
         ),
-        'transformer_plus_plus': Architecture('transformer', 'quadratic', _TRANSFORMER | _SOFTMAX),
+        'transformer_plus_plus': Architecture('transformer', 'quadratic', _TRANSFORMER | _SOFTMAX, _FUSED),
         'mc_transformer_plus_plus': Architecture(
             'transformer', 'mixed_chunk', _TRANSFORMER | _SOFTMAX | _CHUNKED | {'gamma_init': None}
         ),

@@ -27,7 +27,7 @@ ENUMS = {
     'dtype': ('bfloat16', 'float32', 'float64'),
     'layer_stack': ('unrolled', 'scan'),
     'remat': ('none', 'full', 'dots', 'dots_no_batch'),
-    'impl': ('auto', 'reference', 'xla', 'triton'),
+    'impl': ('auto', 'reference', 'xla', 'triton', 'cudnn'),
 }
 COUNTS = (
     'num_layers',
@@ -66,8 +66,9 @@ def default_config() -> ConfigDict:
       layer_stack: 'unrolled' (default; faster) or 'scan' (compiles faster; layers must be alike).
       remat: what a block keeps for the backward pass: 'none' (default) means everything, 'full' its input only, 'dots'
         the results of matrix products, 'dots_no_batch' of those with weights only.
-      impl: implementation of the attention, 'reference' or 'xla'; 'auto' (default) takes the fastest one that works
-        where the model is built (`gau.models.implementations`).
+      impl: implementation of the attention: 'reference', 'xla', or on NVIDIA GPUs 'triton' (GAU models) and 'cudnn'
+        (Transformers with softmax). 'auto' (default) takes the fastest that works where the model is built
+        (`gau.models.implementations`).
       vocab_loss_slice: positions of a sequence scored against the vocabulary at once, in the loss; default 512.
 
     Fields of some models; the others refuse them:

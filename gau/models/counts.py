@@ -165,7 +165,9 @@ def _temperature(config: ConfigDict) -> Count:
 
 def _quadratic(config: ConfigDict, h: int, width: int, value_width: float, context: int, causal: bool) -> Count:
     seen = context / 2 if causal else context
-    matrix = h * context if config.impl == 'reference' or context <= 1024 else 0
+    # 'auto' may become any of the others, which are all linear in memory when sequences are long.
+    linear = config.impl in ('cudnn', 'triton') or (config.impl != 'reference' and context > 1024)
+    matrix = 0 if linear else h * context
     count = Count(0, 2 * h * seen * (width + value_width), 0) + _kept(config, 0, matrix=matrix)
     return count + _bias_matrix(config, h, context, context)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
+from gau.models.config import head_dim_at
 from gau.ops.kernels.launch import interpreted
 
 
@@ -88,8 +89,31 @@ def _triton(config: ConfigDict, target: Target) -> str | None:
     return None
 
 
+def _cudnn(config: ConfigDict, target: Target) -> str | None:
+    if target.platform != 'gpu':
+        return f'a GPU, this is {target.platform}'
+    if target.compute_capability is None or target.compute_capability < (8, 0):
+        return 'an NVIDIA GPU of compute capability 8.0 or newer'
+    if config.attention_function != 'softmax':
+        return f'attention_function=softmax, not {config.attention_function}'
+    if config.relative_bias != 'none':
+        return f'relative_bias=none, not {config.relative_bias}'
+    if config.dtype != 'bfloat16':
+        return f'dtype=bfloat16, not {config.dtype}'
+    # As wide as the kernels take them, less the columns that tell documents apart (`ops/kernels/cudnn_attention.py`).
+    widest = (256 if target.compute_capability >= (9, 0) else 128) - 24
+    for layer in range(config.num_layers):
+        width = head_dim_at(config, layer)
+        if width > widest or width % 8:
+            return f'heads of a width that is a multiple of 8 and at most {widest}, not {width}'
+    if target.sequence_shards > 1:
+        return f'whole sequences on each device, not mesh.sequence={target.sequence_shards}'
+    return None
+
+
 WHY_NOT: dict[str, Callable[[ConfigDict, Target], str | None]] = {
     'triton': _triton,
+    'cudnn': _cudnn,
     'xla': _works_everywhere,
     'reference': _works_everywhere,
 }

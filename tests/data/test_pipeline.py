@@ -343,8 +343,10 @@ def test_what_cannot_be_fed_is_said(corpus, tmp_path):
         stream(make_config(source=f'jsonl:{few}'), count=2)
 
 
-@pytest.mark.parametrize('source', ['jsonl', 'tokens'])
-@pytest.mark.parametrize('objective', ['lm', 'mlm'])
+@pytest.mark.parametrize(('source', 'objective'), [
+    ('jsonl', 'mlm'), ('tokens', 'lm'),
+    pytest.param('jsonl', 'lm', marks=pytest.mark.slow), pytest.param('tokens', 'mlm', marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_places_of_an_epoch_hold_its_padding_too(corpus, by_bytes, source, objective):
     fields = {'holdout_every': 10} if source == 'jsonl' else {}
     texts = texts_of(make_config(source=corpus['jsonl'], holdout_every=10), 'train')

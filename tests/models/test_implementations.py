@@ -1,15 +1,20 @@
+import functools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
+from ml_collections import FrozenConfigDict
 
 from gau.errors import UserError
+from gau.layers import attention
 from gau.models import implementations
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import ENUMS
 from gau.models.implementations import Target, select_implementation
 from gau.models.registry import build
-from tests.models.tiny import CAUSAL, tiny_config
+from tests.models.tiny import CAUSAL, apply, make, tiny_config, tokens
+from tests.numerics import LAYOUTS, max_error
 
 CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('gpu', (9, 0))
 
@@ -62,3 +67,47 @@ def test_target_of_a_device(attributes, expected):
 
 def test_the_default_target_is_the_device_at_hand():
     assert Target.of_device(jax.devices()[0]) == CPU
+
+
+FUSED = {'dtype': 'bfloat16', 'model_dim': 32}
+
+
+@pytest.mark.parametrize('name', ['transformer', 'transformer_plus', 'transformer_plus_plus'])
+def test_softmax_attention_on_a_gpu_is_cudnn(name):
+    for fields in ({}, {'temperature': 'learned'}, {'num_heads': 4}):
+        assert select_implementation(tiny_config(name, **FUSED, **fields), target=HOPPER) == 'cudnn'
+    assert select_implementation(tiny_config(name, **FUSED), target=TPU) == 'xla'
+
+
+@pytest.mark.parametrize(('fields', 'target', 'reason'), [
+    ({}, CPU, 'a GPU, this is cpu'),
+    ({}, TPU, 'a GPU, this is tpu'),
+    ({}, Target('gpu'), 'an NVIDIA GPU of compute capability 8.0 or newer'),
+    ({}, Target('gpu', (7, 5)), 'an NVIDIA GPU of compute capability 8.0 or newer'),
+    ({'dtype': 'float32'}, HOPPER, 'dtype=bfloat16, not float32'),
+    ({'attention_function': 'relu2'}, HOPPER, 'attention_function=softmax, not relu2'),
+    ({'relative_bias': 'toeplitz'}, HOPPER, 'relative_bias=none, not toeplitz'),
+    ({'num_heads': 8}, HOPPER, 'heads of a width that is a multiple of 8 and at most 232, not 4'),
+    ({'head_dim': 128}, Target('gpu', (8, 6)), 'heads of a width that is a multiple of 8 and at most 104, not 128'),
+    ({'head_dim': 240}, HOPPER, 'heads of a width that is a multiple of 8 and at most 232, not 240'),
+    ({}, HOPPER._replace(sequence_shards=4), 'whole sequences on each device, not mesh.sequence=4'),
+], ids=str)  # fmt: skip
+def test_where_cudnn_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
+    config = tiny_config('transformer_plus_plus', **FUSED | fields)
+    assert select_implementation(config, target=target) == 'xla'
+    config.impl = 'cudnn'
+    with pytest.raises(UserError) as error:
+        select_implementation(config, target=target)
+    assert str(error.value) == f'model.impl=cudnn needs {reason}'
+
+
+@pytest.mark.parametrize('ids', [None, 'packed'])
+def test_the_layer_calls_cudnn_as_it_calls_the_others(monkeypatch, ids):
+    """With XLA's attention in cuDNN's place, for there is no GPU here."""
+    stand_in = functools.partial(attention.cudnn_attention, implementation='xla')
+    monkeypatch.setattr(attention, 'cudnn_attention', stand_in)
+    model, params = make('transformer_plus_plus', model_dim=32, temperature='learned')
+    fused = model.clone(config=FrozenConfigDict(dict(model.config) | {'impl': 'cudnn'}))
+    ids = None if ids is None else jnp.asarray([LAYOUTS[ids]])
+    # jax.nn.dot_product_attention has its scores in float32.
+    assert max_error(apply(fused, params, tokens(), ids), apply(model, params, tokens(), ids)) < 1e-5

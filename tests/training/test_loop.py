@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gau.errors import UserError
+from gau.models import implementations
 from gau.training import loop, workdir
+from gau.training.evaluate import load_run
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
 
@@ -84,6 +86,19 @@ def test_a_run_goes_on_with_another_implementation_and_says_which(finished, tmp_
     assert 'attention: reference, resumed at step 4' in said
     losses, others = ([row['loss'] for row in read_metrics(run) if row['step'] == 6] for run in (path, finished))
     np.testing.assert_allclose(losses, others, rtol=1e-3)
+
+
+def test_an_implementation_for_another_chip_is_refused_in_training_and_replaced_in_reading(
+    finished, tmp_path, monkeypatch
+):
+    path = shutil.copytree(finished, tmp_path / 'run')
+    tree = workdir.read_json(path / 'config.json')
+    workdir.write_json(path / 'config.json', tree | {'model': tree['model'] | {'impl': 'xla'}})
+    monkeypatch.setitem(implementations.WHY_NOT, 'xla', lambda config, target: f'a GPU, this is {target.platform}')
+    with pytest.raises(UserError, match=r'model.impl=xla needs a GPU, this is cpu'):
+        loop.train(tiny_config(model__impl='xla'), path)
+    run, _, step = load_run(path)
+    assert (run.model.config.impl, step) == ('reference', 6)
 
 
 def test_signal_saves_and_resumes(finished, tmp_path):

@@ -1,0 +1,89 @@
+"""Softmax attention by cuDNN's fused kernels: N x N scores exist in the chip's registers only.
+
+`jax.nn.dot_product_attention` offers them no packed documents: it takes one length per sequence, or a mask of
+[B, 1, N, N], whose unwanted gradient, as large, its backward pass computes as well. So documents are told apart in q.k
+itself. Each has a code of +-1s, one for every bit of N; queries and keys carry their document's in columns of their
+own, times a constant, and one column more takes the code's product with itself away again. So they add nothing to a
+score within a document, and to one between two -2 SEPARATION = -512 for every bit that differs: its weight is then 0 in
+float32, unless it were higher by some 400 than all that the query should see.
+
+So memory stays linear in N. What it costs is a multiple of 8 columns, 16 for lengths from 129 to 32,768 (heads of 64
+become heads of 80), in queries, keys and values, and where products are not summed from first to last (the columns
+stand first, their sum is exact) an absolute error of up to 5e-4 in a score, as sums of up to 10^4 are taken in float32
+on the way. Rounding the weights to bfloat16 is an error four times that.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.masks import clear_padding
+
+# Half of what one differing bit takes from a score, at least, in nats.
+SEPARATION = 256
+# Columns come in multiples of this.
+ALIGNMENT = 8
+
+
+def cudnn_attention(
+    q_BNHK: Array,
+    k_BNHK: Array,
+    v_BNHK: Array,
+    *,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    implementation: str = 'cudnn',
+) -> Array:
+    """Returns softmax(q k^T / sqrt(K)) v over the visible keys of every head.
+
+    Args:
+      q_BNHK: queries, bfloat16.
+      k_BNHK: keys.
+      v_BNHK: values.
+      causal: whether keys after the query are hidden.
+      segment_ids_BN: documents and padding, or None.
+      implementation: 'cudnn', or 'xla' to compute the same without a GPU (slowly, in any float type; for tests).
+
+    Returns:
+      [B, N, H, K] in the dtype of v; zeros at padding.
+    """
+    width = q_BNHK.shape[-1]
+    if segment_ids_BN is not None:
+        q_BNHK, k_BNHK, v_BNHK = (clear_padding(x, segment_ids_BN) for x in (q_BNHK, k_BNHK, v_BNHK))
+        q_BNX, k_BNX = document_columns(segment_ids_BN)
+        # A power of two, so that bfloat16 holds the columns exactly.
+        size = 2.0 ** math.ceil(math.log2(SEPARATION * width**0.5) / 2)
+        q_BNHK, k_BNHK = _prepend(size * q_BNX, q_BNHK), _prepend(size * k_BNX, k_BNHK)
+        # Values must be as wide as keys.
+        v_BNHK = _prepend(jnp.zeros_like(k_BNX), v_BNHK)
+    o_BNHK = jax.nn.dot_product_attention(
+        q_BNHK, k_BNHK, v_BNHK, scale=width**-0.5, is_causal=causal, implementation=implementation
+    )
+    return clear_padding(o_BNHK[..., -width:], segment_ids_BN)
+
+
+def document_columns(segment_ids_BN: Array) -> tuple[Array, Array]:
+    """Returns columns for queries and keys, float32 [B, N, X] of small integers.
+
+    The product of a query's with a key's is 0 where their segment ids are equal, and -2 or less where they differ.
+    """
+    n = segment_ids_BN.shape[1]
+    # How many tokens of the row have a lesser id: below N, and a number of its own for every id.
+    rank_BN = jax.vmap(jnp.searchsorted)(jnp.sort(segment_ids_BN, axis=1), segment_ids_BN)
+    bits = max(n - 1, 1).bit_length()
+    code_BNX = (2 * ((rank_BN[..., None] >> jnp.arange(bits)) & 1) - 1).astype(jnp.float32)
+    one_BN1 = jnp.ones_like(code_BNX[..., :1])
+    unused = -(bits + 1) % ALIGNMENT
+
+    def columns(last_BN1):
+        return jnp.pad(jnp.concatenate([code_BNX, last_BN1], axis=-1), ((0, 0), (0, 0), (0, unused)))
+
+    return columns(one_BN1), columns(-bits * one_BN1)
+
+
+def _prepend(columns_BNX: Array, x_BNHK: Array) -> Array:
+    shape = (*x_BNHK.shape[:-1], columns_BNX.shape[-1])
+    columns_BNHX = jnp.broadcast_to(columns_BNX[:, :, None], shape)
+    return jnp.concatenate([columns_BNHX.astype(x_BNHK.dtype), x_BNHK], axis=-1)
