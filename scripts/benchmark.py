@@ -1,88 +1,150 @@
-"""Measures speed and memory on this machine: JSON lines, a table, a picture.
+"""Measures speed and memory on this machine: JSON lines, tables, pictures.
 
-    python scripts/benchmark.py                         base size, contexts 1 k to 128 k, batch 1 and 64: for a GPU
-    python scripts/benchmark.py --quick                 tiny models, a minute on a CPU
-    python scripts/benchmark.py --what=prefill --models=flash --contexts=16384,131072
+    python scripts/benchmark.py                         everything at base size: for a GPU, and for hours
+    python scripts/benchmark.py --quick                 everything with tiny models, a minute or two on a CPU
+    python scripts/benchmark.py --what=train --contexts=512,8192 --models=flash,transformer_plus_plus::full,flash_quad
+    python scripts/benchmark.py --what=train --models=flash,torch_flash_lucidrains    needs requirements-benchmark.txt
 
-`decode` writes tokens one by one, each looking back on `context` tokens; `prefill` reads a prompt of that length. What
-does not fit into the device's memory is a row that says so.
+`train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient;
+`decode` writes tokens one by one, each looking back on `context` tokens; `prefill` reads a prompt of that length.
+
+A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
+the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. Every
+measurement has a process of its own, so that what does not fit or crashes is a row that says so; `--rounds` measures
+all of them in turn, over and over, and the median counts.
 """
 
 import datetime
+import importlib.util
 import json
+import signal
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
 
 from gau import cli
-from gau.errors import UserError, did_you_mean
+from gau.benchmarks import cells, processes, report
+from gau.errors import UserError
 
-_WHAT = flags.DEFINE_list('what', ['decode', 'prefill'], 'Kinds of measurement: decode, prefill.')
-_MODELS = flags.DEFINE_list('models', ['flash', 'transformer_plus_plus', 'flash_quad'], 'Models, comma separated.')
-_SIZE = flags.DEFINE_string('size', None, 'Their size: tiny, small, base or large; base, or tiny with --quick.')
-_CONTEXTS = flags.DEFINE_list('contexts', None, 'Tokens of context, comma separated.')
-_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Texts side by side, comma separated; 1 and 64, or 4.')
-_QUICK = flags.DEFINE_boolean('quick', False, 'Small enough for a minute on a CPU.')
-_OUTPUT = flags.DEFINE_string(
-    'output', 'runs/benchmark/decoding.jsonl', 'File of JSON lines; the picture lies beside it.'
-)
+_WHAT = flags.DEFINE_list('what', list(cells.KINDS), f'Kinds of measurement: {", ".join(cells.KINDS)}.')
+_MODELS = flags.DEFINE_list('models', None, 'Models, with settings or without; flash, transformer_plus_plus, ...')
+_IMPLS = flags.DEFINE_list('impls', ['auto'], 'config.model.impl of the models that name none; each of them is a row.')
+_REMAT = flags.DEFINE_string('remat', 'none', 'config.model.remat of the models that name none.')
+_LAYER_STACK = flags.DEFINE_string('layer_stack', 'unrolled', 'config.model.layer_stack of those that name none.')
+_SIZE = flags.DEFINE_string('size', None, 'Of the models: tiny, small, base or large; base, or tiny with --quick.')
+_CONTEXTS = flags.DEFINE_list('contexts', None, 'Tokens of context, comma separated; each kind has its own default.')
+_TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
+_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: texts side by side; 1 and 64, or 4 with --quick.')
+_OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
+_PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
+_ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
+_QUICK = flags.DEFINE_boolean('quick', False, 'Tiny models, short texts, float32, few samples: for a CPU.')
+_OUTPUT = flags.DEFINE_string('output', 'runs/benchmark/rows.jsonl', 'File of JSON lines; pictures lie beside it.')
+
+_FULL_CONTEXTS = {
+    'train': (512, 8192, 65_536),
+    'forward': (512, 8192, 65_536),
+    'decode': (1024, 4096, 16_384, 65_536, 131_072),
+    'prefill': (1024, 4096, 16_384, 65_536, 131_072),
+}
+_QUICK_CONTEXTS = dict.fromkeys(cells.KINDS, (512,))
+# Flags that would do nothing if none of these kinds is measured.
+_SPEAKS_TO = dict.fromkeys(
+    ('impls', 'remat', 'layer_stack', 'tokens_per_step', 'objective', 'packed'), cells.PASSES
+) | {'batch_sizes': ('decode',)}
 
 
-def main() -> None:
-    """Measures, writing every row when it is there."""
-    from gau.benchmarks import decoding, report
-    from gau.models.architectures import ARCHITECTURES, SIZES
-
-    for flag, values, options in (('what', _WHAT.value, decoding.KINDS), ('models', _MODELS.value, ARCHITECTURES)):
-        for value in values:
-            if value not in options:
-                raise UserError(f'--{flag}: "{value}" does not exist{did_you_mean(value, options)}')
-    if _SIZE.value is not None and _SIZE.value not in SIZES:
-        raise UserError(f'--size={_SIZE.value} does not exist{did_you_mean(_SIZE.value, SIZES)}')
-    contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
-    batch_sizes = cli.parse_positive_integers('batch_sizes', _BATCHES.value)
-    chosen = {'contexts': contexts, 'batch_sizes': batch_sizes, 'size': _SIZE.value}
-    quick = {
-        'size': 'tiny',
-        'dtype': 'float32',
-        'contexts': (512, 2048),
-        'batch_sizes': (4,),
-        'steps': 16,
-        'repeats': 3,
-        'vocab_size': 1000,
-        'block': 512,
-    }
-    fields = (quick if _QUICK.value else {}) | {name: value for name, value in chosen.items() if value is not None}
-    plan = decoding.Plan(_MODELS.value, **fields)
-    output, rows, about = Path(_OUTPUT.value), [], _about()
+def main() -> int:
+    """Measures, keeping the file up to date after every process; returns 1 if nothing could be measured."""
+    plan = _plan()
+    # As an exception it ends the process that is measuring, too.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    output, about = Path(_OUTPUT.value), _about()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open('w') as file:
-        for kind in _WHAT.value:
-            for row in decoding.KINDS[kind](plan):
-                rows.append(row | about)
-                file.write(json.dumps(rows[-1]) + '\n')
-                file.flush()
-                print(report.table(rows[-1:]).splitlines()[1], flush=True)
-    picture = output.with_suffix('.png')
-    report.plot(rows, picture)
-    print(f'\n{about["device"]}, jax {about["jax"]}, commit {about["commit"]}\n{report.table(rows)}')
-    print(f'written: {output}, {picture}')
+    rounds = _ROUNDS.value or (1 if _QUICK.value else 2)
+    results: dict[cells.Cell, list[processes.Result]] = {cell: [] for cell in plan}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = processes.environment(Path(cache))
+        for round_number in range(1, rounds + 1):
+            for cell in plan:
+                if any('error' in result for result in results[cell]):
+                    continue
+                result = processes.run_cell(cell, environment=environment, log=output.with_suffix('.log'))
+                results[cell].append(result)
+                rows = [processes.merge(cell, own) | about for cell, own in results.items() if own]
+                processes.add_utilisation(rows)
+                _write(output, rows)
+                row = rows[list(results).index(cell)]
+                print(f'round {round_number} of {rounds}: {report.brief(row)}'[: report.WIDTH], flush=True)
+    pictures = report.plot(rows, output.with_suffix(''))
+    print(f'\n{_title(rows)}\n\n{report.table(rows)}\n')
+    print('written:', ', '.join(str(path) for path in (output, *pictures)))
+    return 0 if any('error' not in row for row in rows if row['benchmark'] != cells.MATMUL) else 1
+
+
+def _plan() -> list[cells.Cell]:
+    for name, kinds in _SPEAKS_TO.items():
+        if flags.FLAGS[name].present and set(kinds).isdisjoint(_WHAT.value):
+            raise UserError(
+                f'--{name} speaks to {" and ".join(kinds)}, --what={",".join(_WHAT.value)} measures neither'
+            )
+    quick = _QUICK.value
+    models = _MODELS.value or ['flash', 'transformer_plus_plus', *([] if quick else ['flash_quad'])]
+    defaults = {'impls': _IMPLS.value, 'remat': _REMAT.value, 'layer_stack': _LAYER_STACK.value}
+    specs = [spec for text in models for spec in cells.parse_spec(text, **defaults)]
+    contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
+    plan = cells.plan(
+        specs,
+        kinds=_WHAT.value,
+        contexts=dict.fromkeys(cells.KINDS, contexts) if contexts else _QUICK_CONTEXTS if quick else _FULL_CONTEXTS,
+        tokens_per_step=512 if quick and not flags.FLAGS['tokens_per_step'].present else _TOKENS.value,
+        batch_sizes=cli.parse_positive_integers('batch_sizes', _BATCHES.value) or ([4] if quick else [1, 64]),
+        matmul_edge=1024 if quick else 8192,
+        size=_SIZE.value or ('tiny' if quick else 'base'),
+        objective=_OBJECTIVE.value,
+        packed=_PACKED.value,
+        dtype='float32' if quick else 'bfloat16',
+        vocab_size=1000 if quick else 32_000,
+        effort='quick' if quick else 'full',
+    )
+    wanted = {'torch'} if any(cell.by_torch for cell in plan) else set()
+    wanted |= {'flash_pytorch'} if any(spec.model == 'torch_flash_lucidrains' for spec in specs) else set()
+    for module in sorted(wanted, reverse=True):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f'--models={",".join(models)}: {module} is missing: pip install -r requirements-benchmark.txt'
+            )
+    return plan
+
+
+def _write(path: Path, rows: list[processes.Row]) -> None:
+    aside = path.with_name(f'.{path.name}')
+    aside.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    aside.replace(path)
+
+
+def _title(rows: list[processes.Row]) -> str:
+    names = {name: sorted({row[name] for row in rows if name in row}) for name in ('device', 'jax', 'torch')}
+    versions = ''.join(f', {name} {" ".join(names[name])}' for name in ('jax', 'torch') if names[name])
+    row = rows[0]
+    what = f'{row["size"]}, {row["objective"]}{", packed" * row["packed"]}, {row["dtype"]}'
+    return f'{" ".join(names["device"]) or "no device"}{versions}, commit {row["commit"]}: {what}'
 
 
 def _about() -> dict[str, str]:
-    import jax
+    def git(*arguments: str) -> str:
+        command = ['git', *arguments]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        'device': jax.devices()[0].device_kind,
-        'jax': jax.__version__,
-        'commit': commit.stdout.strip() or 'unknown',
-        'date': datetime.date.today().isoformat(),
-    }
+    changed = '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+    commit = git('rev-parse', '--short', 'HEAD')
+    return {'commit': commit + changed if commit else 'unknown', 'date': datetime.date.today().isoformat()}
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: each kind yields rows (dicts); scripts/benchmark.py shows them."""
+"""Measurements of speed and memory (scripts/benchmark.py), and what the compiler says of them (compile_check)."""

@@ -4,153 +4,83 @@ Parameters and states are random: what a token costs does not depend on what it 
 """
 
 import functools
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gau.benchmarks.cells import Cell
+from gau.errors import UserError
 from gau.models import decoding, registry
-from gau.models.config import default_config, resolve
 from gau.models.language_model import LanguageModel
 
-Row = dict[str, Any]
+Result = dict[str, Any]
 
 # Of the device's memory, for the state: parameters and one step's arrays want the rest.
 STATE_SHARE = 0.75
+# Tokens written for one sample, samples, and tokens of a prompt read at once.
+STEPS = {'full': 64, 'quick': 16}
+SAMPLES = {'full': 5, 'quick': 3}
+BLOCK = {'full': 2048, 'quick': 512}
 
 
-class Plan(NamedTuple):
-    """What is measured.
+def measure_decode(cell: Cell, result: Result) -> None:
+    """Puts the times of writing tokens one by one, each looking back on `context`, and the state's size into `result`.
 
-    Attributes:
-      models: names of the registry.
-      size: of all of them.
-      dtype: compute type.
-      contexts: tokens that a token looks back on (decode), or of the prompt (prefill).
-      batch_sizes: texts side by side (prefill: 1).
-      steps: tokens written for one measurement.
-      repeats: measurements, of which the median counts.
-      vocab_size: V.
-      block: tokens read at once in prefill.
+    Raises:
+      UserError: the model cannot decode, or its state does not fit.
     """
-
-    models: Sequence[str]
-    size: str = 'base'
-    dtype: str = 'bfloat16'
-    contexts: Sequence[int] = (1024, 4096, 16384, 65536, 131072)
-    batch_sizes: Sequence[int] = (1, 64)
-    steps: int = 64
-    repeats: int = 5
-    vocab_size: int = 32_000
-    block: int = 2048
+    steps = STEPS[cell.effort]
+    model, params = _model(cell, result)
+    result['tokens'] = cell.batch_size * steps
+    write = jax.jit(functools.partial(_write, model, steps), donate_argnums=1)
+    # The last token written is the one that looks back on the whole context.
+    _measure(cell, model, functools.partial(write, params), result, position=max(cell.context - steps, 0))
 
 
-def decode_rows(plan: Plan) -> Iterator[Row]:
-    """Yields latency and tokens/s of writing, with the size of the state, for every model, batch and context."""
-    for name in plan.models:
-        model, params = _model(plan, name)
-        write = jax.jit(functools.partial(_write, model, plan.steps), donate_argnums=1)
-        for batch_size in plan.batch_sizes:
-            for context in plan.contexts:
-                abstract = jax.eval_shape(
-                    functools.partial(decoding.init_state, model, batch_size=batch_size, capacity=context)
-                )
-                row = _row('decode', plan, model, params, context) | {
-                    'batch_size': batch_size,
-                    'state_bytes': decoding.state_bytes(abstract),
-                }
-                yield row | _measured(
-                    abstract,
-                    lambda state, write=write, params=params: write(params, state),
-                    # The last token written is the one that looks back on the whole context.
-                    position=max(context - plan.steps, 0),
-                    repeats=plan.repeats,
-                    tokens=plan.steps,
-                    per_second=batch_size * plan.steps,
-                )
+def measure_prefill(cell: Cell, result: Result) -> None:
+    """Puts the times of reading a prompt of `context` tokens, and the state's size, into `result`.
+
+    Raises:
+      UserError: the model cannot decode, or its state does not fit.
+    """
+    block = BLOCK[cell.effort]
+    model, params = _model(cell, result)
+    tokens_BN = jax.random.randint(jax.random.key(1), (cell.batch_size, cell.context), 0, cell.vocab_size)
+    read = jax.jit(functools.partial(_prefill, model, block), donate_argnums=1)
+    result.update(tokens=tokens_BN.size, block=block)
+    _measure(cell, model, lambda state: read(params, state, tokens_BN), result, position=0)
 
 
-def prefill_rows(plan: Plan) -> Iterator[Row]:
-    """Yields tokens/s of reading a prompt of every context, batch 1."""
-    for name in plan.models:
-        model, params = _model(plan, name)
-        for context in plan.contexts:
-            abstract = jax.eval_shape(functools.partial(decoding.init_state, model, batch_size=1, capacity=context))
-            tokens_BN = jax.random.randint(jax.random.key(1), (1, context), 0, plan.vocab_size)
-            read = jax.jit(functools.partial(_prefill, model, plan.block), donate_argnums=1)
-            row = _row('prefill', plan, model, params, context) | {
-                'batch_size': 1,
-                'state_bytes': decoding.state_bytes(abstract),
-                'block': plan.block,
-            }
-            yield row | _measured(
-                abstract,
-                lambda state, read=read, params=params, tokens_BN=tokens_BN: read(params, state, tokens_BN),
-                position=0,
-                repeats=min(plan.repeats, 2),
-                tokens=context,
-                per_second=context,
-            )
-
-
-KINDS: dict[str, Callable[[Plan], Iterator[Row]]] = {'decode': decode_rows, 'prefill': prefill_rows}
-
-
-def _model(plan: Plan, name: str) -> tuple[LanguageModel, Any]:
-    config = default_config()
-    config.name, config.size, config.dtype = name, plan.size, plan.dtype
-    model = registry.build(
-        resolve(config, objective='lm', context=max(plan.contexts)), vocab_size=plan.vocab_size, causal=True
-    )
+def _model(cell: Cell, result: Result) -> tuple[LanguageModel, Any]:
+    model = registry.build(cell.model_config(), vocab_size=cell.vocab_size, causal=cell.objective == 'lm')
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))['params'])
-    return model, nn.unbox(init(jax.random.key(0)))
+    params = nn.unbox(init(jax.random.key(0)))
+    result['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return model, params
 
 
-def _row(kind: str, plan: Plan, model: LanguageModel, params: Any, context: int) -> Row:
-    return {
-        'benchmark': kind,
-        'model': model.config.name,
-        'size': plan.size,
-        'dtype': plan.dtype,
-        'parameters': sum(x.size for x in jax.tree.leaves(params)),
-        'context': context,
-    }
-
-
-def _measured(abstract, run, *, position: int, repeats: int, tokens: int, per_second: int) -> Row:
-    """Returns the timings of `run(state) -> state`, or why there are none."""
-    device = jax.devices()[0]
-    memory = (device.memory_stats() or {}).get('bytes_limit')
-    needed = decoding.state_bytes(abstract)
+def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, position: int) -> None:
+    """Times `run(state) -> state`, from states at `position`."""
+    make = functools.partial(decoding.init_state, model, batch_size=cell.batch_size, capacity=cell.context)
+    abstract = jax.eval_shape(make)
+    result['state_bytes'] = needed = decoding.state_bytes(abstract)
+    memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
     if memory and needed > STATE_SHARE * memory:
-        return {'error': f'out of memory: {needed / 2**30:.0f} GiB of state'}
-    try:
-        state = _random_state(abstract)
-        seconds = []
-        for repeat in range(repeats + 1):
-            state['position'] = jnp.full_like(state['position'], position)
-            jax.block_until_ready(state)
-            started = time.perf_counter()
-            state = run(state)
-            jax.block_until_ready(state)
-            if repeat:  # The first waits for the compiler.
-                seconds.append(time.perf_counter() - started)
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        return {'error': 'out of memory'}
-    median = statistics.median(seconds)
-    return {
-        'ms_per_token': 1000 * median / tokens,
-        'ms_per_token_min': 1000 * min(seconds) / tokens,
-        'ms_per_token_max': 1000 * max(seconds) / tokens,
-        'tokens_per_second': per_second / median,
-        'repeats': len(seconds),
-    }
+        raise UserError(f'out of memory: {needed / 2**30:.0f} GiB of state')
+    state = _random_state(abstract)
+    seconds = []
+    for sample in range(SAMPLES[cell.effort] + 1):
+        state['position'] = jnp.full_like(state['position'], position)
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        state = run(state)
+        jax.block_until_ready(state)
+        if sample:  # The first waits for the compiler.
+            seconds.append(time.perf_counter() - started)
+    result['seconds'] = seconds
 
 
 def _random_state(abstract):

@@ -1,57 +1,156 @@
-"""Rows of measurements as a table for the terminal and as pictures."""
+"""Rows of measurements as tables for the terminal and as pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gau.benchmarks.cells import MATMUL, PASSES, label
+
 Row = dict[str, Any]
+
+WIDTH = 100
+GIB = 2**30
+MIB = 2**20
+# What one picture shows: a panel for each kind of row and field, with its unit; a field stands in for the one before.
+_PICTURES = {
+    'training': (
+        ('train', ('tokens_per_second',), 1, 'tokens per second'),
+        ('forward', ('tokens_per_second',), 1, 'tokens per second'),
+        ('train', ('peak_bytes', 'compiler_bytes'), GIB, 'memory (GiB)'),
+    ),
+    'decoding': (
+        ('decode', ('ms_per_token',), 1, 'ms for the next token'),
+        ('decode', ('state_bytes',), MIB, 'state (MiB)'),
+        ('prefill', ('tokens_per_second',), 1, 'prompt tokens per second'),
+    ),
+}
+_HEADS = {
+    'passes': 'context step ms     min-max k tok/s  MFU rate    GiB   plan comp s',
+    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB',
+}
+_LEGEND = """k tok/s: thousand tokens a second. MFU: model FLOPs over the data sheet's peak; rate: over the
+matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. comp s: compiling."""
+
+
+def brief(row: Row) -> str:
+    """Returns the heart of a row in a few words."""
+    what = f'{row["benchmark"]} {label(row)}, context {row["context"]}: '
+    if row['benchmark'] == MATMUL:
+        return rate_line(row)
+    return what + (row['error'] if 'error' in row else f'{_short(row["tokens_per_second"] / 1000)} k tokens/s')
+
+
+def rate_line(row: Row) -> str:
+    """Returns the matrix rate of this chip in words."""
+    what = f'matrix rate, {row["context"]} x {row["context"]} in {row["dtype"]}'
+    if 'error' in row:
+        return f'{what}: {row["error"]}'
+    return f'{what}: {row["flops_per_second"] / 1e12:.4g} TFLOP/s (median of {row["samples"]})'
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as text, under 100 columns."""
-    lines = [
-        f'{"what":8} {"model":24} {"context":>8} {"batch":>5} {"ms/token":>9} {"min-max":>13} {"tokens/s":>11} '
-        f'{"state MiB":>10}'
-    ]
-    for row in rows:
-        head = f'{row["benchmark"]:8} {row["model"]:24} {row["context"]:8} {row["batch_size"]:5} '
-        state = f'{row["state_bytes"] / 2**20:10.1f}'
-        if 'error' in row:
-            lines.append(f'{head}{row["error"][:35]:>35} {state}')
-            continue
-        spread = f'{row["ms_per_token_min"]:.3f}-{row["ms_per_token_max"]:.3f}'
-        lines.append(f'{head}{row["ms_per_token"]:9.3f} {spread:>13} {row["tokens_per_second"]:11,.0f} {state}')
-    return '\n'.join(lines)
+    """Returns the rows as text of at most WIDTH columns, a table for each kind of measurement."""
+    blocks = []
+    for kind in dict.fromkeys(row['benchmark'] for row in rows if row['benchmark'] != MATMUL):
+        passes = kind in PASSES
+        head = _HEADS['passes' if passes else 'decoding']
+        own = [row for row in rows if row['benchmark'] == kind]
+        lines = [kind.ljust(WIDTH - len(head)) + head, '-' * WIDTH]
+        for row in own:
+            name = _middle_cut(label(row), WIDTH - len(head) - 1).ljust(WIDTH - len(head))
+            lines.append((name + (_passes(row) if passes else _decoding(row))).rstrip())
+        blocks.append('\n'.join(lines))
+    blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] == MATMUL]
+    if any(row['benchmark'] in PASSES for row in rows):
+        blocks.append(_LEGEND)
+    return '\n\n'.join(blocks)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws latency, or tokens/s of prefill, and size of the state over the context, for each model and batch."""
+def _passes(row: Row) -> str:
+    memory = ' '.join(_bytes(row.get(field)) for field in ('peak_bytes', 'compiler_bytes'))
+    if 'error' in row:
+        # What did not fit is told with the memory that was planned for it, anything else at more length.
+        known = row.get('compiler_bytes') is not None
+        return f'{row["context"]:7}  ' + (f'{_cut(row["error"], 35):35} {memory}' if known else _cut(row['error'], 55))
+    spread = f'{_short(row["step_ms_min"])}-{_short(row["step_ms_max"])}'
+    compiled = 'cached' if row.get('compile_cached') else _or_dash(row.get('compile_seconds'), '.1f')
+    shares = ' '.join(f'{_or_dash(row.get(name), ".2f"):>{width}}' for name, width in _SHARES)
+    speed = _short(row['tokens_per_second'] / 1000)
+    return f'{row["context"]:7} {_short(row["step_ms"]):>7} {spread:>11} {speed:>7} {shares} {memory} {compiled:>6}'
+
+
+def _decoding(row: Row) -> str:
+    text = f'{row["context"]:7} {row["batch_size"]:5}'
+    state = _or_dash(row.get('state_bytes') and row['state_bytes'] / MIB, '.1f')
+    if 'error' in row:
+        return f'{text}  {_cut(row["error"], 30):30} {state:>10}'
+    spread = f'{row["ms_per_token_min"]:.3f}-{row["ms_per_token_max"]:.3f}'
+    return f'{text} {row["ms_per_token"]:8.3f} {spread:>13} {_short(row["tokens_per_second"] / 1000):>8} {state:>10}'
+
+
+_SHARES = (('mfu', 4), ('share_of_matrix_rate', 4))
+
+
+def _short(value: float) -> str:
+    """Four digits, or three and a k for thousands."""
+    if value >= 9999.5:
+        return f'{value / 1000:.3g}k'
+    return f'{value:.{max(0, 4 - len(str(int(value))))}f}'
+
+
+def _bytes(value: float | None) -> str:
+    return f'{_or_dash(value and value / GIB, ".2f"):>6}'
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + '...'
+
+
+def _middle_cut(text: str, width: int) -> str:
+    """Leaves out the middle: a model's settings stand at the end."""
+    tail = (width - 2) // 2
+    return text if len(text) <= width else f'{text[: width - 2 - tail]}..{text[-tail:]}'
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return '-' if value is None else format(value, form)
+
+
+def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Draws STEM_training.png and STEM_decoding.png over the context, where there is something to draw.
+
+    Training: tokens/s of training and of the forward pass, and memory (the device's peak, or the compiler's plan where
+    the device does not tell). Decoding: latency, state, and tokens/s of reading. Returns the paths.
+    """
+    paths = []
+    for name, panels in _PICTURES.items():
+        measured = [row for row in rows if 'error' not in row]
+        panels = [panel for panel in panels if any(row['benchmark'] == panel[0] for row in measured)]
+        if panels:
+            paths.append(stem.with_name(f'{stem.name}_{name}.png'))
+            _draw(measured, panels, paths[-1])
+    return paths
+
+
+def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
+    # The object interface draws without a display and without pyplot's global state.
     from matplotlib.figure import Figure
 
-    kinds = sorted({row['benchmark'] for row in rows})
-    panels = [(kind, 'ms_per_token' if kind == 'decode' else 'tokens_per_second') for kind in kinds]
-    if 'decode' in kinds:
-        panels.append(('decode', 'state_bytes'))
-    labels = {
-        'ms_per_token': 'ms for the next token',
-        'tokens_per_second': 'prompt tokens per second',
-        'state_bytes': 'state (MiB)',
-    }
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout='constrained')
-    for number, (kind, field) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), number, xlabel='context (tokens)', ylabel=labels[field], title=kind)
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout='constrained')
+    for number, (kind, fields, unit, what) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number, xlabel='context (tokens)', ylabel=what, title=kind)
         axes.grid(alpha=0.3)
         axes.set_xscale('log', base=2)
         axes.set_yscale('log')
-        own = [row for row in rows if row['benchmark'] == kind and field in row]
-        for model, batch in dict.fromkeys((row['model'], row['batch_size']) for row in own):
-            points = [
-                (row['context'], row[field] / (2**20 if field == 'state_bytes' else 1))
-                for row in own
-                if (row['model'], row['batch_size']) == (model, batch)
-            ]
-            axes.plot(*zip(*points, strict=True), marker='o', label=f'{model}, batch {batch}')
-        if own:
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            value = next((row[field] for field in fields if row.get(field)), None)
+            if row['benchmark'] == kind and value is not None:
+                name = label(row) + (f', batch {row["batch_size"]}' if kind == 'decode' else '')
+                curves.setdefault(name, []).append((row['context'], value / unit))
+        for name, points in curves.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker='o', label=name)
+        if curves:
             axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format='png')

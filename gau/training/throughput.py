@@ -21,7 +21,11 @@ PEAK_FLOPS = {
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
     """Returns the peak of one device in bfloat16 FLOP/s; None where the chip is unknown, as on a CPU."""
-    kind = (device or jax.devices()[0]).device_kind
+    return peak_flops_of((device or jax.devices()[0]).device_kind)
+
+
+def peak_flops_of(kind: str) -> float | None:
+    """Returns the same of a `device_kind`."""
     # Longest name first: "TPU v5 lite" is not a "TPU v5".
     return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if name in kind), None)
 

@@ -1,4 +1,4 @@
-"""sample.py, eval.py --stream and benchmark.py as a user calls them."""
+"""sample.py and eval.py --stream as a user calls them."""
 
 import json
 
@@ -14,8 +14,6 @@ from tests.training.test_commands import TINY, run
         (['scripts/sample.py', '--workdir=nowhere', '--top_p=0'], '--top_p=0'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt=a', '--interactive'], '--prompt and --interactive'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt_file=missing.txt'], 'missing.txt'),
-        (['scripts/benchmark.py', '--models=flsh'], 'did you mean "flash"'),
-        (['scripts/benchmark.py', '--contexts=1k'], 'not a positive integer'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -45,16 +43,3 @@ def test_sampling_and_streaming_of_a_run(tmp_path):
     assert [row['split'] for row in rows] == ['stream/valid'] * 2
     assert rows[0]['context'] > rows[1]['context'] == 32
     assert out.count('valid') >= 2
-
-
-@pytest.mark.slow
-def test_the_benchmark_writes_rows_a_table_and_a_picture(tmp_path):
-    output = tmp_path / 'rows.jsonl'
-    arguments = ['--quick', '--models=flash,performer', '--contexts=64,128', f'--output={output}']
-    code, out, err = run('scripts/benchmark.py', *arguments)
-    assert code == 0, err
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(rows) == 8
-    assert all(row['ms_per_token'] > 0 and row['state_bytes'] > 0 for row in rows)
-    assert max(len(line) for line in out.splitlines() if 'written' not in line) <= 100
-    assert output.with_suffix('.png').stat().st_size > 1000

@@ -1,0 +1,212 @@
+"""What is measured: one cell is one kind of measurement of one model with its settings at one context (no JAX here)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError, did_you_mean
+from gau.models import counts
+from gau.models.architectures import ARCHITECTURES, SIZES
+from gau.models.config import ENUMS, OBJECTIVES, default_config, resolve
+
+# Kinds of measurement, and how many forward passes one step's matrix products amount to.
+PASSES = {'train': 3, 'forward': 1}
+KINDS = ('train', 'forward', 'decode', 'prefill')
+# The rate of this chip that utilisation is measured against, beside the data sheet's.
+MATMUL = 'matmul'
+
+# Baselines in PyTorch: the model of ours whose FLOPs theirs are counted by, and what `impl` may be.
+TORCH_MODELS = {
+    'torch_flash_lucidrains': ('flash', ('compiled', 'eager')),
+    'torch_transformer_plus_plus': ('transformer_plus_plus', ('compiled', 'compiled_cudnn', 'eager')),
+}
+MODELS = (*ARCHITECTURES, *TORCH_MODELS)
+
+
+class Spec(NamedTuple):
+    """A model with the settings to measure it at, written `model:impl:remat:layer_stack:accumulation_steps`.
+
+    Attributes:
+      model: name in the registry, or of a baseline in PyTorch.
+      impl: `config.model.impl`; of a baseline: how PyTorch runs it.
+      remat, layer_stack: as in `config.model`; None for a baseline, which has neither.
+      accumulation_steps: micro-batches of a training step.
+    """
+
+    model: str
+    impl: str = 'auto'
+    remat: str | None = 'none'
+    layer_stack: str | None = 'unrolled'
+    accumulation_steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement, complete: what the process that makes it is told.
+
+    Attributes:
+      benchmark: one of KINDS, or MATMUL: the product of two square matrices with edges of `context`.
+      spec: the model and its settings; of MATMUL nothing.
+      size: of the model, `config.model.size`.
+      context: tokens in a text; that a token looks back on (decode); of the prompt (prefill).
+      batch_size: texts side by side.
+      objective: 'lm' or 'mlm'.
+      packed: whether the texts are documents packed end to end that do not see each other.
+      dtype: compute type.
+      vocab_size: V.
+      effort: 'full', or 'quick' for fewer and smaller samples.
+    """
+
+    benchmark: str
+    spec: Spec
+    size: str
+    context: int
+    batch_size: int
+    objective: str = 'lm'
+    packed: bool = False
+    dtype: str = 'bfloat16'
+    vocab_size: int = 32_000
+    effort: str = 'full'
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> 'Cell':
+        """Undoes `dataclasses.asdict` after a journey through JSON."""
+        return cls(**{**fields, 'spec': Spec(*fields['spec'])})
+
+    @property
+    def by_torch(self) -> bool:
+        """Whether this is a baseline in PyTorch."""
+        return self.spec.model in TORCH_MODELS
+
+    def model_config(self) -> ConfigDict:
+        """Returns the resolved model config (of a baseline: that of the model whose FLOPs it is counted by).
+
+        Raises:
+          UserError: a combination that the model refuses.
+        """
+        config = default_config()
+        config.name, config.size, config.dtype = self.spec.model, self.size, self.dtype
+        if self.by_torch:
+            config.name = TORCH_MODELS[self.spec.model][0]
+        else:
+            config.impl, config.remat, config.layer_stack = self.spec.impl, self.spec.remat, self.spec.layer_stack
+        return resolve(config, objective=self.objective, context=self.context)
+
+    def flops_per_token(self) -> float:
+        """Returns the FLOPs of one forward pass per token, by `gau.models.counts`; packing is not considered there."""
+        return counts.flops_per_token(
+            self.model_config(), context=self.context, vocab_size=self.vocab_size, causal=self.objective == 'lm'
+        )
+
+
+def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str) -> list[Spec]:
+    """Returns the specs that `model:impl:remat:layer_stack:accumulation_steps` stands for.
+
+    Parts may be left out at the end or be empty.
+
+    Args:
+      text: what the user wrote.
+      impls: one spec for each of them, where the text names no impl. A baseline has its own: 'auto' compiles it.
+      remat, layer_stack: where the text names none.
+
+    Raises:
+      UserError: a name that does not exist, or a setting that a baseline does not have.
+    """
+    model, *settings = text.strip().split(':')
+    _check_choice('--models', model, MODELS)
+    names = Spec._fields[1:]
+    if len(settings) > len(names):
+        raise UserError(f'--models={text}: want at most model:{":".join(names)}')
+    given = dict(zip(names, settings, strict=False))
+    given = {name: value for name, value in given.items() if value}
+    steps = given.get('accumulation_steps', '1')
+    if not steps.isdecimal() or int(steps) == 0:
+        raise UserError(f'--models={text}: accumulation_steps "{steps}" is not a positive integer')
+    if model in TORCH_MODELS:
+        for name in ('remat', 'layer_stack'):
+            if name in given:
+                raise UserError(f'--models={text}: {model} has no {name}')
+        own = TORCH_MODELS[model][1]
+        impl = given.get('impl', 'auto')
+        _check_choice(f'--models={text}: impl', impl, ('auto', *own))
+        return [Spec(model, own[0] if impl == 'auto' else impl, None, None, int(steps))]
+    specs = []
+    for impl in [given['impl']] if 'impl' in given else impls:
+        spec = Spec(model, impl, given.get('remat', remat), given.get('layer_stack', layer_stack), int(steps))
+        for name in ('impl', 'remat', 'layer_stack'):
+            _check_choice(f'--models={text}: {name}', getattr(spec, name), ENUMS[name])
+        specs.append(spec)
+    return specs
+
+
+def label(row: Mapping) -> str:
+    """Returns the model of a row with every setting that is not the default, as `parse_spec` reads it."""
+    default = TORCH_MODELS[row['model']][1][0] if row['model'] in TORCH_MODELS else 'auto'
+    parts = [row['impl'] if row['impl'] != default else '']
+    for name, usual in (('remat', 'none'), ('layer_stack', 'unrolled'), ('accumulation_steps', 1)):
+        parts.append('' if row[name] in (usual, None) else str(row[name]))
+    return ':'.join([row['model'], *parts]).rstrip(':')
+
+
+def plan(
+    specs: Sequence[Spec],
+    *,
+    kinds: Sequence[str],
+    contexts: Mapping[str, Sequence[int]],
+    tokens_per_step: int,
+    batch_sizes: Sequence[int],
+    matmul_edge: int,
+    **common,
+) -> list[Cell]:
+    """Returns the cells of one round, those to be compared next to each other.
+
+    Args:
+      specs: models with their settings.
+      kinds: of measurement, out of KINDS.
+      contexts: of each kind.
+      tokens_per_step: of train and forward; the batch is that over the context, at least 1.
+      batch_sizes: of decode; prefill reads one text.
+      matmul_edge: of the matrices that the chip's own rate is measured with.
+      **common: fields that all cells share.
+
+    Raises:
+      UserError: a kind or a combination that does not exist.
+    """
+    for kind in kinds:
+        _check_choice('--what', kind, KINDS)
+    _check_choice('--size', common['size'], SIZES)
+    _check_choice('--objective', common.get('objective', 'lm'), OBJECTIVES)
+    cells = []
+    if not PASSES.keys().isdisjoint(kinds):
+        cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))
+    for kind in kinds:
+        for context in contexts[kind]:
+            batches = (
+                [max(tokens_per_step // context, 1)] if kind in PASSES else batch_sizes if kind == 'decode' else [1]
+            )
+            for batch_size in batches:
+                for spec in specs:
+                    _check_kind(kind, spec)
+                    cells.append(Cell(kind, spec, context=context, batch_size=batch_size, **common))
+    return list(dict.fromkeys(cells))
+
+
+def _check_kind(kind: str, spec: Spec) -> None:
+    if kind in PASSES:
+        if kind == 'forward' and spec.accumulation_steps > 1:
+            raise UserError(f'--models={spec.model}: accumulation_steps={spec.accumulation_steps} speaks to train only')
+        return
+    if spec.model in TORCH_MODELS:
+        raise UserError(f'--what={kind} does not measure {spec.model}: PyTorch baselines know train and forward')
+    if spec != Spec(spec.model):
+        raise UserError(
+            f'--what={kind} takes models by name alone, {spec.model} has settings of train and forward: '
+            'measure them in a call of their own'
+        )
+
+
+def _check_choice(where: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise UserError(f'{where}: "{value}" does not exist{did_you_mean(value, options)}')
