@@ -63,14 +63,14 @@ class Architecture(NamedTuple):
       family: 'gau' (one unit a block) or 'transformer' (attention and feed-forward a block).
       attention: 'quadratic', 'mixed_chunk', 'performer', 'linformer' or 'combiner'.
       defaults: default of every field that applies.
-      impls: implementations its attention has; the last is what 'auto' takes.
+      impls: implementations its attention has, fastest first: 'auto' takes the first that works (`implementations`).
       not_causal: None, or why the model cannot be causal.
     """
 
     family: str
     attention: str
     defaults: dict[str, Any]
-    impls: tuple[str, ...] = ('reference', 'xla')
+    impls: tuple[str, ...] = ('xla', 'reference')
     not_causal: str | None = None
 
 

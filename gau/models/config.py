@@ -66,7 +66,8 @@ def default_config() -> ConfigDict:
       layer_stack: 'unrolled' (default; faster) or 'scan' (compiles faster; layers must be alike).
       remat: what a block keeps for the backward pass: 'none' (default) means everything, 'full' its input only, 'dots'
         the results of matrix products, 'dots_no_batch' of those with weights only.
-      impl: 'auto' (default), 'reference' or 'xla': implementation of the attention.
+      impl: implementation of the attention, 'reference' or 'xla'; 'auto' (default) takes the fastest one that works
+        where the model is built (`gau.models.implementations`).
       vocab_loss_slice: positions of a sequence scored against the vocabulary at once, in the loss; default 512.
 
     Fields of some models; the others refuse them:
@@ -156,8 +157,6 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
     _fill_attention(filled, architecture, causal=causal, context=context)
     for field, value in defaults.items():
         filled(field, value)
-    if config.impl == 'auto':
-        config.impl = architecture.impls[-1]
     _check_combinations(config, architecture, defaults, context)
     if causal and config.chunk_size is not None and config.chunk_size >= context:
         _check_one_chunk(config, context, chosen_reduction)
@@ -268,8 +267,8 @@ def _check_combinations(config: ConfigDict, architecture: Architecture, defaults
     for field, value in defaults.items():
         if config[field] is None:
             raise AssertionError(f'{field} was left open (default {value}); an architecture table is incomplete')
-    if config.impl not in architecture.impls:
-        options = ', '.join(architecture.impls)
+    if config.impl not in ('auto', *architecture.impls):
+        options = ', '.join(('auto', *architecture.impls))
         raise UserError(f'model.impl={config.impl} does not exist for {config.name}; choose from {options}')
     if config.absolute_position == 'sinusoid' and config.model_dim % 2:
         raise UserError(f'model.absolute_position=sinusoid needs an even model_dim, not {config.model_dim}')

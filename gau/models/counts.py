@@ -79,7 +79,7 @@ def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) ->
             parts.append((f'layer {layer}', _attention(config, layer, context, causal) + _feed_forward(config)))
     if config.norm_placement == 'pre':
         parts.append(('final norm', _norm(config)))
-    # The logits of one slice are computed again, so what is kept is the loss and, per slice, nothing.
+    # Of the logits nothing is kept: what waits for the backward pass is the gradient of the hidden states.
     parts.append(('head (tied)', Count(0, 2 * d * vocab_size, d * size)))
     return parts
 
@@ -165,7 +165,7 @@ def _temperature(config: ConfigDict) -> Count:
 
 def _quadratic(config: ConfigDict, h: int, width: int, value_width: float, context: int, causal: bool) -> Count:
     seen = context / 2 if causal else context
-    matrix = 0 if config.impl == 'xla' and context > 1024 else h * context
+    matrix = h * context if config.impl == 'reference' or context <= 1024 else 0
     count = Count(0, 2 * h * seen * (width + value_width), 0) + _kept(config, 0, matrix=matrix)
     return count + _bias_matrix(config, h, context, context)
 

@@ -1,16 +1,26 @@
 """From a resolved config to a model."""
 
+import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from gau.models.implementations import Target, select_implementation
 from gau.models.language_model import LanguageModel
 
 
-def build(config: ConfigDict, *, vocab_size: int, causal: bool) -> LanguageModel:
+def build(config: ConfigDict, *, vocab_size: int, causal: bool, target: Target | None = None) -> LanguageModel:
     """Returns the model, without parameters: `model.init(key, tokens_BN)['params']` makes them.
 
     Args:
       config: resolved model config (`gau.models.config.resolve`, with the objective that `causal` says).
       vocab_size: V.
       causal: True for a language model, False for a masked one.
+      target: what it will run on; None means the device that JAX computes on by default. The model's `config.impl` is
+        the implementation that works there (`gau.models.implementations`), never 'auto'.
+
+    Raises:
+      UserError: the config asks for an implementation that does not work on the target.
     """
+    target = Target.of_device(jax.devices()[0]) if target is None else target
+    config = ConfigDict(config)
+    config.impl = select_implementation(config, target=target)
     return LanguageModel(FrozenConfigDict(config), vocab_size, causal)

@@ -1,4 +1,10 @@
-"""Cross entropy over the vocabulary, a slice of positions at a time: [B, N, V] logits never exist at once."""
+"""Cross entropy over the vocabulary, a slice of positions at a time: [B, N, V] logits never exist at once.
+
+`sliced_cross_entropy` gives the loss of every token, `weighted_cross_entropy` the sum that training differentiates,
+with a gradient written by hand; `cross_entropy` is the reference of both.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +35,11 @@ def sliced_cross_entropy(
       targets_BN: integer targets in [0, V).
       positions_per_slice: positions of every sequence that are scored at once, at most.
     """
-    batch, n = targets_BN.shape
-    logits_per_position = batch * embedding_VD.shape[0]
-    size = min(positions_per_slice, max(1, MAX_LOGITS // logits_per_position))
+    n = targets_BN.shape[1]
+    size = _slice_size(targets_BN, embedding_VD, positions_per_slice)
     if n <= size:
-        at_once = cross_entropy if n * logits_per_position <= KEPT_LOGITS else jax.checkpoint(cross_entropy)
+        kept = targets_BN.size * embedding_VD.shape[0] <= KEPT_LOGITS
+        at_once = cross_entropy if kept else jax.checkpoint(cross_entropy)
         return at_once(hidden_BND, embedding_VD, targets_BN)
 
     def body(_, xs):
@@ -42,6 +48,84 @@ def sliced_cross_entropy(
     xs = tuple(jnp.moveaxis(into_chunks(x, size), 1, 0) for x in (hidden_BND, targets_BN))
     loss_gBn = jax.lax.scan(jax.checkpoint(body), None, xs)[1]
     return jnp.moveaxis(loss_gBn, 0, 1).reshape(hidden_BND.shape[0], -1)[:, :n]
+
+
+def weighted_cross_entropy(
+    hidden_BND: Array, embedding_VD: Array, targets_BN: Array, weights_BN: Array, *, positions_per_slice: int
+) -> Array:
+    """Returns sum_bn w (-log softmax(h E^T)[target]) in nats, a scalar, float32 (float64 for float64 inputs).
+
+    Where it is differentiated, the forward pass computes each slice's logits once, and from them both the loss and the
+    gradients, d logits = w (softmax - onehot), d h = d logits E and d E = sum over slices of d logits^T h; the backward
+    pass multiplies them by a scalar. Elsewhere (evaluation) only the loss is computed.
+
+    Softmax and d logits are computed in float32 from logits that are summed in float32. d logits is then rounded to the
+    type of h for its two matrix products, which sum in float32: their other factors, E and h, have been rounded to that
+    type as well, so the products lose no more by it than they already have (bfloat16: 2^-9 of each addend, independent
+    of the others). d E is summed over slices in float32.
+
+    A position of weight 0 counts for nothing: whatever stands there in h, NaN included, reaches neither the loss nor a
+    gradient.
+
+    Slices hold no more logits than those of `sliced_cross_entropy`. One slice has every G-th position, so that each
+    device has its share of it where N is sharded, as where B or V is.
+
+    Args:
+      hidden_BND: final hidden states in the compute type.
+      embedding_VD: the output matrix in the parameters' type, which is that of its gradient.
+      targets_BN: integer targets in [0, V).
+      weights_BN: weights of the targets, data: they get no gradient (it is zero).
+      positions_per_slice: positions of every sequence that are scored at once, at most.
+    """
+    size = _slice_size(targets_BN, embedding_VD, positions_per_slice)
+    return _weighted_cross_entropy(size, hidden_BND, embedding_VD, targets_BN, weights_BN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_cross_entropy(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
+    hidden_BND = _clear_unweighted(hidden_BND, weights_BN)
+    nll_BN = sliced_cross_entropy(hidden_BND, embedding_VD, targets_BN, positions_per_slice=size)
+    return (nll_BN * weights_BN.astype(nll_BN.dtype)).sum()
+
+
+def _loss_and_gradients(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
+    batch, n = targets_BN.shape
+    slices = -(-n // size)
+    # Slices of equal size: the last one would else be mostly padding.
+    size = -(-n // slices)
+    dtype = jnp.promote_types(hidden_BND.dtype, jnp.float32)
+    e_VD = embedding_VD.astype(hidden_BND.dtype)
+
+    def split(x_BN):
+        x_BN = jnp.pad(x_BN, [(0, 0), (0, slices * size - n)] + [(0, 0)] * (x_BN.ndim - 2))
+        return jnp.moveaxis(x_BN.reshape(batch, size, slices, *x_BN.shape[2:]), 2, 0)
+
+    def one_slice(de_VD, xs):
+        h_BnD, targets_Bn, weights_Bn = xs
+        logits_BnV = output_logits(h_BnD, e_VD)
+        is_target_BnV = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
+        log_z_Bn = jax.nn.logsumexp(logits_BnV, axis=-1)
+        nll_Bn = log_z_Bn - jnp.where(is_target_BnV, logits_BnV, 0).sum(-1)
+        dlogits_BnV = weights_Bn[..., None] * (jnp.exp(logits_BnV - log_z_Bn[..., None]) - is_target_BnV)
+        dlogits_BnV = dlogits_BnV.astype(h_BnD.dtype)
+        dh_BnD = jnp.einsum('BnV,VD->BnD', dlogits_BnV, e_VD, preferred_element_type=dtype).astype(h_BnD.dtype)
+        de_VD += jnp.einsum('BnV,BnD->VD', dlogits_BnV, h_BnD, preferred_element_type=dtype)
+        return de_VD, ((nll_Bn * weights_Bn).sum(), dh_BnD)
+
+    xs = tuple(map(split, (_clear_unweighted(hidden_BND, weights_BN), targets_BN, weights_BN.astype(dtype))))
+    zeros_VD = jnp.zeros(embedding_VD.shape, dtype)
+    de_VD, (loss_g, dh_gBnD) = jax.lax.scan(one_slice, zeros_VD, xs, unroll=slices == 1)
+    dh_BND = jnp.moveaxis(dh_gBnD, 0, 2).reshape(batch, size * slices, -1)[:, :n]
+    return loss_g.sum(), (dh_BND, de_VD.astype(embedding_VD.dtype))
+
+
+def _times(size, gradients, scale):
+    # In float32 (the scalar's type), then back.
+    dh_BND, de_VD = ((x * scale).astype(x.dtype) for x in gradients)
+    return dh_BND, de_VD, None, None
+
+
+_weighted_cross_entropy.defvjp(_loss_and_gradients, _times)
 
 
 def cross_entropy(hidden_BND: Array, embedding_VD: Array, targets_BN: Array) -> Array:
@@ -56,3 +140,12 @@ def output_logits(hidden_BND: Array, embedding_VD: Array) -> Array:
     """Returns h E^T, [B, N, V], float32 (float64 for float64 inputs)."""
     dtype = jnp.promote_types(hidden_BND.dtype, jnp.float32)
     return jnp.einsum('BND,VD->BNV', hidden_BND, embedding_VD.astype(hidden_BND.dtype), preferred_element_type=dtype)
+
+
+def _slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int) -> int:
+    """Positions of a sequence in one slice."""
+    return min(positions_per_slice, max(1, MAX_LOGITS // (targets_BN.shape[0] * embedding_VD.shape[0])))
+
+
+def _clear_unweighted(hidden_BND: Array, weights_BN: Array) -> Array:
+    return jnp.where(weights_BN[..., None] != 0, hidden_BND, jnp.zeros((), hidden_BND.dtype))

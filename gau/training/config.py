@@ -20,7 +20,9 @@ MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
 # (`fork`, too: it is settled when a run begins.)
-RESUMABLE_CHANGES = ('mesh.', 'log.', 'fork', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir')
+RESUMABLE_CHANGES = (
+    *('mesh.', 'log.', 'fork', 'model.impl', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
+)
 
 
 def default_config() -> ConfigDict:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
+from gau.models.implementations import Target, why_not
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
 from gau.training.config import resolve
@@ -35,7 +37,11 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> tuple[Run, Any,
     # One process reads: whatever mesh trained it, the parameters fit on the devices at hand.
     config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})
     use_compilation_cache()
-    run = Run.from_config(resolve(config))
+    config = resolve(config)
+    # Nor is it a reason not to read that the chosen implementation is not for the chip at hand.
+    if config.model.impl != 'auto' and why_not(config.model.impl, config.model, Target.of_device(jax.devices()[0])):
+        config.model.impl = 'auto'
+    run = Run.from_config(config)
     saved = Checkpoints(workdir)
     try:
         steps = saved.steps()

@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         stack.callback(progress.close)
         progress.say(
             f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
-            f'{run.devices}, {origin}'
+            f'{run.devices}, attention: {run.model.config.impl}, {origin}'
         )
         stop = stack.enter_context(_signals())
         stack.enter_context(run.context())

@@ -42,8 +42,9 @@ class MetricsWriter:
 class Progress:
     """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line every few seconds."""
 
-    def __init__(self, total: int, first: int, *, stream: TextIO = sys.stderr, seconds: float = 10.0):
-        """Counts from step `first` to `total`."""
+    def __init__(self, total: int, first: int, *, stream: TextIO | None = None, seconds: float = 10.0):
+        """Counts from step `first` to `total`; the stream is stderr unless given."""
+        stream = sys.stderr if stream is None else stream
         self._stream, self._total, self._seconds = stream, total, seconds
         self._first, self._started, self._spoke = first, time.monotonic(), float('-inf')
         self._bar = None

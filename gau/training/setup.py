@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from gau.data import pipeline, sources, tokenizers
 from gau.errors import UserError, did_you_mean
 from gau.models import counts, registry
+from gau.models.implementations import Target
 from gau.training import checkpoints, durations, step
 from gau.training import mesh as meshes
 from gau.training.evaluation import Evaluator
@@ -53,13 +54,16 @@ class Run:
         """Builds the parts of a resolved config, on all devices or on those given.
 
         Raises:
-          UserError: the tokenizer is missing, or the mesh does not fit the devices.
+          UserError: the tokenizer is missing, the mesh does not fit the devices, or `model.impl` does not run on them.
         """
         tokenizer = tokenizers.load(config.data.tokenizer)
         mesh = meshes.make_mesh(config.mesh, devices)
         if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
             raise UserError('model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment')
-        model = registry.build(config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm')
+        target = Target.of_device(mesh.devices.flat[0], sequence_shards=mesh.shape['sequence'])
+        model = registry.build(
+            config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm', target=target
+        )
         return cls(config, tokenizer, mesh, model)
 
     def check(self) -> None:

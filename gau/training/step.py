@@ -43,17 +43,30 @@ def make_init(
     return init
 
 
-def token_losses(model: nn.Module, params: Any, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Returns nll_BN float32, nats per target; dropout is off without a key."""
+def token_losses(model: nn.Module, params: Any, batch: Batch) -> jax.Array:
+    """Returns nll_BN float32, nats per target, without dropout."""
     return model.apply(
         {'params': params},
         batch['inputs'],
         batch['targets'],
         segment_ids_BN=batch.get('segment_ids'),
         positions_BN=batch.get('positions'),
+        method='token_losses',
+    )
+
+
+def weighted_loss(model: nn.Module, params: Any, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Returns the sum of the batch's weights times nats per target, float32; dropout is off without a key."""
+    return model.apply(
+        {'params': params},
+        batch['inputs'],
+        batch['targets'],
+        batch['weights'],
+        segment_ids_BN=batch.get('segment_ids'),
+        positions_BN=batch.get('positions'),
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {'dropout': dropout_key},
-        method='token_losses',
+        method='weighted_loss',
     )
 
 
@@ -74,8 +87,7 @@ def make_train_step(
     """
 
     def summed_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nll_BN = token_losses(model, params, batch, dropout_key=key if dropout else None)
-        return jnp.sum(nll_BN * batch['weights']), jnp.sum(batch['weights'])
+        return weighted_loss(model, params, batch, dropout_key=key if dropout else None), jnp.sum(batch['weights'])
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 

@@ -108,7 +108,7 @@ def test_heads_fall_with_depth():
     ({'relative_bias': 'rotary', 'relative_bias_length': 9}, 'it is the length of a toeplitz table'),
     ({'name': 'flash_quad', 'relative_bias': 'none', 'gamma_init': 'normal'}, 'leaves the layer dead; use'),
     ({'name': 'performer', 'num_features': 9}, 'it is the number of random features of feature_map=favor'),
-    ({'name': 'combiner', 'impl': 'xla'}, 'model.impl=xla does not exist for combiner; choose from reference'),
+    ({'name': 'combiner', 'impl': 'xla'}, 'model.impl=xla does not exist for combiner; choose from auto, reference'),
     ({'chunk_size': 0}, 'model.chunk_size must be at least 1, not 0'),
     ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
     ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),

@@ -66,6 +66,19 @@ def test_implementations_agree(name):
     assert max_error(apply(fast, params, tokens(1)), apply(reference, params, tokens(1))) < 1e-11
 
 
+def test_weighted_loss_is_the_weighted_sum_of_the_losses():
+    model, params = make('flash', vocab_loss_slice=7, num_layers=1, remat='full')
+    weights = jnp.asarray([[0.0, 2.0, 1.0] * 8, [0.5, 1.0, 0.0] * 8])
+    losses, expected = losses_and_gradients(model, params, tokens(2), weights)
+
+    def loss(params):
+        return model.apply({'params': params}, tokens(2), tokens(2), weights, method='weighted_loss')
+
+    value, gradient = compile_fast(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, (losses * weights).sum(), rtol=1e-14)
+    assert max_error(gradient, expected) < 1e-13
+
+
 def test_losses_are_those_of_the_logits():
     model, params = make('flash', vocab_loss_slice=7)
     logits = apply(model, params, tokens(2))

@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gau.ops import cross_entropy as module
-from gau.ops.cross_entropy import cross_entropy, sliced_cross_entropy
+from gau.ops.cross_entropy import cross_entropy, sliced_cross_entropy, weighted_cross_entropy
 from tests.numerics import max_error, normal
 
 B, N, D, V = 2, 11, 4, 7
@@ -74,3 +76,88 @@ def test_the_bound_on_logits_changes_no_number(monkeypatch, limit, kept):
 def test_loss_is_float32_for_bfloat16():
     h, embedding = normal(0, B, N, D).astype(jnp.bfloat16), normal(1, V, D).astype(jnp.float32)
     assert sliced_cross_entropy(h, embedding, jnp.zeros((B, N), int), positions_per_slice=4).dtype == jnp.float32
+
+
+def weighted_inputs(seed=0, dtype='float64'):
+    """Hidden states and embedding as `dtype` can hold them, targets, and weights of which a third is 0."""
+    h = normal(seed, B, N, D).astype(dtype).astype('float64')
+    embedding = normal(seed + 1, V, D).astype(dtype).astype('float64')
+    generator = np.random.default_rng(seed)
+    weights = generator.uniform(0.1, 2, (B, N)) * (generator.random((B, N)) > 0.3)
+    return h, embedding, jnp.asarray(generator.integers(0, V, (B, N))), jnp.asarray(weights)
+
+
+def reference_loss(h, embedding, targets, weights):
+    return (cross_entropy(h, embedding, targets) * weights).sum()
+
+
+# Of the largest number: float32 sums in another order; bfloat16 rounds each d logits and each d h to 8 bits.
+@pytest.mark.parametrize(('dtype', 'value_bound', 'gradient_bound'), [
+    ('float64', 1e-14, 1e-14), ('float32', 1e-6, 1e-6), ('bfloat16', 1e-6, 2**-8),
+])  # fmt: skip
+@pytest.mark.parametrize('positions_per_slice', [1, 4, 5, 100])
+def test_hand_written_gradient(dtype, value_bound, gradient_bound, positions_per_slice):
+    h, embedding, targets, weights = weighted_inputs(dtype=dtype)
+    expected, gradients = jax.value_and_grad(reference_loss, (0, 1))(h, embedding, targets, weights)
+
+    @jax.jit
+    def run(h, embedding):
+        weighted = weights.astype(jnp.promote_types(dtype, 'float32'))
+        # The factor stands for what the loss is divided by: the gradient that comes in is not 1.
+        loss = lambda *x: 3 * weighted_cross_entropy(*x, targets, weighted, positions_per_slice=positions_per_slice)  # noqa: E731
+        return loss(h, embedding), jax.value_and_grad(loss, (0, 1))(h, embedding)
+
+    parameter_dtype = jnp.promote_types(dtype, 'float32')
+    alone, (loss, (dh, de)) = run(h.astype(dtype), embedding.astype(parameter_dtype))
+    assert (loss.dtype, dh.dtype, de.dtype) == (parameter_dtype, dtype, parameter_dtype)
+    assert max_error(alone, 3 * expected) < value_bound, 'not differentiated'
+    assert max_error(loss, 3 * expected) < value_bound
+    assert max_error(np.asarray(dh, 'float64'), 3 * gradients[0]) < gradient_bound
+    assert max_error(de, 3 * gradients[1]) < gradient_bound
+
+
+def test_rounding_d_logits_averages_out_over_positions():
+    """d E of many positions in bfloat16 is closer than the rounding of one position's d logits, 2^-9."""
+    n, d, v = 512, 16, 64
+    h, embedding = normal(0, 4, n, d).astype('bfloat16'), normal(1, v, d).astype('bfloat16').astype('float32')
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, v, (4, n)))
+    weights = jnp.ones((4, n), 'float32')
+    loss = functools.partial(weighted_cross_entropy, positions_per_slice=64)
+    found = jax.jit(jax.grad(loss, 1))(h, embedding, targets, weights)
+    wide = (x.astype('float64') for x in (h, embedding))
+    expected = jax.grad(reference_loss, 1)(*wide, targets, weights)
+    assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 2**-10
+
+
+@pytest.mark.parametrize('weighted', ['some', 'none'])
+def test_what_stands_at_weight_zero_reaches_nothing(weighted):
+    h, embedding, targets, weights = weighted_inputs()
+    weights = weights if weighted == 'some' else jnp.zeros_like(weights)
+    run = jax.jit(jax.value_and_grad(functools.partial(weighted_cross_entropy, positions_per_slice=4), (0, 1)))
+    clean = run(h, embedding, targets, weights)
+    poisoned = run(jnp.where(weights[..., None] == 0, jnp.nan, h), embedding, targets, weights)
+    jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+    assert (np.asarray(clean[1][0])[np.asarray(weights) == 0] == 0).all()
+    if weighted == 'none':
+        assert max(np.abs(x).max() for x in jax.tree.leaves(clean)) == 0
+    # What counts is not hidden: a diverged model has to show.
+    broken = run(h.at[0, np.flatnonzero(weights[0])[:1]].set(jnp.nan), embedding, targets, weights)
+    assert np.isnan(broken[0]) == (weighted == 'some')
+
+
+def test_weighted_loss_never_holds_all_logits_and_computes_them_once():
+    v, n = 4096, 64
+    shapes = [jax.ShapeDtypeStruct(s, 'float32') for s in ((1, n, D), (v, D))]
+    rest = jax.ShapeDtypeStruct((1, n), 'int32'), jax.ShapeDtypeStruct((1, n), 'float32')
+
+    def run(positions_per_slice):
+        loss = functools.partial(weighted_cross_entropy, positions_per_slice=positions_per_slice)
+        return jax.value_and_grad(loss, (0, 1))
+
+    def peak(positions_per_slice):
+        compiled = jax.jit(run(positions_per_slice)).lower(*shapes, *rest).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert peak(n) >= n * v * 4
+    assert peak(8) < n * v * 4 / 2
+    assert str(jax.make_jaxpr(run(8))(*shapes, *rest)).count('dot_general[') == 3, 'logits, d h and d E'

@@ -4,7 +4,9 @@ A process of its own, since the number of devices is fixed when JAX starts.
 """
 
 import json
+import math
 import os
+import re
 import sys
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -25,7 +27,11 @@ STEPS = 3
 
 
 def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[list[float], dict, dict]:
-    """Trains STEPS steps on `devices`; returns losses, parameters, and bytes of state on the first device."""
+    """Trains STEPS steps on `devices`; returns losses, parameters, and what the first device holds.
+
+    That is: bytes of state, bytes of arguments, and numbers in the largest array of its program over those of its share
+    of the logits of a batch, which are by far the largest array of a run with short texts.
+    """
     run = Run.from_config(config, devices=devices)
     state, train_step = run.init_state(), run.train_step()
     iterator = pipeline.train_iterator(
@@ -38,7 +44,13 @@ def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[li
             losses.append(float(metrics['loss']))
         compiled = train_step.lower(state, put_batch(next(iterator), meshes.batch_sharding(run.mesh))).compile()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    memory = {'state_bytes': held, 'argument_bytes': compiled.memory_analysis().argument_size_in_bytes}
+    largest = max(math.prod(map(int, shape.split(','))) for shape in re.findall(r'f32\[([\d,]+)\]', compiled.as_text()))
+    logits = config.data.batch_size * config.data.context * run.tokenizer.vocab_size
+    memory = {
+        'state_bytes': held,
+        'argument_bytes': compiled.memory_analysis().argument_size_in_bytes,
+        'largest_array': largest / (logits / len(devices)),
+    }
     return losses, jax.device_get(state.params), memory
 
 

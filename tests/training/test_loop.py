@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from gau.errors import UserError
@@ -73,6 +74,16 @@ def test_resumed_equals_uninterrupted_bitwise(finished, tmp_path, step):
     loop.train(tiny_config(), path)
     assert_trees_equal(read_state(path), read_state(finished))
     assert read_metrics(path) == read_metrics(finished)
+
+
+def test_a_run_goes_on_with_another_implementation_and_says_which(finished, tmp_path, capsys):
+    assert json.loads((finished / 'config.json').read_text())['model']['impl'] == 'auto'
+    path = copy_until(finished, tmp_path / 'run', 4)
+    loop.train(tiny_config(model__impl='reference'), path)
+    said = ''.join(capsys.readouterr())
+    assert 'attention: reference, resumed at step 4' in said
+    losses, others = ([row['loss'] for row in read_metrics(run) if row['step'] == 6] for run in (path, finished))
+    np.testing.assert_allclose(losses, others, rtol=1e-3)
 
 
 def test_signal_saves_and_resumes(finished, tmp_path):

@@ -1,0 +1,69 @@
+"""Which implementation of the attention a model is built with: what `model.impl` chose, or the fastest that works here.
+
+`auto` stays `auto` in a config and is settled where a model is built, so a run can go on on another chip. A new
+implementation is an entry of WHY_NOT and a name in `architectures.Architecture.impls`, before the slower ones.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.models.architectures import ARCHITECTURES
+
+
+class Target(NamedTuple):
+    """What a model is built for.
+
+    Attributes:
+      platform: 'cpu', 'gpu' or 'tpu'.
+      compute_capability: of an NVIDIA GPU, as (9, 0); None for anything else.
+      sequence_shards: devices that share the tokens of one sequence.
+    """
+
+    platform: str
+    compute_capability: tuple[int, int] | None = None
+    sequence_shards: int = 1
+
+    @classmethod
+    def of_device(cls, device: Any, *, sequence_shards: int = 1) -> 'Target':
+        """Returns the target that a `jax.Device` is, one of a topology that is only compiled for included."""
+        # An AMD GPU's is a name such as gfx942.
+        major, _, minor = str(getattr(device, 'compute_capability', '')).partition('.')
+        capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+        return cls(device.platform, capability, sequence_shards)
+
+
+def select_implementation(config: ConfigDict, *, target: Target) -> str:
+    """Returns the implementation that the model of a resolved config is built with, the same for all layers.
+
+    Args:
+      config: resolved model config; `impl` may be 'auto', which takes the first of the architecture's implementations
+        (fastest first) that works for the config on the target.
+      target: where it will run.
+
+    Raises:
+      UserError: the implementation that the config chose does not work there; the message says why.
+    """
+    if config.impl != 'auto':
+        reason = why_not(config.impl, config, target)
+        if reason is not None:
+            raise UserError(f'model.impl={config.impl} needs {reason}')
+        return config.impl
+    return next(impl for impl in ARCHITECTURES[config.name].impls if why_not(impl, config, target) is None)
+
+
+def why_not(impl: str, config: ConfigDict, target: Target) -> str | None:
+    """Returns what an implementation needs that the config or the target lacks ("a GPU, this is cpu"), or None."""
+    return WHY_NOT[impl](config, target)
+
+
+def _works_everywhere(config: ConfigDict, target: Target) -> None:
+    return None
+
+
+WHY_NOT: dict[str, Callable[[ConfigDict, Target], str | None]] = {
+    'xla': _works_everywhere,
+    'reference': _works_everywhere,
+}
