@@ -19,6 +19,7 @@ from gau.benchmarks.hlo import Collective, Program
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
 from gau.models import registry
+from gau.models.implementations import Target as Implementing
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training.durations import UNITS
@@ -80,7 +81,8 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     mesh = meshes.make_mesh(config.mesh, target.devices)
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     meshes.check_batch(mesh, batch_size=rows, context=config.data.context)
-    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm')
+    chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
+    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm', target=chip)
     return Run(config, _Vocabulary(vocab_size), mesh, model)
 
 
@@ -234,7 +236,7 @@ def _about(run: Run, target: Target) -> Row:
         'batch_size': config.data.batch_size,
         'layer_stack': config.model.layer_stack,
         'remat': config.model.remat,
-        'impl': config.model.impl,
+        'impl': run.model.config.impl,
         'topology': target.name,
         'device': target.devices[0].device_kind,
         'mesh': dict(run.mesh.shape),

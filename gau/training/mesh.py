@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -53,7 +54,13 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     if math.prod(sizes) != len(devices):
         raise UserError(f'{named}: the sizes must multiply to the {len(devices)} device(s) at hand')
     # Auto: the compiler propagates shardings from the constraints; Linen's logical partitioning needs this type.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # An axis of 2 in a network of 4 x 4 x 4 TPUs: half of a physical axis, which make_mesh does not cut by itself.
+        cut = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(cut, MESH_AXES, axis_types=types)
 
 
 def partition_spec(names: tuple[str | None, ...] | PartitionSpec, *, where: str = 'an array') -> PartitionSpec:

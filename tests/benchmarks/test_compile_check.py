@@ -4,9 +4,11 @@ import importlib.util
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from gau.benchmarks import chips
 from gau.errors import UserError
+from gau.training.mesh import make_mesh
 from tests.training.test_commands import run
 
 TINY = ['--config=configs/lm.py:runlocal', '--vocab_size=512', '--config.model.num_layers=2']
@@ -67,3 +69,11 @@ def test_a_tpu_step_and_the_largest_batch(tmp_path):
     smallest_too_large = min(row['batch_size'] for row in rows if not row['fits'])
     assert largest < smallest_too_large <= largest * 1.1 + 4
     assert all(0 < row['mfu'] <= row['mfu_bound'] < 1 for row in rows if row['fits'])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu, reason='needs libtpu')
+def test_an_axis_of_the_mesh_may_be_half_of_a_physical_one():
+    target = chips.target('v4:4x4x4')
+    mesh = make_mesh(ConfigDict({'data': 32, 'fsdp': 1, 'tensor': 1, 'sequence': 2}), target.devices)
+    assert mesh.devices.shape == (32, 1, 1, 2)
