@@ -23,6 +23,7 @@ _TOPOLOGY = flags.DEFINE_string(
     'topology', 'local', 'v4:4x4x4, v5e:.., v5p:.., v6e:..; cpu:8, simulated; or local, the devices here.'
 )
 _SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the largest that fits.')
+_SHARDINGS = flags.DEFINE_boolean('shardings', False, 'Print how parameters and activations are sharded; no compiling.')
 _JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
 _TABLE = flags.DEFINE_string(
     'table', None, "Write the paper's configurations on 64 TPU v4 chips to this Markdown file."
@@ -50,6 +51,9 @@ def main() -> None:
             with open(_JSON.value, 'a') as file:
                 file.write(json.dumps(row) + '\n')
 
+    if _SHARDINGS.value:
+        print(compile_check.shardings(config, target, vocab_size=_VOCAB_SIZE.value))
+        return
     if _SWEEP.value is None:
         found = compile_check.check(config, target, vocab_size=_VOCAB_SIZE.value)
         keep(found.row)

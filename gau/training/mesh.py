@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
+from gau.models.architectures import ARCHITECTURES
 from gau.training.config import MESH_AXES
 
 # Parameters first, activations below. An axis left at None is whole on every device.
@@ -110,13 +111,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(('batch', 'length')))
 
 
-def check_batch(mesh: Mesh, *, batch_size: int, context: int) -> None:
-    """Raises UserError unless [batch_size, context] arrays divide over the mesh."""
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
+def check_batch(mesh: Mesh, *, batch_size: int, context: int, model: ConfigDict) -> None:
+    """Raises UserError unless [batch_size, context] arrays divide over the mesh, in whole chunks of the model."""
+    rows, shards = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['sequence']
     if batch_size % rows:
         raise UserError(f'a batch of {batch_size} sequences does not divide over mesh data x fsdp = {rows}')
-    if context % mesh.shape['sequence']:
-        raise UserError(f'data.context={context} does not divide over mesh.sequence={mesh.shape["sequence"]}')
+    if context % shards:
+        raise UserError(f'data.context={context} does not divide over mesh.sequence={shards}')
+    if ARCHITECTURES[model.name].attention == 'mixed_chunk' and shards > 1 and context // shards % model.chunk_size:
+        raise UserError(
+            f'data.context={context} over mesh.sequence={shards} is {context // shards} tokens a device, which is no '
+            f'multiple of model.chunk_size={model.chunk_size}'
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

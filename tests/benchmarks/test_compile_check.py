@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -77,3 +78,22 @@ def test_an_axis_of_the_mesh_may_be_half_of_a_physical_one():
     target = chips.target('v4:4x4x4')
     mesh = make_mesh(ConfigDict({'data': 32, 'fsdp': 1, 'tensor': 1, 'sequence': 2}), target.devices)
     assert mesh.devices.shape == (32, 1, 1, 2)
+
+
+@pytest.mark.parametrize('objective', [pytest.param('lm', marks=pytest.mark.slow), 'mlm'])
+def test_nothing_of_the_length_of_a_text_is_gathered_by_flash(objective):
+    def compiled(devices, context):
+        arguments = ['-m', 'tests.benchmarks.sequence_program', objective, str(devices), str(context)]
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    context = 8192
+    spread, alone = compiled(8, context), compiled(1, context)
+    assert spread['collectives']
+    for shape in spread['shapes']:
+        # The narrowest array of all tokens has S = 16 numbers for each.
+        assert context not in shape
+        assert math.prod(shape) < context * 16, shape
+    # What a device keeps is its part of the tokens: no [N, N] and no copy of the text.
+    assert spread['temporary_bytes'] < alone['temporary_bytes'] / 5

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gau.benchmarks.compile_check import flops
 from gau.benchmarks.hlo import Program
+from gau.benchmarks.traced import flops
 
 LOOP = """HloModule example
 
