@@ -50,26 +50,23 @@ class Linear(nn.Module):
       in_axes: logical names of the input axes, the last axes of x.
       out_axes: logical names of the output axes.
       dtype: compute type.
-      use_bias: whether there is a bias.
     """
 
     features: tuple[int, ...]
     in_axes: tuple[str | None, ...]
     out_axes: tuple[str | None, ...]
     dtype: str
-    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., D...] to [..., F...]."""
+    def __call__(self, x: Array, *, add_bias: bool = True) -> Array | tuple[Array, Array]:
+        """Maps [..., D...] to [..., F...]; without `add_bias` returns x W and b, for an op that adds b itself."""
         inputs = x.shape[x.ndim - len(self.in_axes) :]
         init = nn.with_logical_partitioning(KERNEL_INIT, self.in_axes + self.out_axes)
         kernel = self.param('kernel', init, inputs + self.features, param_dtype(self.dtype))
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=len(inputs))
-        if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
-            y += self.param('bias', init, self.features, param_dtype(self.dtype)).astype(self.dtype)
-        return y
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+        bias = self.param('bias', init, self.features, param_dtype(self.dtype))
+        return y + bias.astype(self.dtype) if add_bias else (y, bias)
 
 
 class Norm(nn.Module):

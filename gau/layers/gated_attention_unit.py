@@ -19,6 +19,7 @@ from gau.layers.common import Linear, Temperature, TokenInfo, constrain, param_d
 from gau.layers.positions import RelativeBias
 from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
+from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
 from gau.ops.quadratic_attention import quadratic_attention
@@ -113,13 +114,16 @@ class GatedAttentionUnit(nn.Module):
         """Applies the unit to normalised inputs."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
+        fused = self.impl == 'triton' and self.chunk_size and tokens.at is None
+        project_uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')
+        project_z = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')
+        project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
+        z_BNS = jax.nn.silu(project_z(x_BND))
+        if fused:
+            return project_o(self._fused_mixed_chunk(z_BNS, *project_uv(x_BND, add_bias=False), tokens))
 
-        uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
-        uv = constrain(jax.nn.silu(uv), 'batch', 'length', None, 'act_expanded')
+        uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
         v_BNE = uv[:, :, -1]
-        z_BNS = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
-        z_BNS = jax.nn.silu(z_BNS)
-
         v_BHNE = v_BNE.reshape(batch, n, self.num_heads, -1).swapaxes(1, 2)
         o_BHNE = self._mixed_chunk(z_BNS, v_BHNE, tokens) if self.chunk_size else self._quadratic(z_BNS, v_BHNE, tokens)
         o_BNE = o_BHNE.swapaxes(1, 2).reshape(batch, n, self.expanded_dim)
@@ -127,7 +131,7 @@ class GatedAttentionUnit(nn.Module):
         if gated:
             o_BNE = uv[:, :, 0] * o_BNE
         o_BNE = constrain(o_BNE, 'batch', 'length', 'act_expanded')
-        return Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
+        return project_o(o_BNE)
 
     def _quadratic(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS = self._scale_offset(2)(z_BNS, tokens=tokens)
@@ -200,6 +204,21 @@ class GatedAttentionUnit(nn.Module):
             bias_HNN=bias_HCC,
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=None if self.impl == 'reference' else self.chunk_size,
+        )
+
+    def _fused_mixed_chunk(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)
+        return gated_mixed_chunk(
+            uv_BN2E,
+            bias_2E,
+            *(x[:, 0] for x in (self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS)),
+            chunk_size=self.chunk_size,
+            scoring=self.scoring,
+            causal=self.causal,
+            segment_ids_BN=tokens.segment_ids_BN,
+            bias_CC=self._bias(min(self.chunk_size, z_BNS.shape[1]))[0] if self.relative_bias != 'none' else None,
+            global_reduction=self.global_reduction,
+            impl=self.impl,
         )
 
     def _scale_offset(self, roles: int) -> ScaleOffset:

@@ -27,7 +27,7 @@ ENUMS = {
     'dtype': ('bfloat16', 'float32', 'float64'),
     'layer_stack': ('unrolled', 'scan'),
     'remat': ('none', 'full', 'dots', 'dots_no_batch'),
-    'impl': ('auto', 'reference', 'xla'),
+    'impl': ('auto', 'reference', 'xla', 'triton'),
 }
 COUNTS = (
     'num_layers',

@@ -4,6 +4,7 @@
 implementation is an entry of WHY_NOT and a name in `architectures.Architecture.impls`, before the slower ones.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
+from gau.ops.kernels.launch import interpreted
 
 
 class Target(NamedTuple):
@@ -63,7 +65,27 @@ def _works_everywhere(config: ConfigDict, target: Target) -> None:
     return None
 
 
+def _triton(config: ConfigDict, target: Target) -> str | None:
+    if target.platform != 'gpu' and not interpreted():
+        return f'an NVIDIA GPU, this is {target.platform}'
+    if target.platform == 'gpu' and (target.compute_capability or (0, 0)) < (9, 0):
+        return 'an NVIDIA GPU of compute capability 9.0 or more'
+    package = 'triton' if interpreted() else 'jax_triton'
+    if importlib.util.find_spec(package) is None:
+        return f'the package {package} (pip install -r requirements-gpu.txt)'
+    wanted = {'gate': ('silu',), 'num_heads': (1,), 'dtype': ('bfloat16', 'float32')}
+    if config.chunk_size is not None:
+        wanted['branches'] = ('both',)
+    for field, values in wanted.items():
+        if config[field] not in values:
+            return f'{field}={" or ".join(map(str, values))}, this is {config[field]}'
+    if config.query_key_dim > 256:
+        return f'query_key_dim up to 256, this is {config.query_key_dim}'
+    return None
+
+
 WHY_NOT: dict[str, Callable[[ConfigDict, Target], str | None]] = {
+    'triton': _triton,
     'xla': _works_everywhere,
     'reference': _works_everywhere,
 }

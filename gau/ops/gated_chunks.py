@@ -1,0 +1,177 @@
+"""FLASH's attention with its activations and its gate in one operation (docs/paper.md section 3).
+
+    [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
+
+U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over the
+tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the backward
+pass keeps by hand what it needs: the projections, A, Q and K, the states M, and A v + Q M.
+
+`gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.chunk_states import first_and_last_document, into_chunks
+from gau.ops.kernels.gated_chunks import gradients, product_and_residuals
+from gau.ops.masks import clear_padding, visibility_mask
+from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.scores import Scoring, attention_weights
+
+
+def gated_mixed_chunk(
+    uv_BN2E: Array,
+    bias_2E: Array,
+    q_BNS: Array,
+    k_BNS: Array,
+    q_lin_BNS: Array,
+    k_lin_BNS: Array,
+    *,
+    chunk_size: int,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_CC: Array | None = None,
+    global_reduction: str = 'mean',
+    impl: str = 'triton',
+) -> Array:
+    """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = uv + bias, both branches, one head.
+
+    Args:
+      uv_BN2E: projections of the gate (0) and of the values (1); finite at padding.
+      bias_2E: their bias.
+      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS, chunk_size, scoring, causal, segment_ids_BN, bias_CC, global_reduction:
+        see `gau.ops.mixed_chunk_attention`.
+      impl: 'reference' is that function between plain silu and product; 'triton' the fused kernels.
+
+    Returns:
+      [B, N, E] in the dtype of uv; zeros at padding.
+    """
+    if impl == 'reference':
+        u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(uv_BN2E.dtype)), 2, 0)
+        return u_BNE * mixed_chunk_attention(
+            q_BNS,
+            k_BNS,
+            q_lin_BNS,
+            k_lin_BNS,
+            v_BNE,
+            chunk_size=chunk_size,
+            scoring=scoring,
+            causal=causal,
+            segment_ids_BN=segment_ids_BN,
+            bias_CC=bias_CC,
+            global_reduction=global_reduction,
+            impl='reference',
+        )
+    batch, n = uv_BN2E.shape[:2]
+    dtype = uv_BN2E.dtype
+    size = min(chunk_size, n)
+    q, k, q_lin, k_lin = (
+        into_chunks(clear_padding(x, segment_ids_BN), size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS)
+    )
+    # The zeros that fill the last chunk have no documents; without documents the text is one.
+    ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
+    one_text = segment_ids_BN is None and (causal or n % size == 0)
+    mask_ids = None if one_text else ids_BGC
+    a_BGCC = attention_weights(
+        q,
+        k,
+        scoring=scoring,
+        sequence_length=chunk_size,
+        mask=visibility_mask(mask_ids, mask_ids, n=size, m=size, causal=causal),
+        bias=None if bias_CC is None else bias_CC[:size, :size],
+    )
+    reading, adding, keep_BGP, scale_BGC = _walks(ids_BGC, causal=causal, mean=global_reduction == 'mean')
+    q_lin = q_lin.astype(scale_BGC.dtype) * scale_BGC[..., None]
+    if not causal:
+        in_chunk = jnp.einsum(
+            'BGCS,BGKS->BGCK', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=scale_BGC.dtype
+        )
+        same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
+        a_BGCC += jnp.where(same_BGCC, in_chunk, 0)
+    q_BGCF = jnp.concatenate([jnp.where(sees_BGC[..., None], q_lin, 0) for sees_BGC in reading], axis=-1)
+    k_BGCF = jnp.concatenate([jnp.where(adds_BGC[..., None], k_lin, 0) for adds_BGC in adding], axis=-1)
+    o_BGCE = gated_chunk_product(
+        into_chunks(uv_BN2E, size),
+        bias_2E,
+        a_BGCC.astype(dtype),
+        q_BGCF.astype(dtype),
+        k_BGCF.astype(dtype),
+        jnp.broadcast_to(keep_BGP, (batch, *keep_BGP.shape[1:])),
+        causal,
+    )
+    return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
+
+
+def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], list[Array], Array, Array]:
+    """How states walk over the chunks, forwards and, unless causal, backwards too.
+
+    A walk carries the state of the document that is open where it stands. It adds to it the tokens of a chunk that
+    belong to the document it leaves the chunk with; if that is another one, it first drops what it carried.
+
+    Returns:
+      For each walk, the tokens that read what it carries [B, G, C] and those that it adds; whether it keeps what it
+      carried, float32 [B, G, P]; and the factor on every query, 1 / (tokens it sees globally) or 1, [B, G, C].
+    """
+    first_BG, last_BG = first_and_last_document(ids_BGC)
+    reading, adding, keep, count_BGC = [], [], [], 0
+    for reverse in (False,) if causal else (False, True):
+        flip = (lambda x: x[:, ::-1]) if reverse else (lambda x: x)
+        leaves_BG = flip(first_BG if reverse else last_BG)
+        adds_BGC = (flip(ids_BGC) == leaves_BG[..., None]) & (flip(ids_BGC) > 0)
+        # The document of the last chunk so far that was not all padding.
+        groups = jnp.arange(leaves_BG.shape[1])
+        latest_BG = jax.lax.cummax(jnp.where(leaves_BG > 0, groups, -1), axis=1)
+        after_BG = jnp.where(latest_BG < 0, 0, jnp.take_along_axis(leaves_BG, jnp.maximum(latest_BG, 0), axis=1))
+        open_BG = jnp.pad(after_BG, ((0, 0), (1, 0)))[:, :-1]
+        keep_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32)
+        counts = keep_BG, adds_BGC.sum(-1).astype(jnp.float32)
+        total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
+        carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
+        reads_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
+        count_BGC += flip(reads_BGC * carried_BG[..., None])
+        reading.append(flip(reads_BGC))
+        adding.append(flip(adds_BGC))
+        keep.append(flip(keep_BG))
+    if not causal:
+        size = ids_BGC.shape[-1]
+        count_BGC += visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
+    scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
+    return reading, adding, jnp.stack(keep, axis=-1), scale_BGC
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def gated_chunk_product(
+    uv_BGC2E: Array, bias_2E: Array, a_BGCC: Array, q_BGCF: Array, k_BGCF: Array, keep_BGP: Array, causal: bool
+) -> Array:
+    """Returns silu(u) * (a silu(v) + q m) for [u, v] = uv + bias, [B, G, C, E], with m the states of P walks.
+
+    The first walk goes forwards: m[0] = 0, m[g + 1] = keep[g] m[g] + k[g]^T silu(v[g]); a second one goes backwards.
+    Their m [S, E] stand one below the other, so that q and k are as wide as the walks together, F = P S.
+
+    Args:
+      uv_BGC2E: projections of gate and values.
+      bias_2E: their bias, float32.
+      a_BGCC: weights inside chunks; zero above the diagonal if `causal`.
+      q_BGCF: what reads the states; zero for what a token may not see.
+      k_BGCF: what writes them.
+      keep_BGP: 1 where a walk carries its state on over a chunk, 0 where it drops it; float32, no gradient.
+      causal: lets tiles above the diagonal be left out.
+    """
+    return product_and_residuals(uv_BGC2E, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
+
+
+def _forward(*args):
+    o_BGCE, residuals = product_and_residuals(*args[:-1], causal=args[-1])
+    return o_BGCE, (*args[:-1], *residuals)
+
+
+def _backward(causal, residuals, do_BGCE):
+    return gradients(*residuals, do_BGCE, causal=causal)
+
+
+gated_chunk_product.defvjp(_forward, _backward)

@@ -1,0 +1,99 @@
+"""Calls Triton kernels on JAX arrays: on an NVIDIA GPU through jax-triton, on a CPU through Triton's interpreter.
+
+The interpreter (environment variable TRITON_INTERPRET=1, set before Triton is imported) runs a kernel program by program
+in NumPy: slow, and there so that the tests prove the very kernels without a GPU.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least n and at least 16, the smallest side of a matrix unit's tile."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def launch(
+    kernel: Any,
+    *inputs: Array,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    overwrite: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> list[Array]:
+    """Runs kernel(*inputs, *outputs, **constants) and returns the outputs, a list.
+
+    Args:
+      kernel: a function under `triton.jit` whose pointers come first and whose constants are all `constexpr`.
+      inputs: arrays, contiguous as JAX's are.
+      outputs: shapes and types of what the kernel writes; it writes all of it, or what `overwrite` left there stands.
+      grid: programs along each axis, at most three.
+      num_warps: warps of a program.
+      num_stages: depth of the software pipeline of its loops.
+      overwrite: maps an input to the output that takes over its buffer and contents.
+      constants: compile-time constants.
+    """
+    overwrite = dict(overwrite or {})
+    if interpreted():
+        return _interpret(kernel, inputs, outputs, grid, overwrite, constants)
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        input_output_aliases=overwrite,
+        **constants,
+    )
+
+
+def _interpret(kernel, inputs, outputs, grid, overwrite, constants) -> list[Array]:
+    def call(*arrays: np.ndarray) -> list[np.ndarray]:
+        arrays = [np.ascontiguousarray(array) for array in arrays]
+        # What a kernel leaves unwritten must not look like a result.
+        results = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in outputs]
+        for source, target in overwrite.items():
+            results[target] = arrays[source].copy()
+        kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
+        return results
+
+    return list(jax.pure_callback(call, list(outputs), *inputs))
+
+
+class _Tensor:
+    """A NumPy array with as much of a PyTorch tensor's manners as Triton's interpreter asks for."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> '_Tensor':
+        return self
+
+    cpu = untyped_storage
+
+    def new_empty(self, *_: Any, **__: Any) -> '_Tensor':
+        return _Tensor(self.array)
+
+    def set_(self, *_: Any) -> None:
+        """Host and device are one here: there is nothing to move, either way."""
+
+    copy_ = set_
+    storage_offset = size = stride = set_

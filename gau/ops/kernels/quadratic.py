@@ -1,0 +1,202 @@
+"""Quadratic attention with relu^2 on a GPU, a block of queries or keys at a time: memory grows with N, not with N^2.
+
+The matrix products are the library's: [n, m] weights times [m, E] values run at nearly the peak of the chip. The kernels
+make the weights of a block from q.k without writing scores down, in the backward pass together with the gradient of the
+scores.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gau.ops.kernels.launch import launch, power_of_two
+
+# Queries (backwards: keys) whose weights exist at once are an eighth of the text, within these bounds. Blocks come in
+# at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
+GROUPS = 8
+SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
+# Sides of a kernel's tile, warps and pipeline stages.
+TILES = {'bfloat16': (128, 128, 8, 2), 'float32': (32, 32, 4, 1)}
+
+
+class Tokens(NamedTuple):
+    """What is known of the tokens before any attention.
+
+    Attributes:
+      scale_BN: factor on q.k of a query, before the bias; float32.
+      after_BN: factor on a query's weights; float32.
+      ids_BN: segment ids, int32.
+    """
+
+    scale_BN: Array
+    after_BN: Array
+    ids_BN: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def relu2_attention(
+    q_BNS: Array, k_BNS: Array, v_BNE: Array, bias_P: Array | None, tokens: Tokens, causal: bool
+) -> Array:
+    """Returns A v with A = relu(q.k * scale + bias)^2 * after where the key is seen, else 0; [B, N, E].
+
+    Args:
+      q_BNS: queries, bfloat16 or float32 as k and v are.
+      k_BNS: keys.
+      v_BNE: values.
+      bias_P: bias of every distance k - q from -(N - 1) to N - 1, float32 [2 N - 1], or None.
+      tokens: factors and segment ids; no gradient goes there.
+      causal: whether later keys are hidden.
+    """
+    n = q_BNS.shape[1]
+    outputs = []
+    for begin, stop, size in _groups(n):
+        end = stop if causal else n
+
+        def block(_, first, size, end=end):
+            a = _weights(_cut(q_BNS, first, size), k_BNS[:, :end], bias_P, _cut(tokens, first, size), tokens.ids_BN[:, :end],
+                         offset=first, causal=causal)  # fmt: skip
+            return None, a @ v_BNE[:, :end]
+
+        outputs.append(_over_blocks(block, None, begin, stop, size)[1])
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _forward(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal):
+    return relu2_attention(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), (q_BNS, k_BNS, v_BNE, bias_P, tokens)
+
+
+def _backward(causal, residuals, do_BNE):
+    """A block of keys at a time, so that dk and dv come whole; only dq, which is narrow, is summed over blocks."""
+    q_BNS, k_BNS, v_BNE, bias_P, tokens = residuals
+    n, dtype = q_BNS.shape[1], q_BNS.dtype
+    dq_BNS = jnp.zeros(q_BNS.shape, jnp.float32)
+    dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
+    dks, dvs = [], []
+    for begin, stop, size in _groups(n):
+        start = begin if causal else 0
+        q, do, seen_by = q_BNS[:, start:], do_BNE[:, start:], jax.tree.map(lambda x: x[:, start:], tokens)  # noqa: B023
+
+        def block(sums, first, size, q=q, do=do, seen_by=seen_by, start=start):
+            dq, dbias_P = sums
+            k, v = _cut(k_BNS, first, size), _cut(v_BNE, first, size)
+            da = jnp.einsum('BNE,BME->BNM', do, v)
+            offset = start - first
+            a, ds, db = _weights_and_gradient(
+                q, k, bias_P, seen_by, _cut(tokens.ids_BN, first, size), da, offset=offset, causal=causal
+            )
+            if dbias_P is not None:
+                dbias_P = _add_diagonals(dbias_P, db, offset)
+            dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
+            dk = jnp.einsum('BNM,BNS->BMS', ds, q)
+            return (dq, dbias_P), (dk, jnp.einsum('BNM,BNE->BME', a, do))
+
+        (dq, dbias_P), (dk, dv) = _over_blocks(block, (dq_BNS[:, start:], dbias_P), begin, stop, size)
+        dq_BNS = dq_BNS.at[:, start:].set(dq)
+        dks.append(dk)
+        dvs.append(dv)
+    dk_BNS, dv_BNE = jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+    zeros = Tokens(
+        jnp.zeros_like(tokens.scale_BN),
+        jnp.zeros_like(tokens.after_BN),
+        np.zeros(tokens.ids_BN.shape, jax.dtypes.float0),
+    )
+    return dq_BNS.astype(dtype), dk_BNS, dv_BNE, dbias_P, zeros
+
+
+relu2_attention.defvjp(_forward, _backward)
+
+
+def _groups(n: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (first token, end, tokens of a block) of every group of blocks."""
+    size = min(max(-(-n // GROUPS // 128) * 128, SMALLEST_BLOCK), LARGEST_BLOCK)
+    length = size * -(-n // size // GROUPS)
+    for begin in range(0, n, length):
+        yield begin, min(begin + length, n), size
+
+
+def _over_blocks(block: Callable[..., Any], carry: Any, begin: int, stop: int, size: int) -> tuple[Any, Any]:
+    """Runs block(carry, first, size) over [begin, stop) in a scan; results [B, size, ...] are joined along the tokens."""
+    whole, results = (stop - begin) // size, []
+    if whole > 1:
+        firsts = begin + size * jnp.arange(whole)
+        carry, stacked = jax.lax.scan(lambda carry, first: block(carry, first, size), carry, firsts)
+        results.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1]), stacked))
+        begin += whole * size
+    for first in range(begin, stop, size):
+        carry, result = block(carry, first, min(size, stop - first))
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
+
+
+def _cut(tree: Any, first: int | Array, size: int) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
+
+
+def _add_diagonals(sums_P: Array, x_nm: Array, offset: int | Array) -> Array:
+    """Adds to sums[d + N - 1] all x[i, j] with j - i - offset = d, without a scatter.
+
+    The rows, last first, are written one after the other with n zeros between and read again in rows shorter by one.
+    """
+    n, m = x_nm.shape
+    rows = jnp.pad(x_nm[::-1], ((0, 0), (0, n))).reshape(-1)[: n * (m + n - 1)]
+    diagonals = rows.reshape(n, m + n - 1).sum(0)
+    middle = (sums_P.shape[0] - 1) // 2
+    at = middle - (n - 1) - offset
+    old = jax.lax.dynamic_slice_in_dim(sums_P, at, diagonals.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(sums_P, old + diagonals, at, axis=0)
+
+
+def _launch(
+    kernel, q, k, bias_P, tokens: Tokens, key_ids, *more, outputs, offset, causal, batch_in_grid: bool, **extra
+):
+    block_m, block_n, num_warps, num_stages = TILES[str(q.dtype)]
+    (batch, n, s), m = q.shape, k.shape[1]
+    return launch(
+        kernel,
+        q,
+        k,
+        tokens.scale_BN if bias_P is None else bias_P,
+        *tokens[:2],
+        tokens.ids_BN,
+        key_ids,
+        jnp.full((1,), offset, jnp.int32),
+        *more,
+        outputs=outputs,
+        grid=(-(-m // block_n), -(-n // block_m), batch if batch_in_grid else 1),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        n=n,
+        m=m,
+        S=s,
+        N=1 if bias_P is None else (bias_P.shape[0] + 1) // 2,
+        CAUSAL=causal,
+        BIAS=bias_P is not None,
+        PRECISION='ieee',
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_S=power_of_two(s),
+        **extra,
+    )
+
+
+def _weights(q, k, bias_P, tokens, key_ids, *, offset, causal) -> Array:
+    from gau.ops.kernels.quadratic_triton import weights_kernel
+
+    a = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), q.dtype)
+    fields = {'offset': offset, 'causal': causal, 'batch_in_grid': True}
+    return _launch(weights_kernel, q, k, bias_P, tokens, key_ids, outputs=[a], **fields)[0]
+
+
+def _weights_and_gradient(q, k, bias_P, tokens, key_ids, da, *, offset, causal) -> list[Array]:
+    """Returns the weights, the gradient of q.k, and that of the bias [n, m] summed over the batch."""
+    from gau.ops.kernels.quadratic_triton import weights_gradient_kernel
+
+    a = jax.ShapeDtypeStruct(da.shape, q.dtype)
+    db = jax.ShapeDtypeStruct((1,) if bias_P is None else da.shape[1:], jnp.float32)
+    fields = {'offset': offset, 'causal': causal, 'batch_in_grid': False, 'B': q.shape[0]}
+    return _launch(weights_gradient_kernel, q, k, bias_P, tokens, key_ids, da, outputs=[a, a, db], **fields)

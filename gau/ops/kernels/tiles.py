@@ -1,0 +1,18 @@
+"""What the Triton kernels share: loading and storing tiles that may stick out of an array."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(ptr, row, col, stride: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+    """Loads ptr[row, col] for vectors of rows and columns; 0 outside [rows, cols]."""
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    return tl.load(ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def put(ptr, value, row, col, stride: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+    """Stores a tile at ptr[row, col], in the type of ptr."""
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    tl.store(ptr + row[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=mask)

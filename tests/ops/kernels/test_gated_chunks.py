@@ -1,0 +1,73 @@
+"""The fused kernels of FLASH against the reference in float64: on a CPU in Triton's interpreter, on a GPU as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops.gated_chunks import gated_mixed_chunk
+from gau.ops.kernels import gated_chunks as host
+from gau.ops.scores import Scoring
+from tests.numerics import max_error
+from tests.ops.kernels.conftest import documents
+
+# Of the largest element. Interpreter and matrix units round the factors of bfloat16 products alike.
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
+NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_CC')
+
+
+def inputs(seed, *, batch, n, s, e, chunk):
+    keys = jax.random.split(jax.random.key(seed), len(NAMES) + 1)
+    shapes = [(batch, n, 2, e), (2, e), *[(batch, n, s)] * 4, (chunk, chunk)]
+    draws = [jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=False)]
+    return draws, jax.random.normal(keys[-1], (batch, n, e), jnp.float64)
+
+
+def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduction):
+    def loss(args):
+        uv, bias, *queries_keys, bias_CC = args
+        o = gated_mixed_chunk(
+            uv.astype(dtype),
+            bias,
+            *(x.astype(dtype) for x in queries_keys),
+            chunk_size=chunk,
+            scoring=Scoring('relu2', 'fixed', 8),
+            causal=causal,
+            segment_ids_BN=ids,
+            bias_CC=bias_CC,
+            global_reduction=reduction,
+            impl=impl,
+        )
+        return jnp.sum(o * weights), o
+
+    (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
+    return o, gradients
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize(
+    ('n', 'chunk', 's', 'e', 'packed', 'walkers', 'reduction'),
+    [
+        (48, 16, 16, 32, False, 1, 'mean'),
+        (50, 24, 12, 72, True, 1, 'mean'),
+        (90, 16, 8, 40, True, 6, 'mean'),
+        (72, 16, 8, 40, False, 6, 'sum'),
+        (10, 16, 8, 24, False, 1, 'mean'),
+    ],
+)
+def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
+    monkeypatch.setattr(host, 'WALKERS', walkers)
+    args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
+    ids = documents(n) if packed else None
+    fields = {'chunk': chunk, 'causal': causal, 'ids': ids, 'reduction': reduction}
+    wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+    narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
+    found = value_and_gradients('triton', dtype, *narrow, **fields)
+    valid = np.ones((2, n), bool) if ids is None else np.asarray(ids) > 0
+    # What stands at padding in `uv` is the caller's, and its gradient means nothing.
+    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        if name == 'uv':
+            a, b = a[valid], b[valid]
+        assert max_error(a, b) < TOLERANCE[dtype], name

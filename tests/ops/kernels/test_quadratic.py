@@ -1,0 +1,49 @@
+"""The kernels of quadratic attention against the reference in float64 (see test_gated_chunks)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops.kernels import quadratic as host
+from gau.ops.positions import toeplitz_bias
+from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.scores import Scoring
+from tests.numerics import max_error
+from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
+
+NAMES = ('q', 'k', 'v', 'bias')
+
+
+def value_and_gradients(impl, dtype, args, weights, **fields):
+    def loss(args):
+        *qkv, bias_P = args
+        bias = {'bias_P': bias_P} if impl == 'triton' else {'bias_NN': toeplitz_bias(bias_P, qkv[0].shape[1])}
+        o = quadratic_attention(*(x.astype(dtype) for x in qkv), **bias, **fields, impl=impl)
+        return jnp.sum(o * weights), o
+
+    (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
+    return o, gradients
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize(
+    ('n', 's', 'e', 'packed', 'normalizer'),
+    [(32, 16, 16, False, 'fixed'), (45, 12, 20, True, 'visible'), (70, 8, 24, True, 'paper'), (64, 8, 8, False, 'su')],
+)
+def test_values_and_all_gradients(monkeypatch, dtype, causal, n, s, e, packed, normalizer):
+    # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
+    monkeypatch.setattr(host, 'SMALLEST_BLOCK', 16)
+    monkeypatch.setattr(host, 'LARGEST_BLOCK', 16)
+    monkeypatch.setattr(host, 'GROUPS', 2)
+    generator = np.random.default_rng(0)
+    shapes = [(2, n, s), (2, n, s), (2, n, e), (2 * n - 1,), (2, n, e)]
+    *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
+    ids = documents(n) if packed else None
+    fields = {'scoring': Scoring('relu2', normalizer, 8), 'causal': causal, 'segment_ids_BN': ids}
+    wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+    narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
+    found = value_and_gradients('triton', dtype, *narrow, **fields)
+    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
