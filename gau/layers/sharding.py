@@ -22,7 +22,8 @@ def over_mesh(
     op: Callable[..., Array],
     *operands: Array | None,
     axes: Sequence[Names],
-    result_like: int,
+    result_shape: tuple[int, ...],
+    result_axes: Names,
     token_multiple: int | None,
 ) -> Array:
     """Returns op(*operands, sequence_axis=...), computed by every device on its own part of the operands.
@@ -39,7 +40,8 @@ def over_mesh(
         the dimensions named 'length' are cut, or None where they are whole. It may use collectives over that axis.
       *operands: arrays, or None.
       axes: the logical name of every dimension of every operand.
-      result_like: which operand the result has the shape of, but for dimensions without a name, and lies as.
+      result_shape: of the whole result.
+      result_axes: the logical name of every dimension of the result.
       token_multiple: each device must get a multiple of this many tokens (a chunk), or they stay whole; None: they
         stay whole.
 
@@ -50,10 +52,10 @@ def over_mesh(
     if mesh.size == 1 or not rules or AxisType.Manual in mesh.axis_types:
         return op(*operands, sequence_axis=None)
 
-    def cut(operand: Array, names: Names) -> list[tuple[str, ...] | None]:
+    def cut(shape: tuple[int, ...], names: Names) -> list[tuple[str, ...] | None]:
         """The mesh axes along which each dimension is cut."""
         entries, used = [], set()
-        for size, name in zip(operand.shape, names, strict=True):
+        for size, name in zip(shape, names, strict=True):
             entry = rules[name] if name is not None else None
             entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
             parts = math.prod(mesh.shape[axis] for axis in entry)
@@ -65,7 +67,7 @@ def over_mesh(
         return entries
 
     given = [i for i, operand in enumerate(operands) if operand is not None]
-    cuts = {i: cut(operands[i], axes[i]) for i in given}
+    cuts = {i: cut(operands[i].shape, axes[i]) for i in given}
     along = {entry for i in given for entry, name in zip(cuts[i], axes[i], strict=True) if name == 'length' and entry}
     sequence_axis = next((axis for (axis,) in along if mesh.shape[axis] > 1), None)
 
@@ -77,7 +79,7 @@ def over_mesh(
     mapped = jax.shard_map(
         local,
         in_specs=tuple(PartitionSpec(*cuts[i]) for i in given),
-        out_specs=PartitionSpec(*cuts[result_like]),
+        out_specs=PartitionSpec(*cut(result_shape, result_axes)),
         check_vma=False,
     )
     return mapped(*(operands[i] for i in given))
@@ -108,13 +110,14 @@ def attention_over_mesh(
         return over_heads(single, *parts, bias_HNN=bias)
 
     head = ('batch', 'act_heads', 'length')
+    values = (*head, 'act_expanded')
     return over_mesh(
         all_heads,
         *x_BHNK,
         bias_HNN,
         segment_ids_BN,
-        axes=[(*head, None)] * (len(x_BHNK) - 1)
-        + [(*head, 'act_expanded'), ('act_heads', bias_rows, None), ('batch', 'length')],
-        result_like=len(x_BHNK) - 1,
+        axes=[*[(*head, None)] * (len(x_BHNK) - 1), values, ('act_heads', bias_rows, None), ('batch', 'length')],
+        result_shape=x_BHNK[-1].shape,
+        result_axes=values,
         token_multiple=token_multiple,
     )
