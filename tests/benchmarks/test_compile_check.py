@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
-from gau.benchmarks import chips
+from gau.benchmarks import chips, compile_check
 from gau.errors import UserError
+from gau.training.config import default_config
 from gau.training.mesh import make_mesh
 from tests.training.test_commands import run
 
@@ -97,3 +99,26 @@ def test_nothing_of_the_length_of_a_text_is_gathered_by_flash(objective):
         assert math.prod(shape) < context * 16, shape
     # What a device keeps is its part of the tokens: no [N, N] and no copy of the text.
     assert spread['temporary_bytes'] < alone['temporary_bytes'] / 5
+
+
+@pytest.mark.parametrize(('start', 'limit'), [(4, 148), (512, 148), (64, 2), (4, 1000)])
+def test_a_sweep_doubles_and_halves(monkeypatch, start, limit):
+    tried = []
+
+    def check(config, target, *, vocab_size):
+        tried.append(config.data.batch_size)
+        return compile_check.Check({'fits': config.data.batch_size <= limit}, [], [])
+
+    monkeypatch.setattr(compile_check, 'check', check)
+    config = default_config()
+    config.data.batch_size = start
+    target = chips.Target('somewhere', [], None, 2**30, None)
+    shape = {'data': 1, 'fsdp': 4, 'tensor': 1, 'sequence': 1}
+    monkeypatch.setattr(compile_check.meshes, 'make_mesh', lambda *_: SimpleNamespace(shape=shape))
+    largest = compile_check.sweep(config, 'batch', target, vocab_size=1, report=lambda row: None)
+    if limit < 4:
+        assert largest is None
+    else:
+        assert limit * (1 - compile_check.SWEEP_RESOLUTION) <= largest[0] <= limit
+    assert len(tried) == len(set(tried)) <= 14
+    assert all(size % 4 == 0 for size in tried)
