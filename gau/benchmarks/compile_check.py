@@ -273,8 +273,7 @@ def describe(check: Check) -> str:
         )
         lines += [f'              {_gib(size):>10}  {shape}  {_short(source)}' for size, shape, source in check.largest]
     lines.append(
-        f'FLOPs         {row["flops"] / 1e12:.3f} T a device and step as traced, {row["model_flops"] / 1e12:.3f} T '
-        'by the closed form'
+        f'FLOPs         {_giga(row["flops"])} a device and step as traced, {_giga(row["model_flops"])} by the closed form'
     )
     if 'total_bytes' not in row:
         return '\n'.join(lines)
@@ -304,6 +303,10 @@ def verdict(row: Row) -> str:
 
 def _gib(size: float) -> str:
     return f'{size / 2**30:.2f} GiB' if size >= 2**30 / 10 else f'{size / 2**20:.1f} MiB'
+
+
+def _giga(number: float) -> str:
+    return f'{number / 1e12:.3f} T' if number >= 1e11 else f'{number / 1e9:.3f} G'
 
 
 def _short(source: str) -> str:
