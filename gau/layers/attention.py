@@ -8,7 +8,7 @@ from jax import Array
 from gau.errors import UserError
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, over_heads, param_dtype
 from gau.layers.gated_attention_unit import ScaleOffset
-from gau.layers.positions import RelativeBias
+from gau.layers.positions import RelativeBias, bias_in_chunk
 from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import linear_with_state, mixed_chunk_with_state, quadratic_with_state
 from gau.ops.combiner import combiner_attention
@@ -86,14 +86,14 @@ class QuadraticAttention(MultiHeadAttention):
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNK, k_BHNK, v_BHNK, tokens, scoring=self.scoring, bias=self.bias)
 
-        def attend(q_BNK, k_BNK, v_BNK, bias_NN, **tokens_and_axis):
+        def attend(q_BNK, k_BNK, v_BNK, bias_P, **tokens_and_axis):
             return quadratic_attention(
                 q_BNK,
                 k_BNK,
                 v_BNK,
                 scoring=self.scoring,
                 causal=self.causal,
-                bias_NN=bias_NN,
+                bias_P=bias_P,
                 impl=self.impl,
                 **tokens_and_axis,
             )
@@ -101,10 +101,9 @@ class QuadraticAttention(MultiHeadAttention):
         return attention_over_mesh(
             attend,
             *(q_BHNK, k_BHNK, v_BHNK),
-            bias_HNN=self.bias(v_BHNK.shape[2]),
+            bias=self.bias(v_BHNK.shape[2]),
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=None if self.impl == 'reference' else 1,
-            bias_rows='length',
         )
 
     def heated(self, q: Array) -> Array:
@@ -112,7 +111,7 @@ class QuadraticAttention(MultiHeadAttention):
         return Temperature(self.temperature, name='temperature')(q)
 
     def bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns the relative position bias for n positions, [H, n, n], or the queries' rows, if there is one."""
+        """Returns the relative bias between n positions by distance, [H, 2 n - 1], or the queries' rows, if there is one."""
         bias = RelativeBias(
             self.relative_bias,
             self.num_heads,
@@ -179,11 +178,13 @@ class MixedChunkAttention(QuadraticAttention):
                 branches=self.branches,
                 global_reduction=self.global_reduction,
             )
-        bias_HCC = None if self.branches == 'global' else self.bias(min(self.chunk_size, v_BHNK.shape[2]))
+        bias_HCC = None
+        if self.branches != 'global':
+            bias_HCC = bias_in_chunk(self.bias(min(self.chunk_size, v_BHNK.shape[2])))
         return attention_over_mesh(
             attend,
             *(q_BHNK, k_BHNK, q_lin_BHNK, k_lin_BHNK, v_BHNK),
-            bias_HNN=bias_HCC,
+            bias=bias_HCC,
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=None if self.impl == 'reference' else self.chunk_size,
         )
@@ -225,7 +226,7 @@ class PerformerAttention(MultiHeadAttention):
                 impl=self.impl,
             )
 
-        return over_heads(attend, q_BHNM, k_BHNM, v_BHNK, log_scale_BHN, bias_HNN=None)
+        return over_heads(attend, q_BHNM, k_BHNM, v_BHNK, log_scale_BHN, bias=None)
 
 
 class LinformerAttention(MultiHeadAttention):
@@ -264,7 +265,7 @@ class LinformerAttention(MultiHeadAttention):
                 q_BNK, k_BNK, v_BNK, e_BNR, f_BNR, segment_ids_BN=tokens.segment_ids_BN, impl=self.impl
             )
 
-        return over_heads(attend, q_BHNK, k_BHNK, v_BHNK, bias_HNN=None)
+        return over_heads(attend, q_BHNK, k_BHNK, v_BHNK, bias=None)
 
 
 class CombinerAttention(MultiHeadAttention):
@@ -289,4 +290,4 @@ class CombinerAttention(MultiHeadAttention):
                 segment_ids_BN=tokens.segment_ids_BN,
             )
 
-        return over_heads(attend, self.rotated(q_BHNK, tokens), self.rotated(k_BHNK, tokens), v_BHNK, bias_HNN=None)
+        return over_heads(attend, self.rotated(q_BHNK, tokens), self.rotated(k_BHNK, tokens), v_BHNK, bias=None)

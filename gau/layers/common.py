@@ -110,14 +110,14 @@ class Temperature(nn.Module):
         return q * self.param('scale', init, (), param_dtype(q.dtype)).astype(q.dtype)
 
 
-def over_heads(op: Callable[..., Any], *x_BHNK: Any, bias_HNN: Array | None) -> Any:
-    """Applies a single-head op(x_BNK..., bias_NN) to every head: arrays [B, H, N, K], result [B, H, N, K'].
+def over_heads(op: Callable[..., Any], *x_BHNK: Any, bias: Array | None) -> Any:
+    """Applies a single-head op(x_BNK..., bias) to every head: arrays [B, H, N, K], result [B, H, N, K'].
 
     Arguments and result may be trees of such arrays.
     """
     if jax.tree.leaves(x_BHNK)[0].shape[1] == 1:
         first = jax.tree.map(lambda x: x[:, 0], x_BHNK)
-        result = op(*first, None if bias_HNN is None else bias_HNN[0])
+        result = op(*first, None if bias is None else bias[0])
         return jax.tree.map(lambda x: x[:, None], result)
-    in_axes = (1,) * len(x_BHNK) + (None if bias_HNN is None else 0,)
-    return jax.vmap(op, in_axes=in_axes, out_axes=1)(*x_BHNK, bias_HNN)
+    in_axes = (1,) * len(x_BHNK) + (None if bias is None else 0,)
+    return jax.vmap(op, in_axes=in_axes, out_axes=1)(*x_BHNK, bias)

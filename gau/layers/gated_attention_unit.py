@@ -16,8 +16,8 @@ import jax
 from jax import Array
 
 from gau.layers.common import Linear, Temperature, TokenInfo, constrain, param_dtype
-from gau.layers.positions import RelativeBias
-from gau.layers.sharding import attention_over_mesh
+from gau.layers.positions import RelativeBias, bias_in_chunk
+from gau.layers.sharding import attention_over_mesh, over_mesh
 from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
@@ -139,14 +139,14 @@ class GatedAttentionUnit(nn.Module):
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens, scoring=self.scoring, bias=self._bias)
 
-        def attend(q_BNS, k_BNS, v_BNE, bias_NN, **tokens_and_axis):
+        def attend(q_BNS, k_BNS, v_BNE, bias_P, **tokens_and_axis):
             return quadratic_attention(
                 q_BNS,
                 k_BNS,
                 v_BNE,
                 scoring=self.scoring,
                 causal=self.causal,
-                bias_NN=bias_NN,
+                bias_P=bias_P,
                 impl=self.impl,
                 **tokens_and_axis,
             )
@@ -154,10 +154,9 @@ class GatedAttentionUnit(nn.Module):
         return attention_over_mesh(
             attend,
             *(q_BHNS, k_BHNS, v_BHNE),
-            bias_HNN=self._bias(v_BHNE.shape[2]),
+            bias=self._bias(v_BHNE.shape[2]),
             segment_ids_BN=tokens.segment_ids_BN,
-            token_multiple=None if self.impl == 'reference' else 1,
-            bias_rows='length',
+            token_multiple=1 if self.impl == 'xla' else None,
         )
 
     def _mixed_chunk(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
@@ -179,7 +178,7 @@ class GatedAttentionUnit(nn.Module):
             )
         bias_HCC = None
         if self.branches != 'global':
-            bias_HCC = self._bias(min(self.chunk_size, v_BHNE.shape[2]))
+            bias_HCC = bias_in_chunk(self._bias(min(self.chunk_size, v_BHNE.shape[2])))
 
         def attend(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE, bias_CC, **tokens_and_axis):
             return mixed_chunk_attention(
@@ -201,24 +200,47 @@ class GatedAttentionUnit(nn.Module):
         return attention_over_mesh(
             attend,
             *(q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE),
-            bias_HNN=bias_HCC,
+            bias=bias_HCC,
             segment_ids_BN=tokens.segment_ids_BN,
-            token_multiple=None if self.impl == 'reference' else self.chunk_size,
+            token_multiple=self.chunk_size if self.impl == 'xla' else None,
         )
 
     def _fused_mixed_chunk(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)
-        return gated_mixed_chunk(
+        bias_HCC = bias_in_chunk(self._bias(min(self.chunk_size, z_BNS.shape[1])))
+
+        def attend(*operands, sequence_axis):
+            del sequence_axis  # Tokens stay whole: see token_multiple.
+            *arrays, bias_CC, segment_ids_BN = operands
+            return gated_mixed_chunk(
+                *arrays,
+                chunk_size=self.chunk_size,
+                scoring=self.scoring,
+                causal=self.causal,
+                segment_ids_BN=segment_ids_BN,
+                bias_CC=bias_CC,
+                global_reduction=self.global_reduction,
+                impl=self.impl,
+            )
+
+        narrow = ('batch', 'length', None)
+        return over_mesh(
+            attend,
             uv_BN2E,
             bias_2E,
             *(x[:, 0] for x in (self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS)),
-            chunk_size=self.chunk_size,
-            scoring=self.scoring,
-            causal=self.causal,
-            segment_ids_BN=tokens.segment_ids_BN,
-            bias_CC=self._bias(min(self.chunk_size, z_BNS.shape[1]))[0] if self.relative_bias != 'none' else None,
-            global_reduction=self.global_reduction,
-            impl=self.impl,
+            None if bias_HCC is None else bias_HCC[0],
+            tokens.segment_ids_BN,
+            axes=[
+                ('batch', 'length', None, 'act_expanded'),
+                (None, 'act_expanded'),
+                *[narrow] * 4,
+                (None, None),
+                ('batch', 'length'),
+            ],
+            result_like=0,
+            result_axes=('batch', 'length', 'act_expanded'),
+            token_multiple=None,
         )
 
     def _scale_offset(self, roles: int) -> ScaleOffset:

@@ -7,7 +7,7 @@ from jax import Array
 
 from gau.errors import UserError
 from gau.layers.common import KERNEL_INIT, param_dtype
-from gau.ops.positions import rotary_bias, rotary_bias_at, sinusoid, toeplitz_bias, toeplitz_bias_at
+from gau.ops.positions import bias_matrix, rotary_bias, rotary_bias_at, sinusoid, toeplitz_bias, toeplitz_bias_at
 
 
 class RelativeBias(nn.Module):
@@ -30,9 +30,9 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns the bias for n positions, [H, n, n], float32 or better; None for kind 'none'.
+        """Returns the bias of every distance k - q between n positions, [H, 2 n - 1], float32 or better; None for 'none'.
 
-        With the positions of queries, [B, T], only their rows: [H, B, T, n].
+        With the positions of queries, [B, T], their rows of the matrix that it is: [H, B, T, n].
 
         Raises:
           UserError: kind 'toeplitz' and n above `length`.
@@ -57,6 +57,14 @@ class RelativeBias(nn.Module):
         if queries_BT is not None:
             return jax.vmap(lambda a, c: rotary_bias_at(a, c, queries_BT, n))(a_HS, c_HS)
         return jax.vmap(lambda a, c: rotary_bias(a, c, n))(a_HS, c_HS)
+
+
+def bias_in_chunk(bias_HP: Array | None) -> Array | None:
+    """Returns the matrix [H, C, C] of a bias by distance [H, 2 C - 1]; None for None."""
+    if bias_HP is None:
+        return None
+    n = (bias_HP.shape[1] + 1) // 2
+    return jax.vmap(lambda bias_P: bias_matrix(bias_P, n, n))(bias_HP)
 
 
 class ScaledSinusoid(nn.Module):

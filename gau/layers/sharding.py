@@ -7,6 +7,7 @@ sequence it would gather, and kernels it does not understand; those run inside `
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,8 +23,8 @@ def over_mesh(
     op: Callable[..., Array],
     *operands: Array | None,
     axes: Sequence[Names],
-    result_shape: tuple[int, ...],
-    result_axes: Names,
+    result_like: int,
+    result_axes: Names | None = None,
     token_multiple: int | None,
 ) -> Array:
     """Returns op(*operands, sequence_axis=...), computed by every device on its own part of the operands.
@@ -40,8 +41,8 @@ def over_mesh(
         the dimensions named 'length' are cut, or None where they are whole. It may use collectives over that axis.
       *operands: arrays, or None.
       axes: the logical name of every dimension of every operand.
-      result_shape: of the whole result.
-      result_axes: the logical name of every dimension of the result.
+      result_like: which operand the result has the shape of, but for dimensions without a name, and lies as.
+      result_axes: the names of the result's dimensions, all of them names of that operand's; None: the same ones.
       token_multiple: each device must get a multiple of this many tokens (a chunk), or they stay whole; None: they
         stay whole.
 
@@ -52,10 +53,10 @@ def over_mesh(
     if mesh.size == 1 or not rules or AxisType.Manual in mesh.axis_types:
         return op(*operands, sequence_axis=None)
 
-    def cut(shape: tuple[int, ...], names: Names) -> list[tuple[str, ...] | None]:
+    def cut(operand: Array, names: Names) -> list[tuple[str, ...] | None]:
         """The mesh axes along which each dimension is cut."""
         entries, used = [], set()
-        for size, name in zip(shape, names, strict=True):
+        for size, name in zip(operand.shape, names, strict=True):
             entry = rules[name] if name is not None else None
             entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
             parts = math.prod(mesh.shape[axis] for axis in entry)
@@ -67,7 +68,7 @@ def over_mesh(
         return entries
 
     given = [i for i, operand in enumerate(operands) if operand is not None]
-    cuts = {i: cut(operands[i].shape, axes[i]) for i in given}
+    cuts = {i: cut(operands[i], axes[i]) for i in given}
     along = {entry for i in given for entry, name in zip(cuts[i], axes[i], strict=True) if name == 'length' and entry}
     sequence_axis = next((axis for (axis,) in along if mesh.shape[axis] > 1), None)
 
@@ -75,11 +76,12 @@ def over_mesh(
         everything = dict(zip(given, parts, strict=True))
         return op(*(everything.get(i) for i in range(len(operands))), sequence_axis=sequence_axis)
 
+    lies = dict(zip(axes[result_like], cuts[result_like], strict=True))
     # Unchecked, since kernels do not say along which axes their results differ.
     mapped = jax.shard_map(
         local,
         in_specs=tuple(PartitionSpec(*cuts[i]) for i in given),
-        out_specs=PartitionSpec(*cut(result_shape, result_axes)),
+        out_specs=PartitionSpec(*(lies[name] for name in result_axes or axes[result_like])),
         check_vma=False,
     )
     return mapped(*(operands[i] for i in given))
@@ -88,36 +90,33 @@ def over_mesh(
 def attention_over_mesh(
     op: Callable[..., Array],
     *x_BHNK: Array,
-    bias_HNN: Array | None,
+    bias: Array | None,
     segment_ids_BN: Array | None,
     token_multiple: int | None,
-    bias_rows: str | None = None,
 ) -> Array:
-    """Applies a single-head op(x_BNK..., bias_NN, segment_ids_BN=..., sequence_axis=...) to all heads on all devices.
+    """Applies a single-head op(x_BNK..., bias, segment_ids_BN=..., sequence_axis=...) to all heads on all devices.
 
     Args:
       op: returns what is shaped as its last array x.
       *x_BHNK: queries, keys, ... and values last, [B, H, N, K]; the last dimension of the values may be cut.
-      bias_HNN: relative bias, or None.
+      bias: relative bias [H, ...], whole on every device but for its heads, or None.
       segment_ids_BN: documents and padding, or None.
       token_multiple: see `over_mesh`.
-      bias_rows: 'length' where the rows of the bias are the tokens, None where they are places in a chunk.
     """
 
     def all_heads(*operands: Array | None, sequence_axis: str | None) -> Array:
         *parts, bias, ids = operands
         single = functools.partial(op, segment_ids_BN=ids, sequence_axis=sequence_axis)
-        return over_heads(single, *parts, bias_HNN=bias)
+        return over_heads(single, *parts, bias=bias)
 
     head = ('batch', 'act_heads', 'length')
-    values = (*head, 'act_expanded')
+    bias_axes = () if bias is None else ('act_heads', *[None] * (bias.ndim - 1))
     return over_mesh(
         all_heads,
         *x_BHNK,
-        bias_HNN,
+        bias,
         segment_ids_BN,
-        axes=[*[(*head, None)] * (len(x_BHNK) - 1), values, ('act_heads', bias_rows, None), ('batch', 'length')],
-        result_shape=x_BHNK[-1].shape,
-        result_axes=values,
+        axes=[(*head, None)] * (len(x_BHNK) - 1) + [(*head, 'act_expanded'), bias_axes, ('batch', 'length')],
+        result_like=len(x_BHNK) - 1,
         token_multiple=token_multiple,
     )

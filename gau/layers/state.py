@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import TokenInfo, over_heads, param_dtype
+from gau.layers.positions import bias_in_chunk
 from gau.ops.decoding import linear_block, mixed_chunk_block, quadratic_block
 from gau.ops.scores import Scoring
 
@@ -50,7 +51,7 @@ def mixed_chunk_with_state(
     branches: str,
     **fields,
 ) -> Array:
-    """`mixed_chunk_block` over the heads of a layer, with `bias(C)` or its rows; returns [B, H, T, E]."""
+    """`mixed_chunk_block` over the heads of a layer, with the matrix of `bias(C)` or its rows; returns [B, H, T, E]."""
 
     def attend(q, k, q_lin, k_lin, v, state, bias_CC):
         return mixed_chunk_block(
@@ -74,7 +75,9 @@ def mixed_chunk_with_state(
     if branches != 'global':
         shapes['k'] = chunk_of(k_BHTS)
         one_token = v_BHTE.shape[2] == 1
-        bias_HCC = bias(chunk_size, tokens.at.start_B[:, None] % chunk_size if one_token else None)
+        bias_HCC = (
+            bias(chunk_size, tokens.at.start_B[:, None] % chunk_size) if one_token else bias_in_chunk(bias(chunk_size))
+        )
     if branches != 'local':
         shapes['k_lin'] = chunk_of(k_lin_BHTS)
         sums = (*v_BHTE.shape[:2], k_lin_BHTS.shape[-1], v_BHTE.shape[-1])
@@ -106,7 +109,7 @@ def _carried(layer, shapes, attend, *x_BHTS, bias):
     """Runs `attend(..., state, bias)` over the heads with the layer's variables as state, and keeps the new one."""
     variables = {name: layer.variable('cache', name, jnp.zeros, *shape) for name, shape in shapes.items()}
     state = {name: variable.value for name, variable in variables.items()}
-    o_BHTE, state = over_heads(attend, *x_BHTS, state, bias_HNN=bias)
+    o_BHTE, state = over_heads(attend, *x_BHTS, state, bias=bias)
     for name, variable in variables.items():
         variable.value = state[name]
     return o_BHTE

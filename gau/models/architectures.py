@@ -76,7 +76,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = MappingProxyType(
     {
-        'flash_quad': Architecture('gau', 'quadratic', _GAU),
+        'flash_quad': Architecture('gau', 'quadratic', _GAU, impls=('triton', 'xla', 'reference')),
         'flash': Architecture('gau', 'mixed_chunk', _GAU | _CHUNKED, impls=('triton', 'xla', 'reference')),
         'transformer': Architecture(
             'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu', 'rope': 'none'}

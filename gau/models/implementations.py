@@ -73,12 +73,16 @@ def _triton(config: ConfigDict, target: Target) -> str | None:
     package = 'triton' if interpreted() else 'jax_triton'
     if importlib.util.find_spec(package) is None:
         return f'the package {package} (pip install -r requirements-gpu.txt)'
-    wanted = {'gate': ('silu',), 'num_heads': (1,), 'dtype': ('bfloat16', 'float32')}
-    if config.chunk_size is not None:
-        wanted['branches'] = ('both',)
+    wanted = {'num_heads': (1,), 'dtype': ('bfloat16', 'float32')}
+    if ARCHITECTURES[config.name].attention == 'mixed_chunk':
+        wanted |= {'gate': ('silu',), 'branches': ('both',)}
+    else:
+        wanted['attention_function'] = ('relu2',)
     for field, values in wanted.items():
         if config[field] not in values:
             return f'{field}={" or ".join(map(str, values))}, this is {config[field]}'
+    if target.sequence_shards > 1:
+        return 'mesh.sequence=1'
     if config.query_key_dim > 256:
         return f'query_key_dim up to 256, this is {config.query_key_dim}'
     return None

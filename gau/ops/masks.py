@@ -54,3 +54,12 @@ def document_length(segment_ids_BN: Array, all_ids_BM: Array | None = None) -> A
     ids_BM = segment_ids_BN if all_ids_BM is None else all_ids_BM
     same = visibility_mask(segment_ids_BN, ids_BM, n=segment_ids_BN.shape[1], m=ids_BM.shape[1], causal=False)
     return jnp.where(segment_ids_BN > 0, same.sum(-1, dtype=jnp.int32), 0)
+
+
+def visible_keys(segment_ids_BN: Array, *, causal: bool) -> Array:
+    """Returns how many keys each token sees: those of its document, if `causal` up to itself; int32 [B, N]."""
+    if not causal:
+        return document_length(segment_ids_BN)
+    n = segment_ids_BN.shape[1]
+    mask_BNN = visibility_mask(segment_ids_BN, segment_ids_BN, n=n, m=n, causal=True)
+    return jnp.where(segment_ids_BN > 0, mask_BNN.sum(-1, dtype=jnp.int32), 0)

@@ -1,5 +1,6 @@
 """Position encodings: rotary (RoPE), sinusoid, and the two forms of the relative bias (docs/paper.md section 2)."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -61,11 +62,28 @@ def sinusoid(positions_BN: Array, width: int, *, dtype=jnp.float32) -> Array:
     return jnp.concatenate([jnp.sin(angles_BNh), jnp.cos(angles_BNh)], axis=-1)
 
 
-def toeplitz_bias(w: Array, n: int) -> Array:
-    """Returns b[q, k] = w[k - q + m - 1], [n, n], from a table w of length 2m - 1 with m >= n.
+def bias_matrix(bias_P: Array, n: int, m: int, *, first: int | Array = 0) -> Array:
+    """Returns b[i, j] = bias of distance j - (first + i) for n queries and m keys, [n, m].
 
-    Built by tiling a period of 2n and reading it in rows of 2n - 1, so that each row slips by one: the gradient is then
-    a sum over rows and not a scatter.
+    Built by tiling a period of n + m and reading it in rows shorter by one, so that each row slips by one: the gradient
+    is then a sum over rows and not a scatter.
+
+    Args:
+      bias_P: biases of the distances -(m - 1) to m - 1, [2 m - 1].
+      n: number of queries.
+      m: number of keys.
+      first: place of the first query among the keys, up to m; rows of queries beyond the last key mean nothing.
+    """
+    # Padded for rows below the last key, which a last block of queries may have.
+    window = jax.lax.dynamic_slice_in_dim(jnp.pad(bias_P, (n, 0)), m - first, n + m - 1)
+    rows = jnp.tile(jnp.pad(window, (0, 1)), n)[: n * (n + m - 1)].reshape(n, n + m - 1)
+    return rows[:, n - 1 :]
+
+
+def toeplitz_bias(w: Array, n: int) -> Array:
+    """Returns the bias of every distance between n positions, [2 n - 1]: the middle of a table of length 2m - 1.
+
+    b[q, k] = w[k - q + m - 1] (docs/paper.md section 2).
 
     Raises:
       ValueError: the table is too short for n positions.
@@ -73,13 +91,11 @@ def toeplitz_bias(w: Array, n: int) -> Array:
     m = (w.shape[0] + 1) // 2
     if m < n:
         raise ValueError(f'a relative bias table for {m} positions cannot serve {n}')
-    window = w[m - n : m + n - 1]
-    rows = jnp.tile(jnp.pad(window, (0, 1)), n)[: n * (2 * n - 1)].reshape(n, 2 * n - 1)
-    return rows[:, n - 1 :]
+    return w[m - n : m + n - 1]
 
 
 def toeplitz_bias_at(w: Array, positions_BT: Array, n: int) -> Array:
-    """Returns the rows of `toeplitz_bias(w, n)` for queries at these positions (below the table's m), [B, T, n].
+    """Returns the rows of the matrix of `toeplitz_bias(w, n)` for queries at these positions (below the table's m), [B, T, n].
 
     Raises:
       ValueError: the table is too short for n positions.
@@ -91,17 +107,18 @@ def toeplitz_bias_at(w: Array, positions_BT: Array, n: int) -> Array:
 
 
 def rotary_bias(a_S: Array, c_S: Array, n: int) -> Array:
-    """Returns b = rope(a) rope(c)^T, [n, n]: both vectors at n positions, rotated (docs/paper.md section 2).
+    """Returns the bias of every distance between n positions, [2 n - 1], of b = rope(a) rope(c)^T.
 
-    The rotation makes it a function of k - q only, for any n, with 2S parameters.
+    Both vectors stand at every position, rotated by it (docs/paper.md section 2); of a product of two rotations only
+    the difference remains, so one vector may stay as it is. For any n, with 2S parameters.
     """
-    table = rope_table(jnp.arange(n)[None], a_S.shape[0], dtype=a_S.dtype)
-    rotated_a, rotated_c = (apply_rope(jnp.broadcast_to(x, (1, n, x.shape[0])), table)[0] for x in (a_S, c_S))
-    return rotated_a @ rotated_c.T
+    width = a_S.shape[0]
+    table = rope_table(jnp.arange(1 - n, n)[None], width, dtype=a_S.dtype)
+    return apply_rope(jnp.broadcast_to(c_S, (1, 2 * n - 1, width)), table)[0] @ a_S
 
 
 def rotary_bias_at(a_S: Array, c_S: Array, positions_BT: Array, n: int) -> Array:
-    """Returns the rows of `rotary_bias(a, c, n)` for queries at these positions, [B, T, n]."""
+    """Returns the rows of the matrix of `rotary_bias(a, c, n)` for queries at these positions, [B, T, n]."""
     width, dtype = a_S.shape[0], a_S.dtype
     a_BTS = jnp.broadcast_to(a_S, (*positions_BT.shape, width))
     c_1NS = jnp.broadcast_to(c_S, (1, n, width))

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.masks import clear_padding, document_length, visibility_mask
+from gau.ops.kernels.quadratic import Tokens, relu2_attention
+from gau.ops.masks import clear_padding, document_length, visibility_mask, visible_keys
+from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
 
 QUERY_BLOCK = 512
@@ -18,7 +20,7 @@ def quadratic_attention(
     scoring: Scoring,
     causal: bool,
     segment_ids_BN: Array | None = None,
-    bias_NN: Array | None = None,
+    bias_P: Array | None = None,
     impl: str = 'reference',
     sequence_axis: str | None = None,
 ) -> Array:
@@ -31,13 +33,12 @@ def quadratic_attention(
       scoring: attention function and normaliser.
       causal: whether keys after the query are hidden.
       segment_ids_BN: documents and padding, or None.
-      bias_NN: relative position bias, or None.
+      bias_P: relative position bias by distance k - q, [2 N - 1] (`gau.ops.positions`), or None.
       impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
-        the backward pass, so that what it keeps itself grows with N and not with its square. A bias, which comes whole,
-        is still N x N.
+        the backward pass, so that memory grows with N and not with its square; 'triton' does so in kernels, for relu2.
       sequence_axis: mesh axis over whose devices the tokens are spread in order, where this runs inside
-        `jax.shard_map`; N is then the tokens of one device, but for `bias_NN`, which has this device's rows of all
-        columns. Keys and values of all devices are gathered.
+        `jax.shard_map`; N is then the tokens of one device, but for `bias_P`. Keys and values of all devices are
+        gathered. Not with 'triton'.
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.
@@ -56,7 +57,12 @@ def quadratic_attention(
     else:
         length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
 
-    def attend(q_BnS, ids_Bn, length_Bn1, bias_nM, first):
+    if impl == 'triton':
+        o_BNE = _relu2(q_BNS, k_BMS, v_BME, bias_P, segment_ids_BN, length_BN1, scoring=scoring, causal=causal)
+        return clear_padding(o_BNE, segment_ids_BN)
+
+    def attend(q_BnS, ids_Bn, length_Bn1, first):
+        bias_nM = None if bias_P is None else bias_matrix(bias_P, q_BnS.shape[1], m, first=offset + first)
         mask_BnM = visibility_mask(ids_Bn, ids_BM, n=q_BnS.shape[1], m=m, causal=causal, first_query=offset + first)
         a_BnM = attention_weights(
             q_BnS, k_BMS, scoring=scoring, sequence_length=length_Bn1, mask=mask_BnM, bias=bias_nM
@@ -64,13 +70,13 @@ def quadratic_attention(
         return a_BnM.astype(v_BME.dtype) @ v_BME
 
     if impl == 'reference' or n <= 2 * QUERY_BLOCK:
-        o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, bias_NN, 0)
+        o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, 0)
     else:
-        o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1, bias_NN)
+        o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1)
     return clear_padding(o_BNE, segment_ids_BN)
 
 
-def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1, bias_NN):
+def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):
     """Runs `attend` over blocks of queries in a scan; what a block computes is recomputed in the backward pass."""
     n = q_BNS.shape[1]
     blocks = -(-n // QUERY_BLOCK)
@@ -91,8 +97,25 @@ def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1, bias_NN):
         split(q_BNS, 1),
         split(segment_ids_BN, 1),
         split(length_BN1, 1),
-        split(bias_NN, 0),
         jnp.arange(blocks) * QUERY_BLOCK,
     )
     o_gBnE = jax.lax.scan(jax.checkpoint(body), None, xs)[1]
     return jnp.moveaxis(o_gBnE, 0, 1).reshape(q_BNS.shape[0], blocks * QUERY_BLOCK, -1)[:, :n]
+
+
+def _relu2(q_BNS, k_BNS, v_BNE, bias_P, segment_ids_BN, length_BN1, *, scoring, causal):
+    """The fused attention, told the normaliser as one factor before the function and one after it."""
+    ids_BN = jnp.ones(q_BNS.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
+    ids_BN = jnp.broadcast_to(ids_BN, q_BNS.shape[:2])
+    ones_BN = jnp.ones(ids_BN.shape, jnp.float32)
+    if scoring.normalizer in ('visible', 'su'):
+        visible_BN = jnp.maximum(visible_keys(ids_BN, causal=causal), 1).astype(jnp.float32)
+    before_BN, after_BN = {
+        'paper': lambda: (1 / jnp.maximum(length_BN1[..., 0], 1), ones_BN),
+        'fixed': lambda: (ones_BN / scoring.length, ones_BN),
+        'visible': lambda: (1 / visible_BN, ones_BN),
+        'su': lambda: (ones_BN * q_BNS.shape[-1] ** -0.5, 1 / visible_BN),
+    }[scoring.normalizer]()
+    before_BN = jnp.broadcast_to(before_BN, ids_BN.shape).astype(jnp.float32)
+    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+    return relu2_attention(q_BNS, k_BNS, v_BNE, bias_P, Tokens(before_BN, after_BN, ids_BN), causal)

@@ -50,7 +50,7 @@ def difference(shape, heads, op, causal, segments) -> float:
     ids = jnp.asarray([LONG, SHORT], jnp.int32) if segments else None
     options = {'scoring': Scoring('relu2', 'paper'), 'causal': causal, 'impl': 'xla'}
     if op == 'mixed_chunk':
-        operands, bias, multiple, rows = (q, k, q_lin, k_lin, v), draw(heads, C, C), C, None
+        operands, bias, multiple = (q, k, q_lin, k_lin, v), draw(heads, C, C), C
 
         def attend(*x, segment_ids_BN, sequence_axis):
             *x, bias = x
@@ -58,18 +58,16 @@ def difference(shape, heads, op, causal, segments) -> float:
                 *x, bias_CC=bias, chunk_size=C, segment_ids_BN=segment_ids_BN, sequence_axis=sequence_axis, **options
             )
     else:
-        operands, bias, multiple, rows = (q, k, v), draw(heads, N, N), 1, 'length'
+        operands, bias, multiple = (q, k, v), draw(heads, 2 * N - 1), 1
 
         def attend(*x, segment_ids_BN, sequence_axis):
             *x, bias = x
             return quadratic_attention(
-                *x, bias_NN=bias, segment_ids_BN=segment_ids_BN, sequence_axis=sequence_axis, **options
+                *x, bias_P=bias, segment_ids_BN=segment_ids_BN, sequence_axis=sequence_axis, **options
             )
 
     def loss(bias, *operands):
-        o_BHNE = attention_over_mesh(
-            attend, *operands, bias_HNN=bias, segment_ids_BN=ids, token_multiple=multiple, bias_rows=rows
-        )
+        o_BHNE = attention_over_mesh(attend, *operands, bias=bias, segment_ids_BN=ids, token_multiple=multiple)
         return (o_BHNE * weights).sum(), o_BHNE
 
     def compute():

@@ -14,7 +14,7 @@ import pytest
 
 from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
-from gau.ops.positions import rope_table, toeplitz_bias
+from gau.ops.positions import bias_matrix, rope_table, toeplitz_bias
 from tests.numerics import normal, random_like
 
 torch = pytest.importorskip('torch', reason='the oracle needs torch, which is no requirement of this repository')
@@ -68,7 +68,7 @@ def test_unit_equals_flash_pytorch(causal):
         # Their order is quadratic query, linear query, quadratic key, linear key.
         'gamma': params['query_key']['gamma'][jnp.array([0, 2, 1, 3]), 0],
         'beta': params['query_key']['beta'][jnp.array([0, 2, 1, 3]), 0],
-        'bias': toeplitz_bias(params['relative_bias']['table'][0], C),
+        'bias': bias_matrix(toeplitz_bias(params['relative_bias']['table'][0], C), C, C),
     }.items()}  # fmt: skip
 
     class Bias(torch.nn.Module):

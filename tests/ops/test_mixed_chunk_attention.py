@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gau.ops import chunk_states
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
 from tests.numerics import LAYOUTS, finite_difference, max_error, normal
@@ -194,10 +195,11 @@ def test_bidirectional_global_branch_is_linear_attention():
 
 @pytest.mark.parametrize('causal', [True, False])
 def test_one_chunk_is_quadratic_attention(causal):
-    x, bias = inputs(), normal(7, N, N)
+    x, bias_P = inputs(), normal(7, 2 * N - 1)
+    bias = bias_matrix(bias_P, N, N)
     scoring = Scoring('relu2', 'fixed', 9)
     y = apply(x, bias, chunk_size=30, branches='local', causal=causal, scoring=scoring, impl='xla')
-    expected = quadratic_attention(x[0], x[1], jnp.asarray(x[4]), scoring=scoring, causal=causal, bias_NN=bias)
+    expected = quadratic_attention(x[0], x[1], jnp.asarray(x[4]), scoring=scoring, causal=causal, bias_P=bias_P)
     np.testing.assert_allclose(y, expected, atol=1e-13)
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.positions import apply_rope, rope_table, rotary_bias, sinusoid, toeplitz_bias
+from gau.ops.positions import apply_rope, bias_matrix, rope_table, rotary_bias, sinusoid, toeplitz_bias
 from tests.numerics import normal
 from tests.ops import oracle
 
@@ -51,9 +51,15 @@ def test_sinusoid_concatenates_halves():
 @pytest.mark.parametrize(('length', 'n'), [(1, 1), (5, 5), (9, 5), (9, 1)])
 def test_toeplitz_bias_reads_its_table(length, n):
     w = normal(0, 2 * length - 1)
-    np.testing.assert_array_equal(toeplitz_bias(w, n), oracle.toeplitz(np.asarray(w), n))
+    expected = oracle.toeplitz(np.asarray(w), n)
+    np.testing.assert_array_equal(bias_matrix(toeplitz_bias(w, n), n, n), expected)
+    for first in range(0, n, 2):
+        rows = min(2, n - first)
+        np.testing.assert_array_equal(
+            bias_matrix(toeplitz_bias(w, n), rows, n, first=first), expected[first : first + rows]
+        )
     # Its gradient counts how often an entry is read.
-    gradient = jax.grad(lambda w: toeplitz_bias(w, n).sum())(w)
+    gradient = jax.grad(lambda w: bias_matrix(toeplitz_bias(w, n), n, n).sum())(w)
     reads = [max(0, n - abs(i - (length - 1))) for i in range(2 * length - 1)]
     np.testing.assert_array_equal(gradient, reads)
 
@@ -65,7 +71,7 @@ def test_toeplitz_bias_refuses_a_short_table():
 
 def test_rotary_bias_is_the_formula_and_relative():
     a, c = normal(0, 6), normal(1, 6)
-    b = rotary_bias(a, c, 9)
+    b = bias_matrix(rotary_bias(a, c, 9), 9, 9)
     np.testing.assert_allclose(b, oracle.rotary(np.asarray(a), np.asarray(c), 9), atol=1e-12)
     np.testing.assert_allclose(b[1, 4], b[5, 8], atol=1e-12)
-    np.testing.assert_allclose(rotary_bias(a, c, 4), b[:4, :4], atol=1e-12)
+    np.testing.assert_allclose(bias_matrix(rotary_bias(a, c, 4), 4, 4), b[:4, :4], atol=1e-12)

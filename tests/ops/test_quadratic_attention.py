@@ -20,12 +20,12 @@ SCORINGS = [
 @pytest.fixture(scope='module')
 def arrays():
     generator = np.random.default_rng(0)
-    return [generator.standard_normal((1, N, width)) for width in (S, S, E)], 0.3 * generator.standard_normal((N, N))
+    return [generator.standard_normal((1, N, width)) for width in (S, S, E)], 0.3 * generator.standard_normal(2 * N - 1)
 
 
 def apply(arrays, bias, *, impl='reference', ids=None, **options):
     ids = None if ids is None else jnp.asarray([ids])
-    return quadratic_attention(*arrays, bias_NN=bias, segment_ids_BN=ids, impl=impl, **options)
+    return quadratic_attention(*arrays, bias_P=bias, segment_ids_BN=ids, impl=impl, **options)
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -43,7 +43,7 @@ def test_values_are_the_formula(arrays, function, normalizer, causal):
             function=function,
             normalizer=normalizer,
             fixed_length=7,
-            bias=bias,
+            bias=oracle.toeplitz(bias, N),
         )
         np.testing.assert_allclose(y[0], expected, atol=1e-12)
 
@@ -54,7 +54,7 @@ def test_gradients_are_the_formula(arrays, function, normalizer):
     ids, c = LAYOUTS['packed'], np.random.default_rng(5).standard_normal((N, E))
 
     def slow(q, k, v, bias):
-        options = {'function': function, 'normalizer': normalizer, 'bias': bias}
+        options = {'function': function, 'normalizer': normalizer, 'bias': oracle.toeplitz(bias, N)}
         return (oracle.quadratic(q[0], k[0], v[0], causal=True, ids=ids, **options) * c).sum()
 
     def fast(q, k, v, bias):

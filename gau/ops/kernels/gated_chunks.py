@@ -1,5 +1,6 @@
 """The gated chunk product on a GPU: which kernels run in which order, forwards and backwards."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,32 +9,32 @@ from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
 
-# Programs that a walk over the chunks has at least: two for each multiprocessor of an H100. A long text alone has
+# Programs that a walk over the chunks has at least: one for each multiprocessor of an H100. A long text alone has
 # fewer, so it is cut into parts, whose states are summed up first and then handed on.
-WALKERS = 264
+WALKERS = 132
 
 
 class Blocks(NamedTuple):
-    """Sizes of the tiles, and for each kind of kernel (warps, pipeline stages); by measurement on an H100 (LOG.md).
+    """Sides of each kernel's tiles, then its warps and pipeline stages.
 
     Attributes:
-      walk: a chunk's tokens and E, of `states_kernel` and `gate_gradient_kernel`.
-      tile: rows, inner dimension and E, of `output_kernel` and `value_gradient_kernel`.
-      square: both sides and inner dimension, of `weight_gradient_kernel`.
+      states, gate_gradient: tokens of a chunk, E.
+      output, value_gradient: rows, inner dimension, E.
+      weight_gradient: both sides, inner dimension.
     """
 
-    walk: tuple[int, int] = (64, 64)
-    walk_schedule: tuple[int, int] = (4, 3)
-    tile: tuple[int, int, int] = (128, 64, 128)
-    tile_schedule: tuple[int, int] = (8, 3)
-    square: tuple[int, int] = (128, 64)
-    square_schedule: tuple[int, int] = (8, 3)
+    states: tuple[int, int, int, int]
+    gate_gradient: tuple[int, int, int, int]
+    output: tuple[int, int, int, int, int]
+    value_gradient: tuple[int, int, int, int, int]
+    weight_gradient: tuple[int, int, int, int]
 
 
 BLOCKS = {
-    'bfloat16': Blocks(),
+    # The fastest of a dozen each on an H100 (LOG.md).
+    'bfloat16': Blocks((64, 32, 4, 3), (64, 32, 4, 3), (128, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 64, 4, 3)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
-    'float32': Blocks((32, 32), (4, 1), (32, 32, 64), (4, 1), (32, 32), (4, 1)),
+    'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 4, 1), (32, 32, 4, 1)),
 }
 # How the matrix units round the factors of a float32 product: not at all.
 PRECISION = 'ieee'
@@ -50,9 +51,21 @@ def product_and_residuals(
 
     batch, groups, size, _, width = uv.shape
     sizes = _Sizes(uv, q, keep)
-    m = sizes.walk(kernels.states_kernel, (uv, bias, k, keep), [sizes.like_m], totals_at=0, reverse=False)[0]
+    blocks = BLOCKS[str(uv.dtype)]
+    m = sizes.walk(
+        kernels.states_kernel,
+        blocks.states,
+        (uv, bias, k, keep),
+        lambda parts: [sizes.like_m],
+        totals_at=0,
+        reverse=False,
+    )[0]
     o, mixed = sizes.tiles(
-        kernels.output_kernel, (uv, bias, a, q, m), [_like(uv, batch, groups, size, width)] * 2, causal=causal
+        kernels.output_kernel,
+        blocks.output,
+        (uv, bias, a, q, m),
+        [_like(uv, batch, groups, size, width)] * 2,
+        causal=causal,
     )
     return o, (m, mixed)
 
@@ -74,26 +87,27 @@ def gradients(
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     batch, groups, size, _, width = uv.shape
-    sizes = _Sizes(uv, q, keep)
-    parts = sizes.parts
-    outputs = [
-        _like(uv, *uv.shape),
-        _like(uv, *do.shape),
-        jax.ShapeDtypeStruct((batch, parts, width), jnp.float32),
-        sizes.like_m,
-    ]
+    sizes, blocks = _Sizes(uv, q, keep), BLOCKS[str(uv.dtype)]
+
+    def outputs(parts: int) -> list[jax.ShapeDtypeStruct]:
+        dbias = jax.ShapeDtypeStruct((batch, parts, width), jnp.float32)
+        return [_like(uv, *uv.shape), _like(uv, *do.shape), dbias, sizes.like_m]
+
     half_duv, dmixed, dbias_u, dkv = sizes.walk(
-        kernels.gate_gradient_kernel, (uv, bias, do, mixed, q, keep), outputs, totals_at=3, reverse=True
+        *(kernels.gate_gradient_kernel, blocks.gate_gradient, (uv, bias, do, mixed, q, keep), outputs),
+        totals_at=3,
+        reverse=True,
     )
-    rows = -(-size // min(sizes.blocks.tile[0], power_of_two(size)))
+    rows = -(-size // min(blocks.value_gradient[0], power_of_two(size)))
     duv, dbias_v = sizes.tiles(
-        kernels.value_gradient_kernel,
-        (uv, bias, a, k, dmixed, dkv, half_duv),
+        *(kernels.value_gradient_kernel, blocks.value_gradient, (uv, bias, a, k, dmixed, dkv, half_duv)),
         [_like(uv, *uv.shape), jax.ShapeDtypeStruct((batch * groups, rows, width), jnp.float32)],
         causal=causal,
         overwrite={6: 0},
     )
-    da, dq, dk = sizes.squares(kernels.weight_gradient_kernel, (uv, bias, m, dmixed, dkv), [a, q, k], causal=causal)
+    da, dq, dk = sizes.squares(
+        *(kernels.weight_gradient_kernel, blocks.weight_gradient, (uv, bias, m, dmixed, dkv), [a, q, k]), causal=causal
+    )
     dbias = jnp.stack([dbias_u.sum((0, 1)), dbias_v.sum((0, 1))]).astype(bias.dtype)
     return duv, dbias, da, dq, dk, jnp.zeros_like(keep)
 
@@ -109,71 +123,81 @@ class _Sizes:
         self.batch, self.groups, self.size, _, self.width = uv.shape
         self.inner, self.walks = q.shape[-1], keep.shape[-1]
         self.state = self.inner // self.walks
-        self.blocks = BLOCKS[str(uv.dtype)]
         self.like_m = _like(uv, self.batch, self.groups, self.inner, self.width)
-        across = -(-self.width // self.blocks.walk[1])
-        self.parts = min(-(-WALKERS // (self.batch * self.walks * across)), self.groups)
-        # Parts of ceil(G / P) chunks: no more of them than have any.
-        self.parts = -(-self.groups // -(-self.groups // self.parts))
         self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'PRECISION': PRECISION}
 
-    def walk(self, kernel, inputs, outputs, *, totals_at: int, reverse: bool) -> list[Array]:
-        """Launches a kernel that walks over the chunks; a text in parts is walked over twice, for their totals first."""
-        block_c, block_e = (min(x, power_of_two(y)) for x, y in zip(self.blocks.walk, (self.size, self.width)))
-        constants = self.common | {
-            'G': self.groups,
-            'S': self.state,
-            'P': self.parts,
-            'BLOCK_C': block_c,
-            'BLOCK_S': power_of_two(self.state),
-            'BLOCK_E': block_e,
-        }
-        schedule = dict(zip(('num_warps', 'num_stages'), self.blocks.walk_schedule, strict=True))
-        grid = (-(-self.width // block_e), self.parts, self.batch * self.walks)
+    def walk(self, kernel, blocks, inputs, outputs, *, totals_at: int, reverse: bool) -> list[Array]:
+        """Launches a kernel that walks over the chunks; a text in parts is walked over twice, for their totals first.
 
-        def run(carry, outputs, **flags):
-            return launch(kernel, *inputs, carry, outputs=outputs, grid=grid, **constants, **schedule, **flags)
-
-        keep = inputs[-1]
-        if self.parts == 1:
-            return run(keep, outputs, TOTALS=False, CARRY=False)
-        totals = jax.ShapeDtypeStruct((self.batch, self.parts, self.inner, self.width), jnp.float32)
+        Args:
+          kernel: with arguments (*inputs, carry, *outputs).
+          blocks: its entry of BLOCKS.
+          inputs: the last one is `keep`.
+          outputs: from the number of parts to their shapes.
+          totals_at: which output takes the totals.
+          reverse: whether the walk goes against the states.
+        """
+        block_c, block_e, num_warps, num_stages = blocks
+        block_c, block_e = min(block_c, power_of_two(self.size)), min(block_e, power_of_two(self.width))
+        across = -(-self.width // block_e)
+        length = -(-self.groups // min(-(-WALKERS // (self.batch * self.walks * across)), self.groups))
+        parts = -(-self.groups // length)
+        run = functools.partial(
+            launch,
+            kernel,
+            grid=(across, parts, self.batch * self.walks),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **self.common,
+            G=self.groups,
+            S=self.state,
+            P=parts,
+            BLOCK_C=block_c,
+            BLOCK_S=power_of_two(self.state),
+            BLOCK_E=block_e,
+        )
+        outputs, keep = outputs(parts), inputs[-1]
+        if parts == 1:
+            return run(*inputs, keep, outputs=outputs, TOTALS=False, CARRY=False)
         # The first walk writes its totals alone; the other outputs are only named, in one number each.
         named = [_like(keep, 1)] * len(outputs)
-        named[totals_at] = totals
-        totals = run(keep, named, TOTALS=True, CARRY=False)[totals_at]
-        return run(self._carried(totals, keep, reverse=reverse), outputs, TOTALS=False, CARRY=True)
+        named[totals_at] = jax.ShapeDtypeStruct((self.batch, parts, self.inner, self.width), jnp.float32)
+        totals = run(*inputs, keep, outputs=named, TOTALS=True, CARRY=False)[totals_at]
+        carry = self._carried(totals, keep, reverse=reverse)
+        return run(*inputs, carry, outputs=outputs, TOTALS=False, CARRY=True)
 
     def _carried(self, totals_BPFE: Array, keep_BGW: Array, *, reverse: bool) -> Array:
         """Returns what reaches each part from those walked over before it, float32 [B, P, F, E]."""
+        parts = totals_BPFE.shape[1]
         # In the order of the walk's steps: the second one starts at the last chunk.
         steps_BGW = jnp.stack([keep_BGW[:, :: -1 if walk else 1, walk] for walk in range(self.walks)], axis=-1)
-        length = -(-self.groups // self.parts)
-        padding = ((0, 0), (0, self.parts * length - self.groups), (0, 0))
-        kept_BPW = jnp.pad(steps_BGW, padding, constant_values=1).reshape(self.batch, self.parts, length, -1).prod(2)
+        length = -(-self.groups // parts)
+        padding = ((0, 0), (0, parts * length - self.groups), (0, 0))
+        kept_BPW = jnp.pad(steps_BGW, padding, constant_values=1).reshape(self.batch, parts, length, -1).prod(2)
         drops_BPW = jnp.cumsum(1 - kept_BPW, axis=1)
         before_BPW = jnp.pad(drops_BPW, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         # From part r to a later part p: nothing between them may drop the state.
-        p = jnp.arange(self.parts)
+        p = jnp.arange(parts)
         passes_BPRW = (before_BPW[:, :, None] == drops_BPW[:, None]) & (p[:, None] > p)[..., None]
         if reverse:
             passes_BPRW = passes_BPRW.swapaxes(1, 2)
-        totals_BPWSE = totals_BPFE.reshape(self.batch, self.parts, self.walks, self.state, self.width)
+        totals_BPWSE = totals_BPFE.reshape(self.batch, parts, self.walks, self.state, self.width)
         carried = jnp.einsum(
             'BPRW,BRWSE->BPWSE', passes_BPRW.astype(jnp.float32), totals_BPWSE, precision=jax.lax.Precision.HIGHEST
         )
         return carried.reshape(totals_BPFE.shape)
 
-    def tiles(self, kernel, inputs, outputs, *, causal: bool, overwrite=None) -> list[Array]:
+    def tiles(self, kernel, blocks, inputs, outputs, *, causal: bool, overwrite=None) -> list[Array]:
         """Launches a kernel over tiles of [C, E]."""
-        block_m, block_k, block_e = self.blocks.tile
+        block_m, block_k, block_e, num_warps, num_stages = blocks
         block_m, block_e = min(block_m, power_of_two(self.size)), min(block_e, power_of_two(self.width))
         return launch(
             kernel,
             *inputs,
             outputs=outputs,
             grid=(-(-self.size // block_m), -(-self.width // block_e), self.batch * self.groups),
-            **dict(zip(('num_warps', 'num_stages'), self.blocks.tile_schedule, strict=True)),
+            num_warps=num_warps,
+            num_stages=num_stages,
             overwrite=overwrite,
             **self.common,
             CAUSAL=causal,
@@ -182,16 +206,17 @@ class _Sizes:
             BLOCK_E=block_e,
         )
 
-    def squares(self, kernel, inputs, results, *, causal: bool) -> list[Array]:
+    def squares(self, kernel, blocks, inputs, results, *, causal: bool) -> list[Array]:
         """Launches a kernel over tiles of [C, C] and twice [C, F]."""
-        block_m, block_k = self.blocks.square
+        block_m, block_k, num_warps, num_stages = blocks
         across, across_f = -(-self.size // block_m), -(-self.inner // block_m)
         return launch(
             kernel,
             *inputs,
             outputs=[_like(x, *x.shape) for x in results],
             grid=(across * (across + 2 * across_f), self.batch * self.groups),
-            **dict(zip(('num_warps', 'num_stages'), self.blocks.square_schedule, strict=True)),
+            num_warps=num_warps,
+            num_stages=num_stages,
             **self.common,
             CAUSAL=causal,
             BLOCK_M=block_m,

@@ -5,12 +5,17 @@ in NumPy: slow, and there so that the tests prove the very kernels without a GPU
 """
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+
+
+# It changes Triton's functions while it runs, and JAX may call back from several threads.
+_INTERPRETER = threading.Lock()
 
 
 def interpreted() -> bool:
@@ -69,7 +74,8 @@ def _interpret(kernel, inputs, outputs, grid, overwrite, constants) -> list[Arra
         results = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in outputs]
         for source, target in overwrite.items():
             results[target] = arrays[source].copy()
-        kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
+        with _INTERPRETER:
+            kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
         return results
 
     return list(jax.pure_callback(call, list(outputs), *inputs))

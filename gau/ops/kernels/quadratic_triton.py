@@ -17,9 +17,9 @@ def _scores(
     n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns relu(q.k * scale + w) where the key is seen, else 0, for the tile [i, j] of batch b."""
-    q = tile(q_ptr + b.to(tl.int64) * n * S, i, s, S, n, S)
-    k = tile(k_ptr + b.to(tl.int64) * m * S, j, s, S, m, S)
+    """Returns relu(q.k * scale + w) where the key is seen, else 0, for the tile [i, j] of batch b (64 bits wide)."""
+    q = tile(q_ptr + b * n * S, i, s, S, n, S)
+    k = tile(k_ptr + b * m * S, j, s, S, m, S)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     x *= tl.load(scale_ptr + b * n + i, mask=i < n, other=0.0)[:, None]
     distance = j[None, :] - i[:, None] - offset
@@ -44,13 +44,13 @@ def weights_kernel(
     """a = relu(q.k * scale + w)^2 * after, grid [m, n, B]."""
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = tl.program_id(2)
+    b = tl.program_id(2).to(tl.int64)
     r = _scores(
         q_ptr, k_ptr, w_ptr, scale_ptr, query_ids_ptr, key_ids_ptr, tl.load(offset_ptr), i, j, tl.arange(0, BLOCK_S), b,
         n, m, S, N, CAUSAL, BIAS, PRECISION,
     )  # fmt: skip
     after = tl.load(after_ptr + b * n + i, mask=i < n, other=0.0)
-    put(a_ptr + b.to(tl.int64) * n * m, r * r * after[:, None], i, j, m, n, m)
+    put(a_ptr + b * n * m, r * r * after[:, None], i, j, m, n, m)
 
 
 @triton.jit
@@ -68,12 +68,13 @@ def weights_gradient_kernel(
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offset = tl.load(offset_ptr)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for b in range(0, B):
+    for number in range(0, B):
+        b = tl.program_id(2).to(tl.int64) + number
         r = _scores(
             q_ptr, k_ptr, w_ptr, scale_ptr, query_ids_ptr, key_ids_ptr, offset, i, j, tl.arange(0, BLOCK_S), b,
             n, m, S, N, CAUSAL, BIAS, PRECISION,
         )  # fmt: skip
-        block = b.to(tl.int64) * n * m
+        block = b * n * m
         after = tl.load(after_ptr + b * n + i, mask=i < n, other=0.0)[:, None]
         slope = tile(da_ptr + block, i, j, m, n, m).to(tl.float32) * 2 * r * after
         scale = tl.load(scale_ptr + b * n + i, mask=i < n, other=0.0)[:, None]

@@ -1,5 +1,16 @@
+"""What the tests of the kernels share. On a CPU kernels run in Triton's interpreter, on a GPU as they are."""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+pytest.importorskip('triton')
+
+# The interpreter has no bfloat16 products.
+DTYPES = ['float32', 'bfloat16'] if jax.default_backend() == 'gpu' else ['float32']
+# Largest difference, of the largest number.
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 
 
 def documents(n):

@@ -1,4 +1,4 @@
-"""The fused kernels of FLASH against the reference in float64: on a CPU in Triton's interpreter, on a GPU as they are."""
+"""The fused kernels of FLASH against the reference in float64, values and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,8 @@ from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import documents
+from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
-# Of the largest element. Interpreter and matrix units round the factors of bfloat16 products alike.
-TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_CC')
 
 
@@ -44,7 +42,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
     return o, gradients
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize(
     ('n', 'chunk', 's', 'e', 'packed', 'walkers', 'reduction'),

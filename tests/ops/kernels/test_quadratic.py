@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gau.ops.kernels import quadratic as host
-from gau.ops.positions import toeplitz_bias
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
@@ -18,8 +17,7 @@ NAMES = ('q', 'k', 'v', 'bias')
 def value_and_gradients(impl, dtype, args, weights, **fields):
     def loss(args):
         *qkv, bias_P = args
-        bias = {'bias_P': bias_P} if impl == 'triton' else {'bias_NN': toeplitz_bias(bias_P, qkv[0].shape[1])}
-        o = quadratic_attention(*(x.astype(dtype) for x in qkv), **bias, **fields, impl=impl)
+        o = quadratic_attention(*(x.astype(dtype) for x in qkv), bias_P=bias_P, **fields, impl=impl)
         return jnp.sum(o * weights), o
 
     (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
