@@ -272,9 +272,8 @@ def describe(check: Check) -> str:
             'largest       ' + ('as compiled' if 'total_bytes' in row else 'as traced, if divided evenly') + ':'
         )
         lines += [f'              {_gib(size):>10}  {shape}  {_short(source)}' for size, shape, source in check.largest]
-    lines.append(
-        f'FLOPs         {_giga(row["flops"])} a device and step as traced, {_giga(row["model_flops"])} by the closed form'
-    )
+    traced, closed = _giga(row['flops']), _giga(row['model_flops'])
+    lines.append(f'FLOPs         {traced} a device and step as traced, {closed} by the closed form')
     if 'total_bytes' not in row:
         return '\n'.join(lines)
     lines.append(f"traffic       {_gib(row['traffic_bytes'])} of a device's memory")
