@@ -1,4 +1,4 @@
-"""What all layers share: the dense layer, norms, what a layer is told about its tokens, and the loop over heads."""
+"""What all layers share: the dense layer, what a layer is told about its tokens, and the loop over heads."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from jax import Array
 from gau.ops.decoding import Continuation
 
 KERNEL_INIT = nn.initializers.normal(0.02)
-NORM_EPSILON = 1e-5
 
 
 class TokenInfo(NamedTuple):
@@ -67,33 +66,6 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
         bias = self.param('bias', init, self.features, param_dtype(self.dtype))
         return y + bias.astype(self.dtype) if add_bias else (y, bias)
-
-
-class Norm(nn.Module):
-    """ScaleNorm (one scalar, docs/paper.md section 2), LayerNorm or RMSNorm over the last axis, in float32.
-
-    Attributes:
-      kind: 'scale_norm' x / rms(x) * g with one g; 'rms_norm' with one g a feature; 'layer_norm' (x - mean) / std * g
-        + b.
-      dtype: type of the result.
-    """
-
-    kind: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalises [..., D]."""
-        dtype = param_dtype(self.dtype)
-        shape, axes = ((), ()) if self.kind == 'scale_norm' else ((x.shape[-1],), ('norm',))
-        scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, axes), shape, dtype)
-        x = x.astype(dtype)
-        if self.kind == 'layer_norm':
-            x = x - x.mean(-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON) * scale
-        if self.kind == 'layer_norm':
-            y += self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, dtype)
-        return y.astype(self.dtype)
 
 
 class Temperature(nn.Module):

@@ -207,18 +207,18 @@ class GatedAttentionUnit(nn.Module):
 
     def _fused_mixed_chunk(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)
-        bias_HCC = bias_in_chunk(self._bias(min(self.chunk_size, z_BNS.shape[1])))
+        bias_HP = self._bias(min(self.chunk_size, z_BNS.shape[1]))
 
         def attend(*operands, sequence_axis):
             del sequence_axis  # Tokens stay whole: see token_multiple.
-            *arrays, bias_CC, segment_ids_BN = operands
+            *arrays, bias_P, segment_ids_BN = operands
             return gated_mixed_chunk(
                 *arrays,
                 chunk_size=self.chunk_size,
                 scoring=self.scoring,
                 causal=self.causal,
                 segment_ids_BN=segment_ids_BN,
-                bias_CC=bias_CC,
+                bias_P=bias_P,
                 global_reduction=self.global_reduction,
                 impl=self.impl,
             )
@@ -229,13 +229,13 @@ class GatedAttentionUnit(nn.Module):
             uv_BN2E,
             bias_2E,
             *(x[:, 0] for x in (self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS)),
-            None if bias_HCC is None else bias_HCC[0],
+            None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
                 ('batch', 'length', None, 'act_expanded'),
                 (None, 'act_expanded'),
                 *[narrow] * 4,
-                (None, None),
+                (None,),
                 ('batch', 'length'),
             ],
             result_like=0,

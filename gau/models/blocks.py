@@ -11,9 +11,10 @@ from gau.layers.attention import (
     PerformerAttention,
     QuadraticAttention,
 )
-from gau.layers.common import Norm, TokenInfo, constrain
+from gau.layers.common import TokenInfo, constrain
 from gau.layers.feed_forward import FeedForward
 from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.layers.norm import Norm
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import expanded_dim, head_dim_at, heads_at
 from gau.ops.masks import clear_padding
@@ -58,12 +59,16 @@ class Block(nn.Module):
         return x_BND, None
 
     def _residual(self, x_BND, layer, norm_name, deterministic):
-        norm = Norm(self.config.norm, self.config.dtype, name=norm_name)
-        y_BND = layer(norm(x_BND) if self.config.norm_placement == 'pre' else x_BND)
+        norm = Norm(self.config.norm, self.config.dtype, self.config.impl, name=norm_name)
+        h_BND = x_BND
+        if self.config.norm_placement == 'pre':
+            x_BND, h_BND = norm(x_BND)
+        y_BND = layer(h_BND)
         if self.config.dropout_rate:
             y_BND = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=deterministic)
         x_BND = x_BND + y_BND
-        x_BND = norm(x_BND) if self.config.norm_placement == 'post' else x_BND
+        if self.config.norm_placement == 'post':
+            _, x_BND = norm(x_BND)
         return constrain(x_BND, 'batch', 'length', 'act_embed')
 
 

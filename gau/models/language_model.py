@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.layers.common import KERNEL_INIT, Norm, TokenInfo, constrain, param_dtype
+from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
+from gau.layers.norm import Norm
 from gau.layers.positions import ScaledSinusoid
 from gau.models.architectures import ARCHITECTURES
 from gau.models.blocks import Block
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)
         if config.norm_placement == 'pre':
-            self.final_norm = Norm(config.norm, config.dtype)
+            self.final_norm = Norm(config.norm, config.dtype, config.impl)
         self.dropout = nn.Dropout(config.dropout_rate)
         scan = config.layer_stack == 'scan'
         block = Block
@@ -172,7 +173,7 @@ class LanguageModel(nn.Module):
         else:
             for block in self.blocks:
                 x_BND, _ = block(x_BND, tokens, deterministic)
-        return self.final_norm(x_BND) if config.norm_placement == 'pre' else x_BND
+        return self.final_norm(x_BND)[1] if config.norm_placement == 'pre' else x_BND
 
     def _rope_tables(self, positions_BN: Array) -> dict[int, tuple[Array, Array]]:
         """Cosines and sines for every width that the layers rotate, computed once."""

@@ -10,7 +10,6 @@ pass keeps by hand what it needs: the projections, A, Q and K, the states M, and
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,10 @@ from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.kernels.gated_chunks import gradients, product_and_residuals
+from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
 
 
@@ -35,7 +36,7 @@ def gated_mixed_chunk(
     scoring: Scoring,
     causal: bool,
     segment_ids_BN: Array | None = None,
-    bias_CC: Array | None = None,
+    bias_P: Array | None = None,
     global_reduction: str = 'mean',
     impl: str = 'triton',
 ) -> Array:
@@ -44,13 +45,16 @@ def gated_mixed_chunk(
     Args:
       uv_BN2E: projections of the gate (0) and of the values (1); finite at padding.
       bias_2E: their bias.
-      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS, chunk_size, scoring, causal, segment_ids_BN, bias_CC, global_reduction:
-        see `gau.ops.mixed_chunk_attention`.
+      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS, chunk_size, scoring, causal, segment_ids_BN, global_reduction: see
+         `gau.ops.mixed_chunk_attention`.
+      bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
       impl: 'reference' is that function between plain silu and product; 'triton' the fused kernels.
 
     Returns:
       [B, N, E] in the dtype of uv; zeros at padding.
     """
+    batch, n = uv_BN2E.shape[:2]
+    size = min(chunk_size, n)
     if impl == 'reference':
         u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(uv_BN2E.dtype)), 2, 0)
         return u_BNE * mixed_chunk_attention(
@@ -63,28 +67,17 @@ def gated_mixed_chunk(
             scoring=scoring,
             causal=causal,
             segment_ids_BN=segment_ids_BN,
-            bias_CC=bias_CC,
+            bias_CC=None if bias_P is None else bias_matrix(bias_P, size, size),
             global_reduction=global_reduction,
             impl='reference',
         )
-    batch, n = uv_BN2E.shape[:2]
     dtype = uv_BN2E.dtype
-    size = min(chunk_size, n)
     q, k, q_lin, k_lin = (
         into_chunks(clear_padding(x, segment_ids_BN), size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS)
     )
     # The zeros that fill the last chunk have no documents; without documents the text is one.
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
-    one_text = segment_ids_BN is None and (causal or n % size == 0)
-    mask_ids = None if one_text else ids_BGC
-    a_BGCC = attention_weights(
-        q,
-        k,
-        scoring=scoring,
-        sequence_length=chunk_size,
-        mask=visibility_mask(mask_ids, mask_ids, n=size, m=size, causal=causal),
-        bias=None if bias_CC is None else bias_CC[:size, :size],
-    )
+    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_BGC, chunk_size=chunk_size, scoring=scoring, causal=causal)
     reading, adding, keep_BGP, scale_BGC = _walks(ids_BGC, causal=causal, mean=global_reduction == 'mean')
     q_lin = q_lin.astype(scale_BGC.dtype) * scale_BGC[..., None]
     if not causal:
@@ -92,19 +85,34 @@ def gated_mixed_chunk(
             'BGCS,BGKS->BGCK', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=scale_BGC.dtype
         )
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
-        a_BGCC += jnp.where(same_BGCC, in_chunk, 0)
+        a_BGCC = a_BGCC + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
     q_BGCF = jnp.concatenate([jnp.where(sees_BGC[..., None], q_lin, 0) for sees_BGC in reading], axis=-1)
     k_BGCF = jnp.concatenate([jnp.where(adds_BGC[..., None], k_lin, 0) for adds_BGC in adding], axis=-1)
     o_BGCE = gated_chunk_product(
         into_chunks(uv_BN2E, size),
         bias_2E,
-        a_BGCC.astype(dtype),
+        a_BGCC,
         q_BGCF.astype(dtype),
         k_BGCF.astype(dtype),
         jnp.broadcast_to(keep_BGP, (batch, *keep_BGP.shape[1:])),
         causal,
     )
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
+
+
+def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, *, chunk_size, scoring, causal) -> Array:
+    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
+    shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
+    if scoring.function == 'relu2':
+        ids = jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
+        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': chunk_size, 'width': q_BGCS.shape[-1]}
+        q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
+        bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+        return relu2_weights(q, k, bias_P, describe_tokens(ids, **fields), causal).reshape(*shape, size)
+    mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
+    bias = None if bias_P is None else bias_matrix(bias_P, size, size)
+    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=chunk_size, mask=mask, bias=bias)
+    return a.astype(q_BGCS.dtype)
 
 
 def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], list[Array], Array, Array]:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.quadratic import Tokens, relu2_attention
-from gau.ops.masks import clear_padding, document_length, visibility_mask, visible_keys
+from gau.ops.kernels.quadratic import describe_tokens, relu2_attention
+from gau.ops.masks import clear_padding, document_length, visibility_mask
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
 
@@ -58,8 +58,13 @@ def quadratic_attention(
         length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
 
     if impl == 'triton':
-        o_BNE = _relu2(q_BNS, k_BMS, v_BME, bias_P, segment_ids_BN, length_BN1, scoring=scoring, causal=causal)
-        return clear_padding(o_BNE, segment_ids_BN)
+        ids_BN = jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN
+        ids_BN = jnp.broadcast_to(ids_BN, q_BNS.shape[:2])
+        tokens = describe_tokens(
+            ids_BN, scoring=scoring, causal=causal, sequence_length=length_BN1[..., 0], width=q_BNS.shape[-1]
+        )
+        bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+        return clear_padding(relu2_attention(q_BNS, k_BMS, v_BME, bias_P, tokens, causal), segment_ids_BN)
 
     def attend(q_BnS, ids_Bn, length_Bn1, first):
         bias_nM = None if bias_P is None else bias_matrix(bias_P, q_BnS.shape[1], m, first=offset + first)
@@ -101,21 +106,3 @@ def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):
     )
     o_gBnE = jax.lax.scan(jax.checkpoint(body), None, xs)[1]
     return jnp.moveaxis(o_gBnE, 0, 1).reshape(q_BNS.shape[0], blocks * QUERY_BLOCK, -1)[:, :n]
-
-
-def _relu2(q_BNS, k_BNS, v_BNE, bias_P, segment_ids_BN, length_BN1, *, scoring, causal):
-    """The fused attention, told the normaliser as one factor before the function and one after it."""
-    ids_BN = jnp.ones(q_BNS.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
-    ids_BN = jnp.broadcast_to(ids_BN, q_BNS.shape[:2])
-    ones_BN = jnp.ones(ids_BN.shape, jnp.float32)
-    if scoring.normalizer in ('visible', 'su'):
-        visible_BN = jnp.maximum(visible_keys(ids_BN, causal=causal), 1).astype(jnp.float32)
-    before_BN, after_BN = {
-        'paper': lambda: (1 / jnp.maximum(length_BN1[..., 0], 1), ones_BN),
-        'fixed': lambda: (ones_BN / scoring.length, ones_BN),
-        'visible': lambda: (1 / visible_BN, ones_BN),
-        'su': lambda: (ones_BN * q_BNS.shape[-1] ** -0.5, 1 / visible_BN),
-    }[scoring.normalizer]()
-    before_BN = jnp.broadcast_to(before_BN, ids_BN.shape).astype(jnp.float32)
-    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-    return relu2_attention(q_BNS, k_BNS, v_BNE, bias_P, Tokens(before_BN, after_BN, ids_BN), causal)

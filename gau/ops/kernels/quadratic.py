@@ -15,11 +15,15 @@ import numpy as np
 from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.masks import visible_keys
+from gau.ops.scores import Scoring
 
 # Queries (backwards: keys) whose weights exist at once are an eighth of the text, within these bounds. Blocks come in
 # at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
 GROUPS = 8
 SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
+# Programs that a gradient kernel has at least, where the batch can be cut into parts.
+PROGRAMS = 528
 # Sides of a kernel's tile, warps and pipeline stages.
 TILES = {'bfloat16': (128, 128, 8, 2), 'float32': (32, 32, 4, 1)}
 
@@ -36,6 +40,29 @@ class Tokens(NamedTuple):
     scale_BN: Array
     after_BN: Array
     ids_BN: Array
+
+
+def describe_tokens(
+    ids_BN: Array, *, scoring: Scoring, causal: bool, sequence_length: int | Array, width: int
+) -> Tokens:
+    """Returns the normaliser of `scoring` as factors on q.k and on the weights.
+
+    Args:
+      ids_BN: segment ids.
+      scoring: attention function relu2 and its normaliser.
+      causal: whether later keys are hidden.
+      sequence_length: n for the normaliser 'paper', a number or an array [B, N].
+      width: S.
+    """
+    ones_BN = jnp.ones(ids_BN.shape, jnp.float32)
+    if scoring.normalizer in ('visible', 'su'):
+        visible_BN = jnp.maximum(visible_keys(ids_BN, causal=causal), 1).astype(jnp.float32)
+    if scoring.normalizer == 'su':
+        return Tokens(ones_BN * width**-0.5, 1 / visible_BN, ids_BN)
+    if scoring.normalizer == 'visible':
+        return Tokens(1 / visible_BN, ones_BN, ids_BN)
+    n = scoring.length if scoring.normalizer == 'fixed' else jnp.maximum(sequence_length, 1)
+    return Tokens(ones_BN / n, ones_BN, ids_BN)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -87,7 +114,7 @@ def _backward(causal, residuals, do_BNE):
             da = jnp.einsum('BNE,BME->BNM', do, v)
             offset = start - first
             a, ds, db = _weights_and_gradient(
-                q, k, bias_P, seen_by, _cut(tokens.ids_BN, first, size), da, offset=offset, causal=causal
+                q, k, bias_P, seen_by, _cut(tokens.ids_BN, first, size), da, offset=offset, causal=causal, again=True
             )
             if dbias_P is not None:
                 dbias_P = _add_diagonals(dbias_P, db, offset)
@@ -100,15 +127,37 @@ def _backward(causal, residuals, do_BNE):
         dks.append(dk)
         dvs.append(dv)
     dk_BNS, dv_BNE = jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
-    zeros = Tokens(
-        jnp.zeros_like(tokens.scale_BN),
-        jnp.zeros_like(tokens.after_BN),
-        np.zeros(tokens.ids_BN.shape, jax.dtypes.float0),
-    )
-    return dq_BNS.astype(dtype), dk_BNS, dv_BNE, dbias_P, zeros
+    return dq_BNS.astype(dtype), dk_BNS, dv_BNE, dbias_P, _no_gradient(tokens)
 
 
 relu2_attention.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def relu2_weights(q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> Array:
+    """Returns A of `relu2_attention`, [B, N, N] in the type of q: for short texts, such as the chunks of a long one."""
+    return _weights(q_BNS, k_BNS, bias_P, tokens, tokens.ids_BN, offset=0, causal=causal)
+
+
+def _weights_forward(q_BNS, k_BNS, bias_P, tokens, causal):
+    return relu2_weights(q_BNS, k_BNS, bias_P, tokens, causal), (q_BNS, k_BNS, bias_P, tokens)
+
+
+def _weights_backward(causal, residuals, da_BNN):
+    q_BNS, k_BNS, bias_P, tokens = residuals
+    fields = {'offset': 0, 'causal': causal, 'again': False}
+    _, ds_BNN, db_NN = _weights_and_gradient(q_BNS, k_BNS, bias_P, tokens, tokens.ids_BN, da_BNN, **fields)
+    dq_BNS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BNN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BNN, q_BNS)
+    dbias_P = None if bias_P is None else _add_diagonals(jnp.zeros_like(bias_P), db_NN, 0)
+    return dq_BNS, dk_BNS, dbias_P, _no_gradient(tokens)
+
+
+relu2_weights.defvjp(_weights_forward, _weights_backward)
+
+
+def _no_gradient(tokens: Tokens) -> Tokens:
+    zeros = np.zeros(tokens.ids_BN.shape, jax.dtypes.float0)
+    return Tokens(jnp.zeros_like(tokens.scale_BN), jnp.zeros_like(tokens.after_BN), zeros)
 
 
 def _groups(n: int) -> Iterator[tuple[int, int, int]]:
@@ -151,23 +200,20 @@ def _add_diagonals(sums_P: Array, x_nm: Array, offset: int | Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(sums_P, old + diagonals, at, axis=0)
 
 
-def _launch(
-    kernel, q, k, bias_P, tokens: Tokens, key_ids, *more, outputs, offset, causal, batch_in_grid: bool, **extra
-):
+def _launch(kernel, q, k, bias_P, tokens: Tokens, key_ids, *more, outputs, offset, causal, parts: int, **extra):
     block_m, block_n, num_warps, num_stages = TILES[str(q.dtype)]
-    (batch, n, s), m = q.shape, k.shape[1]
+    (_, n, s), m = q.shape, k.shape[1]
     return launch(
         kernel,
         q,
         k,
         tokens.scale_BN if bias_P is None else bias_P,
-        *tokens[:2],
-        tokens.ids_BN,
+        *tokens,
         key_ids,
         jnp.full((1,), offset, jnp.int32),
         *more,
         outputs=outputs,
-        grid=(-(-m // block_n), -(-n // block_m), batch if batch_in_grid else 1),
+        grid=(-(-m // block_n), -(-n // block_m), parts),
         num_warps=num_warps,
         num_stages=num_stages,
         n=n,
@@ -188,15 +234,20 @@ def _weights(q, k, bias_P, tokens, key_ids, *, offset, causal) -> Array:
     from gau.ops.kernels.quadratic_triton import weights_kernel
 
     a = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), q.dtype)
-    fields = {'offset': offset, 'causal': causal, 'batch_in_grid': True}
+    fields = {'offset': offset, 'causal': causal, 'parts': q.shape[0]}
     return _launch(weights_kernel, q, k, bias_P, tokens, key_ids, outputs=[a], **fields)[0]
 
 
-def _weights_and_gradient(q, k, bias_P, tokens, key_ids, da, *, offset, causal) -> list[Array]:
-    """Returns the weights, the gradient of q.k, and that of the bias [n, m] summed over the batch."""
+def _weights_and_gradient(q, k, bias_P, tokens, key_ids, da, *, offset, causal, again: bool) -> tuple[Array, ...]:
+    """Returns the weights if `again`, the gradient of q.k, and that of the bias [n, m] summed over the batch."""
     from gau.ops.kernels.quadratic_triton import weights_gradient_kernel
 
-    a = jax.ShapeDtypeStruct(da.shape, q.dtype)
-    db = jax.ShapeDtypeStruct((1,) if bias_P is None else da.shape[1:], jnp.float32)
-    fields = {'offset': offset, 'causal': causal, 'batch_in_grid': False, 'B': q.shape[0]}
-    return _launch(weights_gradient_kernel, q, k, bias_P, tokens, key_ids, da, outputs=[a, a, db], **fields)
+    batch, n, m = da.shape
+    block_m, block_n = TILES[str(q.dtype)][:2]
+    parts = min(batch, -(-PROGRAMS // (-(-n // block_m) * -(-m // block_n))))
+    like, named = jax.ShapeDtypeStruct(da.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
+    db = named if bias_P is None else jax.ShapeDtypeStruct((parts, n, m), jnp.float32)
+    outputs = [like if again else named, like, db]
+    fields = {'offset': offset, 'causal': causal, 'parts': parts, 'B': batch, 'AGAIN': again}
+    a, ds, db = _launch(weights_gradient_kernel, q, k, bias_P, tokens, key_ids, da, outputs=outputs, **fields)
+    return a, ds, db.sum(0)

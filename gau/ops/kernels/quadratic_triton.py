@@ -57,19 +57,20 @@ def weights_kernel(
 def weights_gradient_kernel(
     q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, query_ids_ptr, key_ids_ptr, offset_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """a again, ds = gradient of q.k, and db = gradient of the bias summed over the batch; grid [m, n].
+    """ds = gradient of q.k, db = that of the bias summed over a part of the batch, and a once more if AGAIN.
 
-    A program goes through the batch, so that the sum over it stays in registers.
+    Grid [m, n, parts]. A program goes through its part of the batch, so that the sum over it stays in registers.
     """
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     offset = tl.load(offset_ptr)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for number in range(0, B):
-        b = tl.program_id(2).to(tl.int64) + number
+    for number in range(0, (B - part + parts - 1) // parts):
+        b = part + number * parts
         r = _scores(
             q_ptr, k_ptr, w_ptr, scale_ptr, query_ids_ptr, key_ids_ptr, offset, i, j, tl.arange(0, BLOCK_S), b,
             n, m, S, N, CAUSAL, BIAS, PRECISION,
@@ -78,8 +79,9 @@ def weights_gradient_kernel(
         after = tl.load(after_ptr + b * n + i, mask=i < n, other=0.0)[:, None]
         slope = tile(da_ptr + block, i, j, m, n, m).to(tl.float32) * 2 * r * after
         scale = tl.load(scale_ptr + b * n + i, mask=i < n, other=0.0)[:, None]
-        put(a_ptr + block, r * r * after, i, j, m, n, m)
+        if AGAIN:
+            put(a_ptr + block, r * r * after, i, j, m, n, m)
         put(ds_ptr + block, slope * scale, i, j, m, n, m)
         db += slope
     if BIAS:
-        put(db_ptr, db, i, j, m, n, m)
+        put(db_ptr + part * n * m, db, i, j, m, n, m)

@@ -11,19 +11,19 @@ from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
-NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_CC')
+NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
 def inputs(seed, *, batch, n, s, e, chunk):
     keys = jax.random.split(jax.random.key(seed), len(NAMES) + 1)
-    shapes = [(batch, n, 2, e), (2, e), *[(batch, n, s)] * 4, (chunk, chunk)]
+    shapes = [(batch, n, 2, e), (2, e), *[(batch, n, s)] * 4, (2 * chunk - 1,)]
     draws = [jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=False)]
     return draws, jax.random.normal(keys[-1], (batch, n, e), jnp.float64)
 
 
 def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduction):
     def loss(args):
-        uv, bias, *queries_keys, bias_CC = args
+        uv, bias, *queries_keys, bias_P = args
         o = gated_mixed_chunk(
             uv.astype(dtype),
             bias,
@@ -32,7 +32,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
             scoring=Scoring('relu2', 'fixed', 8),
             causal=causal,
             segment_ids_BN=ids,
-            bias_CC=bias_CC,
+            bias_P=bias_P,
             global_reduction=reduction,
             impl=impl,
         )
