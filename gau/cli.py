@@ -66,7 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if 'config' in flags.FLAGS:
+        if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
             # A config file that is not there is reported only when its fields are asked for.
             flags.FLAGS['config'].value.to_dict()
         return rest

@@ -4,31 +4,45 @@
     python scripts/compile_check.py --config=configs/lm.py:size=large --topology=v5e:4x4 --config.mesh.fsdp=-1 \
         --config.mesh.data=1 --config.model.remat=full --sweep=batch
     python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
+    python scripts/compile_check.py --table=docs/tpu_v4_64.md       the paper's configurations: an hour on two cores
 
 TPU topologies (v4, v5e, v5p, v6e) are compiled for by libtpu, a package that needs no TPU: `pip install libtpu` in the
 version that `jax[tpu]` asks for. `--config.model.layer_stack=scan` compiles several times faster. No data are read.
 """
 
 import json
+from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
 
 from gau import cli
+from gau.errors import UserError
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', 'local', 'v4:4x4x4, v5e:.., v5p:.., v6e:..; cpu:8, simulated; or local, the devices here.'
 )
 _SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the largest that fits.')
+_SHARDINGS = flags.DEFINE_boolean('shardings', False, 'Print how parameters and activations are sharded; no compiling.')
 _JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
+_TABLE = flags.DEFINE_string(
+    'table', None, "Write the paper's configurations on 64 TPU v4 chips to this Markdown file."
+)
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
 
 
 def main() -> None:
     """Compiles, once or in a sweep."""
-    from gau.benchmarks import chips, compile_check
+    from gau.benchmarks import chips, compile_check, tpu_table
 
+    if _TABLE.value is not None:
+        tpu_table.write(
+            Path(_TABLE.value), report=lambda row: print(tpu_table.table([row]).splitlines()[-1], flush=True)
+        )
+        return
     config = flags.FLAGS.config
+    if config is None:
+        raise UserError('--config=FILE[:name=value,...] must be given, or --table=FILE')
     compile_check.without_data(config)
     target = chips.target(_TOPOLOGY.value)
 
@@ -37,6 +51,9 @@ def main() -> None:
             with open(_JSON.value, 'a') as file:
                 file.write(json.dumps(row) + '\n')
 
+    if _SHARDINGS.value:
+        print(compile_check.shardings(config, target, vocab_size=_VOCAB_SIZE.value))
+        return
     if _SWEEP.value is None:
         found = compile_check.check(config, target, vocab_size=_VOCAB_SIZE.value)
         keep(found.row)
@@ -52,5 +69,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.define_config()
+    cli.define_config(required=False)
     cli.run(main)

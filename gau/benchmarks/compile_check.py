@@ -6,7 +6,7 @@ Nothing is allocated and no data are read; the vocabulary is a number. libtpu co
 import math
 import re
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ from ml_collections import ConfigDict
 
 from gau.benchmarks.chips import Target
 from gau.benchmarks.hlo import Collective, Program
+from gau.benchmarks.traced import activations, flops, largest_arrays
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
 from gau.models import registry
+from gau.models.implementations import Target as Implementing
 from gau.training import config as training_config
 from gau.training import mesh as meshes
+from gau.training import step
 from gau.training.durations import UNITS
 from gau.training.setup import Run
 
@@ -79,8 +82,9 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     """
     mesh = meshes.make_mesh(config.mesh, target.devices)
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    meshes.check_batch(mesh, batch_size=rows, context=config.data.context)
-    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm')
+    meshes.check_batch(mesh, batch_size=rows, context=config.data.context, model=config.model)
+    chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
+    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm', target=chip)
     return Run(config, _Vocabulary(vocab_size), mesh, model)
 
 
@@ -110,10 +114,10 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     """
     config = without_data(config)
     run = make_run(config, target, vocab_size=vocab_size)
-    step, state, batch = run.train_step(), run.abstract_state, abstract_batch(run)
+    train_step, state, batch = run.train_step(), run.abstract_state, abstract_batch(run)
     row = _about(run, target)
     with run.context():
-        traced = step.trace(state, batch)
+        traced = train_step.trace(state, batch)
         row['flops'] = flops(traced.jaxpr) / run.mesh.size
         lowered = traced.lower()
         start = time.perf_counter()
@@ -123,7 +127,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
             row |= {'fits': False, 'error': str(error).partition(': ')[2].splitlines()[0]}
-            return Check(row, [], _largest_traced(traced.jaxpr, run.mesh.size))
+            return Check(row, [], largest_arrays(traced.jaxpr, run.mesh.size))
     row['compile_seconds'] = time.perf_counter() - start
     memory = compiled.memory_analysis()
     row |= {
@@ -139,6 +143,19 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     row |= {'traffic_bytes': program.memory_traffic(), 'collectives': _by_kind(collectives)}
     row |= _times(row, collectives, program.cycles(), target)
     return Check(row, collectives, program.largest_arrays(5))
+
+
+def shardings(config: ConfigDict, target: Target, *, vocab_size: int) -> str:
+    """Returns how every parameter and the main activations lie on the target's devices, as text; compiles nothing.
+
+    Raises:
+      UserError: the config is impossible.
+    """
+    run = make_run(without_data(config), target, vocab_size=vocab_size)
+    state, batch = run.abstract_state, abstract_batch(run)
+    with run.context():
+        traced = jax.jit(step.make_eval_step(run.model)).trace(state.params, batch)
+    return f'{run.parameter_table(state.params)}\n{activations(traced.jaxpr, run.mesh)}'
 
 
 def sweep(
@@ -183,47 +200,6 @@ def sweep(
     return (low * unit, rows[low]) if low else None
 
 
-def flops(jaxpr: Any) -> int:
-    """Returns the FLOPs of all matrix products of a traced program, over all devices, loops as often as they run."""
-    return sum(times * _product_flops(equation) for equation, times in _equations(jaxpr.jaxpr, 1))
-
-
-def _equations(jaxpr: Any, times: int) -> Any:
-    """Every equation with how often it runs; inside of a `shard_map` it runs on every device."""
-    for equation in jaxpr.eqns:
-        yield equation, times
-        inner = times
-        if equation.primitive.name == 'scan':
-            inner *= equation.params['length']
-        if equation.primitive.name == 'shard_map':
-            inner *= equation.params['mesh'].size
-        for sub in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
-            sub = getattr(sub, 'jaxpr', sub)
-            if hasattr(sub, 'eqns'):
-                yield from _equations(sub, inner)
-
-
-def _product_flops(equation: Any) -> int:
-    if equation.primitive.name != 'dot_general':
-        return 0
-    (contracted, _), _ = equation.params['dimension_numbers']
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-
-
-def _largest_traced(jaxpr: Any, devices: int) -> list[tuple[int, str, str]]:
-    """The largest arrays that the program makes before it is compiled, as if divided evenly over the devices."""
-    sizes = {}
-    for equation, _ in _equations(jaxpr.jaxpr, 1):
-        for variable in equation.outvars:
-            shape, dtype = getattr(variable.aval, 'shape', ()), getattr(variable.aval, 'dtype', None)
-            # What is broadcast or compared is not stored; what loops and products return is.
-            if dtype is not None and equation.primitive.name in ('scan', 'dot_general', 'gather', 'concatenate'):
-                source = f'{equation.source_info.name_stack}/{equation.primitive.name}'
-                sizes[f'{dtype}[{",".join(map(str, shape))}]', source] = math.prod(shape) * dtype.itemsize // devices
-    return [(size, *key) for key, size in Counter(sizes).most_common(5)]
-
-
 def _about(run: Run, target: Target) -> Row:
     config = run.config
     return {
@@ -234,7 +210,7 @@ def _about(run: Run, target: Target) -> Row:
         'batch_size': config.data.batch_size,
         'layer_stack': config.model.layer_stack,
         'remat': config.model.remat,
-        'impl': config.model.impl,
+        'impl': run.model.config.impl,
         'topology': target.name,
         'device': target.devices[0].device_kind,
         'mesh': dict(run.mesh.shape),
@@ -296,10 +272,8 @@ def describe(check: Check) -> str:
             'largest       ' + ('as compiled' if 'total_bytes' in row else 'as traced, if divided evenly') + ':'
         )
         lines += [f'              {_gib(size):>10}  {shape}  {_short(source)}' for size, shape, source in check.largest]
-    lines.append(
-        f'FLOPs         {row["flops"] / 1e12:.3f} T a device and step as traced, {row["model_flops"] / 1e12:.3f} T '
-        'by the closed form'
-    )
+    traced, closed = _giga(row['flops']), _giga(row['model_flops'])
+    lines.append(f'FLOPs         {traced} a device and step as traced, {closed} by the closed form')
     if 'total_bytes' not in row:
         return '\n'.join(lines)
     lines.append(f"traffic       {_gib(row['traffic_bytes'])} of a device's memory")
@@ -328,6 +302,10 @@ def verdict(row: Row) -> str:
 
 def _gib(size: float) -> str:
     return f'{size / 2**30:.2f} GiB' if size >= 2**30 / 10 else f'{size / 2**20:.1f} MiB'
+
+
+def _giga(number: float) -> str:
+    return f'{number / 1e12:.3f} T' if number >= 1e11 else f'{number / 1e9:.3f} G'
 
 
 def _short(source: str) -> str:

@@ -17,6 +17,8 @@ _BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c12
 # What moves nothing: names, tuples, views, and calls whose insides are counted instead.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all'}
 _FREE |= {'partition-id', 'replica-id', 'opt-barrier', 'copy-done', 'iota'}
+# How libtpu writes that it has no estimate.
+_UNKNOWN_CYCLES = 2**63 - 1
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(
     r'\b(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)'
@@ -161,11 +163,14 @@ class Program:
         return sum(times * self._traffic(instruction, where) for instruction, where, times in self.runs)
 
     def cycles(self) -> int | None:
-        """Returns the cycles that libtpu's compiler estimates for a step's kernels; None for others."""
+        """Returns the cycles that libtpu's compiler estimates for a step's kernels; None where it cannot say."""
         total = 0
         for instruction, _, times in self.runs:
             match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            total += times * int(match[1]) if match else 0
+            cycles = int(match[1]) if match else 0
+            if cycles >= _UNKNOWN_CYCLES:
+                return None
+            total += times * cycles
         return total or None
 
     def largest_arrays(self, number: int) -> list[tuple[int, str, str]]:

@@ -37,7 +37,11 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BN: Array) -> Array:
         """Returns the vectors of these tokens, [B, N, D]."""
-        return self.kernel[tokens_BN].astype(self.dtype)
+        return self.rows()[tokens_BN].astype(self.dtype)
+
+    def rows(self) -> Array:
+        """Returns the matrix with whole rows on every device: gathered once, not for each use of a part of it."""
+        return constrain(self.kernel, 'vocab', None)
 
 
 class LanguageModel(nn.Module):
@@ -119,7 +123,7 @@ class LanguageModel(nn.Module):
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
         return weighted_cross_entropy(
-            h_BND, self.embedding.kernel, targets_BN, weights_BN, positions_per_slice=self.config.vocab_loss_slice
+            h_BND, self.embedding.rows(), targets_BN, weights_BN, positions_per_slice=self.config.vocab_loss_slice
         )
 
     def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
@@ -153,7 +157,7 @@ class LanguageModel(nn.Module):
     def losses(self, h_BND: Array, targets_BN: Array) -> Array:
         """Returns -log p(target) in nats for what `hidden` or `extend` returned, [B, N], float32 (float64)."""
         return sliced_cross_entropy(
-            h_BND, self.embedding.kernel, targets_BN, positions_per_slice=self.config.vocab_loss_slice
+            h_BND, self.embedding.rows(), targets_BN, positions_per_slice=self.config.vocab_loss_slice
         )
 
     def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:

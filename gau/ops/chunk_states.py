@@ -13,7 +13,6 @@ of the document open at its end. This is all that devices tell each other.
 """
 
 import functools
-
 from typing import NamedTuple
 
 import jax

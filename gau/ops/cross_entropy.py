@@ -12,7 +12,7 @@ from jax import Array
 
 from gau.ops.chunk_states import into_chunks
 
-# Logits of all rows that a slice holds at most, where rows can be cut: 256 MiB in float32.
+# Logits of all rows that a slice holds at most on each device, where rows can be cut: 256 MiB in float32.
 MAX_LOGITS = 2**26
 # Up to this many, logits are kept for the backward pass: 4 MiB are not worth the computing again.
 KEPT_LOGITS = 2**20
@@ -25,7 +25,7 @@ def sliced_cross_entropy(
 
     The slices run along N, so that a batch sharded over devices stays so; a slice's logits are computed again in the
     backward pass, unless there are no more than KEPT_LOGITS in all. N need not be a multiple of the slice. What exists
-    at once is one slice: at most MAX_LOGITS scores over all rows and devices (B * V where that is more), and at most
+    at once is one slice: at most MAX_LOGITS scores a device over all rows (B * V where that is more), and at most
     `positions_per_slice` positions.
 
     Args:
@@ -143,8 +143,9 @@ def output_logits(hidden_BND: Array, embedding_VD: Array) -> Array:
 
 
 def _slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int) -> int:
-    """Positions of a sequence in one slice."""
-    return min(positions_per_slice, max(1, MAX_LOGITS // (targets_BN.shape[0] * embedding_VD.shape[0])))
+    """Positions of a sequence in one slice; of its logits, every device of a mesh holds its share."""
+    devices = jax.sharding.get_abstract_mesh().size
+    return min(positions_per_slice, max(1, MAX_LOGITS * devices // (targets_BN.shape[0] * embedding_VD.shape[0])))
 
 
 def _clear_unweighted(hidden_BND: Array, weights_BN: Array) -> Array:

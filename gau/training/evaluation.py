@@ -102,7 +102,7 @@ class Evaluator:
         context = context or data.context
         divisor = self._mesh.shape['data'] * self._mesh.shape['fsdp']
         rows = max(base_rows * data.context // context // divisor, 1) * divisor
-        meshes.check_batch(self._mesh, batch_size=rows, context=context)
+        meshes.check_batch(self._mesh, batch_size=rows, context=context, model=self._config.model)
         iterator = pipeline.eval_iterator(
             data,
             split=split,

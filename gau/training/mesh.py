@@ -5,10 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
+from gau.models.architectures import ARCHITECTURES
 from gau.training.config import MESH_AXES
 
 # Parameters first, activations below. An axis left at None is whole on every device.
@@ -53,7 +55,13 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     if math.prod(sizes) != len(devices):
         raise UserError(f'{named}: the sizes must multiply to the {len(devices)} device(s) at hand')
     # Auto: the compiler propagates shardings from the constraints; Linen's logical partitioning needs this type.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # An axis of 2 in a network of 4 x 4 x 4 TPUs: half of a physical axis, which make_mesh does not cut by itself.
+        cut = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(cut, MESH_AXES, axis_types=types)
 
 
 def partition_spec(names: tuple[str | None, ...] | PartitionSpec, *, where: str = 'an array') -> PartitionSpec:
@@ -103,13 +111,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(('batch', 'length')))
 
 
-def check_batch(mesh: Mesh, *, batch_size: int, context: int) -> None:
-    """Raises UserError unless [batch_size, context] arrays divide over the mesh."""
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
+def check_batch(mesh: Mesh, *, batch_size: int, context: int, model: ConfigDict) -> None:
+    """Raises UserError unless [batch_size, context] arrays divide over the mesh, in whole chunks of the model."""
+    rows, shards = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['sequence']
     if batch_size % rows:
         raise UserError(f'a batch of {batch_size} sequences does not divide over mesh data x fsdp = {rows}')
-    if context % mesh.shape['sequence']:
-        raise UserError(f'data.context={context} does not divide over mesh.sequence={mesh.shape["sequence"]}')
+    if context % shards:
+        raise UserError(f'data.context={context} does not divide over mesh.sequence={shards}')
+    if ARCHITECTURES[model.name].attention == 'mixed_chunk' and shards > 1 and context // shards % model.chunk_size:
+        raise UserError(
+            f'data.context={context} over mesh.sequence={shards} is {context // shards} tokens a device, which is no '
+            f'multiple of model.chunk_size={model.chunk_size}'
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

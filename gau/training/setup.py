@@ -74,7 +74,7 @@ class Run:
             model cannot be evaluated at a context.
         """
         data, rows = self.config.data, self.config.data.batch_size // self.config.optimizer.accumulation_steps
-        meshes.check_batch(self.mesh, batch_size=rows, context=data.context)
+        meshes.check_batch(self.mesh, batch_size=rows, context=data.context, model=self.config.model)
         if data.batch_size % jax.process_count():
             raise UserError(f'data.batch_size={data.batch_size} does not divide over {jax.process_count()} processes')
         known = sources.splits(data)
@@ -82,7 +82,7 @@ class Run:
             if split not in known:
                 raise UserError(f'eval.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}')
         for context in self.config.eval.contexts:
-            meshes.check_batch(self.mesh, batch_size=rows, context=context)
+            meshes.check_batch(self.mesh, batch_size=rows, context=context, model=self.config.model)
             tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
             batch = {'inputs': tokens, 'targets': tokens}
             jax.eval_shape(step.make_eval_step(self.model), nn.unbox(self._boxed_params), batch)

@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
+from ml_collections import ConfigDict
 
-from gau.benchmarks import chips
+from gau.benchmarks import chips, compile_check
 from gau.errors import UserError
+from gau.training.config import default_config
+from gau.training.mesh import make_mesh
 from tests.training.test_commands import run
 
 TINY = ['--config=configs/lm.py:runlocal', '--vocab_size=512', '--config.model.num_layers=2']
@@ -67,3 +72,53 @@ def test_a_tpu_step_and_the_largest_batch(tmp_path):
     smallest_too_large = min(row['batch_size'] for row in rows if not row['fits'])
     assert largest < smallest_too_large <= largest * 1.1 + 4
     assert all(0 < row['mfu'] <= row['mfu_bound'] < 1 for row in rows if row['fits'])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu, reason='needs libtpu')
+def test_an_axis_of_the_mesh_may_be_half_of_a_physical_one():
+    target = chips.target('v4:4x4x4')
+    mesh = make_mesh(ConfigDict({'data': 32, 'fsdp': 1, 'tensor': 1, 'sequence': 2}), target.devices)
+    assert mesh.devices.shape == (32, 1, 1, 2)
+
+
+@pytest.mark.parametrize('objective', [pytest.param('lm', marks=pytest.mark.slow), 'mlm'])
+def test_nothing_of_the_length_of_a_text_is_gathered_by_flash(objective):
+    def compiled(devices, context):
+        arguments = ['-m', 'tests.benchmarks.sequence_program', objective, str(devices), str(context)]
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    context = 8192
+    spread, alone = compiled(8, context), compiled(1, context)
+    assert spread['collectives']
+    for shape in spread['shapes']:
+        # The narrowest array of all tokens has S = 16 numbers for each.
+        assert context not in shape
+        assert math.prod(shape) < context * 16, shape
+    # What a device keeps is its part of the tokens: no [N, N] and no copy of the text.
+    assert spread['temporary_bytes'] < alone['temporary_bytes'] / 5
+
+
+@pytest.mark.parametrize(('start', 'limit'), [(4, 148), (512, 148), (64, 2), (4, 1000)])
+def test_a_sweep_doubles_and_halves(monkeypatch, start, limit):
+    tried = []
+
+    def check(config, target, *, vocab_size):
+        tried.append(config.data.batch_size)
+        return compile_check.Check({'fits': config.data.batch_size <= limit}, [], [])
+
+    monkeypatch.setattr(compile_check, 'check', check)
+    config = default_config()
+    config.data.batch_size = start
+    target = chips.Target('somewhere', [], None, 2**30, None)
+    shape = {'data': 1, 'fsdp': 4, 'tensor': 1, 'sequence': 1}
+    monkeypatch.setattr(compile_check.meshes, 'make_mesh', lambda *_: SimpleNamespace(shape=shape))
+    largest = compile_check.sweep(config, 'batch', target, vocab_size=1, report=lambda row: None)
+    if limit < 4:
+        assert largest is None
+    else:
+        assert limit * (1 - compile_check.SWEEP_RESOLUTION) <= largest[0] <= limit
+    assert len(tried) == len(set(tried)) <= 14
+    assert all(size % 4 == 0 for size in tried)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gau.benchmarks.compile_check import flops
 from gau.benchmarks.hlo import Program
+from gau.benchmarks.traced import flops
 
 LOOP = """HloModule example
 
@@ -84,3 +84,7 @@ def test_a_compiled_scan_is_read_back():
     assert program.collectives() == []
     # Seven times at least: a matrix read, and x read and written.
     assert program.memory_traffic() > 7 * 4 * (64 * 64 + 2 * 32 * 64)
+
+
+def test_a_kernel_without_an_estimate_leaves_the_whole_without():
+    assert Program(LOOP.replace('"7"', f'"{2**63 - 1}"')).cycles() is None

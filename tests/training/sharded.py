@@ -49,6 +49,7 @@ def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[li
     memory = {
         'state_bytes': held,
         'argument_bytes': compiled.memory_analysis().argument_size_in_bytes,
+        'temporary_bytes': compiled.memory_analysis().temp_size_in_bytes,
         'largest_array': largest / (logits / len(devices)),
     }
     return losses, jax.device_get(state.params), memory

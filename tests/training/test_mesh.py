@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,3 +44,16 @@ def test_shardings_follow_the_boxes():
     found = meshes.shardings(tree, mesh)
     assert found['kernel'].spec == PartitionSpec('fsdp', 'tensor')
     assert found['count'].spec == PartitionSpec()
+
+
+def test_a_shard_of_a_text_is_whole_chunks():
+    mesh = SimpleNamespace(shape={'data': 2, 'fsdp': 2, 'tensor': 1, 'sequence': 4})
+    flash = ConfigDict({'name': 'flash', 'chunk_size': 32})
+    meshes.check_batch(mesh, batch_size=8, context=256, model=flash)
+    with pytest.raises(UserError, match=r'data.context=192 over mesh.sequence=4 is 48 tokens'):
+        meshes.check_batch(mesh, batch_size=8, context=192, model=flash)
+    meshes.check_batch(mesh, batch_size=8, context=192, model=ConfigDict({'name': 'flash_quad', 'chunk_size': None}))
+    with pytest.raises(UserError, match='does not divide over mesh.sequence=4'):
+        meshes.check_batch(mesh, batch_size=8, context=254, model=flash)
+    with pytest.raises(UserError, match='data x fsdp = 4'):
+        meshes.check_batch(mesh, batch_size=6, context=256, model=flash)
