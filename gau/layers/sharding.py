@@ -50,7 +50,7 @@ def over_mesh(
       KeyError: a name has no rule.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    if mesh.size == 1 or not rules or AxisType.Manual in mesh.axis_types:
+    if mesh.size <= 1 or not rules or AxisType.Manual in mesh.axis_types:
         return op(*operands, sequence_axis=None)
 
     def cut(operand: Array, names: Names) -> list[tuple[str, ...] | None]:

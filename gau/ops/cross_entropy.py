@@ -144,7 +144,7 @@ def output_logits(hidden_BND: Array, embedding_VD: Array) -> Array:
 
 def _slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int) -> int:
     """Positions of a sequence in one slice; of its logits, every device of a mesh holds its share."""
-    devices = jax.sharding.get_abstract_mesh().size
+    devices = max(1, jax.sharding.get_abstract_mesh().size)  # 0 where no mesh is set
     return min(positions_per_slice, max(1, MAX_LOGITS * devices // (targets_BN.shape[0] * embedding_VD.shape[0])))
 
 
