@@ -7,7 +7,6 @@ sequence it would gather, and kernels it does not understand; those run inside `
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
