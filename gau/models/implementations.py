@@ -4,7 +4,6 @@
 implementation is an entry of WHY_NOT and a name in `architectures.Architecture.impls`, before the slower ones.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import head_dim_at
-from gau.ops.kernels.launch import interpreted
+from gau.ops.kernels.launch import available, interpreted
 
 
 class Target(NamedTuple):
@@ -71,9 +70,8 @@ def _triton(config: ConfigDict, target: Target) -> str | None:
         return f'an NVIDIA GPU, this is {target.platform}'
     if target.platform == 'gpu' and (target.compute_capability or (0, 0)) < (9, 0):
         return 'an NVIDIA GPU of compute capability 9.0 or more'
-    package = 'triton' if interpreted() else 'jax_triton'
-    if importlib.util.find_spec(package) is None:
-        return f'the package {package} (pip install -r requirements-gpu.txt)'
+    if not available():
+        return 'jax-triton (pip install -r requirements-gpu.txt)'
     wanted = {'num_heads': (1,), 'dtype': ('bfloat16', 'float32')}
     if ARCHITECTURES[config.name].attention == 'mixed_chunk':
         wanted |= {'gate': ('silu',), 'branches': ('both',)}

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import into_chunks
+from gau.ops.kernels.cross_entropy import LARGEST_VOCABULARY
+from gau.ops.kernels.cross_entropy import loss_and_gradient as fused_loss_and_gradient
 
 # Logits of all rows that a slice holds at most on each device, where rows can be cut: 256 MiB in float32.
 MAX_LOGITS = 2**26
@@ -51,7 +53,13 @@ def sliced_cross_entropy(
 
 
 def weighted_cross_entropy(
-    hidden_BND: Array, embedding_VD: Array, targets_BN: Array, weights_BN: Array, *, positions_per_slice: int
+    hidden_BND: Array,
+    embedding_VD: Array,
+    targets_BN: Array,
+    weights_BN: Array,
+    *,
+    positions_per_slice: int,
+    impl: str = 'xla',
 ) -> Array:
     """Returns sum_bn w (-log softmax(h E^T)[target]) in nats, a scalar, float32 (float64 for float64 inputs).
 
@@ -76,19 +84,23 @@ def weighted_cross_entropy(
       targets_BN: integer targets in [0, V).
       weights_BN: weights of the targets, data: they get no gradient (it is zero).
       positions_per_slice: positions of every sequence that are scored at once, at most.
+      impl: 'triton' makes loss and d logits of a slice in one pass over its logits, on one device and up to a
+        vocabulary of 65,536 (`gau.ops.kernels.cross_entropy`); anything else leaves it to the compiler.
     """
     size = _slice_size(targets_BN, embedding_VD, positions_per_slice)
-    return _weighted_cross_entropy(size, hidden_BND, embedding_VD, targets_BN, weights_BN)
+    fused = impl == 'triton' and embedding_VD.shape[0] <= LARGEST_VOCABULARY
+    return _weighted_cross_entropy(size, fused, hidden_BND, embedding_VD, targets_BN, weights_BN)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_cross_entropy(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_cross_entropy(size, fused, hidden_BND, embedding_VD, targets_BN, weights_BN):
+    del fused  # It is about the gradient.
     hidden_BND = _clear_unweighted(hidden_BND, weights_BN)
     nll_BN = sliced_cross_entropy(hidden_BND, embedding_VD, targets_BN, positions_per_slice=size)
     return (nll_BN * weights_BN.astype(nll_BN.dtype)).sum()
 
 
-def _loss_and_gradients(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
+def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weights_BN):
     batch, n = targets_BN.shape
     slices = -(-n // size)
     # Slices of equal size: the last one would else be mostly padding.
@@ -103,11 +115,8 @@ def _loss_and_gradients(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
     def one_slice(de_VD, xs):
         h_BnD, targets_Bn, weights_Bn = xs
         logits_BnV = output_logits(h_BnD, e_VD)
-        is_target_BnV = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
-        log_z_Bn = jax.nn.logsumexp(logits_BnV, axis=-1)
-        nll_Bn = log_z_Bn - jnp.where(is_target_BnV, logits_BnV, 0).sum(-1)
-        dlogits_BnV = weights_Bn[..., None] * (jnp.exp(logits_BnV - log_z_Bn[..., None]) - is_target_BnV)
-        dlogits_BnV = dlogits_BnV.astype(h_BnD.dtype)
+        score = fused_loss_and_gradient if fused else loss_and_gradient
+        nll_Bn, dlogits_BnV = score(logits_BnV, targets_Bn, weights_Bn, dtype=h_BnD.dtype)
         dh_BnD = jnp.einsum('BnV,VD->BnD', dlogits_BnV, e_VD, preferred_element_type=dtype).astype(h_BnD.dtype)
         de_VD += jnp.einsum('BnV,BnD->VD', dlogits_BnV, h_BnD, preferred_element_type=dtype)
         return de_VD, ((nll_Bn * weights_Bn).sum(), dh_BnD)
@@ -119,13 +128,22 @@ def _loss_and_gradients(size, hidden_BND, embedding_VD, targets_BN, weights_BN):
     return loss_g.sum(), (dh_BND, de_VD.astype(embedding_VD.dtype))
 
 
-def _times(size, gradients, scale):
+def _times(size, fused, gradients, scale):
     # In float32 (the scalar's type), then back.
     dh_BND, de_VD = ((x * scale).astype(x.dtype) for x in gradients)
     return dh_BND, de_VD, None, None
 
 
 _weighted_cross_entropy.defvjp(_loss_and_gradients, _times)
+
+
+def loss_and_gradient(logits_BNV: Array, targets_BN: Array, weights_BN: Array, *, dtype) -> tuple[Array, Array]:
+    """The reference of `gau.ops.kernels.cross_entropy.loss_and_gradient`."""
+    is_target_BNV = jnp.arange(logits_BNV.shape[-1]) == targets_BN[..., None]
+    log_z_BN = jax.nn.logsumexp(logits_BNV, axis=-1)
+    nll_BN = log_z_BN - jnp.where(is_target_BNV, logits_BNV, 0).sum(-1)
+    dlogits_BNV = weights_BN[..., None] * (jnp.exp(logits_BNV - log_z_BN[..., None]) - is_target_BNV)
+    return nll_BN, dlogits_BNV.astype(dtype)
 
 
 def cross_entropy(hidden_BND: Array, embedding_VD: Array, targets_BN: Array) -> Array:

@@ -4,6 +4,7 @@ The interpreter (environment variable TRITON_INTERPRET=1, set before Triton is i
 in NumPy: slow, and there so that the tests prove the very kernels without a GPU.
 """
 
+import importlib.util
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,11 @@ _INTERPRETER = threading.Lock()
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+def available() -> bool:
+    """Whether the packages are installed that kernels need here."""
+    return importlib.util.find_spec('triton' if interpreted() else 'jax_triton') is not None
 
 
 def power_of_two(n: int) -> int:
