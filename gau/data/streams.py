@@ -30,6 +30,7 @@ class Streams:
         self.streams = streams
         self.batch_size = batch_size
         self.rows = tuple(rows)
+        self.rows_read = len(iterators) * (batch_size // streams)
         self._iterators = dict(iterators)
         each = batch_size // streams
         self._kept = {

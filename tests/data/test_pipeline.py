@@ -342,12 +342,12 @@ def test_what_cannot_be_fed_is_said(corpus, tmp_path):
     tiny = write_jsonl(tmp_path / 'tiny.jsonl', ['a few words', 'and a few more', 'end'])
     with pytest.raises(UserError, match=r'less than one batch of data.batch_size=6 rows of data.context=32'):
         stream(make_config(source=f'jsonl:{tiny}'))
-    with pytest.raises(UserError, match='batch_size=6 must be a multiple of data.streams=4'):
+    with pytest.raises(UserError, match=r'batch_size=6 must be a multiple of data.streams=4'):
         make_config(source=corpus['jsonl'], streams=4)
     with pytest.raises(UserError, match='no split "vaild"; did you mean "valid"'):
         evaluation(make_config(source=corpus['jsonl']), 'vaild')
     few = write_jsonl(tmp_path / 'few.jsonl', ['long enough text ' * 50, 'held out'])
-    with pytest.raises(UserError, match='1 documents for data.streams=2'):
+    with pytest.raises(UserError, match=r'1 documents for data.streams=2'):
         stream(make_config(source=f'jsonl:{few}', streams=2))
 
 
