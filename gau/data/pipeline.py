@@ -3,9 +3,9 @@
     order -> shuffle -> a stream's share -> repeat -> read, tokenize -> pack -> mix -> shuffle rows -> batch -> prefetch
 
 A batch takes its rows from `data.streams` such streams, and a process reads those that its own rows come from, so that
-nothing depends on the number of processes. Everything before `pack` is addressed by index, so the state of a stream is a
-few numbers whatever the corpus: where the reader stands, where in its document the packer stands, and how many rows of
-the window are already out.
+nothing depends on the number of processes. Everything before `pack` is addressed by index, so the state of a stream is
+a few numbers whatever the corpus: where the reader stands, where in its document the packer stands, and how many rows
+of the window are already out.
 """
 
 import functools
