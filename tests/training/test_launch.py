@@ -34,7 +34,7 @@ def test_recipes_use_flags_and_fields_that_exist():
     others = {'kill-on-bad-exit', 'gpus-per-task', 'signal', 'zone', 'worker', 'command'}
     for recipe in RECIPES:
         text = '\n'.join(line for line in recipe.read_text().splitlines() if not line.startswith('#SBATCH'))
-        used = set(re.findall(r'--([a-z][\w.-]*)', text)) - others
+        used = set(re.findall(r'--([a-z][\w-]*(?:\.\w+)*)', text)) - others
         assert 'workdir' in used
         for name in used:
             section, _, field = name.removeprefix('config.').partition('.')
