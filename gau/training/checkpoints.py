@@ -85,7 +85,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._read_json(step, 'meta')
 
     def restore(
         self, abstract_state: TrainState, *, step: int | None = None, iterator: Streams | None = None
@@ -107,15 +107,12 @@ class Checkpoints:
         candidates = [step] if step is not None else steps[::-1]
         for candidate in candidates:
             self.check_architecture(abstract_state.params, candidate)
-            args = {'state': ocp.args.StandardRestore(abstract_state)}
-            if iterator is not None:
-                args['data'] = ocp.args.JsonRestore()
             state, damage = None, ''
             try:
-                found = self._manager.restore(candidate, args=ocp.args.Composite(**args))
+                args = ocp.args.StandardRestore(abstract_state)
+                state = self._read(candidate, 'state', ocp.StandardCheckpointHandler(), args)
                 if iterator is not None:
-                    iterator.set_state(found.data)
-                state = found.state
+                    iterator.set_state(self._read_json(candidate, 'data'))
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
                 _drop_unfinished_reads()
                 if 'RESOURCE_EXHAUSTED' in str(error):
@@ -147,13 +144,18 @@ class Checkpoints:
             restore_args={'params': ocp.checkpoint_utils.construct_restore_args(abstract_params)},
             partial_restore=True,
         )
-        directory = self.directory / str(step) / 'state'
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            try:
-                return checkpointer.restore(directory, args=partial)['params']
-            except Exception as error:
-                _drop_unfinished_reads()
-                raise UserError(f'checkpoint {directory.parent} is damaged ({_first_line(error)})') from error
+        try:
+            return self._read(step, 'state', ocp.PyTreeCheckpointHandler(), partial)['params']
+        except Exception as error:
+            _drop_unfinished_reads()
+            raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
+
+    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> Any:
+        # Past the manager, at whose end all processes wait for each other: one that cannot read would not come.
+        return handler.restore(epath.Path(self.directory / str(step) / item), args=args)
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        return self._read(step, item, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
 
     def check_architecture(self, abstract_params: Any, step: int) -> None:
         """Raises UserError at the first parameter in which a stored tree differs from the one wanted."""
