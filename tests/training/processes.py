@@ -23,6 +23,27 @@ TINY = [
     '--config.log.every_steps=1',
 ]
 
+# train.py, of which process PROCESS does DEED when its loop has come to step STEP.
+_WITH_DEED = """
+import os, signal
+import train
+from gau import cli
+from gau.training import distributed, loop
+settle = loop._Loop.settle
+def settle_and(self):
+    settle(self)
+    if self.step == STEP and distributed.jax.process_index() == PROCESS:
+        DEED
+loop._Loop.settle = settle_and
+cli.run(train.main)
+"""
+
+
+def train_with(deed: str, *, process: int, step: int) -> list[str]:
+    """Returns the arguments that start train.py so that one process does something at a step."""
+    program = _WITH_DEED.replace('DEED', deed).replace('PROCESS', str(process)).replace('STEP', str(step))
+    return ['-c', program]
+
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> list[str]:
     """Returns the arguments that ask for a mesh."""
