@@ -8,6 +8,7 @@ from absl import flags
 
 from gau import cli
 
+cli.define_processes()
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.')
 flags.DEFINE_list('contexts', None, "Context lengths, comma separated; the config's own by default.")
@@ -24,14 +25,15 @@ def main() -> None:
     """Evaluates every split at every context."""
     from gau.training import evaluate
 
-    evaluate.evaluate(
-        flags.FLAGS.workdir,
-        step=flags.FLAGS.step,
-        contexts=cli.parse_positive_integers('contexts', flags.FLAGS.contexts),
-        splits=flags.FLAGS.splits,
-        max_tokens=flags.FLAGS.max_tokens,
-        stream=flags.FLAGS.stream,
-    )
+    with cli.processes():
+        evaluate.evaluate(
+            flags.FLAGS.workdir,
+            step=flags.FLAGS.step,
+            contexts=cli.parse_positive_integers('contexts', flags.FLAGS.contexts),
+            splits=flags.FLAGS.splits,
+            max_tokens=flags.FLAGS.max_tokens,
+            stream=flags.FLAGS.stream,
+        )
 
 
 if __name__ == '__main__':

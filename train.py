@@ -1,7 +1,8 @@
 """Trains a model: python train.py --config=configs/lm.py:model=flash,size=base --workdir=DIR [--config.field=value].
 
 A work directory that holds a run of the same config is resumed. Exit codes: 0 done; 2 bad usage, config or data, in
-one line on stderr; 130 / 143 interrupted by SIGINT / SIGTERM and saved; 1 anything else.
+one line on stderr; 130 / 143 interrupted by SIGINT / SIGTERM and saved; 1 anything else. A run over several processes
+starts this program once in each, with the same arguments (scripts/launch/ has recipes); all of them end alike.
 """
 
 import os
@@ -12,6 +13,7 @@ from absl import flags
 from gau import cli
 
 cli.define_config()
+cli.define_processes()
 flags.DEFINE_string('workdir', None, 'Directory of the run: config, metrics, checkpoints, plots.', required=True)
 flags.DEFINE_string('fork', None, 'Work directory of another run, whose newest checkpoint a new run starts from.')
 
@@ -22,17 +24,20 @@ def main() -> int:
     if flags.FLAGS.fork is not None:
         config.fork = os.path.abspath(flags.FLAGS.fork)
     # Imported late, so that --help and a mistyped flag answer at once.
-    from gau.training import loop
+    from gau.training import distributed, loop
 
-    try:
-        loop.train(config, flags.FLAGS.workdir)
-    except loop.Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        return interrupted.exit_code
-    except loop.NotFinite as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+    with cli.processes():
+        try:
+            loop.train(config, flags.FLAGS.workdir)
+        except loop.Interrupted as interrupted:
+            code, message = interrupted.exit_code, str(interrupted)
+        except loop.NotFinite as error:
+            code, message = 1, f'error: {error}'
+        else:
+            return 0
+        if distributed.is_first():
+            print(message, file=sys.stderr)
+        return code
 
 
 if __name__ == '__main__':

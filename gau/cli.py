@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -45,6 +46,42 @@ def load_config() -> ConfigDict:
             if sibling != field and sibling in section and '.'.join([*parents, sibling]) not in overrides:
                 section[sibling] = None
     return training_config.resolve(config)
+
+
+def define_processes() -> None:
+    """Defines the flags that join the processes of one run, see `gau.training.distributed.processes`."""
+    flags.DEFINE_enum(
+        'distributed',
+        'auto',
+        ['auto', 'off'],
+        'auto: join the processes that Slurm, Open MPI, Kubernetes or Cloud TPU started together, if there are any, or '
+        'those of the three flags below; off: this process alone, whatever the environment says.',
+    )
+    flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0, where the processes meet.')
+    flags.DEFINE_integer('num_processes', None, 'How many processes the run has.')
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+    flags.DEFINE_integer(
+        'heartbeat_seconds', 100, 'A process that has been silent for so long is dead, and all the others end.'
+    )
+
+
+def processes() -> AbstractContextManager[None]:
+    """Returns the context in which the processes of the run are joined, by the flags of `define_processes`.
+
+    Raises:
+      UserError: on entering: the flags do not fit together, or the processes did not find each other.
+    """
+    # Imported late: this imports JAX.
+    from gau.training import distributed
+
+    values = flags.FLAGS
+    return distributed.processes(
+        coordinator_address=values.coordinator_address,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        detect=values.distributed == 'auto',
+        heartbeat_seconds=values.heartbeat_seconds,
+    )
 
 
 def run(main: Callable[[], int | None]) -> None:

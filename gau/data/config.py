@@ -48,6 +48,10 @@ def default_config() -> ConfigDict:
       `tokens:DIR`: what scripts/prepare_data.py wrote.
       `mixture`: several of these, see the field `mixture`.
     context: N, tokens a row. batch_size: rows a step over all processes.
+    streams: into how many the documents are dealt out, each of which gives batch_size / streams rows of every batch.
+      The order of the data depends on this number and not on how many processes run. A process reads the streams that
+      its rows come from: with 1 each reads everything and keeps its own rows; with as many streams as processes, or a
+      multiple, no document is read twice.
     tokenizer: `bytes`, `sentencepiece:MODEL_FILE` or `huggingface:TOKENIZER_JSON`; None: `bytes`, or for `tokens:DIR`
       the one that the shards were prepared with (another one is refused by its fingerprint).
     shuffle: `documents` (one global permutation an epoch, another each epoch), `rows` (the same, and then the packed
@@ -78,6 +82,7 @@ def default_config() -> ConfigDict:
     config.source = 'embedded'
     config.context = 512
     config.batch_size = 8
+    config.streams = 1
     config.tokenizer = config_dict.placeholder(str)
     config.shuffle = 'rows'
     config.shuffle_window = config_dict.placeholder(int)
@@ -199,9 +204,17 @@ def _resolve_rows(config: ConfigDict, objective: str) -> None:
     ):
         if config[field] is not None:
             check_name(f'data.{field}', config[field], options)
-    for field, least in (('context', 1), ('batch_size', 1), ('read_threads', 0), ('prefetch_batches', 0)):
+    for field, least in (
+        ('context', 1),
+        ('batch_size', 1),
+        ('streams', 1),
+        ('read_threads', 0),
+        ('prefetch_batches', 0),
+    ):
         if config[field] < least:
             raise UserError(f'data.{field}={config[field]} must be at least {least}')
+    if config.batch_size % config.streams:
+        raise UserError(f'data.batch_size={config.batch_size} must be a multiple of data.streams={config.streams}')
     if config.holdout_every is not None and config.holdout_every < 2:
         raise UserError(f'data.holdout_every={config.holdout_every} must be at least 2, to leave something to train on')
     if config.packing == 'document' and config.attend_across_documents:

@@ -1,15 +1,17 @@
 """The pipeline: documents -> tokens -> packed rows -> batches, as Grain iterators that resume exactly.
 
-    order -> shuffle -> own share -> repeat -> read, tokenize -> pack -> mix -> shuffle rows -> batch -> prefetch
+    order -> shuffle -> a stream's share -> repeat -> read, tokenize -> pack -> mix -> shuffle rows -> batch -> prefetch
 
-Everything before `pack` is addressed by index, so the state of a stream is a few numbers whatever the corpus: where the
-reader stands, where in its document the packer stands, and how many rows of the window are already out.
+A batch takes its rows from `data.streams` such streams, and a process reads those that its own rows come from, so that
+nothing depends on the number of processes. Everything before `pack` is addressed by index, so the state of a stream is
+a few numbers whatever the corpus: where the reader stands, where in its document the packer stands, and how many rows
+of the window are already out.
 """
 
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -20,6 +22,7 @@ from gau.data import config as data_config
 from gau.data import counting, examples, masking, packing, sources
 from gau.data.counting import places_per_epoch
 from gau.data.documents import Document, Documents
+from gau.data.streams import Streams, streams_of
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
 
@@ -41,58 +44,73 @@ def train_iterator(
     objective: str,
     tokenizer: Tokenizer,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Returns the endless stream of this process's training batches.
+    rows: Sequence[int] | None = None,
+) -> Streams:
+    """Returns the endless stream of training batches, or of the given rows of them.
 
     Epochs follow each other without a seam: what is left of one goes on in the next, in another order, and is never
-    padded or dropped. Processes read disjoint documents.
+    padded or dropped. The streams (`config.streams`) hold disjoint documents; rows k * batch_size / streams and
+    following are those of stream k.
 
     Args:
       config: the resolved data config.
       objective: `lm` or `mlm`.
       tokenizer: from `tokenizers.load(config.tokenizer)`.
       seed: of the order and of the masks.
-      process_index: this process, 0..process_count-1.
-      process_count: processes that share the batch.
+      rows: which rows of every batch to return, ascending; None means all.
 
     Returns:
-      An iterator of dicts, b = batch_size / process_count, N = context: `inputs`, `targets` int32 [b, N]; `weights`
+      An iterator of dicts, b = the number of rows, N = context: `inputs`, `targets` int32 [b, N]; `weights`
       float32 [b, N]; and, unless attention crosses documents and there is no padding, `segment_ids` int32 [b, N] (0 is
       padding, documents count from 1 in each row) and `positions` int32 [b, N] (within the document's part in the row).
       `get_state()` is small and JSON-able; `set_state` on a fresh iterator continues bitwise.
 
     Raises:
-      UserError: see `sources.open_split`; a batch that does not divide by the processes; less text than one batch.
+      UserError: see `sources.open_split`; less text than one batch, or fewer documents than streams.
     """
-    if config.batch_size % process_count:
-        raise UserError(f'data.batch_size={config.batch_size} must be a multiple of the {process_count} processes')
     opened = sources.open_split(config, 'train')
-    local_batch = config.batch_size // process_count
     for name, documents in zip(data_config.sources(config), opened, strict=True):
-        if len(documents) < process_count:
-            raise UserError(f'data.source="{name}" has {len(documents)} documents for {process_count} processes')
+        if len(documents) < config.streams:
+            raise UserError(f'data.source="{name}" has {len(documents)} documents for data.streams={config.streams}')
         counting.check_fills_a_batch(name, documents, tokenizer, config)
+    rows = range(config.batch_size) if rows is None else rows
+    numbers = streams_of(rows, batch_size=config.batch_size, streams=config.streams)
+    # The threads are those of the process, however many streams it reads.
+    config = config.copy_and_resolve_references()
+    config.read_threads = math.ceil(config.read_threads / len(numbers))
+    opens = functools.partial(_stream, config, opened, objective=objective, tokenizer=tokenizer, seed=seed)
+    return Streams(
+        {number: opens(number=number) for number in numbers},
+        rows=rows,
+        batch_size=config.batch_size,
+        streams=config.streams,
+    )
+
+
+def _stream(
+    config: ConfigDict, opened: list[Documents], *, objective: str, tokenizer: Tokenizer, seed: int, number: int
+) -> grain.DatasetIterator:
+    """Returns the endless batches of one stream, batch_size / streams rows each."""
+    stream_rows = config.batch_size // config.streams
     rows = []
-    for number, documents in enumerate(opened):
+    for source, documents in enumerate(opened):
         order = grain.MapDataset.range(len(documents))
         if config.shuffle != 'none':
-            order = order.shuffle(seed=_seed(seed, 'documents', number))
-        order = order[process_index::process_count].repeat(_EPOCHS)
-        masks = _seed(seed, 'masks', number, process_index)
+            order = order.shuffle(seed=_seed(seed, 'documents', source))
+        order = order[number :: config.streams].repeat(_EPOCHS)
+        masks = _seed(seed, 'masks', source, number)
         dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
-        bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', number, process_index)
-        rows.append(packing.pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=local_batch))
+        bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', source, number)
+        rows.append(packing.pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=stream_rows))
     dataset = rows[0]
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])
     if config.shuffle == 'rows':
         # A window beyond an epoch would only mix epochs, and keep a small corpus waiting for its first batch.
         epoch = sum(counting.estimated_tokens(documents, tokenizer) for documents in opened)
-        window = max(1, min(config.shuffle_window, epoch) // config.context // process_count)
+        window = max(1, min(config.shuffle_window, epoch) // config.context // config.streams)
         dataset = grain.experimental.WindowShuffleIterDataset(
-            dataset, window_size=window, seed=_seed(seed, 'rows', process_index)
+            dataset, window_size=window, seed=_seed(seed, 'rows', number)
         )
     finish = examples.finish(
         config,
@@ -101,7 +119,7 @@ def train_iterator(
         padded=config.packing != 'concat',
         sizes=False,
     )
-    dataset = dataset.batch(local_batch).map(finish)
+    dataset = dataset.batch(stream_rows).map(finish)
     if config.prefetch_batches:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch_batches)
     return _Resumable(iter(dataset))
@@ -116,13 +134,11 @@ def eval_iterator(
     objective: str,
     tokenizer: Tokenizer,
     max_tokens: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Returns one pass over `split` in its own order: each token a target exactly once.
 
-    Every process gets the same number of batches, all of one shape, the last filled up with rows of weight 0; put
-    together they are the same rows whatever the number of processes. (Each process reads the whole split for that.)
+    All batches are of one shape, the last filled up with rows of weight 0. Every process makes all the rows: where one
+    begins depends on all the texts before.
 
     Args:
       config: the resolved data config; `context` and `batch_size` replace its own.
@@ -133,18 +149,14 @@ def eval_iterator(
       tokenizer: from `tokenizers.load(config.tokenizer)`.
       max_tokens: stop after about so many tokens, rounded up to whole rows (None: the whole split). Each source of a
         mixture gives rows according to its size, one at least.
-      process_index: this process, 0..process_count-1.
-      process_count: processes that share the batches.
 
     Returns:
       An iterator of dicts as from `train_iterator`. For `lm` also `target_bytes` and `target_words`, float32 [b, N]:
       each document's size spread evenly over its targets, whole numbers, so that sums over documents are exact.
 
     Raises:
-      UserError: see `sources.open_split`; a batch that does not divide by the processes.
+      UserError: see `sources.open_split`.
     """
-    if batch_size % process_count:
-        raise UserError(f'an evaluation batch of {batch_size} rows must be a multiple of the {process_count} processes')
     config = config.copy_and_resolve_references()
     config.context, config.batch_size = context, batch_size
     sizes = objective == 'lm'
@@ -186,8 +198,7 @@ def eval_iterator(
         sizes=sizes,
     )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
-    dataset = dataset.batch(batch_size, batch_fn=pad).map(lambda batch: {k: v[own] for k, v in finish(batch).items()})
+    dataset = dataset.batch(batch_size, batch_fn=pad).map(finish)
     if config.prefetch_batches:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch_batches)
     return _Resumable(iter(dataset))

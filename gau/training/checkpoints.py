@@ -1,12 +1,12 @@
 """Saving and restoring a run with Orbax: state, data iterator, and what they were made with."""
 
 import gc
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,7 +14,9 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from gau.data.streams import Streams
 from gau.errors import UserError
+from gau.training import distributed
 from gau.training.config import library_versions
 from gau.training.mesh import path_name
 from gau.training.step import TrainState
@@ -48,20 +50,26 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        iterator: grain.DatasetIterator,
+        iterator: Streams,
         *,
         config: dict[str, Any],
         data: dict[str, str],
     ) -> None:
-        """Starts saving; returns as soon as the device's memory has been copied. A step saved already is left alone."""
+        """Starts saving; returns as soon as the device's memory has been copied. A step saved already is left alone.
+
+        All processes must call it. What is stored does not depend on how many there are.
+        """
         if step in self._manager.all_steps():
             return
+        streams = {}
+        for states in distributed.gather(json.dumps(iterator.get_state())):
+            streams |= json.loads(states)
         meta = {'step': step, 'config': config, 'data': data, 'versions': library_versions()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                data=ocp.args.JsonSave(streams),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
@@ -77,10 +85,10 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._read_json(step, 'meta')
 
     def restore(
-        self, abstract_state: TrainState, *, step: int | None = None, iterator: grain.DatasetIterator | None = None
+        self, abstract_state: TrainState, *, step: int | None = None, iterator: Streams | None = None
     ) -> TrainState | None:
         """Restores the newest readable checkpoint onto the shardings of `abstract_state`; None if there is none.
 
@@ -99,17 +107,23 @@ class Checkpoints:
         candidates = [step] if step is not None else steps[::-1]
         for candidate in candidates:
             self.check_architecture(abstract_state.params, candidate)
-            args = {'state': ocp.args.StandardRestore(abstract_state)}
-            if iterator is not None:
-                args['data'] = grain.checkpoint.CheckpointRestore(iterator)
+            state, damage = None, ''
             try:
-                state = self._manager.restore(candidate, args=ocp.args.Composite(**args)).state
+                args = ocp.args.StandardRestore(abstract_state)
+                state = self._read(candidate, 'state', ocp.StandardCheckpointHandler(), args)
+                if iterator is not None:
+                    iterator.set_state(self._read_json(candidate, 'data'))
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
                 _drop_unfinished_reads()
                 if 'RESOURCE_EXHAUSTED' in str(error):
                     raise
-                where = self.directory / str(candidate)
-                print(f'warning: checkpoint {where} is damaged and passed over ({_first_line(error)})', file=sys.stderr)
+                damage = _first_line(error)
+            # Each process reads its own part; one that is damaged makes the whole worthless to all.
+            damage = next(filter(None, distributed.gather(damage)), '')
+            if damage:
+                if distributed.is_first():
+                    where = self.directory / str(candidate)
+                    print(f'warning: checkpoint {where} is damaged and passed over ({damage})', file=sys.stderr)
                 continue
             if self._writable and step is None:
                 self._set_aside([later for later in steps if later > candidate])
@@ -130,13 +144,18 @@ class Checkpoints:
             restore_args={'params': ocp.checkpoint_utils.construct_restore_args(abstract_params)},
             partial_restore=True,
         )
-        directory = self.directory / str(step) / 'state'
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            try:
-                return checkpointer.restore(directory, args=partial)['params']
-            except Exception as error:
-                _drop_unfinished_reads()
-                raise UserError(f'checkpoint {directory.parent} is damaged ({_first_line(error)})') from error
+        try:
+            return self._read(step, 'state', ocp.PyTreeCheckpointHandler(), partial)['params']
+        except Exception as error:
+            _drop_unfinished_reads()
+            raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
+
+    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> Any:
+        # Past the manager, at whose end all processes wait for each other: one that cannot read would not come.
+        return handler.restore(epath.Path(self.directory / str(step) / item), args=args)
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        return self._read(step, item, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
 
     def check_architecture(self, abstract_params: Any, step: int) -> None:
         """Raises UserError at the first parameter in which a stored tree differs from the one wanted."""
@@ -155,11 +174,12 @@ class Checkpoints:
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way of the run that will reach their steps again; deletes nothing."""
-        for step in damaged:
+        for step in damaged if distributed.is_first() else ():
             target = self.directory.parent / 'damaged_checkpoints' / str(step)
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), _free_name(target))
         if damaged:
+            distributed.gather('moved')
             self._manager.close()
             self._manager = self._open()
 

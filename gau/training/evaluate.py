@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.implementations import Target, why_not
+from gau.training import distributed
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
 from gau.training.config import resolve
@@ -34,7 +35,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> tuple[Run, Any,
     """
     workdir = Path(workdir)
     config = files.read_config(workdir)
-    # One process reads: whatever mesh trained it, the parameters fit on the devices at hand.
+    # Whatever mesh trained it, the parameters are divided over the devices at hand.
     config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})
     use_compilation_cache()
     config = resolve(config)
@@ -66,6 +67,8 @@ def evaluate(
 ) -> list[Result]:
     """Evaluates a checkpoint, prints tables, appends to DIR/eval.jsonl and draws the loss by position.
 
+    With several processes all of them call it, and the first prints and writes.
+
     Args:
       workdir: directory of a run.
       step: checkpoint to load; None means the newest.
@@ -76,27 +79,35 @@ def evaluate(
         once for each of `contexts`, after so many tokens of which the state is forgotten.
 
     Raises:
-      UserError: see `load_run`; an unknown split; or `stream` and a model without a state of constant size.
+      UserError: see `load_run`; an unknown split; or `stream` and a model without a state of constant size, or more
+        than one process.
     """
     workdir = Path(workdir)
-    run, params, step = load_run(workdir, step=step)
+    if stream and jax.process_count() > 1:
+        raise UserError('--stream reads with one process: start it without others, or with --distributed=off')
+    with distributed.together():
+        run, params, step = load_run(workdir, step=step)
+    # The table and the files are the first process's.
+    say = print if distributed.is_first() else lambda *_: None
     if max_tokens is not None:
         run.config.eval.max_tokens = max_tokens
     evaluator = StreamEvaluator(run.config, run.model, run.tokenizer) if stream else run.evaluator()
     contexts = [*([None] if stream else []), *(contexts or [run.config.data.context])]
     results = []
-    print(f'{workdir} at step {step}: {run.config.model.name} ({run.config.model.size}), {run.config.data.tokenizer}')
-    print(f'{"split":10} {"context":>8} {"tokens":>12} {"loss":>9} {"perplexity":>11} {"bits/byte":>10}')
+    say(f'{workdir} at step {step}: {run.config.model.name} ({run.config.model.size}), {run.config.data.tokenizer}')
+    say(f'{"split":10} {"context":>8} {"tokens":>12} {"loss":>9} {"perplexity":>11} {"bits/byte":>10}')
     with run.context():
         for split in splits or run.config.eval.splits:
             for context in contexts:
                 result = evaluator(params, split=split, context=context)
                 metrics = result.metrics()
-                print(
+                say(
                     f'{split:10} {context or "text":>8} {metrics["tokens"]:12,} {_number(metrics["loss"], 9)} '
                     f'{_number(metrics["perplexity"], 11)} {_number(metrics["bits_per_byte"], 10)}'
                 )
                 results.append(result)
+    if not distributed.is_first():
+        return results
     with (workdir / files.EVAL).open('a') as file:
         for result in results:
             by_position = [

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau.data import pipeline
 from gau.training import mesh as meshes
+from gau.training.batches import put_batch
 
 LN2 = math.log(2.0)
 # Keys of an evaluation batch that the model has no use for.
@@ -75,7 +76,8 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._sharding = meshes.batch_sharding(mesh)
         self._mesh = mesh
-        self._eval_step = jax.jit(eval_step)
+        # Every process gets the losses of all rows, and takes the same sums in the same order, however many there are.
+        self._eval_step = jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(
         self,
@@ -91,7 +93,7 @@ class Evaluator:
           params: the model's parameters, unboxed.
           split: a split of the config's data.
           context: tokens a row; None means the config's. Rows are then fewer or more, so that a batch's tokens stay.
-          cancelled: asked before every batch; once it says True, the result is None.
+          cancelled: asked before every batch, in every process; once it says True, the result is None.
 
         Raises:
           UserError: unknown split, or a batch that does not divide over the mesh.
@@ -111,8 +113,6 @@ class Evaluator:
             objective=self._config.objective,
             tokenizer=self._tokenizer,
             max_tokens=evaluation.max_tokens,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
         sums = np.zeros(4)
         by_position = np.zeros((2, context))
@@ -127,24 +127,14 @@ class Evaluator:
             in_flight = (batch, dispatched)
         if in_flight is not None:
             _add(sums, by_position, *in_flight)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            everywhere = multihost_utils.process_allgather((sums, by_position))
-            sums, by_position = jax.tree.map(lambda x: x.sum(axis=0), everywhere)
         return Result(split, context, *sums.tolist(), *by_position)
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return put_batch({key: x for key, x in batch.items() if key not in HOST_ONLY}, self._sharding)
 
 
-def put_batch(batch: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-    """Makes global arrays from the rows that this process has loaded."""
-    return {key: jax.make_array_from_process_local_data(sharding, x) for key, x in batch.items()}
-
-
 def _add(sums: np.ndarray, by_position: np.ndarray, batch: dict[str, np.ndarray], nll_BN: jax.Array) -> None:
-    nll = _local_rows(nll_BN).astype(np.float64)
+    nll = np.asarray(nll_BN, np.float64)
     weights = batch['weights'].astype(np.float64)
     losses = nll * weights
     # Masked targets spell no text of their own: such batches bring no sizes, and the ratios read as null.
@@ -156,13 +146,3 @@ def _add(sums: np.ndarray, by_position: np.ndarray, batch: dict[str, np.ndarray]
     positions = batch.get('positions', np.broadcast_to(np.arange(context), nll.shape)).ravel()
     by_position[0] += np.bincount(positions, losses.ravel(), minlength=context)[:context]
     by_position[1] += np.bincount(positions, weights.ravel(), minlength=context)[:context]
-
-
-def _local_rows(x_BN: jax.Array) -> np.ndarray:
-    """Returns this process's rows of a batch-sharded array, in the order in which the batch was loaded."""
-    if x_BN.is_fully_addressable:
-        return np.asarray(x_BN)
-    shards = {tuple(index.start or 0 for index in shard.index): shard.data for shard in x_BN.addressable_shards}
-    rows = sorted({start[0] for start in shards})
-    columns = sorted({start[1] for start in shards})
-    return np.concatenate([np.concatenate([np.asarray(shards[r, c]) for c in columns], axis=1) for r in rows])

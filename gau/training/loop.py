@@ -1,10 +1,10 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
+import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau.data import pipeline
-from gau.errors import UserError
+from gau.data.streams import Streams
+from gau.training import distributed
 from gau.training import mesh as meshes
 from gau.training import workdir as files
+from gau.training.batches import local_rows, put_batch
 from gau.training.checkpoints import Checkpoints, count_parameters
-from gau.training.config import differences, library_versions, resolve
-from gau.training.evaluation import Result, put_batch
-from gau.training.metrics import MetricsWriter, Progress
+from gau.training.config import library_versions, resolve
+from gau.training.evaluation import Result
+from gau.training.interruption import Interrupted, Interruption
+from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.plots import plot_loss, plot_loss_by_position
 from gau.training.setup import Run, use_compilation_cache
+from gau.training.start import claim, first_state, pin_fork
 from gau.training.step import TrainState
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state has been saved. `exit_code` is what the shell expects of it."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signum
+from gau.training.throughput import Clock
 
 
 class NotFinite(Exception):
@@ -51,111 +48,64 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     config = resolve(config)
     workdir = Path(workdir)
     use_compilation_cache()
-    run = Run.from_config(config)
+    distributed.check_same('config', config.to_json())
     # Everything a config can get wrong shows here, before anything is written.
-    run.check()
-    if config.fork is not None and not (workdir / files.CONFIG).exists():
-        config.fork = str(_pin_fork(run, Path(config.fork)))
-    total_steps = run.total_steps
-    iterator = pipeline.train_iterator(
-        config.data,
-        objective=config.objective,
-        tokenizer=run.tokenizer,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    with distributed.together():
+        run = Run.from_config(config)
+        run.check()
+        if config.fork is not None and not (workdir / files.CONFIG).exists():
+            config.fork = str(pin_fork(run, Path(config.fork)))
+        total_steps = run.total_steps
+        iterator = pipeline.train_iterator(
+            config.data,
+            objective=config.objective,
+            tokenizer=run.tokenizer,
+            seed=config.seed,
+            rows=local_rows(meshes.batch_sharding(run.mesh), config.data.batch_size),
+        )
+    first = distributed.is_first()
     with ExitStack() as stack:
-        if stack.enter_context(files.claim(workdir, config)):
+        if stack.enter_context(claim(workdir, config)):
             # Where a run came from is settled when it begins.
             config.fork = files.read_config(workdir).fork
         else:
-            files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
+            config.fork = distributed.of_first(config.fork or '') or None
+            if first:
+                files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
         config_tree = files.config_to_dict(config)
         saved = Checkpoints(workdir, config.checkpoint)
         stack.callback(saved.close)
-        state, origin = _start(run, saved, iterator)
+        with distributed.together():
+            state, origin = first_state(run, saved, iterator)
         first_step = int(state.step)
         final_path = workdir / files.FINAL
-        if first_step >= total_steps and final_path.is_file():
-            print(f'finished at step {first_step}: {final_path} has the result')
+        if first_step >= total_steps and distributed.of_first(str(final_path.is_file())) == 'True':
+            if first:
+                print(f'finished at step {first_step}: {final_path} has the result')
             return files.read_json(final_path)
-        files.write_text(workdir / files.PARAMETERS, run.parameter_table(state.params))
         # The last step is saved before it is evaluated: a run killed in between evaluates again.
-        writer = MetricsWriter(workdir, first_step=first_step, keep_evaluations=first_step < total_steps)
+        kept = {'first_step': first_step, 'keep_evaluations': first_step < total_steps}
+        writer = MetricsWriter(workdir, **kept) if first else MetricsReader(workdir, **kept)
         stack.callback(writer.close)
-        progress = Progress(total_steps, first_step)
+        stream = sys.stderr if first else stack.enter_context(open(os.devnull, 'w'))
+        progress = Progress(total_steps, first_step, stream=stream)
         stack.callback(progress.close)
         progress.say(
             f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
             f'{run.devices}, attention: {run.model.config.impl}, {origin}'
         )
-        stop = stack.enter_context(_signals())
+        if iterator.rows_read > len(iterator.rows):
+            progress.say(
+                f'each process reads {iterator.rows_read} rows of a batch for the {len(iterator.rows)} that it needs; '
+                f'data.streams={config.data.batch_size // len(iterator.rows)} would share the reading out'
+            )
+        if first:
+            files.write_text(workdir / files.PARAMETERS, run.parameter_table(state.params))
+        stop = stack.enter_context(Interruption(run.mesh))
         stack.enter_context(run.context())
         loop = _Loop(run, state, iterator, saved, writer, progress, stop, config_tree)
         loop.run_to(total_steps)
         return loop.finish(workdir)
-
-
-def _start(run: Run, saved: Checkpoints, iterator: Any) -> tuple[TrainState, str]:
-    """Returns the first state and where it came from; sets the iterator to the same place."""
-    state = saved.restore(run.abstract_state, iterator=iterator)
-    if state is not None:
-        _warn_of_changes(saved.meta(int(state.step)), run)
-        return state, f'resumed at step {int(state.step)}'
-    if run.config.fork is None:
-        return run.init_state(), 'new run'
-    checkpoint = Path(run.config.fork)
-    parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
-    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
-    # The iterator's position means something only in the same data in the same order.
-    same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
-    parent = Checkpoints(parent_workdir)
-    try:
-        state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)
-    finally:
-        parent.close()
-    # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
-    saved.save(step, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
-    return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
-
-
-def _warn_of_changes(meta: dict[str, Any], run: Run) -> None:
-    """Says on stderr what the checkpoint was made with and this process no longer has."""
-    for kind, now in (('data', run.data_identity), ('versions', library_versions())):
-        before = meta.get(kind, {})
-        for name in sorted(before.keys() & now.keys()):
-            if before[name] != now[name]:
-                print(
-                    f'warning: {name} has changed since the checkpoint ({before[name]} -> {now[name]}): '
-                    'the run goes on, but not as it would have',
-                    file=sys.stderr,
-                )
-
-
-def _pin_fork(run: Run, fork: Path) -> Path:
-    """Returns the checkpoint that a new run starts from: the newest of the work directory `fork`, or `fork` itself.
-
-    Raises:
-      UserError: there is none, it is of another architecture, or at or beyond the end of the new run.
-    """
-    is_checkpoint = fork.parent.name == 'checkpoints' and fork.name.isdecimal()
-    workdir = fork.parent.parent if is_checkpoint else fork
-    files.read_config(workdir)
-    parent = Checkpoints(workdir)
-    try:
-        steps = parent.steps()
-        step = int(fork.name) if is_checkpoint else max(steps, default=None)
-        if step not in steps:
-            raise UserError(f'fork={fork}: no such checkpoint, {workdir} has {steps or "none"}')
-        parent.check_architecture(run.abstract_params, step)
-    finally:
-        parent.close()
-    if step >= run.total_steps:
-        raise UserError(
-            f'fork={fork} is at step {step} already and this run ends at {run.total_steps}: give more steps'
-        )
-    return workdir / 'checkpoints' / str(step)
 
 
 class _Loop:
@@ -165,11 +115,11 @@ class _Loop:
         self,
         run: Run,
         state: TrainState,
-        iterator: Any,
+        iterator: Streams,
         saved: Checkpoints,
-        writer: MetricsWriter,
+        writer: MetricsWriter | MetricsReader,
         progress: Progress,
-        stop: list[int],
+        stop: Interruption,
         config_tree: dict[str, Any],
     ):
         self.run, self.state, self.iterator = run, state, iterator
@@ -180,7 +130,7 @@ class _Loop:
         self.evaluator = run.evaluator()
         self.batch_sharding = meshes.batch_sharding(run.mesh)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
-        self.clock = _Clock(self.step)
+        self.clock = Clock(self.step)
         self.last_metrics: dict[str, Any] = {}
         self.reported = {
             (row['step'], row['split'].removeprefix('eval/')) for row in writer.kept if row['split'].startswith('eval/')
@@ -193,10 +143,10 @@ class _Loop:
             # A signal may have cut short the evaluation of the step that it saved.
             self.evaluate()
         while self.step < total_steps:
-            batch = put_batch(next(self.iterator), self.batch_sharding)
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, self.next_batch())
             self.step += 1
             self.settle()
+            self.stop.poll()
             self.in_flight = (self.step, metrics)
             due_eval = self.step % eval_every == 0 and self.step < total_steps
             due_save = self.step % save_every == 0 or self.step == total_steps
@@ -212,10 +162,15 @@ class _Loop:
             if self.stop and self.step < total_steps:
                 self._leave()
 
+    def next_batch(self) -> dict[str, jax.Array]:
+        """Returns the next global batch, of which this process has loaded its own rows."""
+        rows, batch_size = self.iterator.rows, self.iterator.batch_size
+        return put_batch(next(self.iterator), self.batch_sharding, rows=rows, batch_size=batch_size)
+
     def _leave(self) -> None:
         self.saved.wait()
-        name = signal.Signals(self.stop[0]).name
-        raise Interrupted(self.stop[0], f'{name}: saved at step {self.step}; the same command resumes')
+        name = signal.Signals(self.stop.signum).name
+        raise Interrupted(self.stop.signum, f'{name}: saved at step {self.step}; the same command resumes')
 
     def settle(self) -> None:
         """Reads the metrics of the step in flight: checks them, logs them when due."""
@@ -248,9 +203,7 @@ class _Loop:
             for split in self.run.config.eval.splits:
                 if (self.step, _eval_name(split, context, self.run.config)) in self.reported:
                     continue
-                result = self.evaluator(
-                    self.state.params, split=split, context=context, cancelled=lambda: bool(self.stop)
-                )
+                result = self.evaluator(self.state.params, split=split, context=context, cancelled=self.stop.poll)
                 if result is None:
                     return results
                 self._report(result)
@@ -265,9 +218,6 @@ class _Loop:
             self._leave()
         self.saved.wait()
         rows = files.read_metrics(workdir / files.METRICS)
-        title = f'{self.run.config.model.name} ({self.run.config.model.size}) on {self.run.config.data.source}'
-        plot_loss(rows, workdir / 'plots' / 'loss.png', title=title)
-        plot_loss_by_position(results, workdir / 'plots' / 'loss_by_position.png', title=title)
         final = {
             'step': self.step,
             'parameters': count_parameters(self.state.params),
@@ -277,7 +227,11 @@ class _Loop:
             'device': self.run.devices,
             'versions': library_versions(),
         }
-        files.write_json(workdir / files.FINAL, final)
+        if distributed.is_first():
+            title = f'{self.run.config.model.name} ({self.run.config.model.size}) on {self.run.config.data.source}'
+            plot_loss(rows, workdir / 'plots' / 'loss.png', title=title)
+            plot_loss_by_position(results, workdir / 'plots' / 'loss_by_position.png', title=title)
+            files.write_json(workdir / files.FINAL, final)
         return final
 
     def _report(self, result: Result) -> None:
@@ -305,54 +259,3 @@ class _Loop:
 
 def _eval_name(split: str, context: int, config: ConfigDict) -> str:
     return split if context == config.data.context else f'{split}_{context}'
-
-
-class _Clock:
-    """Seconds a step, over the steps since the last log line, without the time spent in evaluation and saving."""
-
-    def __init__(self, step: int):
-        self._start = self._last = (step, None)
-        self._pause = 0.0
-        self._recent: dict[str, float | None] = {'tokens_per_second': None, 'step_seconds': None}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._pause += time.monotonic() - began
-
-    def tick(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
-        """Marks a finished step; returns the speed since the window began."""
-        now = time.monotonic() - self._pause
-        if self._start[1] is None:
-            # The first step compiles; the window begins at its end.
-            self._start = (step, now)
-        self._last = (step, now)
-        steps = self._last[0] - self._start[0]
-        if steps:
-            seconds = (self._last[1] - self._start[1]) / steps
-            self._recent = {'tokens_per_second': tokens_per_step / seconds, 'step_seconds': seconds}
-        return self._recent
-
-    def window(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
-        """Returns the speed of the window and begins the next one."""
-        self._start = self._last
-        return self._recent
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in the list it yields; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(signum: int, frame: Any) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -39,6 +39,21 @@ class MetricsWriter:
         self._board.close()
 
 
+class MetricsReader:
+    """What the other processes have in its place: knows the lines that stay, and writes none."""
+
+    def __init__(self, workdir: Path, *, first_step: int, keep_evaluations: bool = True):
+        """Reads what a writer with the same arguments keeps, whether that has come first or not."""
+        path = Path(workdir) / files.METRICS
+        self.kept = files.kept_metrics(path, last_step=first_step, keep_evaluations=keep_evaluations)
+
+    def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
+        """The first process writes the same."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Progress:
     """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line every few seconds."""
 

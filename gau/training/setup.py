@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import parameter_overview
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau.data import pipeline, sources, tokenizers
@@ -75,8 +75,6 @@ class Run:
         """
         data, rows = self.config.data, self.config.data.batch_size // self.config.optimizer.accumulation_steps
         meshes.check_batch(self.mesh, batch_size=rows, context=data.context, model=self.config.model)
-        if data.batch_size % jax.process_count():
-            raise UserError(f'data.batch_size={data.batch_size} does not divide over {jax.process_count()} processes')
         known = sources.splits(data)
         for split in self.config.eval.splits:
             if split not in known:
@@ -177,7 +175,9 @@ class Run:
             dropout=self.config.model.dropout_rate > 0,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        # The metrics are whole everywhere, because every process reads them.
+        metrics = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, metrics))
 
     def evaluator(self) -> Evaluator:
         """Returns the evaluator of this config."""

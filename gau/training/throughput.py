@@ -1,4 +1,8 @@
-"""What the chips could do, and the share of it that a step uses (model FLOPs utilisation)."""
+"""How fast a run is: its clock, and the share of what the chips could do (model FLOPs utilisation)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
@@ -42,3 +46,38 @@ def training_mfu(*, flops_per_token: float, tokens_per_second: float, devices: i
     if peak is None:
         return None
     return 3 * flops_per_token * tokens_per_second / (peak * devices)
+
+
+class Clock:
+    """Seconds a step, over the steps since the last log line, without the time spent in evaluation and saving."""
+
+    def __init__(self, step: int):
+        """Starts at `step`."""
+        self._start = self._last = (step, None)
+        self._pause = 0.0
+        self._recent: dict[str, float | None] = {'tokens_per_second': None, 'step_seconds': None}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in this context does not count."""
+        began = time.monotonic()
+        yield
+        self._pause += time.monotonic() - began
+
+    def tick(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        """Marks a finished step; returns the speed since the window began."""
+        now = time.monotonic() - self._pause
+        if self._start[1] is None:
+            # The first step compiles; the window begins at its end.
+            self._start = (step, now)
+        self._last = (step, now)
+        steps = self._last[0] - self._start[0]
+        if steps:
+            seconds = (self._last[1] - self._start[1]) / steps
+            self._recent = {'tokens_per_second': tokens_per_step / seconds, 'step_seconds': seconds}
+        return self._recent
+
+    def window(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        """Returns the speed of the window and begins the next one."""
+        self._start = self._last
+        return self._recent

@@ -19,6 +19,7 @@ DROPPED = 'metrics.dropped.jsonl'
 EVAL = 'eval.jsonl'
 FINAL = 'final.json'
 PARAMETERS = 'parameters.txt'
+LOCK = '.lock'
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
     _holds_this_run(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / '.lock', 'w')  # noqa: SIM115  held until the run ends, or dies
+        lock = open(workdir / LOCK, 'a')  # noqa: SIM115  held until the run ends, or dies
     except OSError as error:
         raise UserError(f'--workdir={workdir} cannot be written: {error.strerror}') from error
     with lock:
@@ -116,6 +117,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _metrics_lines(path) if row is not None]
 
 
+def kept_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> list[dict[str, Any]]:
+    """Returns the lines that `truncate_metrics` leaves or has left, without touching the file."""
+    return [row for _, row in _metrics_lines(path) if _stays(row, last_step, keep_evaluations)]
+
+
 def truncate_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> list[dict[str, Any]]:
     """Drops the lines that a run resumed after `last_step` will write again, so that each stands in the file once.
 
@@ -129,19 +135,19 @@ def truncate_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> l
     Returns:
       The lines that stay.
     """
-
-    def stays(row: dict[str, Any] | None) -> bool:
-        if row is None or row['step'] > last_step:
-            return False
-        return row['step'] < last_step or keep_evaluations or row['split'] == 'train'
-
     lines = _metrics_lines(path)
-    dropped = [text + '\n' for text, row in lines if not stays(row)]
-    if dropped:
+    stays = [_stays(row, last_step, keep_evaluations) for _, row in lines]
+    if not all(stays):
         with path.with_name(DROPPED).open('a') as file:
-            file.writelines(dropped)
-        _replace(path, ''.join(text + '\n' for text, row in lines if stays(row)))
-    return [row for _, row in lines if stays(row)]
+            file.writelines(text + '\n' for (text, _), stay in zip(lines, stays, strict=True) if not stay)
+        _replace(path, ''.join(text + '\n' for (text, _), stay in zip(lines, stays, strict=True) if stay))
+    return [row for (_, row), stay in zip(lines, stays, strict=True) if stay]
+
+
+def _stays(row: dict[str, Any] | None, last_step: int, keep_evaluations: bool) -> bool:
+    if row is None or row['step'] > last_step:
+        return False
+    return row['step'] < last_step or keep_evaluations or row['split'] == 'train'
 
 
 def _metrics_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:

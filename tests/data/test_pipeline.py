@@ -11,14 +11,13 @@ from tests.data.conftest import make_config, make_texts, write_jsonl
 PACKINGS = ('concat', 'first_fit', 'document')
 
 
-def stream(config, *, objective='lm', seed=0, index=0, count=1, tokenizer=None):
+def stream(config, *, objective='lm', seed=0, rows=None, tokenizer=None):
     return pipeline.train_iterator(
         config,
         objective=objective,
         tokenizer=tokenizer or tokenizers.load(config.tokenizer),
         seed=seed,
-        process_index=index,
-        process_count=count,
+        rows=rows,
     )
 
 
@@ -92,17 +91,6 @@ def test_sizes_add_up_exactly(corpus, packing, source):
         assert (batch['target_bytes'][batch['weights'] == 0] == 0).all()
 
 
-@pytest.mark.parametrize('packing', PACKINGS)
-def test_evaluation_is_the_same_rows_for_any_number_of_processes(corpus, packing):
-    config = make_config(source=corpus['jsonl'], holdout_every=4, packing=packing)
-    alone = evaluation(config)
-    assert {batch['inputs'].shape for batch in alone} == {(6, 32)}
-    for count in (2, 3):
-        shares = [evaluation(config, process_index=i, process_count=count) for i in range(count)]
-        for parts in zip(alone, *shares, strict=True):
-            assert_same(parts[0], {key: np.concatenate([part[key] for part in parts[1:]]) for key in parts[0]})
-
-
 def test_max_tokens_stops_at_whole_rows(corpus):
     config = make_config(source=corpus['jsonl'])
     batches = evaluation(config, 'train', max_tokens=100)
@@ -127,9 +115,6 @@ def test_max_tokens_takes_of_every_source_of_a_mixture(tmp_path, by_bytes, packi
         if weights.any()
     )
     assert rows == {'a': 12, 'b': 4, 'c': 1}
-    shares = [evaluation(config, 'train', max_tokens=32 * 16, process_index=i, process_count=2) for i in range(2)]
-    for whole, *parts in zip(batches, *shares, strict=True):
-        assert_same(whole, {key: np.concatenate([part[key] for part in parts]) for key in whole})
     assert sum(batch['weights'].sum() for batch in evaluation(config, 'train')) == 81 * 32
 
 
@@ -196,20 +181,21 @@ def documents_in(rows, tokenizer, *, carry=None):
 
 @pytest.mark.parametrize('count', [1, 2, 3])
 def test_an_epoch_over_shards_covers_every_token_once(corpus, by_bytes, count):
-    config = make_config(source=corpus['tokens'], shuffle='documents')
+    config = make_config(source=corpus['tokens'], shuffle='documents', streams=count)
     (documents,) = sources.open_split(config, 'train')
     expected = collections.Counter((*documents[i].tokens.tolist(), by_bytes.eos_id) for i in range(len(documents)))
     epochs = [collections.Counter(), collections.Counter()]
     for index in range(count):
         share = len(range(index, len(documents), count))
-        iterator = stream(config, index=index, count=count)
+        own = range(index * 6 // count, (index + 1) * 6 // count)
+        iterator = stream(config, rows=own)
 
-        def rows(iterator=iterator, index=index):
+        def rows(iterator=iterator, own=own):
             for step in range(10_000):
                 if step % 5 == 3:
                     state = json.loads(json.dumps(iterator.get_state()))
                     iterator.close()
-                    iterator = stream(config, index=index, count=count)
+                    iterator = stream(config, rows=own)
                     iterator.set_state(state)
                 batch = next(iterator)
                 assert batch['inputs'].shape == (6 // count, 32)
@@ -223,6 +209,30 @@ def test_an_epoch_over_shards_covers_every_token_once(corpus, by_bytes, count):
     assert epochs[0] == expected
     assert epochs[1] == expected
     assert pipeline.places_per_epoch(config, by_bytes) == sum(len(tokens) * n for tokens, n in expected.items())
+
+
+@pytest.mark.parametrize('streams', [1, 2, 6])
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_the_order_does_not_depend_on_who_reads_which_rows_nor_does_the_state(corpus, packing, streams):
+    config = make_config(source=corpus['jsonl'], packing=packing, streams=streams)
+    alone = stream(config)
+    whole = [next(alone) for _ in range(9)]
+    # Before the fifth batch, other processes take over, of which some share a stream and one holds scattered rows.
+    first, second = [(0, 1, 2), (3, 4, 5)], [(0, 1), (2, 5), (3, 4)]
+    state = {}
+    for iterators, steps in ((first, range(4)), (second, range(4, 9))):
+        iterators = {rows: stream(config, rows=rows) for rows in iterators}
+        for iterator in iterators.values():
+            if state:
+                iterator.set_state(json.loads(json.dumps(state)))
+        for step in steps:
+            for rows, iterator in iterators.items():
+                assert_same(next(iterator), {key: x[list(rows)] for key, x in whole[step].items()})
+        for iterator in iterators.values():
+            state |= iterator.get_state()
+            iterator.close()
+    assert state == alone.get_state()
+    alone.close()
 
 
 def test_short_documents_go_in_groups_once_an_epoch_and_resume(tmp_path, by_bytes):
@@ -332,15 +342,13 @@ def test_what_cannot_be_fed_is_said(corpus, tmp_path):
     tiny = write_jsonl(tmp_path / 'tiny.jsonl', ['a few words', 'and a few more', 'end'])
     with pytest.raises(UserError, match=r'less than one batch of data.batch_size=6 rows of data.context=32'):
         stream(make_config(source=f'jsonl:{tiny}'))
-    with pytest.raises(UserError, match='multiple of the 4 processes'):
-        stream(make_config(source=corpus['jsonl']), count=4)
-    with pytest.raises(UserError, match='multiple of the 4 processes'):
-        evaluation(make_config(source=corpus['jsonl']), process_count=4)
+    with pytest.raises(UserError, match=r'batch_size=6 must be a multiple of data.streams=4'):
+        make_config(source=corpus['jsonl'], streams=4)
     with pytest.raises(UserError, match='no split "vaild"; did you mean "valid"'):
         evaluation(make_config(source=corpus['jsonl']), 'vaild')
     few = write_jsonl(tmp_path / 'few.jsonl', ['long enough text ' * 50, 'held out'])
-    with pytest.raises(UserError, match='1 documents for 2 processes'):
-        stream(make_config(source=f'jsonl:{few}'), count=2)
+    with pytest.raises(UserError, match=r'1 documents for data.streams=2'):
+        stream(make_config(source=f'jsonl:{few}', streams=2))
 
 
 @pytest.mark.parametrize(('source', 'objective'), [

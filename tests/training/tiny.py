@@ -47,8 +47,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def read_state(path: Path, *, step: int | None = None) -> TrainState:
-    """Returns the state in a work directory's checkpoint."""
-    run = Run.from_config(workdir.read_config(path))
+    """Returns the state in a work directory's checkpoint, whatever the mesh was."""
+    config = workdir.read_config(path)
+    config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
+    run = Run.from_config(config)
     saved = Checkpoints(path)
     try:
         return saved.restore(run.abstract_state, step=step)

@@ -1,0 +1,103 @@
+"""Where a run starts: which checkpoint it goes on from, and who may write in its work directory."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gau.data.streams import Streams
+from gau.errors import UserError
+from gau.training import distributed
+from gau.training import workdir as files
+from gau.training.checkpoints import Checkpoints
+from gau.training.config import differences, library_versions
+from gau.training.setup import Run
+from gau.training.step import TrainState
+
+
+def pin_fork(run: Run, fork: Path) -> Path:
+    """Returns the checkpoint that a new run starts from: the newest of the work directory `fork`, or `fork` itself.
+
+    Raises:
+      UserError: there is none, it is of another architecture, or at or beyond the end of the new run.
+    """
+    is_checkpoint = fork.parent.name == 'checkpoints' and fork.name.isdecimal()
+    workdir = fork.parent.parent if is_checkpoint else fork
+    files.read_config(workdir)
+    parent = Checkpoints(workdir)
+    try:
+        steps = parent.steps()
+        step = int(fork.name) if is_checkpoint else max(steps, default=None)
+        if step not in steps:
+            raise UserError(f'fork={fork}: no such checkpoint, {workdir} has {steps or "none"}')
+        parent.check_architecture(run.abstract_params, step)
+    finally:
+        parent.close()
+    if step >= run.total_steps:
+        raise UserError(
+            f'fork={fork} is at step {step} already and this run ends at {run.total_steps}: give more steps'
+        )
+    return workdir / 'checkpoints' / str(step)
+
+
+@contextmanager
+def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
+    """Takes the work directory for one run of all processes; yields whether a run with this config is there already.
+
+    Raises:
+      UserError: in every process: see `files.claim`; or the processes do not see the same directory.
+    """
+    token = ''
+    with ExitStack() as stack:
+        with distributed.together():
+            if distributed.is_first():
+                resumed = stack.enter_context(files.claim(workdir, config))
+                token = os.urandom(8).hex() + str(int(resumed))
+                (workdir / files.LOCK).write_text(token)
+        token = distributed.of_first(token)
+        with distributed.together():
+            lock = workdir / files.LOCK
+            if not lock.is_file() or lock.read_text() != token:
+                raise UserError(f'--workdir={workdir} must lie on a file system that all processes share')
+        yield token.endswith('1')
+
+
+def first_state(run: Run, saved: Checkpoints, iterator: Streams) -> tuple[TrainState, str]:
+    """Returns the first state and where it came from; sets the iterator to the same place."""
+    state = saved.restore(run.abstract_state, iterator=iterator)
+    if state is not None:
+        if distributed.is_first():
+            _warn_of_changes(saved.meta(int(state.step)), run)
+        return state, f'resumed at step {int(state.step)}'
+    if run.config.fork is None:
+        return run.init_state(), 'new run'
+    checkpoint = Path(run.config.fork)
+    parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
+    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
+    # The iterator's position means something only in the same data in the same order.
+    same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
+    parent = Checkpoints(parent_workdir)
+    try:
+        state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)
+    finally:
+        parent.close()
+    # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
+    saved.save(step, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
+    return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
+
+
+def _warn_of_changes(meta: dict[str, Any], run: Run) -> None:
+    """Says on stderr what the checkpoint was made with and this process no longer has."""
+    for kind, now in (('data', run.data_identity), ('versions', library_versions())):
+        before = meta.get(kind, {})
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                print(
+                    f'warning: {name} has changed since the checkpoint ({before[name]} -> {now[name]}): '
+                    'the run goes on, but not as it would have',
+                    file=sys.stderr,
+                )
