@@ -14,8 +14,8 @@ from gau.ops.chunk_states import into_chunks
 from gau.ops.kernels.cross_entropy import LARGEST_VOCABULARY
 from gau.ops.kernels.cross_entropy import loss_and_gradient as fused_loss_and_gradient
 
-# Logits of all rows that a slice holds at most on each device, where rows can be cut: 256 MiB in float32.
-MAX_LOGITS = 2**26
+# Logits of all rows that a slice holds at most on each device, where rows can be cut: 512 MiB in float32.
+MAX_LOGITS = 2**27
 # Up to this many, logits are kept for the backward pass: 4 MiB are not worth the computing again.
 KEPT_LOGITS = 2**20
 

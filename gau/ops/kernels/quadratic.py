@@ -25,7 +25,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
 # Programs that a gradient kernel has at least, where the batch can be cut into parts.
 PROGRAMS = 528
 # Sides of a kernel's tile, warps and pipeline stages.
-TILES = {'bfloat16': (128, 128, 8, 2), 'float32': (32, 32, 4, 1)}
+TILES = {'bfloat16': (64, 64, 4, 2), 'float32': (32, 32, 4, 1)}
 
 
 class Tokens(NamedTuple):
