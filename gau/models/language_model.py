@@ -123,8 +123,13 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
+        # A kernel would see one device's part of the vocabulary alone.
+        alone = jax.sharding.get_abstract_mesh().size <= 1
+        fused = alone and self.config.impl in ('triton', 'cudnn') and available()
         return weighted_cross_entropy(
-            h_BND, self.embedding.rows(), targets_BN, weights_BN, positions_per_slice=self.config.vocab_loss_slice
+            *(h_BND, self.embedding.rows(), targets_BN, weights_BN),
+            positions_per_slice=self.config.vocab_loss_slice,
+            impl='triton' if fused else 'xla',
         )
 
     def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
