@@ -58,8 +58,8 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_at_any_moment_and_resumed_ends_the_same(undisturbed, tmp_path):
-    # Before the first checkpoint, in mid-epoch after one, while one is being written, and near the end.
-    for step in (3, 8, 15, 23):
+    # Before the first checkpoint, and while one is being written. (At more moments: the slow test below.)
+    for step in (3, 15):
         process = start('train.py', *TINY, f'--workdir={tmp_path}')
         wait_for_step(tmp_path, step, process)
         process.kill()
