@@ -110,15 +110,15 @@ class GatedAttentionUnit(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
-        """Applies the unit to normalised inputs."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo, x_for_z_BND: Array | None = None) -> Array:
+        """Applies the unit to normalised inputs; Z may read a copy of them (see `gau.layers.norm`)."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
         fused = self.impl == 'triton' and self.chunk_size and tokens.at is None
         project_uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')
         project_z = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
-        z_BNS = jax.nn.silu(project_z(x_BND))
+        z_BNS = jax.nn.silu(project_z(x_BND if x_for_z_BND is None else x_for_z_BND))
         if fused:
             return project_o(self._fused_mixed_chunk(z_BNS, *project_uv(x_BND, add_bias=False), tokens))
 

@@ -24,17 +24,18 @@ class Norm(nn.Module):
     impl: str = 'xla'
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        """Returns the stream x [..., D] to go on with, and x normalised.
+    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+        """Returns the stream x [..., D] to go on with, and x normalised, twice: for two that read it.
 
-        Whoever goes on with both takes both from here: then one pass makes their gradient.
+        Who takes each from here gets their gradients summed up in one pass.
         """
         dtype = param_dtype(self.dtype)
         shape, axes = ((), ()) if self.kind == 'scale_norm' else ((x.shape[-1],), ('norm',))
         scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, axes), shape, dtype)
         if self.kind == 'layer_norm':
             bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, dtype)
-            return x, layer_norm(x, scale, bias, dtype=self.dtype)
+            y = layer_norm(x, scale, bias, dtype=self.dtype)
+            return x, y, y
         if self.kind == 'scale_norm' and self.impl == 'triton':
             stream = ('batch', 'length', 'act_embed')
             return over_mesh(
@@ -45,4 +46,5 @@ class Norm(nn.Module):
                 result_like=0,
                 token_multiple=1,
             )
-        return x, scale_norm(x, scale, dtype=self.dtype)
+        y = scale_norm(x, scale, dtype=self.dtype)
+        return x, y, y

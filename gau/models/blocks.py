@@ -48,27 +48,27 @@ class Block(nn.Module):
         x_BND = clear_padding(x_BND, tokens.segment_ids_BN)
         if ARCHITECTURES[self.config.name].family == 'gau':
             unit = gated_attention_unit(self.config, self.layer, self.causal)
-            x_BND = self._residual(x_BND, lambda x: unit(x, tokens), 'norm', deterministic)
+            x_BND = self._residual(x_BND, lambda x, again: unit(x, tokens, again), 'norm', deterministic)
         else:
             attention = multi_head_attention(self.config, self.layer, self.causal)
-            x_BND = self._residual(x_BND, lambda x: attention(x, tokens), 'attention_norm', deterministic)
+            x_BND = self._residual(x_BND, lambda x, _: attention(x, tokens), 'attention_norm', deterministic)
             feed_forward = FeedForward(
                 self.config.feed_forward, self.config.feed_forward_dim, self.config.dtype, name='feed_forward'
             )
-            x_BND = self._residual(x_BND, feed_forward, 'feed_forward_norm', deterministic)
+            x_BND = self._residual(x_BND, lambda x, _: feed_forward(x), 'feed_forward_norm', deterministic)
         return x_BND, None
 
     def _residual(self, x_BND, layer, norm_name, deterministic):
         norm = Norm(self.config.norm, self.config.dtype, self.config.impl, name=norm_name)
-        h_BND = x_BND
+        h_BND = again_BND = x_BND
         if self.config.norm_placement == 'pre':
-            x_BND, h_BND = norm(x_BND)
-        y_BND = layer(h_BND)
+            x_BND, h_BND, again_BND = norm(x_BND)
+        y_BND = layer(h_BND, again_BND)
         if self.config.dropout_rate:
             y_BND = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=deterministic)
         x_BND = x_BND + y_BND
         if self.config.norm_placement == 'post':
-            _, x_BND = norm(x_BND)
+            _, x_BND, _ = norm(x_BND)
         return constrain(x_BND, 'batch', 'length', 'act_embed')
 
 

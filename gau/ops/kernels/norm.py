@@ -14,15 +14,16 @@ BLOCK = 4096
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def stream_and_scale_norm(x_BND: Array, g: Array, dtype: str) -> tuple[Array, Array]:
-    """Returns x, and x / rms(x) * g in `dtype`, whose gradients come back together.
+def stream_and_scale_norm(x_BND: Array, g: Array, dtype: str) -> tuple[Array, Array, Array]:
+    """Returns x, and x / rms(x) * g in `dtype` twice, for two readers: their gradients come back together.
 
     Args:
       x_BND: the residual stream, which goes on as it is besides being normalised.
       g: the scalar scale, float32.
       dtype: of the result.
     """
-    return x_BND, scale_norm(x_BND, g, dtype=dtype)
+    y_BND = scale_norm(x_BND, g, dtype=dtype)
+    return x_BND, y_BND, y_BND
 
 
 def _forward(x_BND, g, dtype):

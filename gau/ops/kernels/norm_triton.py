@@ -12,6 +12,7 @@ def scale_norm_gradient_kernel(
     g_ptr,
     dstream_ptr,
     dy_ptr,
+    dy_again_ptr,
     dx_ptr,
     dg_ptr,
     ROWS: tl.constexpr,
@@ -20,11 +21,12 @@ def scale_norm_gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dx = dstream + gradient of y = x g / rms(x), and each program's part of dg; grid [rows]."""
+    """dx = dstream + gradient of y = x g / rms(x), which is dy + dy_again, and each's part of dg; grid [rows]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     x = tile(x_ptr, row, d, D, ROWS, D).to(tl.float32)
     dy = tile(dy_ptr, row, d, D, ROWS, D).to(tl.float32)
+    dy += tile(dy_again_ptr, row, d, D, ROWS, D).to(tl.float32)
     g = tl.load(g_ptr)
     r = 1 / tl.sqrt(tl.sum(x * x, axis=1) / D + EPSILON)
     along = tl.sum(dy * x, axis=1)
