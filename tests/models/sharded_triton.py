@@ -42,9 +42,9 @@ def main() -> None:
         alone = jax.jit(jax.value_and_grad(loss))(params, *batch)
         for axis, sizes in MESHES.items():
             mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+            placed = jax.device_put(params, shardings(boxed, mesh))
+            rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
             with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
-                placed = jax.device_put(params, shardings(boxed, mesh))
-                rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
                 step = jax.jit(jax.value_and_grad(lambda *args, loss=loss: loss(*args)))
                 found = step(placed, *rows)
             relative = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), found, alone)
