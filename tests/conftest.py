@@ -1,4 +1,8 @@
-"""Settings of every test: CPU only unless JAX_PLATFORMS is set, and a compilation cache that subprocesses share."""
+"""Settings of every test: the platform, and a compilation cache that subprocesses share.
+
+Tests run on a CPU, GPU kernels in Triton's interpreter. With GAU_TEST_PLATFORM=cuda the tests of kernels and of
+cuDNN run on a GPU: `GAU_TEST_PLATFORM=cuda python -m pytest tests/ops/kernels tests/ops/test_cudnn_attention.py`.
+"""
 
 import atexit
 import os
@@ -10,8 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Tests marked for a GPU name the platforms themselves: JAX_PLATFORMS=cuda,cpu.
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+PLATFORM = os.environ.get('GAU_TEST_PLATFORM', 'cpu')
+if PLATFORM not in ('cpu', 'cuda'):
+    raise ValueError(f'GAU_TEST_PLATFORM is cpu or cuda, not {PLATFORM}')
+if PLATFORM == 'cpu':
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    # Triton looks at it when it is imported.
+    os.environ['TRITON_INTERPRET'] = '1'
 # A directory of this process's own: a test must never pass because of what an older checkout compiled, nor read what
 # another worker (pytest-xdist) is just writing.
 _cache = tempfile.mkdtemp(prefix='gau_tests_xla_')

@@ -117,7 +117,7 @@ class QuadraticAttention(MultiHeadAttention):
         return Temperature(self.temperature, name='temperature')(q)
 
     def bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns the relative bias between n positions by distance, [H, 2 n - 1], or the queries' rows, if there is one."""
+        """Returns the relative bias between n positions by distance, [H, 2 n - 1], or the queries' rows; or None."""
         bias = RelativeBias(
             self.relative_bias,
             self.num_heads,

@@ -30,7 +30,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns the bias of every distance k - q between n positions, [H, 2 n - 1], float32 or better; None for 'none'.
+        """Returns the bias of every distance k - q between n positions, [H, 2 n - 1], float32 or wider; or None.
 
         With the positions of queries, [B, T], their rows of the matrix that it is: [H, B, T, n].
 

@@ -42,7 +42,8 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
 
     Args:
       config: resolved model config; `impl` may be 'auto', which takes the first of the architecture's implementations
-        (fastest first) that works for the config on the target.
+        (fastest first) that works for the config on the target. Triton's interpreter, which is there for tests, is
+        never taken unasked.
       target: where it will run.
 
     Raises:
@@ -53,7 +54,8 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
         if reason is not None:
             raise UserError(f'model.impl={config.impl} needs {reason}')
         return config.impl
-    return next(impl for impl in ARCHITECTURES[config.name].impls if why_not(impl, config, target) is None)
+    impls = [impl for impl in ARCHITECTURES[config.name].impls if not (impl == 'triton' and interpreted())]
+    return next(impl for impl in impls if why_not(impl, config, target) is None)
 
 
 def why_not(impl: str, config: ConfigDict, target: Target) -> str | None:
@@ -66,12 +68,13 @@ def _works_everywhere(config: ConfigDict, target: Target) -> None:
 
 
 def _triton(config: ConfigDict, target: Target) -> str | None:
-    if target.platform != 'gpu' and not interpreted():
+    if target.platform != 'gpu' and not (target.platform == 'cpu' and interpreted()):
         return f'an NVIDIA GPU, this is {target.platform}'
     if target.platform == 'gpu' and (target.compute_capability or (0, 0)) < (9, 0):
         return 'an NVIDIA GPU of compute capability 9.0 or more'
     if not available():
-        return 'jax-triton (pip install -r requirements-gpu.txt)'
+        package, purpose = ('triton', 'test') if interpreted() else ('jax-triton', 'gpu')
+        return f'{package} (pip install -r requirements-{purpose}.txt)'
     wanted = {'num_heads': (1,), 'dtype': ('bfloat16', 'float32')}
     if ARCHITECTURES[config.name].attention == 'mixed_chunk':
         wanted |= {'gate': ('silu',), 'branches': ('both',)}

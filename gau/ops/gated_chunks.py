@@ -2,9 +2,9 @@
 
     [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
 
-U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over the
-tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the backward
-pass keeps by hand what it needs: the projections, A, Q and K, the states M, and A v + Q M.
+U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over
+the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the
+backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, and A v + Q M.
 
 `gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
 """

@@ -95,7 +95,7 @@ def toeplitz_bias(w: Array, n: int) -> Array:
 
 
 def toeplitz_bias_at(w: Array, positions_BT: Array, n: int) -> Array:
-    """Returns the rows of the matrix of `toeplitz_bias(w, n)` for queries at these positions (below the table's m), [B, T, n].
+    """Returns the rows of the matrix of `toeplitz_bias(w, n)` for queries at positions below the table's m, [B, T, n].
 
     Raises:
       ValueError: the table is too short for n positions.

@@ -101,6 +101,23 @@ def test_where_cudnn_cannot_be_it_says_why_and_auto_takes_another(fields, target
     assert str(error.value) == f'model.impl=cudnn needs {reason}'
 
 
+@pytest.mark.parametrize('name', ['flash', 'flash_quad'])
+def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(monkeypatch, name):
+    monkeypatch.setattr(implementations, 'available', lambda: True)
+    config, fused = tiny_config(name, dtype='float32'), tiny_config(name, dtype='float32', impl='triton')
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    assert select_implementation(config, target=HOPPER) == 'triton'
+    assert select_implementation(config, target=CPU) == 'xla'
+    with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is cpu$'):
+        select_implementation(fused, target=CPU)
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert select_implementation(config, target=HOPPER) == 'xla'
+    assert select_implementation(config, target=CPU) == 'xla'
+    assert select_implementation(fused, target=CPU) == 'triton'
+    with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is tpu$'):
+        select_implementation(fused, target=TPU)
+
+
 @pytest.mark.parametrize('ids', [None, 'packed'])
 def test_the_layer_calls_cudnn_as_it_calls_the_others(monkeypatch, ids):
     """With XLA's attention in cuDNN's place, for there is no GPU here."""

@@ -1,6 +1,6 @@
 """cuDNN's attention against the reference. Without a GPU the same code runs on XLA's attention in place of cuDNN's.
 
-On a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest tests/ops/test_cudnn_attention.py
+On a GPU: GAU_TEST_PLATFORM=cuda python -m pytest tests/ops/test_cudnn_attention.py
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Triton kernels of the gated chunk product (`gau.ops.gated_chunks` says what it is, and has the same steps in JAX).
 
-What they are for: U, V and what is made of them are [N, E], an order larger than anything else in the layer, and reading
-and writing them is most of what a layer costs beside its matrix products. A kernel reads the projections as the matrix
-product left them, adds the bias, applies silu where it needs u or v, and writes only what must outlive it.
+What they are for: U, V and what is made of them are [N, E], an order larger than anything else in the layer, and
+reading and writing them is most of what a layer costs beside its matrix products. A kernel reads the projections as the
+matrix product left them, adds the bias, applies silu where it needs u or v, and writes only what must outlive it.
 
 Letters beside the house's: T = B G chunks of a batch; F = width of the linear queries and keys (S for one direction of
 the states, 2 S for two); P parts of a sequence whose states are summed in parallel. Every size is a compile-time
@@ -55,7 +55,7 @@ def states_kernel(
     """m[g] = sum of k silu(v)^T over the chunks before g (after g, for the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. With TOTALS it starts from
-    zero and writes the state at the end of its part; else it writes every state, starting from the part's carry if CARRY.
+    zero and writes the state at the end of its part; else it writes every state, from the part's carry on if CARRY.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -190,7 +190,7 @@ def gate_gradient_kernel(
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         dmixed = (do * _silu(u)).to(q.dtype)
-        if not TOTALS:
+        if not TOTALS:  # noqa: SIM102  Known when it is compiled, unlike the other.
             if direction == 0:
                 mixed = tile(mixed_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
                 du = do * mixed * _silu_slope(u)

@@ -1,7 +1,7 @@
 """Calls Triton kernels on JAX arrays: on an NVIDIA GPU through jax-triton, on a CPU through Triton's interpreter.
 
-The interpreter (environment variable TRITON_INTERPRET=1, set before Triton is imported) runs a kernel program by program
-in NumPy: slow, and there so that the tests prove the very kernels without a GPU.
+The interpreter (environment variable TRITON_INTERPRET=1, set before Triton is imported) runs a kernel program by
+program in NumPy: slow, and there so that the tests prove the very kernels without a GPU.
 """
 
 import importlib.util
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-
 
 # It changes Triton's functions while it runs, and JAX may call back from several threads.
 _INTERPRETER = threading.Lock()

@@ -1,8 +1,8 @@
 """Quadratic attention with relu^2 on a GPU, a block of queries or keys at a time: memory grows with N, not with N^2.
 
-The matrix products are the library's: [n, m] weights times [m, E] values run at nearly the peak of the chip. The kernels
-make the weights of a block from q.k without writing scores down, in the backward pass together with the gradient of the
-scores.
+The matrix products are the library's: [n, m] weights times [m, E] values run at nearly the peak of the chip. The
+kernels make the weights of a block from q.k without writing scores down, in the backward pass together with the
+gradient of the scores.
 """
 
 import functools
@@ -85,8 +85,8 @@ def relu2_attention(
         end = stop if causal else n
 
         def block(_, first, size, end=end):
-            a = _weights(_cut(q_BNS, first, size), k_BNS[:, :end], bias_P, _cut(tokens, first, size), tokens.ids_BN[:, :end],
-                         offset=first, causal=causal)  # fmt: skip
+            q_BnS, asking, ids_BM = _cut(q_BNS, first, size), _cut(tokens, first, size), tokens.ids_BN[:, :end]
+            a = _weights(q_BnS, k_BNS[:, :end], bias_P, asking, ids_BM, offset=first, causal=causal)
             return None, a @ v_BNE[:, :end]
 
         outputs.append(_over_blocks(block, None, begin, stop, size)[1])
@@ -169,7 +169,7 @@ def _groups(n: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _over_blocks(block: Callable[..., Any], carry: Any, begin: int, stop: int, size: int) -> tuple[Any, Any]:
-    """Runs block(carry, first, size) over [begin, stop) in a scan; results [B, size, ...] are joined along the tokens."""
+    """Runs block(carry, first, size) over [begin, stop) in a scan and joins results [B, size, ...] along the tokens."""
     whole, results = (stop - begin) // size, []
     if whole > 1:
         firsts = begin + size * jnp.arange(whole)

@@ -11,7 +11,7 @@ from tests.ops.kernels.conftest import DTYPES, TOLERANCE
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize(('shape', 'vocab'), [((2, 3), 50), ((1, 5), 16)])
+@pytest.mark.parametrize(('shape', 'vocab'), [((2, 3), 50), pytest.param((1, 5), 16, marks=pytest.mark.slow)])
 def test_loss_and_gradient(dtype, shape, vocab):
     generator = np.random.default_rng(0)
     logits = jnp.asarray(30 * generator.standard_normal((*shape, vocab)))

@@ -11,6 +11,13 @@ from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
+LAYOUTS = {
+    'none': lambda n: None,
+    'documents': documents,
+    'one row': lambda n: documents(n)[1:],
+    # Of one and of two tokens.
+    'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
+}
 NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
@@ -47,22 +54,27 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
 @pytest.mark.parametrize(
     ('n', 'chunk', 's', 'e', 'packed', 'walkers', 'reduction'),
     [
-        (48, 16, 16, 32, False, 1, 'mean'),
-        (50, 24, 12, 72, True, 1, 'mean'),
-        (90, 16, 8, 40, True, 6, 'mean'),
-        (72, 16, 8, 40, False, 6, 'sum'),
-        (10, 16, 8, 24, False, 1, 'mean'),
+        # Parts of one chunk (two, both ways); what sticks out of a tile of C, S and E; a text shorter than a chunk.
+        (30, 8, 12, 24, 'documents', 8, 'mean'),
+        (24, 12, 8, 40, 'one row', 1, 'sum'),
+        (10, 16, 8, 24, 'none', 1, 'mean'),
+        pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
+        pytest.param(100, 40, 12, 72, 'documents', 1, 'mean', marks=pytest.mark.slow),
+        pytest.param(90, 16, 8, 40, 'documents', 6, 'mean', marks=pytest.mark.slow),
+        pytest.param(72, 16, 8, 40, 'none', 6, 'sum', marks=pytest.mark.slow),
+        pytest.param(37, 3, 17, 33, 'one row', 5, 'mean', marks=pytest.mark.slow),
+        pytest.param(90, 70, 70, 20, 'short', 1, 'mean', marks=pytest.mark.slow),
     ],
 )
 def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
     monkeypatch.setattr(host, 'WALKERS', walkers)
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
-    ids = documents(n) if packed else None
+    ids = LAYOUTS[packed](n)
     fields = {'chunk': chunk, 'causal': causal, 'ids': ids, 'reduction': reduction}
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', dtype, *narrow, **fields)
-    valid = np.ones((2, n), bool) if ids is None else np.asarray(ids) > 0
+    valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
     # What stands at padding in `uv` is the caller's, and its gradient means nothing.
     for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
