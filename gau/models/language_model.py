@@ -13,6 +13,7 @@ from gau.models.blocks import Block
 from gau.models.config import head_dim_at
 from gau.ops.cross_entropy import output_logits, sliced_cross_entropy, weighted_cross_entropy
 from gau.ops.decoding import Continuation
+from gau.ops.kernels.launch import available
 from gau.ops.masks import clear_padding
 from gau.ops.positions import rope_table
 
