@@ -1,6 +1,5 @@
 """The gated chunk product on a GPU: which kernels run in which order, forwards and backwards."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,9 @@ from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
 
-# Programs that a walk over the chunks has at least: one for each multiprocessor of an H100. A long text alone has
-# fewer, so it is cut into parts, whose states are summed up first and then handed on.
-WALKERS = 132
+# Programs that a walk over the chunks has at least: two for each multiprocessor of an H100. A long text alone has
+# fewer, so it is cut into parts that start from zero, and what earlier parts hand on is added to their states.
+WALKERS = 264
 
 
 class Blocks(NamedTuple):
@@ -57,7 +56,6 @@ def product_and_residuals(
         blocks.states,
         (uv, bias, k, keep),
         lambda parts: [sizes.like_m],
-        totals_at=0,
         reverse=False,
     )[0]
     o, mixed = sizes.tiles(
@@ -95,7 +93,6 @@ def gradients(
 
     half_duv, dmixed, dbias_u, dkv = sizes.walk(
         *(kernels.gate_gradient_kernel, blocks.gate_gradient, (uv, bias, do, mixed, q, keep), outputs),
-        totals_at=3,
         reverse=True,
     )
     rows = -(-size // min(blocks.value_gradient[0], power_of_two(size)))
@@ -126,15 +123,14 @@ class _Sizes:
         self.like_m = _like(uv, self.batch, self.groups, self.inner, self.width)
         self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'PRECISION': PRECISION}
 
-    def walk(self, kernel, blocks, inputs, outputs, *, totals_at: int, reverse: bool) -> list[Array]:
-        """Launches a kernel that walks over the chunks; a text in parts is walked over twice, for their totals first.
+    def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool) -> list[Array]:
+        """Launches a kernel that walks over the chunks, and carries states from each part of a long text to the others.
 
         Args:
-          kernel: with arguments (*inputs, carry, *outputs).
+          kernel: with arguments (*inputs, *outputs, totals).
           blocks: its entry of BLOCKS.
           inputs: the last one is `keep`.
-          outputs: from the number of parts to their shapes.
-          totals_at: which output takes the totals.
+          outputs: from the number of parts to their shapes, the states last.
           reverse: whether the walk goes against the states.
         """
         block_c, block_e, num_warps, num_stages = blocks
@@ -142,9 +138,12 @@ class _Sizes:
         across = -(-self.width // block_e)
         length = -(-self.groups // min(-(-WALKERS // (self.batch * self.walks * across)), self.groups))
         parts = -(-self.groups // length)
-        run = functools.partial(
-            launch,
+        keep = inputs[-1]
+        totals = (self.batch, parts, self.inner, self.width) if parts > 1 else (1,)
+        *results, states, totals = launch(
             kernel,
+            *inputs,
+            outputs=[*outputs(parts), jax.ShapeDtypeStruct(totals, jnp.float32)],
             grid=(across, parts, self.batch * self.walks),
             num_warps=num_warps,
             num_stages=num_stages,
@@ -156,36 +155,40 @@ class _Sizes:
             BLOCK_S=power_of_two(self.state),
             BLOCK_E=block_e,
         )
-        outputs, keep = outputs(parts), inputs[-1]
-        if parts == 1:
-            return run(*inputs, keep, outputs=outputs, TOTALS=False, CARRY=False)
-        # The first walk writes its totals alone; the other outputs are only named, in one number each.
-        named = [_like(keep, 1)] * len(outputs)
-        named[totals_at] = jax.ShapeDtypeStruct((self.batch, parts, self.inner, self.width), jnp.float32)
-        totals = run(*inputs, keep, outputs=named, TOTALS=True, CARRY=False)[totals_at]
-        carry = self._carried(totals, keep, reverse=reverse)
-        return run(*inputs, carry, outputs=outputs, TOTALS=False, CARRY=True)
+        if parts > 1:
+            carried = self._carried(totals, keep, length=length, reverse=reverse)
+            states = (states.astype(jnp.float32) + carried).astype(states.dtype)
+        return [*results, states]
 
-    def _carried(self, totals_BPFE: Array, keep_BGW: Array, *, reverse: bool) -> Array:
-        """Returns what reaches each part from those walked over before it, float32 [B, P, F, E]."""
+    def _carried(self, totals_BPFE: Array, keep_BGW: Array, *, length: int, reverse: bool) -> Array:
+        """Returns what reaches each chunk from the parts walked over before its own, float32 [B, G, F, E]."""
         parts = totals_BPFE.shape[1]
         # In the order of the walk's steps: the second one starts at the last chunk.
-        steps_BGW = jnp.stack([keep_BGW[:, :: -1 if walk else 1, walk] for walk in range(self.walks)], axis=-1)
-        length = -(-self.groups // parts)
+        steps_BGW = self._in_steps(keep_BGW)
         padding = ((0, 0), (0, parts * length - self.groups), (0, 0))
-        kept_BPW = jnp.pad(steps_BGW, padding, constant_values=1).reshape(self.batch, parts, length, -1).prod(2)
-        drops_BPW = jnp.cumsum(1 - kept_BPW, axis=1)
+        kept_BPLW = jnp.pad(steps_BGW, padding, constant_values=1).reshape(self.batch, parts, length, -1)
+        drops_BPW = jnp.cumsum(1 - kept_BPLW.prod(2), axis=1)
         before_BPW = jnp.pad(drops_BPW, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         # From part r to a later part p: nothing between them may drop the state.
         p = jnp.arange(parts)
         passes_BPRW = (before_BPW[:, :, None] == drops_BPW[:, None]) & (p[:, None] > p)[..., None]
+        # And within the part, nothing before the chunk: after it, where the walk goes against the states.
+        around = jnp.flip if reverse else lambda x, _: x
+        kept_BPLW = around(jnp.cumprod(around(kept_BPLW, 2), axis=2), 2)
+        kept_BPLW = jnp.roll(kept_BPLW, -1 if reverse else 1, axis=2).at[:, :, -1 if reverse else 0].set(1)
         if reverse:
             passes_BPRW = passes_BPRW.swapaxes(1, 2)
         totals_BPWSE = totals_BPFE.reshape(self.batch, parts, self.walks, self.state, self.width)
-        carried = jnp.einsum(
+        carry_BPWSE = jnp.einsum(
             'BPRW,BRWSE->BPWSE', passes_BPRW.astype(jnp.float32), totals_BPWSE, precision=jax.lax.Precision.HIGHEST
         )
-        return carried.reshape(totals_BPFE.shape)
+        reaches_BPLWSE = kept_BPLW[..., None, None] * carry_BPWSE[:, :, None]
+        reaches_BGWSE = reaches_BPLWSE.reshape(self.batch, -1, *carry_BPWSE.shape[2:])[:, : self.groups]
+        return self._in_steps(reaches_BGWSE).reshape(self.batch, self.groups, self.inner, self.width)
+
+    def _in_steps(self, x_BGW: Array) -> Array:
+        """Turns the chunks of the second walk round: from their order in the text to that of its steps, and back."""
+        return jnp.stack([x_BGW[:, :: -1 if walk else 1, walk] for walk in range(self.walks)], axis=2)
 
     def tiles(self, kernel, blocks, inputs, outputs, *, causal: bool, overwrite=None) -> list[Array]:
         """Launches a kernel over tiles of [C, E]."""

@@ -37,16 +37,14 @@ def states_kernel(
     bias_ptr,
     k_ptr,
     keep_ptr,
-    carry_ptr,
     m_ptr,
+    totals_ptr,
     G: tl.constexpr,
     C: tl.constexpr,
     S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
     P: tl.constexpr,
-    TOTALS: tl.constexpr,
-    CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -54,8 +52,8 @@ def states_kernel(
 ):
     """m[g] = sum of k silu(v)^T over the chunks before g (after g, for the second direction), grid [E, P, B D].
 
-    One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. With TOTALS it starts from
-    zero and writes the state at the end of its part; else it writes every state, from the part's carry on if CARRY.
+    One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
+    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -68,8 +66,6 @@ def states_kernel(
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-    if CARRY:
-        state = tile(carry_ptr + ends, s, e, E, S, E)
     first = part * length
     for i in range(0, (tl.minimum(first + length, G) - first) * blocks):
         step = first + i // blocks
@@ -77,14 +73,13 @@ def states_kernel(
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
-            if not TOTALS:
-                put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
+            put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         v = tile(uv_ptr + chunk * C * 2 * E + E, row, e, 2 * E, C, E).to(tl.float32)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         state = tl.dot(tl.trans(k), _silu(v + bias_v).to(k.dtype), state, input_precision=PRECISION)
-    if TOTALS:
-        put(m_ptr + ends, state, s, e, E, S, E)
+    if P > 1:
+        put(totals_ptr + ends, state, s, e, E, S, E)
 
 
 @triton.jit
@@ -138,19 +133,17 @@ def gate_gradient_kernel(
     mixed_ptr,
     q_ptr,
     keep_ptr,
-    carry_ptr,
     duv_ptr,
     dmixed_ptr,
     dbias_ptr,
     dkv_ptr,
+    totals_ptr,
     G: tl.constexpr,
     C: tl.constexpr,
     S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
     P: tl.constexpr,
-    TOTALS: tl.constexpr,
-    CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -159,7 +152,7 @@ def gate_gradient_kernel(
     """dmixed = do silu(u), du, and dkv[g] = sum of q dmixed^T over the chunks that see g, grid [E, P, B D].
 
     The mirror of `states_kernel`: it walks against the states' direction. dkv[g] is the gradient of what chunk g adds
-    to a state. With TOTALS only that sum at the end of the part is written.
+    to a state.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -172,8 +165,6 @@ def gate_gradient_kernel(
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-    if CARRY:
-        state = tile(carry_ptr + ends, s, e, E, S, E)
     dbias = tl.zeros((BLOCK_E,), tl.float32)
     first = part * length
     count = tl.minimum(first + length, G) - first
@@ -183,26 +174,23 @@ def gate_gradient_kernel(
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
-            if not TOTALS:
-                put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
+            put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         u = tile(uv_ptr + chunk * C * 2 * E, row, e, 2 * E, C, E).to(tl.float32) + bias_u
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         dmixed = (do * _silu(u)).to(q.dtype)
-        if not TOTALS:  # noqa: SIM102  Known when it is compiled, unlike the other.
-            if direction == 0:
-                mixed = tile(mixed_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
-                du = do * mixed * _silu_slope(u)
-                dbias += tl.sum(du, axis=0)
-                put(duv_ptr + chunk * C * 2 * E, du, row, e, 2 * E, C, E)
-                put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
-        state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
-    if TOTALS:
-        put(dkv_ptr + ends, state, s, e, E, S, E)
-    else:
         if direction == 0:
-            tl.store(dbias_ptr + (batch * P + part) * E + e, dbias, mask=e < E)
+            mixed = tile(mixed_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
+            du = do * mixed * _silu_slope(u)
+            dbias += tl.sum(du, axis=0)
+            put(duv_ptr + chunk * C * 2 * E, du, row, e, 2 * E, C, E)
+            put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
+        state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
+    if P > 1:
+        put(totals_ptr + ends, state, s, e, E, S, E)
+    if direction == 0:
+        tl.store(dbias_ptr + (batch * P + part) * E + e, dbias, mask=e < E)
 
 
 @triton.jit
