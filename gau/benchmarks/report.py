@@ -135,6 +135,7 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
 def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
     # The object interface draws without a display and without pyplot's global state.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(5.2 * len(panels), 4.4), layout='constrained')
     for number, (kind, fields, unit, what) in enumerate(panels, 1):
@@ -142,6 +143,9 @@ def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xscale('log', base=2)
         axes.set_yscale('log')
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.10g}'))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             value = next((row[field] for field in fields if row.get(field)), None)
