@@ -13,7 +13,7 @@ from gau.models.blocks import Block
 from gau.models.config import head_dim_at
 from gau.ops.cross_entropy import output_logits, sliced_cross_entropy, weighted_cross_entropy
 from gau.ops.decoding import Continuation
-from gau.ops.kernels.launch import available
+from gau.ops.kernels.launch import available, interpreted
 from gau.ops.masks import clear_padding
 from gau.ops.positions import rope_table
 
@@ -125,7 +125,8 @@ class LanguageModel(nn.Module):
         )
         # A kernel would see one device's part of the vocabulary alone.
         alone = jax.sharding.get_abstract_mesh().size <= 1
-        fused = alone and self.config.impl in ('triton', 'cudnn') and available()
+        impl = self.config.impl
+        fused = alone and (impl == 'triton' or (impl == 'cudnn' and available() and not interpreted()))
         return weighted_cross_entropy(
             *(h_BND, self.embedding.rows(), targets_BN, weights_BN),
             positions_per_slice=self.config.vocab_loss_slice,

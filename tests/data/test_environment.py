@@ -13,7 +13,7 @@ def environment(folder):
     (folder / 'scripts').mkdir()
     for name in ('environment.sh', 'check_requirements.py'):
         shutil.copy(ROOT / 'scripts' / name, folder / 'scripts')
-    (folder / 'needed.txt').write_text('pip\n')
+    (folder / 'needed.txt').write_text('pip\nnone-such; sys_platform == "elsewhere"\n')
     script = 'set -euo pipefail; source scripts/environment.sh; environment needed.txt; "$PYTHON" -m pip --version'
     variables = {name: value for name, value in os.environ.items() if name not in ('VIRTUAL_ENV', 'CONDA_PREFIX')}
     return subprocess.run(['bash', '-c', script], cwd=folder, env=variables, capture_output=True, text=True)

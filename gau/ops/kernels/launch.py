@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax import Array
 
+# Programs that CUDA takes along the second and the third axis of a grid.
+LARGEST_SIDE = 65_535
 # It changes Triton's functions while it runs, and JAX may call back from several threads.
 _INTERPRETER = threading.Lock()
 
@@ -54,7 +56,15 @@ def launch(
       num_stages: depth of the software pipeline of its loops.
       overwrite: maps an input to the output that takes over its buffer and contents.
       constants: compile-time constants.
+
+    Raises:
+      ValueError: more programs than a GPU takes along an axis other than the first.
     """
+    if max(grid[1:], default=0) > LARGEST_SIDE:
+        raise ValueError(
+            f'{kernel.__name__} would have a grid of {grid}, a GPU takes {LARGEST_SIDE:,} along the second and third '
+            'axis: fewer or larger chunks are needed on each device, or another model.impl'
+        )
     overwrite = dict(overwrite or {})
     if interpreted():
         return _interpret(kernel, inputs, outputs, grid, overwrite, constants)

@@ -1,0 +1,18 @@
+"""What is asked of a GPU before a kernel is."""
+
+import jax
+import pytest
+
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.norm_triton import scale_norm_gradient_kernel
+
+
+def test_a_grid_that_no_gpu_takes_is_refused():
+    with pytest.raises(ValueError, match=r'grid of \(1, 65536\).* larger chunks'):
+        launch(
+            scale_norm_gradient_kernel,
+            outputs=[jax.ShapeDtypeStruct((1,), 'float32')],
+            grid=(1, 65_536),
+            num_warps=4,
+            num_stages=1,
+        )
