@@ -35,7 +35,8 @@ commit of `gau/` that a row was made with, with a + if there were changes on top
   of the closed form, by the same two. Estimates, not measurements.
 
 """
-COLUMNS = ('model', 'objective', 'context', 'mesh', 'memory GiB', 'TFLOP', 'traffic GiB', 'collectives', 'ms', 'MFU', 'commit')
+COLUMNS = ('model', 'objective', 'context', 'mesh', 'memory GiB', 'TFLOP', 'traffic GiB', 'collectives')
+COLUMNS += ('ms', 'MFU', 'commit')
 
 
 def configs() -> Iterator[ConfigDict]:

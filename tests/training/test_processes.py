@@ -67,6 +67,9 @@ def test_a_signal_to_one_process_saves_on_all_and_one_process_goes_on(alone, tmp
     # Asked at step 3, known to all at step 4.
     assert f'{name}: saved at step 4' in err
     assert 'Traceback' not in err + quiet
+    shardings = (path / 'shardings.txt').read_text()
+    assert 'residual stream' in shardings
+    assert (tmp_path / 'run' / 'shardings.txt').read_text() == shardings
     assert_done(run('train.py', *arguments, devices=4))
     assert_same_run(tmp_path / 'run', path)
 
