@@ -123,7 +123,7 @@ def test_a_dead_or_frozen_process_does_not_leave_the_other_hanging(tmp_path, vic
     started = start_processes('train.py', *arguments, '--heartbeat_seconds=20', devices=1)
     wait_for_step(tmp_path / 'run', 6, started)
     started[victim].send_signal(signum)
-    ((code, _, err),) = finish([started[1 - victim]], timeout=200)
+    ((code, _, err),) = finish([started[1 - victim]], timeout=600)
     started[victim].kill()
     started[victim].communicate()
     assert code != 0, err
