@@ -52,7 +52,7 @@ def main() -> None:
                 file.write(json.dumps(row) + '\n')
 
     if _SHARDINGS.value:
-        print(compile_check.shardings(config, target, vocab_size=_VOCAB_SIZE.value))
+        print(compile_check.shardings(config, target, vocab_size=_VOCAB_SIZE.value), end='')
         return
     if _SWEEP.value is None:
         found = compile_check.check(config, target, vocab_size=_VOCAB_SIZE.value)

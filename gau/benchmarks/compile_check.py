@@ -11,21 +11,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gau.benchmarks.chips import Target
 from gau.benchmarks.hlo import Collective, Program
-from gau.benchmarks.traced import activations, flops, largest_arrays
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
 from gau.models import registry
 from gau.models.implementations import Target as Implementing
 from gau.training import config as training_config
 from gau.training import mesh as meshes
-from gau.training import step
 from gau.training.durations import UNITS
 from gau.training.setup import Run
+from gau.training.traced import flops, largest_arrays
 
 Row = dict[str, Any]
 
@@ -88,16 +86,6 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     return Run(config, _Vocabulary(vocab_size), mesh, model)
 
 
-def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and shardings of a training batch (see `gau.data.pipeline.train_iterator`)."""
-    data = run.config.data
-    dtypes = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
-    if data.packing != 'concat' or not data.attend_across_documents:
-        dtypes |= {'segment_ids': jnp.int32, 'positions': jnp.int32}
-    shape, sharding = (data.batch_size, data.context), meshes.batch_sharding(run.mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-
-
 def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     """Compiles the training step of a config and returns what its program says.
 
@@ -114,7 +102,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     """
     config = without_data(config)
     run = make_run(config, target, vocab_size=vocab_size)
-    train_step, state, batch = run.train_step(), run.abstract_state, abstract_batch(run)
+    train_step, state, batch = run.train_step(), run.abstract_state, run.abstract_batch
     row = _about(run, target)
     with run.context():
         traced = train_step.trace(state, batch)
@@ -151,11 +139,7 @@ def shardings(config: ConfigDict, target: Target, *, vocab_size: int) -> str:
     Raises:
       UserError: the config is impossible.
     """
-    run = make_run(without_data(config), target, vocab_size=vocab_size)
-    state, batch = run.abstract_state, abstract_batch(run)
-    with run.context():
-        traced = jax.jit(step.make_eval_step(run.model)).trace(state.params, batch)
-    return f'{run.parameter_table(state.params)}\n{activations(traced.jaxpr, run.mesh)}'
+    return make_run(without_data(config), target, vocab_size=vocab_size).sharding_table()
 
 
 def sweep(

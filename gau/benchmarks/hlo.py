@@ -273,15 +273,23 @@ def _array(match: tuple[str, str, str]) -> Array:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that speak with each other, from any of the three ways to write replica groups; permutes count as 2."""
+    """Devices that speak with each other, from any of the ways to write replica groups; permutes count as 2.
+
+    Raises:
+      ValueError: they are written in yet another way; communication must not go uncounted.
+    """
     if 'source_target_pairs=' in attributes:
         return 2
-    axes = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes)
+    axes = re.search(r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}', attributes)
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
+        # An axis by its name, or a part of it as name:(size of what is before it)size.
+        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(size or sizes[name]) for name, size in used)
     iota = re.search(r'replica_groups=\[(\d+(?:,\d+)*)\]', attributes)
     if iota:
         return int(iota[1].split(',')[-1])
     listed = re.search(r'replica_groups=\{\{([\d,]*)\}', attributes)
-    return len(listed[1].split(',')) if listed else 1
+    if not listed:
+        raise ValueError(f'cannot read the replica groups of {attributes[:300]}')
+    return len(listed[1].split(','))

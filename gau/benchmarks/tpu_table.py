@@ -1,6 +1,7 @@
 """The paper's configurations on 64 TPU v4 chips, as their compiler sees them: a table in Markdown and rows in JSON."""
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ for v4:4x4x4, where a device is a chip of 30.75 GiB and 275 TFLOP/s. 2^18 tokens
 bfloat16, AdamW in float32, layers in a scan, no recomputation but that of the op itself, attention by XLA. A batch of
 32 texts of 8192 tokens has two chips a text (mesh.sequence=2); size `large` (the 500 M of PG-19) is sharded over 32
 (mesh.fsdp). All numbers are of one device and one step. A call that was cut short goes on when it is given again; what
-it had not reached is not in the table.
+it had not reached is not in the table. Between two calls the code may have changed: the last column is the newest
+commit of `gau/` that a row was made with, with a + if there were changes on top.
 
 - memory: state and batch / temporaries / all (with code).
 - TFLOP: matrix products as traced, with recomputation and masked halves / the model's by the closed form (README).
@@ -33,7 +35,8 @@ it had not reached is not in the table.
   of the closed form, by the same two. Estimates, not measurements.
 
 """
-COLUMNS = ('model', 'objective', 'context', 'mesh', 'memory GiB', 'TFLOP', 'traffic GiB', 'collectives', 'ms', 'MFU')
+COLUMNS = ('model', 'objective', 'context', 'mesh', 'memory GiB', 'TFLOP', 'traffic GiB', 'collectives')
+COLUMNS += ('ms', 'MFU', 'commit')
 
 
 def configs() -> Iterator[ConfigDict]:
@@ -66,16 +69,30 @@ def write(path: Path, report: Callable[[Row], None]) -> None:
       UserError: libtpu is missing.
     """
     target = chips.target(TOPOLOGY)
-    lines = path.with_suffix('.jsonl')
+    lines, version = path.with_suffix('.jsonl'), _commit()
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
     for config in configs():
         if any(_describes(row, config) for row in rows):
             continue
-        rows.append(check(config, target, vocab_size=VOCAB_SIZE).row)
+        rows.append({**check(config, target, vocab_size=VOCAB_SIZE).row, 'commit': version})
         report(rows[-1])
         rows.sort(key=lambda row: (row['size'], row['objective'], row['context'], MODELS.index(row['model'])))
         lines.write_text(''.join(json.dumps(row) + '\n' for row in rows))
         path.write_text(HEADER.format(path=path) + table(rows))
+
+
+def _commit() -> str | None:
+    """Returns the newest commit that touched this package, with a + for changes on top; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        package = Path(__file__).parents[1]
+        done = subprocess.run(['git', *arguments, '--', '.'], cwd=package, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git('log', '-1', '--format=%h') + ('+' if git('status', '--porcelain') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _describes(row: Row, config: ConfigDict) -> bool:
@@ -96,7 +113,7 @@ def _cells(row: Row) -> list[str]:
     flops = f'{row["flops"] / 1e12:.2f} / {row["model_flops"] / 1e12:.2f}'
     cells = [name, row['objective'], str(row['context']), mesh]
     if 'error' in row:
-        return [*cells, f'does not fit: {row["error"]}', flops, '', '', '', '']
+        return [*cells, f'does not fit: {row["error"]}', flops, '', '', '', '', row['commit'] or '']
     bound, known = f'{1e3 * row["step_seconds_bound"]:.1f}', row['seconds']['compiler'] is not None
     return [
         *cells,
@@ -109,6 +126,7 @@ def _cells(row: Row) -> list[str]:
         ),
         f'{1e3 * row["step_seconds"]:.1f} ({bound})' if known else f'({bound})',
         f'{row["mfu"]:.2f} ({row["mfu_bound"]:.2f})' if known else f'({row["mfu_bound"]:.2f})',
+        row['commit'] or '',
     ]
 
 

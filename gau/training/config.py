@@ -176,6 +176,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def with_new_fields(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config (nested dict) with the fields that only `defaults` has added at their values there."""
+    whole = {key: stored.get(key, value) for key, value in defaults.items()} | stored
+    return {
+        key: with_new_fields(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else value
+        for key, value in whole.items()
+    }
+
+
 def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():

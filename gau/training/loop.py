@@ -101,6 +101,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             )
         if first:
             files.write_text(workdir / files.PARAMETERS, run.parameter_table(state.params))
+            if run.mesh.size > 1:
+                files.write_text(workdir / files.SHARDINGS, run.sharding_table())
+            else:
+                # Left by a part of the run that had more devices.
+                (workdir / files.SHARDINGS).unlink(missing_ok=True)
         stop = stack.enter_context(Interruption(run.mesh))
         stack.enter_context(run.context())
         loop = _Loop(run, state, iterator, saved, writer, progress, stop, config_tree)

@@ -24,6 +24,7 @@ from gau.training import mesh as meshes
 from gau.training.evaluation import Evaluator
 from gau.training.optimizer import make_optimizer, make_schedule
 from gau.training.throughput import training_mfu
+from gau.training.traced import activations
 
 CACHE_VARIABLE = 'GAU_COMPILATION_CACHE'
 
@@ -158,6 +159,16 @@ class Run:
         boxed = jax.eval_shape(self._init)
         return checkpoints.abstract(nn.unbox(boxed), meshes.shardings(boxed, self.mesh))
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a training batch (see `gau.data.pipeline.train_iterator`)."""
+        data = self.config.data
+        dtypes = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+        if data.packing != 'concat' or not data.attend_across_documents:
+            dtypes |= {'segment_ids': jnp.int32, 'positions': jnp.int32}
+        shape, sharding = (data.batch_size, data.context), meshes.batch_sharding(self.mesh)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
     def init_state(self) -> step.TrainState:
         """Draws the state of step 0, every leaf on its own devices at once."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -200,6 +211,13 @@ class Run:
     def parameter_table(self, params: Any) -> str:
         """Returns name, shape, dtype, sharding and count of every parameter as text."""
         return parameter_overview.get_parameter_overview(params, include_stats='sharding') + '\n'
+
+    def sharding_table(self) -> str:
+        """Returns how every parameter and the main activations lie on the devices, as text; compiles nothing."""
+        params = self.abstract_params
+        with self.context():
+            traced = jax.jit(step.make_eval_step(self.model)).trace(params, self.abstract_batch)
+        return f'{self.parameter_table(params)}\n{activations(traced.jaxpr, self.mesh)}\n'
 
 
 class MeshContext:

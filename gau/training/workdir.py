@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
-from gau.training.config import differences
+from gau.training.config import default_config, differences, resolve, with_new_fields
 
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
@@ -19,6 +19,7 @@ DROPPED = 'metrics.dropped.jsonl'
 EVAL = 'eval.jsonl'
 FINAL = 'final.json'
 PARAMETERS = 'parameters.txt'
+SHARDINGS = 'shardings.txt'
 LOCK = '.lock'
 
 
@@ -41,7 +42,7 @@ def config_from_dict(tree: dict[str, Any]) -> ConfigDict:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """Returns the config of the run in `workdir`.
+    """Returns the config of the run in `workdir`; fields that did not exist when it began have their defaults.
 
     Raises:
       UserError: there is no run, or its config cannot be read.
@@ -50,9 +51,19 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise UserError(f'--workdir={workdir} holds no run: {path} does not exist')
     try:
-        return config_from_dict(json.loads(path.read_text()))
+        stored = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f'{path} is not valid JSON: {error}') from error
+    whole = with_new_fields(stored, config_to_dict(default_config()))
+    config = config_from_dict(whole)
+    if whole == stored:
+        return config
+    try:
+        # Other fields may decide what a new one means.
+        return resolve(config)
+    except UserError:
+        # It has old fields, too, that are none any more: whoever compares or uses it will say which.
+        return config
 
 
 @contextmanager

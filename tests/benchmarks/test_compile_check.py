@@ -47,6 +47,12 @@ def test_the_step_is_compiled_for_simulated_devices(tmp_path):
     assert row['flops'] > row['model_flops'] > 0
     assert row['collectives']['all-gather']['bytes'] > 0
     assert 'data 2 x fsdp 2' in out
+    code, out, err = run('scripts/compile_check.py', *TINY, *mesh, '--topology=cpu:4', '--shardings')
+    assert code == 0, err
+    lines = [' '.join(line.split()) for line in out.splitlines()]
+    assert "| embedding/kernel | (512, 64) | float32 | 32,768 | ('tensor', 'fsdp') |" in lines, out
+    # Rows lie over data and fsdp, four devices.
+    assert any(line.startswith('residual stream float32[4,128,64] [1,128,64] ') for line in lines), out
     code, _, err = run('scripts/compile_check.py', *TINY, '--topology=cpu:4', '--config.mesh.data=3')
     assert (code, err.count('\n')) == (2, 1)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from gau.benchmarks.hlo import Program
-from gau.benchmarks.traced import flops
+from gau.training.traced import flops
 
 LOOP = """HloModule example
 
@@ -60,6 +60,28 @@ def test_what_loops_do_counts_as_often_as_they_run():
     # A turn reads a row and its number, fast memory (S(1)) aside; two gathers read 320 bytes and write 320 and 640.
     assert program.memory_traffic() == 10 * (32 + 4) + (320 + 320) + (320 + 640)
     assert program.largest_arrays(1)[0][:2] == (640, 'f32[10,16]')
+
+
+@pytest.mark.parametrize(
+    ('groups', 'size'),
+    [
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        # Devices in an order of their own.
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", 2),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+        ('[4,2]<=[2,2,2]T(2,0,1)', 2),
+        ('{{0,1,2},{3,4,5}}', 3),
+    ],
+)
+def test_every_way_to_write_the_devices_that_speak_with_each_other(groups, size):
+    program = Program(LOOP.replace('[2,4]<=[8]', groups))
+    assert program.collectives()[0].group_size == size
+
+
+def test_an_unknown_way_is_not_passed_over():
+    with pytest.raises(ValueError, match='replica groups'):
+        Program(LOOP.replace('[2,4]<=[8]', 'everyone')).collectives()
 
 
 def test_flops_of_loops_and_recomputation():

@@ -23,23 +23,25 @@ TINY = [
     '--config.log.every_steps=1',
 ]
 
-# train.py, of which process PROCESS does DEED when its loop has come to step STEP.
+# train.py, of which process PROCESS does DEED, once, when its loop has come to step STEP.
 _WITH_DEED = """
 import os, signal
 import train
 from gau import cli
 from gau.training import distributed, loop
 settle = loop._Loop.settle
+to_do = [True]
 def settle_and(self):
     settle(self)
-    if self.step == STEP and distributed.jax.process_index() == PROCESS:
+    if to_do and self.step == STEP and distributed.jax.process_index() == PROCESS:
+        to_do.clear()
         DEED
 loop._Loop.settle = settle_and
 cli.run(train.main)
 """
 
 
-def train_with(deed: str, *, process: int, step: int) -> list[str]:
+def train_with(deed: str, *, step: int, process: int = 0) -> list[str]:
     """Returns the arguments that start train.py so that one process does something at a step."""
     program = _WITH_DEED.replace('DEED', deed).replace('PROCESS', str(process)).replace('STEP', str(step))
     return ['-c', program]
@@ -76,7 +78,7 @@ def start_processes(*arguments: str, devices: int, count: int = 2, own: dict[int
     ]
 
 
-def finish(processes: list[subprocess.Popen], *, timeout: float = 400) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], *, timeout: float = 1200) -> list[tuple[int, str, str]]:
     """Waits for all; returns exit code, stdout and stderr of each."""
     deadline = time.monotonic() + timeout
     results = []
@@ -104,7 +106,7 @@ def assert_done(results: list[tuple[int, str, str]]) -> None:
 
 def wait_for_step(workdir, step: int, processes: list[subprocess.Popen]) -> None:
     """Waits until the run has logged `step`; fails if a process ends before."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     path = workdir / 'metrics.jsonl'
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         if time.monotonic() > deadline or any(process.poll() is not None for process in processes):

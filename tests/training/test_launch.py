@@ -59,6 +59,6 @@ def test_ssh_starts_and_stops_all(tmp_path):
     )
     wait_for_step(tmp_path / 'a run', 2, [launcher])
     launcher.send_signal(signal.SIGINT)
-    _, err = launcher.communicate(timeout=200)
+    _, err = launcher.communicate(timeout=1200)
     assert launcher.returncode == 143, err
     assert 'SIGTERM: saved at step' in err

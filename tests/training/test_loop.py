@@ -50,6 +50,8 @@ def test_writes_the_files_of_the_contract(finished):
     assert final['eval']['valid']['loss'] == evaluations[-1]['loss']
     assert json.loads((finished / 'config.json').read_text())['model']['name'] == 'flash'
     assert 'embedding' in (finished / 'parameters.txt').read_text()
+    # One device holds everything.
+    assert not (finished / 'shardings.txt').exists()
     assert {path.name for path in (finished / 'plots').iterdir()} == {'loss.png', 'loss_by_position.png'}
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in (finished / 'plots').iterdir())
 
@@ -73,6 +75,22 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
 @pytest.mark.parametrize('step', [2, 4, 6])
 def test_resumed_equals_uninterrupted_bitwise(finished, tmp_path, step):
     path = copy_until(finished, tmp_path / 'run', step)
+    loop.train(tiny_config(), path)
+    assert_trees_equal(read_state(path), read_state(finished))
+    assert read_metrics(path) == read_metrics(finished)
+
+
+def test_a_run_from_before_there_were_streams_goes_on_and_is_read(finished, tmp_path):
+    path = copy_until(finished, tmp_path / 'run', 4)
+    tree = workdir.read_json(path / 'config.json')
+    del tree['data']['streams']
+    workdir.write_json(path / 'config.json', tree)
+    for data in path.glob('checkpoints/*/data'):
+        # As Grain wrote the state of the only iterator then.
+        alone = workdir.read_json(data / 'metadata')['0']
+        (data / 'metadata').unlink()
+        workdir.write_json(data / 'process_0-of-1.json', alone)
+    assert load_run(path)[2] == 4
     loop.train(tiny_config(), path)
     assert_trees_equal(read_state(path), read_state(finished))
     assert read_metrics(path) == read_metrics(finished)

@@ -67,6 +67,9 @@ def test_a_signal_to_one_process_saves_on_all_and_one_process_goes_on(alone, tmp
     # Asked at step 3, known to all at step 4.
     assert f'{name}: saved at step 4' in err
     assert 'Traceback' not in err + quiet
+    shardings = (path / 'shardings.txt').read_text()
+    assert 'residual stream' in shardings
+    assert (tmp_path / 'run' / 'shardings.txt').read_text() == shardings
     assert_done(run('train.py', *arguments, devices=4))
     assert_same_run(tmp_path / 'run', path)
 
@@ -120,7 +123,7 @@ def test_a_dead_or_frozen_process_does_not_leave_the_other_hanging(tmp_path, vic
     started = start_processes('train.py', *arguments, '--heartbeat_seconds=20', devices=1)
     wait_for_step(tmp_path / 'run', 6, started)
     started[victim].send_signal(signum)
-    ((code, _, err),) = finish([started[1 - victim]], timeout=200)
+    ((code, _, err),) = finish([started[1 - victim]], timeout=600)
     started[victim].kill()
     started[victim].communicate()
     assert code != 0, err

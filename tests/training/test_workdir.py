@@ -1,12 +1,13 @@
 import json
 
 import pytest
-from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.training import workdir
+from gau.training.config import default_config, resolve
+from tests.training.tiny import tiny_config
 
-CONFIG = ConfigDict({'seed': 0, 'mesh': {'data': 1}, 'optimizer': {'rules': (('a', 1.0),)}})
+CONFIG = resolve(tiny_config())
 
 
 def claim(path, config=CONFIG):
@@ -36,6 +37,41 @@ def test_another_mesh_is_the_same_run(tmp_path):
     changed.mesh.data = 8
     with claim(tmp_path, changed) as resuming:
         assert resuming
+
+
+@pytest.mark.parametrize(
+    ('field', 'changed'),
+    [('data.streams', 2), ('data.shuffle_window', 4096), ('model.chunk_size', 8), ('eval', None), ('data.mlm', None)],
+)
+def test_a_run_from_before_a_field_existed_has_its_default(tmp_path, field, changed):
+    # Fields whose default stands in default_config, is decided by other fields, or is a section.
+    config = default_config()
+    config.data.update({'context': 512, 'batch_size': 2})
+    config = resolve(config)
+    tree = workdir.config_to_dict(config)
+    *sections, name = field.split('.')
+    section, changed_config = tree, config.copy_and_resolve_references()
+    changed_section = changed_config
+    for key in sections:
+        section, changed_section = section[key], changed_section[key]
+    del section[name]
+    workdir.write_json(tmp_path / 'config.json', tree)
+    assert workdir.read_config(tmp_path) == config
+    with claim(tmp_path, config) as resuming:
+        assert resuming
+    if changed is not None:
+        changed_section[name] = changed
+        with pytest.raises(UserError, match=rf'{field}: .* -> {changed}\)'), claim(tmp_path, changed_config):
+            pass
+
+
+def test_a_run_with_a_field_that_is_none_any_more_is_another(tmp_path):
+    tree = workdir.config_to_dict(CONFIG)
+    tree['model']['wings'] = 2
+    del tree['data']['streams']
+    workdir.write_json(tmp_path / 'config.json', tree)
+    with pytest.raises(UserError, match=r'\(model.wings: 2 -> absent\)'), claim(tmp_path):
+        pass
 
 
 def test_one_process_at_a_time(tmp_path):
