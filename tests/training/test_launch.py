@@ -1,5 +1,6 @@
 """The recipes in scripts/launch: readable by their programs, with flags that train.py has, and one of them run."""
 
+import functools
 import os
 import re
 import signal
@@ -56,6 +57,8 @@ def test_ssh_starts_and_stops_all(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background has SIGINT ignored, and no shell below can take that back.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_step(tmp_path / 'a run', 2, [launcher])
     launcher.send_signal(signal.SIGINT)

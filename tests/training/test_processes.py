@@ -87,7 +87,8 @@ def test_a_signal_to_one_process_saves_on_all_and_one_process_goes_on(alone, tmp
     ],
 )
 def test_two_processes_equal_one_on_any_mesh(tmp_path, shape, streams):
-    arguments = [*TINY, *mesh(**shape), f'--config.data.streams={streams}']
+    # Sixteen tokens of 64 a device, if they are spread: whole chunks.
+    arguments = [*TINY, *mesh(**shape), f'--config.data.streams={streams}', '--config.model.chunk_size=16']
     assert_done(run('train.py', *arguments, f'--workdir={tmp_path / "alone"}', devices=4))
     results = run('train.py', *arguments, f'--workdir={tmp_path / "two"}', devices=2, count=2)
     assert_done(results)
