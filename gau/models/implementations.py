@@ -42,8 +42,8 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
 
     Args:
       config: resolved model config; `impl` may be 'auto', which takes the first of the architecture's implementations
-        (fastest first) that works for the config on the target. Triton's interpreter, which is there for tests, is
-        never taken unasked.
+        (fastest first) that works for the config on the target. Triton is never taken unasked for float32, whose
+        exact products have no matrix units, nor in its interpreter, which is there for tests.
       target: where it will run.
 
     Raises:
@@ -54,7 +54,8 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
         if reason is not None:
             raise UserError(f'model.impl={config.impl} needs {reason}')
         return config.impl
-    impls = [impl for impl in ARCHITECTURES[config.name].impls if not (impl == 'triton' and interpreted())]
+    slow_triton = interpreted() or config.dtype != 'bfloat16'
+    impls = [impl for impl in ARCHITECTURES[config.name].impls if not (impl == 'triton' and slow_triton)]
     return next(impl for impl in impls if why_not(impl, config, target) is None)
 
 

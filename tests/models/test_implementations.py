@@ -104,8 +104,10 @@ def test_where_cudnn_cannot_be_it_says_why_and_auto_takes_another(fields, target
 @pytest.mark.parametrize('name', ['flash', 'flash_quad'])
 def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(monkeypatch, name):
     monkeypatch.setattr(implementations, 'available', lambda: True)
-    config, fused = tiny_config(name, dtype='float32'), tiny_config(name, dtype='float32', impl='triton')
+    config, fused = tiny_config(name, dtype='bfloat16'), tiny_config(name, dtype='float32', impl='triton')
     monkeypatch.setenv('TRITON_INTERPRET', '0')
+    assert select_implementation(tiny_config(name, dtype='float32'), target=HOPPER) == 'xla'
+    assert select_implementation(fused, target=HOPPER) == 'triton'
     assert select_implementation(config, target=HOPPER) == 'triton'
     assert select_implementation(config, target=CPU) == 'xla'
     with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is cpu$'):
