@@ -1,10 +1,6 @@
 """Models of the fused kernels, run in Triton's interpreter in float32, against the reference in float64."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +9,10 @@ import optax
 import pytest
 
 from gau.models.parameter_layout import stack_layers, unstack_layers
-from tests.conftest import PLATFORM, ROOT
+from tests.conftest import PLATFORM
 from tests.models.tiny import compile_fast, losses_and_gradients, make, positions_of, tokens
 from tests.numerics import max_error
+from tests.programs import report
 
 pytest.importorskip('triton')
 pytestmark = pytest.mark.skipif(PLATFORM != 'cpu', reason='a GPU rounds float32 products of the rest of the model')
@@ -167,16 +164,7 @@ def test_scan_remat_and_the_fused_loss_change_nothing(name):
 
 @pytest.mark.slow
 def test_devices_that_share_the_batch_or_the_width_compute_the_same():
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.models.sharded_triton'],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 6
-    for case, difference in report.items():
+    found = report('tests.models.sharded_triton')
+    assert len(found) == 6
+    for case, difference in found.items():
         assert difference < 2e-6, case

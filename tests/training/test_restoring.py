@@ -1,26 +1,8 @@
 """A checkpoint of any mesh opens on any other, on 8 simulated devices in a process of its own (see restored.py)."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
-
-
-def report(*arguments):
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.training.restored', *arguments],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from tests.programs import report
 
 
 @pytest.mark.parametrize(
@@ -33,7 +15,7 @@ def report(*arguments):
     ids=lambda shapes: f'{len(shapes)} meshes',
 )
 def test_a_checkpoint_opens_on_every_mesh(shapes, tmp_path):
-    found = report('matrix', tmp_path, *shapes)
+    found = report('tests.training.restored', 'matrix', tmp_path, *shapes)
     assert len(found) == len(shapes) ** 2
     for pair, difference in found.items():
         assert difference['state'] == difference['params'] == 0, pair
@@ -44,6 +26,6 @@ def test_a_checkpoint_opens_on_every_mesh(shapes, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_forked_and_resumed_on_other_meshes(tmp_path):
-    fork, straight = report('fork', tmp_path, '1,1,1,1', '1,8,1,1', '2,1,4,1')
+    fork, straight = report('tests.training.restored', 'fork', tmp_path, '1,1,1,1', '1,8,1,1', '2,1,4,1')
     assert len(fork) == 2
     assert fork == pytest.approx(straight, abs=1e-5)

@@ -1,13 +1,8 @@
 """Sharded equals single device, on 8 simulated devices in a process of its own (see sharded.py)."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.programs import report
 
 # data, fsdp, tensor, sequence. The first three use every axis, and pairs of axes that divide one array.
 MESHES = ('1,8,1,1', '2,2,2,1', '1,1,2,4')
@@ -21,20 +16,10 @@ SLOW = [
 
 @pytest.mark.parametrize(('model', 'objective', 'meshes'), [('flash', 'lm', MESHES), *SLOW])
 def test_three_steps_on_any_mesh_equal_one_device(model, objective, meshes):
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.training.sharded', model, objective, *meshes],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        # A guard against hanging, whatever else the machine does.
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report.keys() == {'1,1,1,1', *meshes}
-    alone = report['1,1,1,1']
-    for shape, found in report.items():
+    found_on = report('tests.training.sharded', model, objective, *meshes)
+    assert found_on.keys() == {'1,1,1,1', *meshes}
+    alone = found_on['1,1,1,1']
+    for shape, found in found_on.items():
         # Sums in another order: a few float32 roundings of a loss near 5.5 and of parameters near 0.1.
         assert found['loss_difference'] < 5e-6, shape
         assert found['parameter_difference'] < 5e-6, shape
