@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gau.data import pipeline
+from gau.errors import UserError
 from gau.training import mesh as meshes
 from gau.training.batches import put_batch
 from gau.training.config import MESH_AXES, resolve
@@ -54,7 +55,7 @@ def train_over(config: ConfigDict, shapes: Sequence[tuple[int, ...]], *, steps: 
       steps: more than WARM_UP.
 
     Raises:
-      UserError: a mesh does not fit the devices, the batch or the model.
+      UserError: a mesh does not fit the devices, the batch or the model, or a step the memory.
     """
     for shape in shapes:
         config.mesh = ConfigDict(dict(zip(MESH_AXES, shape, strict=True)))
@@ -67,11 +68,20 @@ def train_over(config: ConfigDict, shapes: Sequence[tuple[int, ...]], *, steps: 
         batches = [put_batch(next(iterator), sharding) for _ in range(steps)]
         losses, seconds = [], []
         with run.context():
-            for batch in batches:
-                began = time.perf_counter()
-                state, metrics = train_step(state, batch)
-                losses.append(float(metrics['loss']))
-                seconds.append(time.perf_counter() - began)
+            try:
+                for batch in batches:
+                    began = time.perf_counter()
+                    state, metrics = train_step(state, batch)
+                    losses.append(float(metrics['loss']))
+                    seconds.append(time.perf_counter() - began)
+            except jax.errors.JaxRuntimeError as error:
+                if 'RESOURCE_EXHAUSTED' not in str(error):
+                    raise
+                mesh = 'x'.join(map(str, shape))
+                raise UserError(
+                    f'mesh {mesh}: a step does not fit into the memory of a device; '
+                    'use a smaller data.batch_size or model.remat=full'
+                ) from error
             norm = jax.jit(lambda params: sum((x.astype('float32') ** 2).sum() for x in jax.tree.leaves(params)) ** 0.5)
             parameter_norm = float(norm(state.params))
         median = statistics.median(seconds[WARM_UP:])
