@@ -4,7 +4,7 @@
 
 U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over
 the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the
-backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, and A v + Q M.
+backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, and o.
 
 `gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
-from gau.ops.kernels.gated_chunks import gradients, product_and_residuals
+from gau.ops.kernels.gated_chunks import gradients, product_and_states
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
@@ -170,12 +170,12 @@ def gated_chunk_product(
       keep_BGP: 1 where a walk carries its state on over a chunk, 0 where it drops it; float32, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
-    return product_and_residuals(uv_BGC2E, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
+    return product_and_states(uv_BGC2E, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
 
 
 def _forward(*args):
-    o_BGCE, residuals = product_and_residuals(*args[:-1], causal=args[-1])
-    return o_BGCE, (*args[:-1], *residuals)
+    o_BGCE, m = product_and_states(*args[:-1], causal=args[-1])
+    return o_BGCE, (*args[:-1], m, o_BGCE)
 
 
 def _backward(causal, residuals, do_BGCE):

@@ -49,7 +49,17 @@ def cudnn_attention(
     Returns:
       [B, N, H, K] in the dtype of v; zeros at padding.
     """
-    width = q_BNHK.shape[-1]
+    n, width = q_BNHK.shape[1], q_BNHK.shape[-1]
+    if n % 2:
+        # cuDNN has no gradient for an odd number of tokens. One more, after all that see it or hidden as padding.
+        if segment_ids_BN is None and not causal:
+            segment_ids_BN = jnp.ones(q_BNHK.shape[:2], jnp.int32)
+        *x_BMHK, ids_BM = (
+            None if x is None else jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+            for x in (q_BNHK, k_BNHK, v_BNHK, segment_ids_BN)
+        )
+        fields = {'causal': causal, 'segment_ids_BN': ids_BM, 'implementation': implementation}
+        return cudnn_attention(*x_BMHK, **fields)[:, :n]
     if segment_ids_BN is not None:
         q_BNHK, k_BNHK, v_BNHK = (clear_padding(x, segment_ids_BN) for x in (q_BNHK, k_BNHK, v_BNHK))
         q_BNX, k_BNX = document_columns(segment_ids_BN)

@@ -5,8 +5,10 @@ reading and writing them is most of what a layer costs beside its matrix product
 matrix product left them, adds the bias, applies silu where it needs u or v, and writes only what must outlive it.
 
 Letters beside the house's: T = B G chunks of a batch; F = width of the linear queries and keys (S for one direction of
-the states, 2 S for two); P parts of a sequence whose states are summed in parallel. Every size is a compile-time
-constant; tiles that stick out of an array are masked.
+the states, 2 S for two); P parts of a sequence, each with a walk over its chunks that starts from nothing. Every size
+is a compile-time constant; tiles that stick out of an array are masked.
+
+The gradient of the gate needs a v + q m, which is o / silu(u) and so not kept.
 """
 
 import triton
@@ -16,14 +18,38 @@ from gau.ops.kernels.tiles import put, tile
 
 
 @triton.jit
-def _silu(x):
-    return x * tl.sigmoid(x)
+def _sigmoid(x):
+    # A reciprocal root, squared, is three instructions; a division takes six.
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
-def _silu_slope(x):
-    s = tl.sigmoid(x)
-    return s * (1 + x * (1 - s))
+def _silu(x):
+    return x * _sigmoid(x)
+
+
+@triton.jit
+def _for_gate(u):
+    """u, moved by less than 1e-20 where the gate silu(u) would be 0: o / silu(u) must exist."""
+    u = tl.where(tl.abs(u) < 1e-20, 1e-20, u)
+    return tl.where(u < -60, -60.0, u)
+
+
+@triton.jit
+def _state(
+    ptr, carry_ptr, reach_ptr, chunk, f, e, G: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """A tile of a chunk's state: what its own part of the sequence summed up, and what the other parts handed on."""
+    state = tile(ptr + chunk * F * E, f, e, E, F, E)
+    if P > 1:
+        length: tl.constexpr = (G + P - 1) // P
+        step = tl.where(f < S, chunk % G, G - 1 - chunk % G)
+        reach = tl.load(reach_ptr + chunk * (F // S) + f // S, mask=f < F, other=0.0)
+        carried = tile(carry_ptr + chunk // G * P * F * E, step // length * F + f, e, E, P * F, E)
+        state = (state.to(tl.float32) + tl.where(reach[:, None] > 0, carried, 0.0)).to(state.dtype)
+    return state
 
 
 @triton.jit
@@ -53,7 +79,8 @@ def states_kernel(
     """m[g] = sum of k silu(v)^T over the chunks before g (after g, for the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
-    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
+    where there are several, the state at the end of each is a total, for the caller to carry on to the others, and
+    `_state` adds what they hand on.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -89,18 +116,22 @@ def output_kernel(
     a_ptr,
     q_ptr,
     m_ptr,
+    carry_ptr,
+    reach_ptr,
     o_ptr,
-    mixed_ptr,
+    G: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """mixed = a silu(v) + q m and o = silu(u) mixed, one tile a program, grid [C, E, T]."""
+    """o = silu(u) (a silu(v) + q m), one tile a program, grid [C, E, T]."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = tl.program_id(2).to(tl.int64)
@@ -118,11 +149,10 @@ def output_kernel(
     for start in range(0, F, BLOCK_K):
         f = start + tl.arange(0, BLOCK_K)
         q = tile(q_ptr + chunk * C * F, m, f, F, C, F)
-        state = tile(m_ptr + chunk * F * E, f, e, E, F, E)
+        state = _state(m_ptr, carry_ptr, reach_ptr, chunk, f, e, G, S, F, E, P)
         mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
     u = tile(uv_ptr, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
-    put(mixed_ptr + chunk * C * E, mixed, m, e, E, C, E)
-    put(o_ptr + chunk * C * E, mixed * _silu(u), m, e, E, C, E)
+    put(o_ptr + chunk * C * E, mixed * _silu(_for_gate(u)), m, e, E, C, E)
 
 
 @triton.jit
@@ -130,7 +160,7 @@ def gate_gradient_kernel(
     uv_ptr,
     bias_ptr,
     do_ptr,
-    mixed_ptr,
+    o_ptr,
     q_ptr,
     keep_ptr,
     duv_ptr,
@@ -176,13 +206,15 @@ def gate_gradient_kernel(
         if i % blocks == 0:
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
-        u = tile(uv_ptr + chunk * C * 2 * E, row, e, 2 * E, C, E).to(tl.float32) + bias_u
+        u = _for_gate(tile(uv_ptr + chunk * C * 2 * E, row, e, 2 * E, C, E).to(tl.float32) + bias_u)
+        sigmoid = _sigmoid(u)
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        dmixed = (do * _silu(u)).to(q.dtype)
+        dmixed = (do * u * sigmoid).to(q.dtype)
         if direction == 0:
-            mixed = tile(mixed_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
-            du = do * mixed * _silu_slope(u)
+            o = tile(o_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
+            # silu'(u) / silu(u) = (1 + u (1 - sigmoid(u))) / u.
+            du = do * (o / u) * (1 + u * (1 - sigmoid))
             dbias += tl.sum(du, axis=0)
             put(duv_ptr + chunk * C * 2 * E, du, row, e, 2 * E, C, E)
             put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
@@ -201,12 +233,17 @@ def value_gradient_kernel(
     k_ptr,
     dmixed_ptr,
     dkv_ptr,
+    carry_ptr,
+    reach_ptr,
     unused_ptr,
     duv_ptr,
     dbias_ptr,
+    G: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -229,10 +266,11 @@ def value_gradient_kernel(
     for start in range(0, F, BLOCK_K):
         f = start + tl.arange(0, BLOCK_K)
         k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
-        dkv = tile(dkv_ptr + chunk * F * E, f, e, E, F, E)
+        dkv = _state(dkv_ptr, carry_ptr, reach_ptr, chunk, f, e, G, S, F, E, P)
         dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
     v = tile(uv_ptr + chunk * C * 2 * E + E, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
-    dv *= _silu_slope(v)
+    sigmoid = _sigmoid(v)
+    dv *= sigmoid * (1 + v * (1 - sigmoid))
     put(duv_ptr + chunk * C * 2 * E + E, dv, m, e, 2 * E, C, E)
     partial = (chunk * tl.num_programs(0) + tl.program_id(0)) * E
     tl.store(dbias_ptr + partial + e, tl.sum(dv, axis=0), mask=e < E)
@@ -243,14 +281,21 @@ def weight_gradient_kernel(
     uv_ptr,
     bias_ptr,
     m_ptr,
+    m_carry_ptr,
+    m_reach_ptr,
     dmixed_ptr,
     dkv_ptr,
+    dkv_carry_ptr,
+    dkv_reach_ptr,
     da_ptr,
     dq_ptr,
     dk_ptr,
+    G: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -288,7 +333,7 @@ def weight_gradient_kernel(
         for start in range(0, E, BLOCK_K):
             e = start + k
             dmixed = tile(dmixed_ptr, row, e, E, C, E)
-            state = tile(m_ptr + chunk * F * E, col, e, E, F, E)
+            state = _state(m_ptr, m_carry_ptr, m_reach_ptr, chunk, col, e, G, S, F, E, P)
             result = tl.dot(dmixed, tl.trans(state), result, input_precision=PRECISION)
         put(dq_ptr + chunk * C * F, result, row, col, F, C, F)
     else:
@@ -298,6 +343,6 @@ def weight_gradient_kernel(
         for start in range(0, E, BLOCK_K):
             e = start + k
             v = tile(uv_ptr + E, row, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)[None, :]
-            dkv = tile(dkv_ptr + chunk * F * E, col, e, E, F, E)
+            dkv = _state(dkv_ptr, dkv_carry_ptr, dkv_reach_ptr, chunk, col, e, G, S, F, E, P)
             result = tl.dot(_silu(v).to(dkv.dtype), tl.trans(dkv), result, input_precision=PRECISION)
         put(dk_ptr + chunk * C * F, result, row, col, F, C, F)

@@ -13,6 +13,13 @@ DTYPES = ['float32', 'bfloat16'] if jax.default_backend() == 'gpu' else ['float3
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def _full_precision():
+    # The library's products around the kernels: a GPU would else round float32 to TF32.
+    with jax.default_matmul_precision('highest'):
+        yield
+
+
 def documents(n):
     """Segment ids [2, n]: documents that end inside chunks and one that spans several, with padding at two places."""
     first = np.repeat([1, 2, 3, 4], [3, n // 2, n // 8, n - 3 - n // 2 - n // 8])

@@ -81,3 +81,20 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, pa
         if name == 'uv':
             a, b = a[valid], b[valid]
         assert max_error(a, b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize('gate', [0.0, -0.0, -70.0, -500.0, 500.0])
+def test_gates_that_are_zero_have_their_gradient(gate):
+    """The kernels divide o by the gate: one of exactly 0, or as good as 0, must not make that 0 / 0."""
+    args, weights = inputs(0, batch=2, n=16, s=8, e=24, chunk=8)
+    uv = args[0].at[:, ::3, 0].set(gate)
+    args = [uv, jnp.zeros_like(args[1]), *args[2:]]
+    fields = {'chunk': 8, 'causal': True, 'ids': None, 'reduction': 'mean'}
+    wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+    narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
+    found = value_and_gradients('triton', 'float32', *narrow, **fields)
+    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        assert max_error(a, b) < TOLERANCE['float32'], name
+    found, wanted = (np.asarray(x[1][0][:, ::3, 0], np.float64) for x in (found, wanted))
+    assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
+    assert gate < -1 or np.abs(found).min() > 0
