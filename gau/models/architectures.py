@@ -19,7 +19,7 @@ _COMMON = {
     'layer_stack': 'unrolled',
     'remat': 'none',
     'impl': 'auto',
-    'vocab_loss_slice': 512,
+    'vocab_loss_slice': 4096,
 }
 _GAU = _COMMON | {
     'norm': 'scale_norm',

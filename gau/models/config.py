@@ -69,7 +69,8 @@ def default_config() -> ConfigDict:
       impl: implementation of the attention: 'reference', 'xla', or on NVIDIA GPUs 'triton' (GAU models) and 'cudnn'
         (Transformers with softmax). 'auto' (default) takes the fastest that works where the model is built
         (`gau.models.implementations`).
-      vocab_loss_slice: positions of a sequence scored against the vocabulary at once, in the loss; default 512.
+      vocab_loss_slice: positions of a sequence scored against the vocabulary at once at most, in the loss;
+        default 4096.
 
     Fields of some models; the others refuse them:
       num_heads: H. GAU models: default 1, divides E. Transformers: default D / 64.
