@@ -1,6 +1,6 @@
-"""The pictures of a run, drawn from its own files."""
+"""The pictures of runs, drawn from their own files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,32 @@ def plot_loss_by_position(results: Sequence[Any], path: Path, *, title: str) -> 
     _save(figure, path)
 
 
-def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
+def plot_runs(losses: Mapping[str, Mapping[int, float]], path: Path, *, title: str) -> None:
+    """Draws the losses of runs over steps, and below what each has more than the first.
+
+    Args:
+      losses: for each run, by name, its loss at every logged step.
+      path: the PNG.
+      title: of the picture.
+    """
+    figure, axes = _figure('', 'loss (nats per token)', title, rows=2)
+    below = figure.add_subplot(2, 1, 2, xlabel='step', ylabel='more than the first', sharex=axes)
+    below.grid(alpha=0.3)
+    first = next(iter(losses.values()))
+    for name, curve in losses.items():
+        axes.plot(list(curve), list(curve.values()), label=name, linewidth=1)
+        shared = [step for step in curve if step in first]
+        below.plot(shared, [curve[step] - first[step] for step in shared], linewidth=1)
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure(xlabel: str, ylabel: str, title: str, *, rows: int = 1) -> tuple[Any, Any]:
     # The object interface draws without a display and without pyplot's global state.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    figure = Figure(figsize=(7, 4.5 + 2 * (rows - 1)), layout='constrained')
+    axes = figure.add_subplot(rows, 1, 1, xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     return figure, axes
 

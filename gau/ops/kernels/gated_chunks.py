@@ -91,9 +91,7 @@ def gradients(
         overwrite={len(inputs) - 1: 0},
     )
     inputs = (uv, bias, *m, dmixed, *dkv)
-    da, dq, dk = sizes.squares(
-        kernels.weight_gradient_kernel, blocks.weight_gradient, inputs, [a, q, k], causal=causal
-    )
+    da, dq, dk = sizes.squares(kernels.weight_gradient_kernel, blocks.weight_gradient, inputs, [a, q, k], causal=causal)
     dbias = jnp.stack([dbias_u.sum((0, 1)), dbias_v.sum((0, 1))]).astype(bias.dtype)
     return duv, dbias, da, dq, dk, jnp.zeros_like(keep)
 

@@ -1,0 +1,49 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / 'scripts' / 'compare_runs.py'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs with one step in common, and the loss of another split."""
+    rows = {'a': [(10, 5.0), (20, 4.0)], 'b': [(20, 4.5), (30, 3.0)]}
+    for name, losses in rows.items():
+        lines = [{'step': step, 'split': 'train', 'loss': loss} for step, loss in losses]
+        lines.append({'step': 20, 'split': 'valid', 'loss': 9.0})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return tmp_path
+
+
+def test_losses_and_their_distance_at_shared_steps(runs):
+    result = run(f'--workdirs={runs}/a,{runs}/b', f'--output={runs}/plots/both.png')
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[1:3] == [['a', '20', '4.0000', '0.0000', '0.0000'], ['b', '30', '3.0000', '0.5000', '0.5000']]
+    assert (runs / 'plots' / 'both.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--workdirs={0}/a,{0}/c'], '{0}/c/metrics.jsonl does not exist'),
+        (['--workdirs={0}/a', '--split=test'], '--split=test: {0}/a/metrics.jsonl has train, valid'),
+        (['--workdirs={0}/a,{0}/b/../a'], 'two runs are called a'),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(runs, arguments, message):
+    result = run(*(argument.format(runs) for argument in arguments), f'--output={runs}/x.png')
+    assert result.returncode == 2
+    assert message.format(runs) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (runs / 'x.png').exists()
