@@ -31,25 +31,9 @@ def _silu(x):
 
 @triton.jit
 def _for_gate(u):
-    """u, moved by less than 1e-20 where the gate silu(u) would be 0: o / silu(u) must exist."""
+    """u, where silu(u) is no less than 1e-25: o / silu(u) must exist. It changes o by less than 1e-20 (a v + q m)."""
     u = tl.where(tl.abs(u) < 1e-20, 1e-20, u)
     return tl.where(u < -60, -60.0, u)
-
-
-@triton.jit
-def _state(
-    ptr, carry_ptr, reach_ptr, chunk, f, e, G: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    """A tile of a chunk's state: what its own part of the sequence summed up, and what the other parts handed on."""
-    state = tile(ptr + chunk * F * E, f, e, E, F, E)
-    if P > 1:
-        length: tl.constexpr = (G + P - 1) // P
-        step = tl.where(f < S, chunk % G, G - 1 - chunk % G)
-        reach = tl.load(reach_ptr + chunk * (F // S) + f // S, mask=f < F, other=0.0)
-        carried = tile(carry_ptr + chunk // G * P * F * E, step // length * F + f, e, E, P * F, E)
-        state = (state.to(tl.float32) + tl.where(reach[:, None] > 0, carried, 0.0)).to(state.dtype)
-    return state
 
 
 @triton.jit
@@ -79,8 +63,7 @@ def states_kernel(
     """m[g] = sum of k silu(v)^T over the chunks before g (after g, for the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
-    where there are several, the state at the end of each is a total, for the caller to carry on to the others, and
-    `_state` adds what they hand on.
+    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -116,15 +99,10 @@ def output_kernel(
     a_ptr,
     q_ptr,
     m_ptr,
-    carry_ptr,
-    reach_ptr,
     o_ptr,
-    G: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
-    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -149,7 +127,7 @@ def output_kernel(
     for start in range(0, F, BLOCK_K):
         f = start + tl.arange(0, BLOCK_K)
         q = tile(q_ptr + chunk * C * F, m, f, F, C, F)
-        state = _state(m_ptr, carry_ptr, reach_ptr, chunk, f, e, G, S, F, E, P)
+        state = tile(m_ptr + chunk * F * E, f, e, E, F, E)
         mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
     u = tile(uv_ptr, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
     put(o_ptr + chunk * C * E, mixed * _silu(_for_gate(u)), m, e, E, C, E)
@@ -233,17 +211,12 @@ def value_gradient_kernel(
     k_ptr,
     dmixed_ptr,
     dkv_ptr,
-    carry_ptr,
-    reach_ptr,
     unused_ptr,
     duv_ptr,
     dbias_ptr,
-    G: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
-    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -266,7 +239,7 @@ def value_gradient_kernel(
     for start in range(0, F, BLOCK_K):
         f = start + tl.arange(0, BLOCK_K)
         k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
-        dkv = _state(dkv_ptr, carry_ptr, reach_ptr, chunk, f, e, G, S, F, E, P)
+        dkv = tile(dkv_ptr + chunk * F * E, f, e, E, F, E)
         dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
     v = tile(uv_ptr + chunk * C * 2 * E + E, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
     sigmoid = _sigmoid(v)
@@ -281,21 +254,14 @@ def weight_gradient_kernel(
     uv_ptr,
     bias_ptr,
     m_ptr,
-    m_carry_ptr,
-    m_reach_ptr,
     dmixed_ptr,
     dkv_ptr,
-    dkv_carry_ptr,
-    dkv_reach_ptr,
     da_ptr,
     dq_ptr,
     dk_ptr,
-    G: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
-    P: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -333,7 +299,7 @@ def weight_gradient_kernel(
         for start in range(0, E, BLOCK_K):
             e = start + k
             dmixed = tile(dmixed_ptr, row, e, E, C, E)
-            state = _state(m_ptr, m_carry_ptr, m_reach_ptr, chunk, col, e, G, S, F, E, P)
+            state = tile(m_ptr + chunk * F * E, col, e, E, F, E)
             result = tl.dot(dmixed, tl.trans(state), result, input_precision=PRECISION)
         put(dq_ptr + chunk * C * F, result, row, col, F, C, F)
     else:
@@ -343,6 +309,6 @@ def weight_gradient_kernel(
         for start in range(0, E, BLOCK_K):
             e = start + k
             v = tile(uv_ptr + E, row, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)[None, :]
-            dkv = _state(dkv_ptr, dkv_carry_ptr, dkv_reach_ptr, chunk, col, e, G, S, F, E, P)
+            dkv = tile(dkv_ptr + chunk * F * E, col, e, E, F, E)
             result = tl.dot(_silu(v).to(dkv.dtype), tl.trans(dkv), result, input_precision=PRECISION)
         put(dk_ptr + chunk * C * F, result, row, col, F, C, F)
