@@ -102,15 +102,14 @@ def queries_keys_gradient_kernel(
     dy_ptrs = (dq_ptr, dk_ptr, dq_lin_ptr, dk_lin_ptr)
     col = tl.arange(0, BLOCK_H)
     only = tl.arange(0, 1)
-    bias1, bias2 = _halves(bias_ptr, only, col, 1, S)
     zeros = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    dgamma = ((zeros, zeros),) * ROLES
-    dbeta = ((zeros, zeros),) * ROLES
+    sums = ((zeros, zeros, zeros, zeros),) * ROLES
     dbias1 = zeros
     dbias2 = zeros
     for start in range(tl.program_id(0) * BLOCK_R, ROWS, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         x1, x2 = _halves(z_ptr, row, col, ROWS, S)
+        bias1, bias2 = _halves(bias_ptr, only, col, 1, S)
         x1 += bias1
         x2 += bias2
         sigmoid1 = tl.sigmoid(x1)
@@ -121,8 +120,7 @@ def queries_keys_gradient_kernel(
             cos, sin = _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)
         dz1 = zeros
         dz2 = zeros
-        new_dgamma = ()
-        new_dbeta = ()
+        grown = ()
         for role in tl.static_range(ROLES):
             dy1, dy2 = _halves(dy_ptrs[role], row, col, ROWS, S)
             if TABLE_ROWS:
@@ -130,10 +128,9 @@ def queries_keys_gradient_kernel(
             gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S)
             dz1 += dy1 * gamma1
             dz2 += dy2 * gamma2
-            new_dgamma = new_dgamma + ((dgamma[role][0] + dy1 * z1, dgamma[role][1] + dy2 * z2),)
-            new_dbeta = new_dbeta + ((dbeta[role][0] + dy1, dbeta[role][1] + dy2),)
-        dgamma = new_dgamma
-        dbeta = new_dbeta
+            dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
+            grown += ((dgamma1 + dy1 * z1, dgamma2 + dy2 * z2, dbeta1 + dy1, dbeta2 + dy2),)
+        sums = grown
         dz1 *= sigmoid1 + z1 * (1 - sigmoid1)
         dz2 *= sigmoid2 + z2 * (1 - sigmoid2)
         dbias1 += dz1
@@ -141,8 +138,9 @@ def queries_keys_gradient_kernel(
         _put_halves(dz_ptr, dz1, dz2, row, col, ROWS, S)
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 * ROLES + 1) * S
     for role in tl.static_range(ROLES):
-        _put_sums(sums_ptr + role * S, dgamma[role][0], dgamma[role][1], col, S)
-        _put_sums(sums_ptr + (ROLES + role) * S, dbeta[role][0], dbeta[role][1], col, S)
+        dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
+        _put_sums(sums_ptr + role * S, dgamma1, dgamma2, col, S)
+        _put_sums(sums_ptr + (ROLES + role) * S, dbeta1, dbeta2, col, S)
     _put_sums(sums_ptr + 2 * ROLES * S, dbias1, dbias2, col, S)
 
 
