@@ -23,6 +23,7 @@ from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
 from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.queries_keys import queries_and_keys
 from gau.ops.scores import Scoring
 
 GAMMA_INITS = {'normal': nn.initializers.normal(0.02), 'ones': nn.initializers.ones}
@@ -46,17 +47,30 @@ class ScaleOffset(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, *x: Array, tokens: TokenInfo) -> list[Array]:
+    def __call__(self, *x: Array, tokens: TokenInfo, bias_S: Array | None = None) -> list[Array]:
         """Maps [B, N, S], or [B, H, N, S], to `roles` arrays [B, H, N, S].
 
-        One x serves all roles; else one is given for each role.
+        One x serves all roles; else one is given for each role. With `bias_S` it is the projection [B, N, S] before
+        this bias and silu, and one kernel makes all roles of it, for one head (`gau.ops.queries_keys`).
         """
         width = x[0].shape[-1]
         shape, axes = (self.roles, self.num_heads, width), (None, 'heads', 'query_key')
         gamma_init = nn.with_logical_partitioning(GAMMA_INITS[self.gamma_init], axes)
         beta_init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        gamma = self.param('gamma', gamma_init, shape, param_dtype(self.dtype)).astype(self.dtype)
-        beta = self.param('beta', beta_init, shape, param_dtype(self.dtype)).astype(self.dtype)
+        gamma = self.param('gamma', gamma_init, shape, param_dtype(self.dtype))
+        beta = self.param('beta', beta_init, shape, param_dtype(self.dtype))
+        if bias_S is not None:
+            table = tokens.rope[width] if self.rope else (None, None)
+            narrow = ('batch', 'length', None)
+            results = over_mesh(
+                _in_one_kernel,
+                *(*x, bias_S, gamma[:, 0], beta[:, 0], *table),
+                axes=[narrow, (None,), (None, None), (None, None), narrow, narrow],
+                result_like=0,
+                token_multiple=1,
+            )
+            return [y_BNS[:, None] for y_BNS in results]
+        gamma, beta = gamma.astype(self.dtype), beta.astype(self.dtype)
         results = []
         for role in range(self.roles):
             x_BHNS = x[role if len(x) > 1 else 0]
@@ -64,6 +78,12 @@ class ScaleOffset(nn.Module):
             y_BHNS = x_BHNS * gamma[role][:, None] + beta[role][:, None]
             results.append(apply_rope(y_BHNS, tokens.rope[width]) if self.rope else y_BHNS)
         return results
+
+
+def _in_one_kernel(z_BNS, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
+    del sequence_axis  # Every token by itself.
+    table = None if cos_BNh is None else (cos_BNh, sin_BNh)
+    return queries_and_keys(z_BNS, bias_S, gamma_RS, beta_RS, table, impl='triton')
 
 
 class GatedAttentionUnit(nn.Module):
@@ -114,18 +134,24 @@ class GatedAttentionUnit(nn.Module):
         """Applies the unit to normalised inputs; Z may read a copy of them (see `gau.layers.norm`)."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
-        fused = self.impl == 'triton' and self.chunk_size and tokens.at is None
+        fused = self.impl == 'triton' and tokens.at is None
         project_uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')
         project_z = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
-        z_BNS = jax.nn.silu(project_z(x_BND if x_for_z_BND is None else x_for_z_BND))
-        if fused:
-            return project_o(self._fused_mixed_chunk(z_BNS, *project_uv(x_BND, add_bias=False), tokens))
+        z_BNS, bias_S = project_z(x_BND if x_for_z_BND is None else x_for_z_BND, add_bias=False)
+        if not fused:
+            z_BNS, bias_S = jax.nn.silu(z_BNS + bias_S.astype(z_BNS.dtype)), None
+        roles = 4 if self.chunk_size and self.branches == 'both' else 2
+        scale_offset = ScaleOffset(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
+        queries_keys = scale_offset(z_BNS, tokens=tokens, bias_S=bias_S)
+        if fused and self.chunk_size:
+            return project_o(self._fused_mixed_chunk(queries_keys, *project_uv(x_BND, add_bias=False), tokens))
 
         uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
         v_BNE = uv[:, :, -1]
         v_BHNE = v_BNE.reshape(batch, n, self.num_heads, -1).swapaxes(1, 2)
-        o_BHNE = self._mixed_chunk(z_BNS, v_BHNE, tokens) if self.chunk_size else self._quadratic(z_BNS, v_BHNE, tokens)
+        attend = self._mixed_chunk if self.chunk_size else self._quadratic
+        o_BHNE = attend(queries_keys, v_BHNE, tokens)
         o_BNE = o_BHNE.swapaxes(1, 2).reshape(batch, n, self.expanded_dim)
 
         if gated:
@@ -133,8 +159,8 @@ class GatedAttentionUnit(nn.Module):
         o_BNE = constrain(o_BNE, 'batch', 'length', 'act_expanded')
         return project_o(o_BNE)
 
-    def _quadratic(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
-        q_BHNS, k_BHNS = self._scale_offset(2)(z_BNS, tokens=tokens)
+    def _quadratic(self, queries_keys: list[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS = queries_keys
         q_BHNS = self._heated(q_BHNS)
         if tokens.at is not None:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens, scoring=self.scoring, bias=self._bias)
@@ -159,10 +185,9 @@ class GatedAttentionUnit(nn.Module):
             token_multiple=1 if self.impl == 'xla' else None,
         )
 
-    def _mixed_chunk(self, z_BNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
-        roles = self._scale_offset(4 if self.branches == 'both' else 2)(z_BNS, tokens=tokens)
-        # With one branch alone the other's queries and keys do not exist; the op does not read them.
-        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = roles if len(roles) == 4 else roles * 2
+    def _mixed_chunk(self, queries_keys: list[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
+        # With one branch alone the other's do not exist; the op does not read them.
+        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = queries_keys if self.branches == 'both' else queries_keys * 2
         if self.branches != 'global':
             q_BHNS = self._heated(q_BHNS)
         if tokens.at is not None:
@@ -205,9 +230,9 @@ class GatedAttentionUnit(nn.Module):
             token_multiple=self.chunk_size if self.impl == 'xla' else None,
         )
 
-    def _fused_mixed_chunk(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
-        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)
-        bias_HP = self._bias(min(self.chunk_size, z_BNS.shape[1]))
+    def _fused_mixed_chunk(self, queries_keys: list[Array], uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = queries_keys
+        bias_HP = self._bias(min(self.chunk_size, uv_BN2E.shape[1]))
 
         def attend(*operands, sequence_axis):
             del sequence_axis  # Tokens stay whole: see token_multiple.
@@ -242,9 +267,6 @@ class GatedAttentionUnit(nn.Module):
             result_axes=('batch', 'length', 'act_expanded'),
             token_multiple=None,
         )
-
-    def _scale_offset(self, roles: int) -> ScaleOffset:
-        return ScaleOffset(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
 
     def _heated(self, q: Array) -> Array:
         return Temperature(self.temperature, name='temperature')(q)

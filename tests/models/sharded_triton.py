@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gau.training.mesh import AXIS_RULES, MESH_AXES, shardings
-from tests.models.tiny import make, tokens
+from tests.models.tiny import make, positions_of, tokens
 
 IDS = jnp.asarray([[1] * 7 + [2] * 3, [3] * 4 + [0] * 2 + [4] * 4])
 MESHES = {'data': (2, 1, 1, 1), 'fsdp': (1, 2, 1, 1), 'tensor': (1, 1, 2, 1)}
@@ -32,10 +32,11 @@ def main() -> None:
         weights = (IDS > 0).astype('float32')
         boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), int))['params']
 
-        def loss(params, sequence, ids, weights, model=model):
-            return model.apply(
-                {'params': params}, sequence, sequence, weights, segment_ids_BN=ids, method='weighted_loss'
-            )
+        # Positions, and with them the table that rotates queries and keys: of every row, or one for all.
+        named = {'positions_BN': positions_of(IDS) if name == 'flash' else None, 'method': 'weighted_loss'}
+
+        def loss(params, sequence, ids, weights, model=model, named=named):
+            return model.apply({'params': params}, sequence, sequence, weights, segment_ids_BN=ids, **named)
 
         batch = tokens(2, 10), IDS, weights
         # A function of its own each time: the mesh decides what is traced.

@@ -1,0 +1,45 @@
+"""Queries and keys of a GAU, all from one projection (docs/paper.md sections 1 and 3).
+
+    z = silu(Z)      y[role] = rope(z * gamma[role] + beta[role])
+
+Z is the projection X Wz before its bias and silu. FLASH-Quad has the roles q and k, FLASH those and two more for its
+linear attention. Z is narrow, so what this costs is reading and writing: the kernels read Z once and write every role
+once, and backwards read every role's gradient and Z and write Z's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.kernels.queries_keys import fused_queries_and_keys
+from gau.ops.positions import apply_rope
+
+
+def queries_and_keys(
+    z_BNS: Array,
+    bias_S: Array,
+    gamma_RS: Array,
+    beta_RS: Array,
+    table: tuple[Array, Array] | None,
+    *,
+    impl: str = 'reference',
+) -> tuple[Array, ...]:
+    """Returns rope(silu(z + bias) * gamma + beta) of each of R roles, R arrays [B, N, S] in the dtype of z.
+
+    The arithmetic is the parameters' (float32 or better), from the projection to the results.
+
+    Args:
+      z_BNS: the projection; finite at padding.
+      bias_S: its bias.
+      gamma_RS: scale of each role.
+      beta_RS: offset of each role.
+      table: what `gau.ops.positions.rope_table` returned for width S, of B rows or of one for all; None: no rotation.
+      impl: 'reference' is the formula; 'triton' one kernel forwards and one backwards, for up to four roles. The table
+        gets no gradient there.
+    """
+    if impl == 'triton':
+        return fused_queries_and_keys(z_BNS, bias_S, gamma_RS, beta_RS, table)
+    z_BNS, dtype = z_BNS.astype(jnp.promote_types(z_BNS.dtype, gamma_RS.dtype)), z_BNS.dtype
+    z_BNS = jax.nn.silu(z_BNS + bias_S)
+    roles = [z_BNS * gamma_S + beta_S for gamma_S, beta_S in zip(gamma_RS, beta_RS, strict=True)]
+    return tuple((y_BNS if table is None else apply_rope(y_BNS, table)).astype(dtype) for y_BNS in roles)

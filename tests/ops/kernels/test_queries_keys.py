@@ -1,0 +1,64 @@
+"""Queries and keys in kernels against the plain formula in float64, values and all gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops.kernels import queries_keys as host
+from gau.ops.positions import rope_table
+from gau.ops.queries_keys import queries_and_keys
+from tests.numerics import max_error
+from tests.ops.kernels.conftest import DTYPES, TOLERANCE
+
+NAMES = ('z', 'bias', 'gamma', 'beta')
+
+
+def values_and_gradients(impl, dtype, args, weights, table):
+    def loss(z, bias, gamma, beta):
+        roles = queries_and_keys(z, bias, gamma, beta, table, impl=impl)
+        assert all(y.dtype == dtype for y in roles)
+        return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)), roles
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    (_, roles), gradients = gradient(args[0].astype(dtype), *args[1:])
+    return roles, gradients
+
+
+def positions(kind, batch, n):
+    """Of one text for all rows, or of documents of random places."""
+    if kind == 'shared':
+        return jnp.arange(n)[None]
+    return jnp.asarray(np.random.default_rng(1).integers(0, 500, (batch, n)))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('roles', [2, 4])
+@pytest.mark.parametrize(
+    ('batch', 'n', 's', 'rope'),
+    [
+        # Tiles that stick out of the rows; of half the width; an odd width; several tiles for a program.
+        (2, 13, 16, 'shared'),
+        (3, 5, 12, 'own'),
+        (1, 7, 9, 'none'),
+        (2, 37, 70, 'shared'),
+        (2, 37, 256, 'own'),
+        (1, 33, 128, 'none'),
+    ],
+)
+def test_values_and_all_gradients(monkeypatch, dtype, roles, batch, n, s, rope):
+    monkeypatch.setattr(host, 'BLOCK', 256)
+    monkeypatch.setattr(host, 'GRADIENT_BLOCK', 256)
+    monkeypatch.setattr(host, 'PROGRAMS', 3)
+    generator = np.random.default_rng(0)
+    shapes = [(batch, n, s), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
+    *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
+    table = None if rope == 'none' else rope_table(positions(rope, batch, n), s, dtype='float64')
+    wanted = values_and_gradients('reference', 'float64', args, weights, table)
+    narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights, table))
+    found = values_and_gradients('triton', dtype, *narrow)
+    assert [x.dtype for x in found[1]] == [dtype, *['float32'] * 3]
+    for role, (a, b) in enumerate(zip(found[0], wanted[0], strict=True)):
+        assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], role
+    for name, a, b in zip(NAMES, found[1], wanted[1], strict=True):
+        assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], name
