@@ -51,8 +51,8 @@ def cudnn_attention(
     """
     n, width = q_BNHK.shape[1], q_BNHK.shape[-1]
     if n % 2:
-        # cuDNN has no gradient for an odd number of tokens. One more stands last, where causal queries do not see it, or
-        # is padding.
+        # cuDNN has no gradient for an odd number of tokens. One more comes last, where no causal query sees it, or is
+        # padding.
         if segment_ids_BN is None and not causal:
             segment_ids_BN = jnp.ones(q_BNHK.shape[:2], jnp.int32)
         *x_BMHK, ids_BM = (
