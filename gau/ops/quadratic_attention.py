@@ -58,10 +58,13 @@ def quadratic_attention(
         length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
 
     if impl == 'triton':
-        ids_BN = jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN
-        ids_BN = jnp.broadcast_to(ids_BN, q_BNS.shape[:2])
         tokens = describe_tokens(
-            ids_BN, scoring=scoring, causal=causal, sequence_length=length_BN1[..., 0], width=q_BNS.shape[-1]
+            segment_ids_BN,
+            q_BNS.shape[:2],
+            scoring=scoring,
+            causal=causal,
+            sequence_length=length_BN1[..., 0],
+            width=q_BNS.shape[-1],
         )
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
         return clear_padding(relu2_attention(q_BNS, k_BMS, v_BME, bias_P, tokens, causal), segment_ids_BN)

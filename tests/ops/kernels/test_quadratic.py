@@ -42,6 +42,9 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, s, e, packed, n
     monkeypatch.setattr(host, 'SMALLEST_BLOCK', 16)
     monkeypatch.setattr(host, 'LARGEST_BLOCK', 16)
     monkeypatch.setattr(host, 'GROUPS', 2)
+    # Tiles that are no squares; both texts in one program, or one each.
+    for_each = {True: (16, 32, 4, 1, 1), False: (16, 16, 4, 1, 528)}[packed]
+    monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, host.Tiles(for_each, for_each)))
     generator = np.random.default_rng(0)
     shapes = [(2, n, s), (2, n, s), (2, n, e), (2 * n - 1,), (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
