@@ -114,13 +114,15 @@ def weights_gradient_kernel(
     for number in range(0, texts):
         b = part + number * parts
         block = b * n * m
+        # Before the product, which hides how long it takes.
+        da = tile(da_ptr + block, i, j, m, ROWS, COLS)
         scale = tl.load(scale_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None]
         r = _roots(
             q_ptr, k_ptr, query_ids_ptr, key_ids_ptr, scale, shift, i, j, s, b,
             n, m, S, ROWS, COLS, WIDTH, DOCUMENTS, PRECISION,
         )  # fmt: skip
         after_r = tl.load(after_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None] * r
-        half_slope = tile(da_ptr + block, i, j, m, ROWS, COLS).to(tl.float32) * after_r
+        half_slope = da.to(tl.float32) * after_r
         if AGAIN:
             put(a_ptr + block, r * after_r, i, j, m, ROWS, COLS)
         put(ds_ptr + block, half_slope * (2 * scale), i, j, m, ROWS, COLS)
