@@ -1,8 +1,8 @@
 """Triton kernels of quadratic attention with relu^2: from q.k to a block of weights, and back from their gradient.
 
-The block [n, m] of the attention matrix is all of it that exists. `offset` is the place of the first query less that of
-the first key; w holds the bias of all distances k - q from -(N - 1) to N - 1. Sizes are compile-time constants; tiles
-that stick out are masked.
+The block [n, m] of the attention matrix is all of it that exists; `firsts` are the places of its first query and its
+first key among the N tokens, offset is their difference. w holds the bias of all distances k - q from -(N - 1) to
+N - 1. Sizes are compile-time constants; tiles that stick out are masked.
 
 A program has one tile of the block and goes through its part of the batch: what all texts share is read once. Grids are
 [m, n, parts].
@@ -32,17 +32,20 @@ def _shift(
 
 @triton.jit
 def _roots(
-    q_ptr, k_ptr, query_ids_ptr, key_ids_ptr, scale, shift, i, j, s, b,
-    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    q_ptr, k_ptr, ids_ptr, scale, shift, query, key, i, j, s, b,
+    N: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns relu(q.k * scale + shift), 0 where the document hides the key, for the tile of text b (64 bits wide)."""
-    q = tile(q_ptr + b * n * S, i, s, S, ROWS, WIDTH)
-    k = tile(k_ptr + b * m * S, j, s, S, COLS, WIDTH)
+    """Returns relu(q.k * scale + shift), 0 where the document hides the key, for a tile of text b (64 bits wide).
+
+    The tile [i, j] of the block has its queries from `query + i` and its keys from `key + j` on.
+    """
+    q = tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)
+    k = tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)
     r = tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + shift, 0.0)
     if DOCUMENTS:
-        query_ids = tl.load(query_ids_ptr + b * n + i, mask=within(i, ROWS), other=0)
-        key_ids = tl.load(key_ids_ptr + b * m + j, mask=within(j, COLS), other=0)
+        query_ids = tl.load(ids_ptr + b * N + query + i, mask=within(i, ROWS), other=0)
+        key_ids = tl.load(ids_ptr + b * N + key + j, mask=within(j, COLS), other=0)
         # Padding is a document that no query is of, so that one comparison is enough.
         key_ids = tl.where(key_ids > 0, key_ids, -1)
         r = tl.where(query_ids[:, None] == key_ids[None, :], r, 0.0)
@@ -51,7 +54,7 @@ def _roots(
 
 @triton.jit
 def weights_kernel(
-    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, query_ids_ptr, key_ids_ptr, offset_ptr, a_ptr,
+    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, ids_ptr, firsts_ptr, a_ptr,
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -63,7 +66,8 @@ def weights_kernel(
     first_i, first_j = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_N
     i, j, s = first_i + tl.arange(0, BLOCK_M), first_j + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    offset = tl.load(offset_ptr)
+    query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
+    offset = query - key
     texts = (B - part + parts - 1) // parts
     if CAUSAL and first_j > first_i + BLOCK_M - 1 + offset:
         for number in range(0, texts):
@@ -73,18 +77,18 @@ def weights_kernel(
     shift = _shift(w_ptr, offset, i, j, ROWS, COLS, N, CAUSAL, BIAS)
     for number in range(0, texts):
         b = part + number * parts
-        scale = tl.load(scale_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None]
+        scale = tl.load(scale_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
         r = _roots(
-            q_ptr, k_ptr, query_ids_ptr, key_ids_ptr, scale, shift, i, j, s, b,
-            n, m, S, ROWS, COLS, WIDTH, DOCUMENTS, PRECISION,
+            q_ptr, k_ptr, ids_ptr, scale, shift, query, key, i, j, s, b,
+            N, S, ROWS, COLS, WIDTH, DOCUMENTS, PRECISION,
         )  # fmt: skip
-        after = tl.load(after_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None]
+        after = tl.load(after_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
         put(a_ptr + b * n * m, r * (r * after), i, j, m, ROWS, COLS)
 
 
 @triton.jit
 def weights_gradient_kernel(
-    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, query_ids_ptr, key_ids_ptr, offset_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
+    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, ids_ptr, firsts_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -100,7 +104,8 @@ def weights_gradient_kernel(
     first_i, first_j = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_N
     i, j, s = first_i + tl.arange(0, BLOCK_M), first_j + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    offset = tl.load(offset_ptr)
+    query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
+    offset = query - key
     texts = (B - part + parts - 1) // parts
     if CAUSAL and first_j > first_i + BLOCK_M - 1 + offset:
         for number in range(0, texts):
@@ -116,12 +121,12 @@ def weights_gradient_kernel(
         block = b * n * m
         # Before the product, which hides how long it takes.
         da = tile(da_ptr + block, i, j, m, ROWS, COLS)
-        scale = tl.load(scale_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None]
+        scale = tl.load(scale_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
         r = _roots(
-            q_ptr, k_ptr, query_ids_ptr, key_ids_ptr, scale, shift, i, j, s, b,
-            n, m, S, ROWS, COLS, WIDTH, DOCUMENTS, PRECISION,
+            q_ptr, k_ptr, ids_ptr, scale, shift, query, key, i, j, s, b,
+            N, S, ROWS, COLS, WIDTH, DOCUMENTS, PRECISION,
         )  # fmt: skip
-        after_r = tl.load(after_ptr + b * n + i, mask=within(i, ROWS), other=0.0)[:, None] * r
+        after_r = tl.load(after_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None] * r
         half_slope = da.to(tl.float32) * after_r
         if AGAIN:
             put(a_ptr + block, r * after_r, i, j, m, ROWS, COLS)
