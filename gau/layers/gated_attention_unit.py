@@ -22,7 +22,7 @@ from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
-from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
 from gau.ops.scores import Scoring
 
 GAMMA_INITS = {'normal': nn.initializers.normal(0.02), 'ones': nn.initializers.ones}
@@ -121,6 +121,8 @@ class GatedAttentionUnit(nn.Module):
         z_BNS = jax.nn.silu(project_z(x_BND if x_for_z_BND is None else x_for_z_BND))
         if fused:
             return project_o(self._fused_mixed_chunk(z_BNS, *project_uv(x_BND, add_bias=False), tokens))
+        if self.impl == 'triton' and gated and tokens.at is None:
+            return project_o(self._fused_quadratic(z_BNS, *project_uv(x_BND, add_bias=False), tokens))
 
         uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
         v_BNE = uv[:, :, -1]
@@ -209,32 +211,44 @@ class GatedAttentionUnit(nn.Module):
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = self._scale_offset(4)(z_BNS, tokens=tokens)
         bias_HP = self._bias(min(self.chunk_size, z_BNS.shape[1]))
 
+        return self._fused(
+            gated_mixed_chunk,
+            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS),
+            bias_HP=bias_HP,
+            tokens=tokens,
+            chunk_size=self.chunk_size,
+            global_reduction=self.global_reduction,
+        )
+
+    def _fused_quadratic(self, z_BNS: Array, uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS = self._scale_offset(2)(z_BNS, tokens=tokens)
+        return self._fused(
+            gated_quadratic_attention,
+            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS),
+            bias_HP=self._bias(z_BNS.shape[1]),
+            tokens=tokens,
+        )
+
+    def _fused(self, op, uv_BN2E, bias_2E, *narrow_BHNS, bias_HP, tokens, **fields) -> Array:
+        """Applies an op that has the activations and the gate in it, for one head, on every device's own texts."""
+
         def attend(*operands, sequence_axis):
             del sequence_axis  # Tokens stay whole: see token_multiple.
             *arrays, bias_P, segment_ids_BN = operands
-            return gated_mixed_chunk(
-                *arrays,
-                chunk_size=self.chunk_size,
-                scoring=self.scoring,
-                causal=self.causal,
-                segment_ids_BN=segment_ids_BN,
-                bias_P=bias_P,
-                global_reduction=self.global_reduction,
-                impl=self.impl,
-            )
+            tokens_and_bias = {'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
+            return op(*arrays, scoring=self.scoring, causal=self.causal, impl=self.impl, **tokens_and_bias, **fields)
 
-        narrow = ('batch', 'length', None)
         return over_mesh(
             attend,
             uv_BN2E,
             bias_2E,
-            *(x[:, 0] for x in (self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS)),
+            *(x[:, 0] for x in narrow_BHNS),
             None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
                 ('batch', 'length', None, 'act_expanded'),
                 (None, 'act_expanded'),
-                *[narrow] * 4,
+                *[('batch', 'length', None)] * len(narrow_BHNS),
                 (None,),
                 ('batch', 'length'),
             ],

@@ -88,8 +88,10 @@ def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwri
     tokens and, if asked, of all before or after them.
     """
     batch, n, _, width = uv_BN2E.shape
+    tokens, columns, num_warps = TILE
     bounds = [(begin, stop) for begin, stop, _ in groups(n)]
-    constants = {'n': n, 'E': width, 'LENGTH': bounds[0][1], 'GROUPS': len(bounds)}
+    # A lone group may end in the middle of a tile.
+    constants = {'n': n, 'E': width, 'LENGTH': -(-bounds[0][1] // tokens) * tokens, 'GROUPS': len(bounds)}
     pieces = []
     if before is not None:
         # What has all tokens is the same for all groups.
@@ -98,7 +100,6 @@ def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwri
         pieces = [jax.ShapeDtypeStruct((batch, r, width), uv_BN2E.dtype) for r in rows]
         pieces += [jax.ShapeDtypeStruct((1,), uv_BN2E.dtype)] * (PIECES - len(pieces))
         constants |= {'COUNT': len(rows), 'BEFORE': before, 'AFTER': after}
-    tokens, columns, num_warps = TILE
     results = launch(
         kernel,
         uv_BN2E,

@@ -24,10 +24,13 @@ def _end(g: tl.constexpr, n: tl.constexpr, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _join(pieces, row, col, b, n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+def _join(
+    pieces, row, col, b,
+    n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Loads a tile from the piece of its group; no piece has the tokens of others, no tile those of two groups."""
-    tl.static_assert(LENGTH % row.shape[0] == 0)
-    g = tl.program_id(1) * row.shape[0] // LENGTH
+    tl.static_assert(LENGTH % BLOCK_N == 0)
+    g = tl.program_id(1) * BLOCK_N // LENGTH
     piece = pieces[0]
     for other in tl.static_range(1, COUNT):
         piece = tl.where(g == other, pieces[other], piece)
@@ -95,7 +98,7 @@ def gate_gradient_kernel(
     do = tile(do_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
     u, sigmoid = _projection(uv_ptr, bias_ptr, 0, row, col, b, n, E)
     _spread((d0, d1, d2, d3, d4, d5, d6, d7), do * u * sigmoid, row, col, b, n, E, LENGTH, COUNT, BEFORE, AFTER)
-    av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS)
+    av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
     _put_gradient(duv_ptr, dbias_ptr, do * av * sigmoid * (1 + u * (1 - sigmoid)), 0, row, col, b, n, E)
 
 
@@ -110,5 +113,5 @@ def value_gradient_kernel(
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     x, sigmoid = _projection(uv_ptr, bias_ptr, 1, row, col, b, n, E)
-    dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS)
+    dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
     _put_gradient(duv_ptr, dbias_ptr, dv * sigmoid * (1 + x * (1 - sigmoid)), 1, row, col, b, n, E)
