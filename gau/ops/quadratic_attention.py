@@ -114,8 +114,9 @@ def gated_quadratic_attention(
 
 def _tokens_for_kernels(q_BNS, segment_ids_BN, length, *, scoring, causal) -> Tokens:
     *shape, width = q_BNS.shape
+    ids_BN = None if segment_ids_BN is None else jnp.broadcast_to(segment_ids_BN, shape)
     fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': width}
-    return describe_tokens(segment_ids_BN, tuple(shape), **fields)
+    return describe_tokens(ids_BN, tuple(shape), **fields)
 
 
 def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):
