@@ -22,7 +22,7 @@ from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
-from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
 from gau.ops.queries_keys import queries_and_keys
 from gau.ops.scores import Scoring
 
@@ -144,8 +144,9 @@ class GatedAttentionUnit(nn.Module):
         roles = 4 if self.chunk_size and self.branches == 'both' else 2
         scale_offset = ScaleOffset(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
         queries_keys = scale_offset(z_BNS, tokens=tokens, bias_S=bias_S)
-        if fused and self.chunk_size:
-            return project_o(self._fused_mixed_chunk(queries_keys, *project_uv(x_BND, add_bias=False), tokens))
+        if fused and (self.chunk_size or gated):
+            attend = self._fused_mixed_chunk if self.chunk_size else self._fused_quadratic
+            return project_o(attend(queries_keys, *project_uv(x_BND, add_bias=False), tokens))
 
         uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
         v_BNE = uv[:, :, -1]
@@ -232,34 +233,44 @@ class GatedAttentionUnit(nn.Module):
 
     def _fused_mixed_chunk(self, queries_keys: list[Array], uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = queries_keys
-        bias_HP = self._bias(min(self.chunk_size, uv_BN2E.shape[1]))
+        return self._fused(
+            gated_mixed_chunk,
+            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS),
+            bias_HP=self._bias(min(self.chunk_size, uv_BN2E.shape[1])),
+            tokens=tokens,
+            chunk_size=self.chunk_size,
+            global_reduction=self.global_reduction,
+        )
+
+    def _fused_quadratic(self, queries_keys: list[Array], uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
+        q_BHNS, k_BHNS = queries_keys
+        return self._fused(
+            gated_quadratic_attention,
+            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS),
+            bias_HP=self._bias(uv_BN2E.shape[1]),
+            tokens=tokens,
+        )
+
+    def _fused(self, op, uv_BN2E, bias_2E, *narrow_BHNS, bias_HP, tokens, **fields) -> Array:
+        """Applies an op that has the activations and the gate in it, for one head, on every device's own texts."""
 
         def attend(*operands, sequence_axis):
             del sequence_axis  # Tokens stay whole: see token_multiple.
             *arrays, bias_P, segment_ids_BN = operands
-            return gated_mixed_chunk(
-                *arrays,
-                chunk_size=self.chunk_size,
-                scoring=self.scoring,
-                causal=self.causal,
-                segment_ids_BN=segment_ids_BN,
-                bias_P=bias_P,
-                global_reduction=self.global_reduction,
-                impl=self.impl,
-            )
+            tokens_and_bias = {'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
+            return op(*arrays, scoring=self.scoring, causal=self.causal, impl=self.impl, **tokens_and_bias, **fields)
 
-        narrow = ('batch', 'length', None)
         return over_mesh(
             attend,
             uv_BN2E,
             bias_2E,
-            *(x[:, 0] for x in (self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS)),
+            *(x[:, 0] for x in narrow_BHNS),
             None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
                 ('batch', 'length', None, 'act_expanded'),
                 (None, 'act_expanded'),
-                *[narrow] * 4,
+                *[('batch', 'length', None)] * len(narrow_BHNS),
                 (None,),
                 ('batch', 'length'),
             ],

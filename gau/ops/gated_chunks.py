@@ -77,7 +77,9 @@ def gated_mixed_chunk(
     )
     # The zeros that fill the last chunk have no documents; without documents the text is one.
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
-    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_BGC, chunk_size=chunk_size, scoring=scoring, causal=causal)
+    # The weights have no need to compare documents where there is one and no zeros fill the last chunk.
+    seen = None if segment_ids_BN is None and n % size == 0 else ids_BGC
+    a_BGCC = _weights_in_chunks(q, k, bias_P, seen, chunk_size=chunk_size, scoring=scoring, causal=causal)
     reading, adding, keep_BGP, scale_BGC = _walks(ids_BGC, causal=causal, mean=global_reduction == 'mean')
     q_lin = q_lin.astype(scale_BGC.dtype) * scale_BGC[..., None]
     if not causal:
@@ -104,11 +106,11 @@ def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, *, chunk_size, scoring, 
     """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
     if scoring.function == 'relu2':
-        ids = jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
+        ids = None if ids_BGC is None else jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
         fields = {'scoring': scoring, 'causal': causal, 'sequence_length': chunk_size, 'width': q_BGCS.shape[-1]}
         q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-        return relu2_weights(q, k, bias_P, describe_tokens(ids, **fields), causal).reshape(*shape, size)
+        return relu2_weights(q, k, bias_P, describe_tokens(ids, q.shape[:2], **fields), causal).reshape(*shape, size)
     mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
     bias = None if bias_P is None else bias_matrix(bias_P, size, size)
     a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=chunk_size, mask=mask, bias=bias)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.quadratic import describe_tokens, relu2_attention
+from gau.ops.kernels.gated_quadratic import gated_relu2_attention
+from gau.ops.kernels.quadratic import Tokens, describe_tokens, relu2_attention
 from gau.ops.masks import clear_padding, document_length, visibility_mask
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
@@ -58,11 +59,7 @@ def quadratic_attention(
         length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
 
     if impl == 'triton':
-        ids_BN = jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN
-        ids_BN = jnp.broadcast_to(ids_BN, q_BNS.shape[:2])
-        tokens = describe_tokens(
-            ids_BN, scoring=scoring, causal=causal, sequence_length=length_BN1[..., 0], width=q_BNS.shape[-1]
-        )
+        tokens = _tokens_for_kernels(q_BNS, segment_ids_BN, length_BN1[..., 0], scoring=scoring, causal=causal)
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
         return clear_padding(relu2_attention(q_BNS, k_BMS, v_BME, bias_P, tokens, causal), segment_ids_BN)
 
@@ -79,6 +76,47 @@ def quadratic_attention(
     else:
         o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1)
     return clear_padding(o_BNE, segment_ids_BN)
+
+
+def gated_quadratic_attention(
+    uv_BN2E: Array,
+    bias_2E: Array,
+    q_BNS: Array,
+    k_BNS: Array,
+    *,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_P: Array | None = None,
+    impl: str = 'triton',
+) -> Array:
+    """Returns silu(u) * quadratic_attention(q, k, silu(v)) for [u, v] = uv + bias, one head.
+
+    Args:
+      uv_BN2E: projections of the gate (0) and of the values (1); finite at padding.
+      bias_2E: their bias.
+      q_BNS: and k_BNS, scoring, causal, segment_ids_BN, bias_P: see `quadratic_attention`.
+      impl: 'reference' is that function between plain silu and product; 'triton' one operation of kernels, for relu2.
+
+    Returns:
+      [B, N, E] in the dtype of uv; zeros at padding.
+    """
+    if impl == 'reference':
+        u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(uv_BN2E.dtype)), 2, 0)
+        fields = {'scoring': scoring, 'causal': causal, 'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
+        return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, **fields)
+    q_BNS, k_BNS = clear_padding(q_BNS, segment_ids_BN), clear_padding(k_BNS, segment_ids_BN)
+    length_BN = q_BNS.shape[1] if segment_ids_BN is None else document_length(segment_ids_BN)
+    tokens = _tokens_for_kernels(q_BNS, segment_ids_BN, length_BN, scoring=scoring, causal=causal)
+    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+    return gated_relu2_attention(uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
+
+
+def _tokens_for_kernels(q_BNS, segment_ids_BN, length, *, scoring, causal) -> Tokens:
+    *shape, width = q_BNS.shape
+    ids_BN = None if segment_ids_BN is None else jnp.broadcast_to(segment_ids_BN, shape)
+    fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': width}
+    return describe_tokens(ids_BN, tuple(shape), **fields)
 
 
 def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):

@@ -6,7 +6,7 @@ gradient of the scores.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,23 @@ from gau.ops.scores import Scoring
 # at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
 GROUPS = 8
 SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
-# Programs that a gradient kernel has at least, where the batch can be cut into parts.
-PROGRAMS = 528
-# Sides of a kernel's tile, warps and pipeline stages.
-TILES = {'bfloat16': (64, 64, 4, 2), 'float32': (32, 32, 4, 1)}
+
+
+class Tiles(NamedTuple):
+    """Sides of each kernel's tile, its warps and pipeline stages, and then the programs it has at least.
+
+    A program goes through a part of the batch; for more programs the batch is cut into more parts.
+    """
+
+    weights: tuple[int, int, int, int, int]
+    gradient: tuple[int, int, int, int, int]
+
+
+TILES = {
+    'bfloat16': Tiles((64, 128, 4, 2, 528), (64, 64, 4, 2, 528)),
+    # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
+    'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
+}
 
 
 class Tokens(NamedTuple):
@@ -34,29 +47,40 @@ class Tokens(NamedTuple):
     Attributes:
       scale_BN: factor on q.k of a query, before the bias; float32.
       after_BN: factor on a query's weights; float32.
-      ids_BN: segment ids, int32.
+      ids_BN: segment ids, int32; None for one document without padding.
     """
 
     scale_BN: Array
     after_BN: Array
-    ids_BN: Array
+    ids_BN: Array | None
 
 
 def describe_tokens(
-    ids_BN: Array, *, scoring: Scoring, causal: bool, sequence_length: int | Array, width: int
+    ids_BN: Array | None,
+    shape: tuple[int, int],
+    *,
+    scoring: Scoring,
+    causal: bool,
+    sequence_length: int | Array,
+    width: int,
 ) -> Tokens:
     """Returns the normaliser of `scoring` as factors on q.k and on the weights.
 
     Args:
-      ids_BN: segment ids.
+      ids_BN: segment ids, or None for one document without padding.
+      shape: (B, N).
       scoring: attention function relu2 and its normaliser.
       causal: whether later keys are hidden.
       sequence_length: n for the normaliser 'paper', a number or an array [B, N].
       width: S.
     """
-    ones_BN = jnp.ones(ids_BN.shape, jnp.float32)
+    ones_BN = jnp.ones(shape, jnp.float32)
     if scoring.normalizer in ('visible', 'su'):
-        visible_BN = jnp.maximum(visible_keys(ids_BN, causal=causal), 1).astype(jnp.float32)
+        if ids_BN is None:
+            visible_N = jnp.arange(1, shape[1] + 1) if causal else jnp.full(shape[1], shape[1])
+            visible_BN = jnp.broadcast_to(visible_N, shape).astype(jnp.float32)
+        else:
+            visible_BN = jnp.maximum(visible_keys(ids_BN, causal=causal), 1).astype(jnp.float32)
     if scoring.normalizer == 'su':
         return Tokens(ones_BN * width**-0.5, 1 / visible_BN, ids_BN)
     if scoring.normalizer == 'visible':
@@ -79,64 +103,98 @@ def relu2_attention(
       tokens: factors and segment ids; no gradient goes there.
       causal: whether later keys are hidden.
     """
-    n = q_BNS.shape[1]
-    outputs = []
-    for begin, stop, size in _groups(n):
-        end = stop if causal else n
-
-        def block(_, first, size, end=end):
-            q_BnS, asking, ids_BM = _cut(q_BNS, first, size), _cut(tokens, first, size), tokens.ids_BN[:, :end]
-            a = _weights(q_BnS, k_BNS[:, :end], bias_P, asking, ids_BM, offset=first, causal=causal)
-            return None, a @ v_BNE[:, :end]
-
-        outputs.append(_over_blocks(block, None, begin, stop, size)[1])
-    return jnp.concatenate(outputs, axis=1)
+    return _forward(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal)[0]
 
 
 def _forward(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal):
-    return relu2_attention(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), (q_BNS, k_BNS, v_BNE, bias_P, tokens)
+    values = [v_BNE[:, :stop] if causal else v_BNE for _, stop, _ in groups(v_BNE.shape[1])]
+    o_BNE = jnp.concatenate(attend(q_BNS, k_BNS, values, bias_P, tokens, causal), axis=1)
+    return o_BNE, (q_BNS, k_BNS, v_BNE, bias_P, tokens)
 
 
 def _backward(causal, residuals, do_BNE):
-    """A block of keys at a time, so that dk and dv come whole; only dq, which is narrow, is summed over blocks."""
     q_BNS, k_BNS, v_BNE, bias_P, tokens = residuals
-    n, dtype = q_BNS.shape[1], q_BNS.dtype
-    dq_BNS = jnp.zeros(q_BNS.shape, jnp.float32)
-    dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
-    dks, dvs = [], []
-    for begin, stop, size in _groups(n):
-        start = begin if causal else 0
-        q, do, seen_by = q_BNS[:, start:], do_BNE[:, start:], jax.tree.map(lambda x: x[:, start:], tokens)  # noqa: B023
-
-        def block(sums, first, size, q=q, do=do, seen_by=seen_by, start=start):
-            dq, dbias_P = sums
-            k, v = _cut(k_BNS, first, size), _cut(v_BNE, first, size)
-            da = jnp.einsum('BNE,BME->BNM', do, v)
-            offset = start - first
-            a, ds, db = _weights_and_gradient(
-                q, k, bias_P, seen_by, _cut(tokens.ids_BN, first, size), da, offset=offset, causal=causal, again=True
-            )
-            if dbias_P is not None:
-                dbias_P = _add_diagonals(dbias_P, db, offset)
-            dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
-            dk = jnp.einsum('BNM,BNS->BMS', ds, q)
-            return (dq, dbias_P), (dk, jnp.einsum('BNM,BNE->BME', a, do))
-
-        (dq, dbias_P), (dk, dv) = _over_blocks(block, (dq_BNS[:, start:], dbias_P), begin, stop, size)
-        dq_BNS = dq_BNS.at[:, start:].set(dq)
-        dks.append(dk)
-        dvs.append(dv)
-    dk_BNS, dv_BNE = jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
-    return dq_BNS.astype(dtype), dk_BNS, dv_BNE, dbias_P, _no_gradient(tokens)
+    bounds = list(groups(v_BNE.shape[1]))
+    values = [v_BNE[:, begin:stop] for begin, stop, _ in bounds]
+    gradients = [do_BNE[:, begin:] if causal else do_BNE for begin, _, _ in bounds]
+    dq, dk, dv, dbias = attention_gradients(q_BNS, k_BNS, values, gradients, bias_P, tokens, causal)
+    return dq, dk, jnp.concatenate(dv, axis=1), dbias, no_gradient(tokens)
 
 
 relu2_attention.defvjp(_forward, _backward)
 
 
+def attend(
+    q_BNS: Array, k_BNS: Array, values: Sequence[Array], bias_P: Array | None, tokens: Tokens, causal: bool
+) -> list[Array]:
+    """Returns A v of `relu2_attention` in the pieces [B, n, E] of all `groups`.
+
+    Args:
+      q_BNS: and k_BNS, bias_P, tokens, causal: see there.
+      values: for every group the values of the keys its queries see, those up to its end if `causal`.
+    """
+
+    def block(v_BME, first, size):
+        a = _weights(q_BNS, k_BNS, bias_P, tokens, (first, 0), (size, v_BME.shape[1]), causal=causal)
+        return v_BME, a @ v_BME
+
+    bounds = groups(q_BNS.shape[1])
+    return [_over_blocks(block, v_BME, *where)[1] for where, v_BME in zip(bounds, values, strict=True)]
+
+
+def attention_gradients(
+    q_BNS: Array,
+    k_BNS: Array,
+    values: Sequence[Array],
+    gradients: Sequence[Array],
+    bias_P: Array | None,
+    tokens: Tokens,
+    causal: bool,
+) -> tuple[Array, Array, list[Array], Array | None]:
+    """Returns the gradients of q, k, of the values in the pieces of all `groups`, and of the bias.
+
+    A block of keys at a time, so that dk and dv come whole; only dq, which is narrow, is summed over blocks.
+
+    Args:
+      q_BNS: and k_BNS, bias_P, tokens, causal: see `relu2_attention`.
+      values: those of every group.
+      gradients: for every group the gradients of the queries that see its keys, those from its start on if `causal`.
+    """
+    dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
+    dqs, dks, dvs, n = [], [], [], q_BNS.shape[1]
+    dq_BnS = jnp.zeros(q_BNS.shape, jnp.float32)
+    for (begin, stop, size), v_BME, do_BnE in zip(groups(n), values, gradients, strict=True):
+        start = begin if causal else 0
+        q_BnS = q_BNS[:, start:]
+
+        def block(sums, first, size, begin=begin, start=start, v_BME=v_BME, do_BnE=do_BnE, q_BnS=q_BnS):
+            dq, dbias_P = sums
+            k, v = _cut(k_BNS, first, size), _cut(v_BME, first - begin, size)
+            da = jnp.einsum('BNE,BME->BNM', do_BnE, v)
+            a, ds, db = _weights_and_gradient(
+                q_BNS, k_BNS, bias_P, tokens, (start, first), da, causal=causal, again=True
+            )
+            if dbias_P is not None:
+                dbias_P = _add(dbias_P, db, da.shape[1], start - first)
+            dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
+            dk = jnp.einsum('BNM,BNS->BMS', ds, q_BnS)
+            return (dq, dbias_P), (dk, jnp.einsum('BNM,BNE->BME', a, do_BnE))
+
+        (dq_BnS, dbias_P), (dk, dv) = _over_blocks(block, (dq_BnS, dbias_P), begin, stop, size)
+        dks.append(dk)
+        dvs.append(dv)
+        if causal:
+            # No later key is seen by the queries of this group.
+            dqs.append(dq_BnS[:, : stop - begin].astype(q_BNS.dtype))
+            dq_BnS = dq_BnS[:, stop - begin :]
+    dq_BNS = jnp.concatenate(dqs, axis=1) if causal else dq_BnS.astype(q_BNS.dtype)
+    return dq_BNS, jnp.concatenate(dks, axis=1), dvs, dbias_P
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def relu2_weights(q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> Array:
     """Returns A of `relu2_attention`, [B, N, N] in the type of q: for short texts, such as the chunks of a long one."""
-    return _weights(q_BNS, k_BNS, bias_P, tokens, tokens.ids_BN, offset=0, causal=causal)
+    return _weights(q_BNS, k_BNS, bias_P, tokens, (0, 0), (q_BNS.shape[1],) * 2, causal=causal)
 
 
 def _weights_forward(q_BNS, k_BNS, bias_P, tokens, causal):
@@ -145,22 +203,22 @@ def _weights_forward(q_BNS, k_BNS, bias_P, tokens, causal):
 
 def _weights_backward(causal, residuals, da_BNN):
     q_BNS, k_BNS, bias_P, tokens = residuals
-    fields = {'offset': 0, 'causal': causal, 'again': False}
-    _, ds_BNN, db_NN = _weights_and_gradient(q_BNS, k_BNS, bias_P, tokens, tokens.ids_BN, da_BNN, **fields)
+    fields = {'causal': causal, 'again': False}
+    _, ds_BNN, dbias_P = _weights_and_gradient(q_BNS, k_BNS, bias_P, tokens, (0, 0), da_BNN, **fields)
     dq_BNS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BNN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BNN, q_BNS)
-    dbias_P = None if bias_P is None else _add_diagonals(jnp.zeros_like(bias_P), db_NN, 0)
-    return dq_BNS, dk_BNS, dbias_P, _no_gradient(tokens)
+    return dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
 
 relu2_weights.defvjp(_weights_forward, _weights_backward)
 
 
-def _no_gradient(tokens: Tokens) -> Tokens:
-    zeros = np.zeros(tokens.ids_BN.shape, jax.dtypes.float0)
+def no_gradient(tokens: Tokens) -> Tokens:
+    """Returns zeros in the place of a gradient."""
+    zeros = None if tokens.ids_BN is None else np.zeros(tokens.ids_BN.shape, jax.dtypes.float0)
     return Tokens(jnp.zeros_like(tokens.scale_BN), jnp.zeros_like(tokens.after_BN), zeros)
 
 
-def _groups(n: int) -> Iterator[tuple[int, int, int]]:
+def groups(n: int) -> Iterator[tuple[int, int, int]]:
     """Yields (first token, end, tokens of a block) of every group of blocks."""
     size = min(max(-(-n // GROUPS // 128) * 128, SMALLEST_BLOCK), LARGEST_BLOCK)
     length = size * -(-n // size // GROUPS)
@@ -186,68 +244,91 @@ def _cut(tree: Any, first: int | Array, size: int) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
 
 
-def _add_diagonals(sums_P: Array, x_nm: Array, offset: int | Array) -> Array:
-    """Adds to sums[d + N - 1] all x[i, j] with j - i - offset = d, without a scatter.
-
-    The rows, last first, are written one after the other with n zeros between and read again in rows shorter by one.
-    """
-    n, m = x_nm.shape
-    rows = jnp.pad(x_nm[::-1], ((0, 0), (0, n))).reshape(-1)[: n * (m + n - 1)]
-    diagonals = rows.reshape(n, m + n - 1).sum(0)
-    middle = (sums_P.shape[0] - 1) // 2
-    at = middle - (n - 1) - offset
+def _add(sums_P: Array, diagonals: Array, n: int, offset: int | Array) -> Array:
+    """Adds diagonals[d + n - 1] to sums[d - offset + N - 1], for all d = j - i of a block of n rows."""
+    at = (sums_P.shape[0] - 1) // 2 - (n - 1) - offset
     old = jax.lax.dynamic_slice_in_dim(sums_P, at, diagonals.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(sums_P, old + diagonals, at, axis=0)
 
 
-def _launch(kernel, q, k, bias_P, tokens: Tokens, key_ids, *more, outputs, offset, causal, parts: int, **extra):
-    block_m, block_n, num_warps, num_stages = TILES[str(q.dtype)]
-    (_, n, s), m = q.shape, k.shape[1]
+def _sum_diagonals(tiles_TUW: Array, height: int, n: int, m: int) -> Array:
+    """Returns sums[d + n - 1] of all x[i, j] with j - i = d of an array x [n, m], without a scatter.
+
+    Args:
+      tiles_TUW: sums along the diagonals of the tiles of x: of the distances j - i inside a tile from -W / 2 on.
+      height: rows of a tile, at most W / 2, which are its columns.
+      n: rows of x.
+      m: columns of x.
+    """
+    rows, half = tiles_TUW.shape[0], tiles_TUW.shape[2] // 2
+    # Along a row of tiles, what is before the diagonal of one lies upon what is after that of the tile to its left.
+    before, after = (x.reshape(rows, -1) for x in (tiles_TUW[..., :half], tiles_TUW[..., half:]))
+    lines = jnp.pad(before, ((0, 0), (0, half))) + jnp.pad(after, ((0, 0), (half, 0)))
+    # The rows, last first, are written one after the other with zeros between and read again in shorter rows.
+    lines = jnp.pad(lines[::-1], ((0, 0), (0, rows * height)))
+    width = lines.shape[1] - height
+    first = half + (rows - 1) * height - (n - 1)
+    return lines.reshape(-1)[: rows * width].reshape(rows, width).sum(0)[first : first + n + m - 1]
+
+
+def _launch(kernel, tiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, causal, **fields) -> list[Array]:
+    """Runs a kernel on the block of `shape` (n, m) whose first query and first key are `firsts`."""
+    firsts = jnp.stack([jnp.asarray(first, jnp.int32) for first in firsts])
     return launch(
         kernel,
         q,
         k,
+        # What is not there a kernel does not read.
         tokens.scale_BN if bias_P is None else bias_P,
-        *tokens,
-        key_ids,
-        jnp.full((1,), offset, jnp.int32),
+        tokens.scale_BN,
+        tokens.after_BN,
+        firsts if tokens.ids_BN is None else tokens.ids_BN,
+        firsts,
         *more,
-        outputs=outputs,
-        grid=(-(-m // block_n), -(-n // block_m), parts),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        n=n,
-        m=m,
-        S=s,
-        N=1 if bias_P is None else (bias_P.shape[0] + 1) // 2,
+        num_warps=tiles[2],
+        num_stages=tiles[3],
+        B=q.shape[0],
+        N=q.shape[1],
+        S=q.shape[2],
+        n=shape[0],
+        m=shape[1],
         CAUSAL=causal,
         BIAS=bias_P is not None,
+        DOCUMENTS=tokens.ids_BN is not None,
         PRECISION='ieee',
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_S=power_of_two(s),
-        **extra,
+        BLOCK_M=tiles[0],
+        BLOCK_N=tiles[1],
+        BLOCK_S=power_of_two(q.shape[2]),
+        **fields,
     )
 
 
-def _weights(q, k, bias_P, tokens, key_ids, *, offset, causal) -> Array:
+def _fit(tiles: tuple[int, ...], batch: int, n: int, m: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Returns the tiles, smaller where [n, m] is, and a kernel's grid (tiles of m, tiles of n, parts of the batch)."""
+    width = min(tiles[1], power_of_two(m))
+    height = min(tiles[0], power_of_two(n), width)
+    across, down = -(-m // width), -(-n // height)
+    return (height, width, *tiles[2:]), (across, down, min(batch, -(-tiles[4] // (across * down))))
+
+
+def _weights(q, k, bias_P, tokens, firsts, shape, *, causal) -> Array:
+    """Returns the weights of a block of `shape` (n, m) from the first query and the first key of `firsts` on."""
     from gau.ops.kernels.quadratic_triton import weights_kernel
 
-    a = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), q.dtype)
-    fields = {'offset': offset, 'causal': causal, 'parts': q.shape[0]}
-    return _launch(weights_kernel, q, k, bias_P, tokens, key_ids, outputs=[a], **fields)[0]
+    a = jax.ShapeDtypeStruct((q.shape[0], *shape), q.dtype)
+    tiles, grid = _fit(TILES[str(q.dtype)].weights, *a.shape)
+    return _launch(weights_kernel, tiles, q, k, bias_P, tokens, firsts, shape, outputs=[a], grid=grid, causal=causal)[0]
 
 
-def _weights_and_gradient(q, k, bias_P, tokens, key_ids, da, *, offset, causal, again: bool) -> tuple[Array, ...]:
-    """Returns the weights if `again`, the gradient of q.k, and that of the bias [n, m] summed over the batch."""
+def _weights_and_gradient(q, k, bias_P, tokens, firsts, da, *, causal, again: bool) -> tuple[Array, ...]:
+    """Returns the weights if `again`, the gradient of q.k, and that of the bias by j - i, summed over texts."""
     from gau.ops.kernels.quadratic_triton import weights_gradient_kernel
 
-    batch, n, m = da.shape
-    block_m, block_n = TILES[str(q.dtype)][:2]
-    parts = min(batch, -(-PROGRAMS // (-(-n // block_m) * -(-m // block_n))))
-    like, named = jax.ShapeDtypeStruct(da.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
-    db = named if bias_P is None else jax.ShapeDtypeStruct((parts, n, m), jnp.float32)
-    outputs = [like if again else named, like, db]
-    fields = {'offset': offset, 'causal': causal, 'parts': parts, 'B': batch, 'AGAIN': again}
-    a, ds, db = _launch(weights_gradient_kernel, q, k, bias_P, tokens, key_ids, da, outputs=outputs, **fields)
-    return a, ds, db.sum(0)
+    tiles, grid = _fit(TILES[str(q.dtype)].gradient, *da.shape)
+    like, missing = jax.ShapeDtypeStruct(da.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
+    across, down, parts = grid
+    db = missing if bias_P is None else jax.ShapeDtypeStruct((parts, down, across, 2 * tiles[1]), jnp.float32)
+    fields = {'outputs': [like if again else missing, like, db], 'grid': grid, 'causal': causal, 'AGAIN': again}
+    operands = q, k, bias_P, tokens, firsts, da.shape[1:], da
+    a, ds, db = _launch(weights_gradient_kernel, tiles, *operands, **fields)
+    return a, ds, None if bias_P is None else _sum_diagonals(db.sum(0), tiles[0], *da.shape[1:])

@@ -5,14 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
+def within(index, size: tl.constexpr):
+    """Whether each index is below `size`; where that is None all are, and a mask that is constant costs nothing."""
+    return tl.full(index.shape, 1, tl.int1) if size is None else index < size
+
+
+@triton.jit
 def tile(ptr, row, col, stride: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
-    """Loads ptr[row, col] for vectors of rows and columns; 0 outside [rows, cols]."""
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    """Loads ptr[row, col] for vectors of rows and columns; 0 outside [rows, cols], None where none is outside."""
+    mask = within(row, rows)[:, None] & within(col, cols)[None, :]
     return tl.load(ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def put(ptr, value, row, col, stride: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
     """Stores a tile at ptr[row, col], in the type of ptr."""
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    mask = within(row, rows)[:, None] & within(col, cols)[None, :]
     tl.store(ptr + row[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=mask)

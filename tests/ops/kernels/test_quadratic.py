@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 
 from gau.ops.kernels import quadratic as host
-from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
-NAMES = ('q', 'k', 'v', 'bias')
+NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'uv', 'bias of uv')}
 
 
 def value_and_gradients(impl, dtype, args, weights, **fields):
     def loss(args):
-        *qkv, bias_P = args
-        o = quadratic_attention(*(x.astype(dtype) for x in qkv), bias_P=bias_P, **fields, impl=impl)
+        q, k, bias_P, *rest = args
+        q, k, values = (x.astype(dtype) for x in (q, k, rest[0]))
+        fields_and_bias = fields | {'bias_P': bias_P, 'impl': impl}
+        if len(rest) == 2:
+            o = gated_quadratic_attention(values, rest[1], q, k, **fields_and_bias)
+        else:
+            o = quadratic_attention(q, k, values, **fields_and_bias)
         return jnp.sum(o * weights), o
 
     (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
@@ -26,29 +31,35 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('op', list(NAMES))
 @pytest.mark.parametrize(
     ('n', 's', 'e', 'packed', 'normalizer'),
     [
         (20, 12, 20, True, 'visible'),
         (20, 16, 16, False, 'su'),
+        (10, 8, 24, False, 'visible'),
         pytest.param(32, 16, 16, False, 'fixed', marks=pytest.mark.slow),
         pytest.param(45, 12, 20, True, 'visible', marks=pytest.mark.slow),
         pytest.param(70, 8, 24, True, 'paper', marks=pytest.mark.slow),
         pytest.param(64, 8, 8, False, 'su', marks=pytest.mark.slow),
     ],
 )
-def test_values_and_all_gradients(monkeypatch, dtype, causal, n, s, e, packed, normalizer):
+def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packed, normalizer):
     # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
     monkeypatch.setattr(host, 'SMALLEST_BLOCK', 16)
     monkeypatch.setattr(host, 'LARGEST_BLOCK', 16)
     monkeypatch.setattr(host, 'GROUPS', 2)
+    # Tiles that are no squares; both texts in one program, or one each.
+    for_each = {True: (16, 32, 4, 1, 1), False: (16, 16, 4, 1, 528)}[packed]
+    monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, host.Tiles(for_each, for_each)))
     generator = np.random.default_rng(0)
-    shapes = [(2, n, s), (2, n, s), (2, n, e), (2 * n - 1,), (2, n, e)]
+    values = {'plain': [(2, n, e)], 'gated': [(2, n, 2, e), (2, e)]}[op]
+    shapes = [(2, n, s), (2, n, s), (2 * n - 1,), *values, (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     ids = documents(n) if packed else None
     fields = {'scoring': Scoring('relu2', normalizer, 8), 'causal': causal, 'segment_ids_BN': ids}
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', dtype, *narrow, **fields)
-    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+    for name, a, b in zip(('o', *NAMES[op]), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
