@@ -5,7 +5,7 @@
     python scripts/sample.py --workdir=DIR --interactive
 
 One text is printed as it is written; several, one after the other when they are done. The same seed writes the same
-text. Tokens a second go to stderr at the end (compiling not counted).
+text. Tokens a second go to stderr at the end (of all blocks of 32 but the first, which waits for the compiler).
 """
 
 import json
@@ -90,13 +90,12 @@ def _write(run, params, prompt: str) -> None:
     )
     if live:
         print(prompt, end='', flush=True)
-    counted, seconds, started = 0, 0.0, None
+    begun, started, first, counted, seconds = time.perf_counter(), None, 0, 0, 0.0
     for block in blocks:
         if started is not None:
-            # The first block waits for the compiler; speed is that of the others.
             counted, seconds = counted + block.size, time.perf_counter() - started
         else:
-            started = time.perf_counter()
+            first, started = block.size, time.perf_counter()
         for stream, row in zip(streams, block, strict=True):
             text = stream.push(row)
             if live:
@@ -110,8 +109,11 @@ def _write(run, params, prompt: str) -> None:
             print(json.dumps(record, ensure_ascii=False))
         else:
             print(text if live else prompt + stream.text)
-    if counted:
-        print(f'{counted / seconds:.0f} tokens/s over {counted} tokens', file=sys.stderr)
+    # The first block waits for the prompt and the compiler; speed is that of the others, if there are any.
+    about = ''
+    if not counted:
+        counted, seconds, about = first, started - begun, ', reading the prompt and compiling included'
+    print(f'{counted / seconds:.0f} tokens/s over {counted} tokens{about}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -84,8 +84,10 @@ def _decoding(row: Row) -> str:
     state = _or_dash(row.get('state_bytes') and row['state_bytes'] / MIB, '.1f')
     if 'error' in row:
         return f'{text}  {_cut(row["error"], 30):30} {state:>10}'
-    spread = f'{row["ms_per_token_min"]:.3f}-{row["ms_per_token_max"]:.3f}'
-    return f'{text} {row["ms_per_token"]:8.3f} {spread:>13} {_short(row["tokens_per_second"] / 1000):>8} {state:>10}'
+    # Reading is a thousand times as fast as writing.
+    digits = 3 if row['ms_per_token'] >= 0.1 else 4
+    median, least, most = (f'{row["ms_per_token" + end]:.{digits}f}' for end in ('', '_min', '_max'))
+    return f'{text} {median:>8} {f"{least}-{most}":>13} {_short(row["tokens_per_second"] / 1000):>8} {state:>10}'
 
 
 _SHARES = (('mfu', 4), ('share_of_matrix_rate', 4))
@@ -120,41 +122,84 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Draws STEM_training.png and STEM_decoding.png over the context, where there is something to draw.
 
     Training: tokens/s of training and of the forward pass, and memory (the device's peak, or the compiler's plan where
-    the device does not tell). Decoding: latency, state, and tokens/s of reading. Returns the paths.
+    the device does not tell). Decoding: latency, state, and tokens/s of reading. What did not fit is an open circle
+    where the memory it asks for is known. Returns the paths.
     """
     paths = []
     for name, panels in _PICTURES.items():
-        measured = [row for row in rows if 'error' not in row]
-        panels = [panel for panel in panels if any(row['benchmark'] == panel[0] for row in measured)]
+        panels = [panel for panel in panels if any(row['benchmark'] == panel[0] and 'error' not in row for row in rows)]
         if panels:
             paths.append(stem.with_name(f'{stem.name}_{name}.png'))
-            _draw(measured, panels, paths[-1])
+            _draw(rows, panels, paths[-1])
     return paths
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
     # The object interface draws without a display and without pyplot's global state.
+    import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout='constrained')
+    # In all panels a model has its color, and a batch size that a curve is of has its line and marker.
+    shown = [row for row in rows if row['benchmark'] in {kind for kind, *_ in panels}]
+    models = list(dict.fromkeys(label(row) for row in shown))
+    batches = [None, *sorted({row['batch_size'] for row in shown if row['benchmark'] not in PASSES})]
+    figure = Figure(figsize=(5.2 * len(panels), 4.8), layout='constrained')
+    entries = {}
     for number, (kind, fields, unit, what) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number, xlabel='context (tokens)', ylabel=what, title=kind)
         axes.grid(alpha=0.3)
         axes.set_xscale('log', base=2)
         axes.set_yscale('log')
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        curves = _curves(shown, kind, fields, unit)
+        values = [value for points in curves.values() for _, value, _ in points]
+        few = max(values, default=1) > 1e4 * min(values, default=1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(value)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.10g}'))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for row in rows:
-            value = next((row[field] for field in fields if row.get(field)), None)
-            if row['benchmark'] == kind and value is not None:
-                name = label(row) + (f', batch {row["batch_size"]}' if kind == 'decode' else '')
-                curves.setdefault(name, []).append((row['context'], value / unit))
-        for name, points in curves.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker='o', label=name)
-        if curves:
-            axes.legend(fontsize=7)
+        for (model, batch), points in curves.items():
+            points.sort()
+            which = max(batches.index(batch) - 1, 0) % 4
+            style = {'color': f'C{models.index(model)}', 'marker': 'os^D'[which], 'markersize': 5}
+            dash = ('-', '--', ':', '-.')[which]
+            fit = [point[:2] for point in points if point[2]]
+            beyond = [point[:2] for point in points if not point[2]]
+            axes.plot(*np.array(fit).reshape(-1, 2).T, dash, **style)
+            key = models.index(model), batches.index(batch)
+            text = model if batch is None else f'{model}, batch {batch}'
+            entries[key] = Line2D([], [], linestyle=dash, label=text, **style)
+            if beyond:
+                axes.plot(*np.array(points)[:, :2].T, dash, color=style['color'], alpha=0.3)
+                axes.plot(*np.array(beyond).T, linestyle='none', markerfacecolor='white', **style)
+                entries[len(models), 0] = Line2D(
+                    [], [], linestyle='none', marker='o', color='gray', markerfacecolor='white', label='did not fit'
+                )
+    # Below the panels, where it hides no curve; a column is a model.
+    handles = [entries[key] for key in sorted(entries)]
+    columns = min(len({model for model, _ in entries}), 4)
+    figure.legend(handles=handles, loc='outside lower center', ncols=columns, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format='png')
+
+
+def _curves(
+    rows: Sequence[Row], kind: str, fields: Sequence[str], unit: int
+) -> dict[tuple[str, int | None], list[tuple[int, float, bool]]]:
+    """Returns points (context, value, whether it fitted) by model and batch size; None where the batch is the step's.
+
+    Of what did not fit the memory may be known. Rows with other errors have no point.
+    """
+    curves: dict[tuple[str, int | None], list[tuple[int, float, bool]]] = {}
+    for row in rows:
+        value = next((row[field] for field in fields if row.get(field)), None)
+        error = row.get('error')
+        if row['benchmark'] == kind and value is not None and (not error or error.startswith('out of memory')):
+            key = label(row), None if kind in PASSES else row['batch_size']
+            curves.setdefault(key, []).append((row['context'], value / unit, not error))
+    return curves
+
+
+def _tokens(value: float) -> str:
+    return f'{value / 1024:g} k' if value >= 1024 else f'{value:g}'

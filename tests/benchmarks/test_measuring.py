@@ -1,9 +1,14 @@
 """The clock, the batches, and the processes that measure."""
 
-import numpy as np
+import types
 
-from gau.benchmarks import processes, timing, training
+import jax
+import numpy as np
+import pytest
+
+from gau.benchmarks import decoding, processes, timing, training
 from gau.benchmarks.cells import Cell, Spec
+from gau.errors import UserError
 
 TINY = {'size': 'tiny', 'context': 32, 'batch_size': 2, 'vocab_size': 50, 'dtype': 'float32', 'effort': 'quick'}
 
@@ -71,3 +76,24 @@ def test_a_forward_pass_measured_in_this_process():
     assert abs(result['loss'] - np.log(50)) < 0.5
     assert result['tokens'] == 64
     assert result['compiler_bytes'] > 4 * result['parameters']
+
+
+def test_writing_and_reading_measured_in_this_process():
+    measures = {'decode': decoding.measure_decode, 'prefill': decoding.measure_prefill}
+    state_bytes = set()
+    for kind, tokens in (('decode', 2 * decoding.STEPS['quick']), ('prefill', 2 * 32)):
+        result = {}
+        measures[kind](Cell(kind, Spec('flash'), **TINY), result)
+        assert (len(result['seconds']), result['tokens']) == (decoding.SAMPLES['quick'], tokens)
+        assert min(result['seconds']) > 0
+        state_bytes.add(result['state_bytes'])
+    assert len(state_bytes) == 1
+
+
+def test_a_state_that_does_not_fit_is_told_with_its_size(monkeypatch):
+    small = types.SimpleNamespace(platform='cpu', memory_stats=lambda: {'bytes_limit': 2**30})
+    monkeypatch.setattr(jax, 'devices', lambda: [small])
+    cell, result = Cell('decode', Spec('transformer_plus_plus'), **TINY | {'context': 2**19}), {}
+    with pytest.raises(UserError, match='out of memory: 3 GiB of state'):
+        decoding.measure_decode(cell, result)
+    assert result['state_bytes'] > 2**30

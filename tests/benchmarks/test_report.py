@@ -109,4 +109,22 @@ def test_pictures_of_what_was_measured(tmp_path):
     (path,) = report.plot(rows, tmp_path / 'rows.v1')
     assert path == tmp_path / 'rows.v1_training.png'
     assert path.stat().st_size > 1000
-    assert len(report.plot([*rows, decode_row()], tmp_path / 'rows')) == 2
+    # Nothing is known of the memory of this one.
+    unknown = train_row(results=[result([0.1], compiler_bytes=None)])
+    assert len(report.plot([unknown, decode_row()], tmp_path / 'rows')) == 2
+
+
+def test_of_what_did_not_fit_only_the_memory_is_drawn(tmp_path):
+    rows = [decode_row(), decode_row(error='out of memory: 1 GiB of state', state_bytes=2**30), decode_row(error='odd')]
+    assert report._curves(rows, 'decode', ('state_bytes',), 2**20) == {
+        ('flash', 8): [(8192, 1.0, True), (8192, 1024.0, False)]
+    }
+    assert report._curves(rows, 'decode', ('ms_per_token',), 1) == {('flash', 8): [(8192, pytest.approx(10), True)]}
+    assert report.plot(rows[1:], tmp_path / 'rows') == []
+    (path,) = report.plot(rows, tmp_path / 'rows')
+    assert path.stat().st_size > 1000
+
+
+def test_reading_is_told_in_more_digits_than_writing():
+    text = report.table([decode_row('prefill', seconds=[0.32], tokens=8 * 131_072)])
+    assert ' 0.0024 0.0024-0.0024 ' in text

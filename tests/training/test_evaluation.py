@@ -5,6 +5,7 @@ import pytest
 
 from gau.data import embedded, pipeline
 from gau.training.config import resolve
+from gau.training.evaluation import Result
 from gau.training.setup import Run
 from gau.training.step import token_losses
 from tests.training.tiny import tiny_config
@@ -54,3 +55,11 @@ def test_the_whole_split_has_every_byte_and_one_end_a_document():
 
 def test_a_cancelled_evaluation_has_no_result(run):
     assert run.evaluator()(run.init_state().params, split='valid', cancelled=lambda: True) is None
+
+
+def test_loss_by_position_doubles_its_ranges_to_the_end_of_a_long_text():
+    tokens = np.ones(131_072)
+    rows = Result('valid', 131_072, 2.0 * tokens.sum(), tokens.sum(), 0, 0, 2.0 * tokens, tokens).by_position()
+    assert [row[:2] for row in rows[:4]] == [(0, 0), (1, 1), (2, 3), (4, 7)]
+    assert rows[-1] == (65_536, 131_071, 2.0, 65_536)
+    assert sum(row[3] for row in rows) == 131_072

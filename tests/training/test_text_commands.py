@@ -1,10 +1,20 @@
 """sample.py and eval.py --stream as a user calls them."""
 
 import json
+import subprocess
 
 import pytest
 
-from tests.training.test_commands import TINY, run
+from gau.training import evaluate, loop
+from tests.training.test_commands import TINY, run, start
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp('text') / 'trained'
+    loop.train(tiny_config(), path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,42 @@ def test_bad_input_is_one_line(arguments, message):
     assert (code, out) == (2, '')
     assert message in err
     assert err.count('\n') == 1
+
+
+def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
+    prompt = 'Zoë — 漢字\n'
+    (tmp_path / 'prompt.txt').write_text(prompt, encoding='utf-8')
+    arguments = [f'--prompt_file={tmp_path / "prompt.txt"}', '--num=2', '--max_tokens=70', '--temperature=0', '--json']
+    code, out, err = run('scripts/sample.py', f'--workdir={trained}', *arguments)
+    assert code == 0, err
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first == second
+    assert first.keys() == {'prompt', 'text', 'tokens', 'finished'}
+    assert first['prompt'] == prompt
+    # Two rows, without the first block of 32.
+    assert err.endswith('tokens/s over 76 tokens\n') or first['finished']
+
+
+def test_interactive_writes_each_line_on_by_the_same_seed(trained):
+    arguments = ['--interactive', '--max_tokens=20', '--top_k=50', '--top_p=0.95', '--stop=e', '--seed=3']
+    process = start('scripts/sample.py', f'--workdir={trained}', *arguments, stdin=subprocess.PIPE)
+    out, err = process.communicate('né\nné\n\n', timeout=1200)
+    assert process.returncode == 0, err
+    assert out.endswith('> ')
+    size = len(out.removesuffix('> ')) // 2
+    assert out[:size] == out[size : 2 * size]
+    assert out.startswith('> né')
+    assert 'e' not in out
+    assert err.count(' tokens/s over ') == 2
+
+
+def test_whole_texts_with_the_state_carried(trained):
+    results = evaluate.evaluate(trained, stream=True, contexts=[16], max_tokens=400)
+    assert [result.tokens for result in results] == [400] * 2
+    assert results[0].context > results[1].context == 16
+    rows = [json.loads(line) for line in (trained / 'eval.jsonl').read_text().splitlines()]
+    assert [row['split'] for row in rows] == ['stream/valid'] * 2
+    assert all(row['bits_per_byte'] > 0 for row in rows)
 
 
 @pytest.mark.slow
