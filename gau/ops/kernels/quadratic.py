@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    'bfloat16': Tiles((64, 128, 4, 2, 528), (64, 64, 4, 2, 528)),
+    'bfloat16': Tiles((64, 128, 8, 2, 528), (64, 64, 8, 2, 528)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
 }
@@ -171,9 +171,8 @@ def attention_gradients(
             dq, dbias_P = sums
             k, v = _cut(k_BNS, first, size), _cut(v_BME, first - begin, size)
             da = jnp.einsum('BNE,BME->BNM', do_BnE, v)
-            a, ds, db = _weights_and_gradient(
-                q_BNS, k_BNS, bias_P, tokens, (start, first), da, causal=causal, again=True
-            )
+            where = q_BNS, k_BNS, bias_P, tokens, (start, first)
+            a, ds, db = _weights_and_gradient(*where, da, causal=causal, again=True)
             if dbias_P is not None:
                 dbias_P = _add(dbias_P, db, da.shape[1], start - first)
             dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
@@ -247,8 +246,8 @@ def _cut(tree: Any, first: int | Array, size: int) -> Any:
 def _add(sums_P: Array, diagonals: Array, n: int, offset: int | Array) -> Array:
     """Adds diagonals[d + n - 1] to sums[d - offset + N - 1], for all d = j - i of a block of n rows."""
     at = (sums_P.shape[0] - 1) // 2 - (n - 1) - offset
-    old = jax.lax.dynamic_slice_in_dim(sums_P, at, diagonals.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(sums_P, old + diagonals, at, axis=0)
+    # Not an update of the sums themselves: of groups of one block the compiler adds all at once.
+    return sums_P + jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(sums_P), diagonals, at, axis=0)
 
 
 def _sum_diagonals(tiles_TUW: Array, height: int, n: int, m: int) -> Array:
