@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    'bfloat16': Tiles((64, 128, 8, 2, 528), (64, 64, 8, 2, 528)),
+    'bfloat16': Tiles((64, 128, 4, 2, 528), (64, 64, 4, 3, 528)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
 }
