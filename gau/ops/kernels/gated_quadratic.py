@@ -82,20 +82,20 @@ def _padded(pieces: list[Array]) -> list[Array]:
 
 
 def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwrite=None) -> list[Array]:
-    """Runs a kernel over tiles of [N, E] and returns its outputs.
+    """Runs a kernel over tiles of [N, E] and returns its `outputs` and then, if `before` and `after` are given, pieces.
 
-    With `before` and `after` the last of them is a list: for each group of blocks an array [B, rows, E] of the group's
-    tokens and, if asked, of all before or after them.
+    Those are for each group of blocks an array [B, rows, E] of its tokens and, if asked, of all before or after them.
     """
     batch, n, _, width = uv_BN2E.shape
     tokens, columns, num_warps = TILE
     bounds = [(begin, stop) for begin, stop, _ in groups(n)]
     # A lone group may end in the middle of a tile.
     constants = {'n': n, 'E': width, 'LENGTH': -(-bounds[0][1] // tokens) * tokens, 'GROUPS': len(bounds)}
-    pieces = []
+    pieces, repeat = [], 1
     if before is not None:
-        # What has all tokens is the same for all groups.
-        bounds = bounds[:1] if before and after else bounds
+        if before and after:
+            # What has all tokens is the same for all groups.
+            bounds, repeat = bounds[:1], len(bounds)
         rows = [(n if after else stop) - (0 if before else begin) for begin, stop in bounds]
         pieces = [jax.ShapeDtypeStruct((batch, r, width), uv_BN2E.dtype) for r in rows]
         pieces += [jax.ShapeDtypeStruct((1,), uv_BN2E.dtype)] * (PIECES - len(pieces))
@@ -113,7 +113,6 @@ def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwri
         BLOCK_E=columns,
         **constants,
     )
-    results, pieces = results[: len(outputs)], results[len(outputs) :]
     if not pieces:
         return results
-    return [*results, *(pieces[:1] * len(list(groups(n))) if before and after else pieces[: len(bounds)])]
+    return results[: len(outputs)] + results[len(outputs) :][: len(bounds)] * repeat

@@ -27,7 +27,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
 class Tiles(NamedTuple):
     """Sides of each kernel's tile, its warps and pipeline stages, and then the programs it has at least.
 
-    A program goes through a part of the batch; for more programs the batch is cut into more parts.
+    A program goes with its queries through a part of the keys, or with a tile of weights through a part of the batch;
+    for more programs there are more parts. A tile of the gradient has no more rows than columns.
     """
 
     weights: tuple[int, int, int, int, int]
@@ -35,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    'bfloat16': Tiles((64, 128, 4, 2, 528), (64, 64, 4, 2, 528)),
+    'bfloat16': Tiles((64, 64, 4, 3, 1024), (64, 64, 4, 3, 528)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
 }
@@ -171,9 +172,8 @@ def attention_gradients(
             dq, dbias_P = sums
             k, v = _cut(k_BNS, first, size), _cut(v_BME, first - begin, size)
             da = jnp.einsum('BNE,BME->BNM', do_BnE, v)
-            a, ds, db = _weights_and_gradient(
-                q_BNS, k_BNS, bias_P, tokens, (start, first), da, causal=causal, again=True
-            )
+            where = q_BNS, k_BNS, bias_P, tokens, (start, first)
+            a, ds, db = _weights_and_gradient(*where, da, causal=causal, again=True)
             if dbias_P is not None:
                 dbias_P = _add(dbias_P, db, da.shape[1], start - first)
             dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
@@ -247,8 +247,8 @@ def _cut(tree: Any, first: int | Array, size: int) -> Any:
 def _add(sums_P: Array, diagonals: Array, n: int, offset: int | Array) -> Array:
     """Adds diagonals[d + n - 1] to sums[d - offset + N - 1], for all d = j - i of a block of n rows."""
     at = (sums_P.shape[0] - 1) // 2 - (n - 1) - offset
-    old = jax.lax.dynamic_slice_in_dim(sums_P, at, diagonals.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(sums_P, old + diagonals, at, axis=0)
+    # Not an update of the sums themselves: of groups of one block the compiler adds all at once.
+    return sums_P + jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(sums_P), diagonals, at, axis=0)
 
 
 def _sum_diagonals(tiles_TUW: Array, height: int, n: int, m: int) -> Array:
@@ -287,7 +287,6 @@ def _launch(kernel, tiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, c
         *more,
         num_warps=tiles[2],
         num_stages=tiles[3],
-        B=q.shape[0],
         N=q.shape[1],
         S=q.shape[2],
         n=shape[0],
@@ -303,12 +302,11 @@ def _launch(kernel, tiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, c
     )
 
 
-def _fit(tiles: tuple[int, ...], batch: int, n: int, m: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Returns the tiles, smaller where [n, m] is, and a kernel's grid (tiles of m, tiles of n, parts of the batch)."""
+def _fit(tiles: tuple[int, ...], n: int, m: int) -> tuple[tuple[int, ...], int, int]:
+    """Returns the tiles, smaller where [n, m] is, and how many there are of n and of m."""
     width = min(tiles[1], power_of_two(m))
-    height = min(tiles[0], power_of_two(n), width)
-    across, down = -(-m // width), -(-n // height)
-    return (height, width, *tiles[2:]), (across, down, min(batch, -(-tiles[4] // (across * down))))
+    height = min(tiles[0], power_of_two(n))
+    return (height, width, *tiles[2:]), -(-n // height), -(-m // width)
 
 
 def _weights(q, k, bias_P, tokens, firsts, shape, *, causal) -> Array:
@@ -316,7 +314,8 @@ def _weights(q, k, bias_P, tokens, firsts, shape, *, causal) -> Array:
     from gau.ops.kernels.quadratic_triton import weights_kernel
 
     a = jax.ShapeDtypeStruct((q.shape[0], *shape), q.dtype)
-    tiles, grid = _fit(TILES[str(q.dtype)].weights, *a.shape)
+    tiles, down, across = _fit(TILES[str(q.dtype)].weights, *shape)
+    grid = min(across, -(-tiles[4] // (down * q.shape[0]))), down, q.shape[0]
     return _launch(weights_kernel, tiles, q, k, bias_P, tokens, firsts, shape, outputs=[a], grid=grid, causal=causal)[0]
 
 
@@ -324,11 +323,20 @@ def _weights_and_gradient(q, k, bias_P, tokens, firsts, da, *, causal, again: bo
     """Returns the weights if `again`, the gradient of q.k, and that of the bias by j - i, summed over texts."""
     from gau.ops.kernels.quadratic_triton import weights_gradient_kernel
 
-    tiles, grid = _fit(TILES[str(q.dtype)].gradient, *da.shape)
+    batch, n, m = da.shape
+    rows, *others = TILES[str(q.dtype)].gradient
+    # No more rows than columns.
+    tiles, down, across = _fit((min(rows, power_of_two(m)), *others), n, m)
+    parts = min(batch, -(-tiles[4] // (across * down)))
     like, missing = jax.ShapeDtypeStruct(da.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
-    across, down, parts = grid
     db = missing if bias_P is None else jax.ShapeDtypeStruct((parts, down, across, 2 * tiles[1]), jnp.float32)
-    fields = {'outputs': [like if again else missing, like, db], 'grid': grid, 'causal': causal, 'AGAIN': again}
-    operands = q, k, bias_P, tokens, firsts, da.shape[1:], da
+    fields = {
+        'B': batch,
+        'outputs': [like if again else missing, like, db],
+        'grid': (across, down, parts),
+        'causal': causal,
+        'AGAIN': again,
+    }
+    operands = q, k, bias_P, tokens, firsts, (n, m), da
     a, ds, db = _launch(weights_gradient_kernel, tiles, *operands, **fields)
-    return a, ds, None if bias_P is None else _sum_diagonals(db.sum(0), tiles[0], *da.shape[1:])
+    return a, ds, None if bias_P is None else _sum_diagonals(db.sum(0), tiles[0], n, m)

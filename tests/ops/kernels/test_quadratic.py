@@ -49,9 +49,9 @@ def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packe
     monkeypatch.setattr(host, 'SMALLEST_BLOCK', 16)
     monkeypatch.setattr(host, 'LARGEST_BLOCK', 16)
     monkeypatch.setattr(host, 'GROUPS', 2)
-    # Tiles that are no squares; both texts in one program, or one each.
-    for_each = {True: (16, 32, 4, 1, 1), False: (16, 16, 4, 1, 528)}[packed]
-    monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, host.Tiles(for_each, for_each)))
+    # Tiles that are no squares, in few programs with several each; and one tile of one text a program.
+    tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
+    monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, tiles))
     generator = np.random.default_rng(0)
     values = {'plain': [(2, n, e)], 'gated': [(2, n, 2, e), (2, e)]}[op]
     shapes = [(2, n, s), (2, n, s), (2 * n - 1,), *values, (2, n, e)]
