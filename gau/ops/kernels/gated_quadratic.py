@@ -90,7 +90,10 @@ def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwri
     tokens, columns, num_warps = TILE
     bounds = [(begin, stop) for begin, stop, _ in groups(n)]
     # A lone group may end in the middle of a tile.
-    constants = {'n': n, 'E': width, 'LENGTH': -(-bounds[0][1] // tokens) * tokens, 'GROUPS': len(bounds)}
+    constants = {'n': n, 'E': width, 'LENGTH': -(-bounds[0][1] // tokens) * tokens}
+    if outputs:
+        # Gradients come in a piece for each group.
+        constants['GROUPS'] = len(bounds)
     pieces, repeat = [], 1
     if before is not None:
         if before and after:

@@ -55,11 +55,15 @@ def launch(
       num_warps: warps of a program.
       num_stages: depth of the software pipeline of its loops.
       overwrite: maps an input to the output that takes over its buffer and contents.
-      constants: compile-time constants.
+      constants: compile-time constants, arguments of the kernel by name.
 
     Raises:
-      ValueError: more programs than a GPU takes along an axis other than the first.
+      ValueError: more programs than a GPU takes along an axis other than the first, or a constant that the kernel does
+        not have.
     """
+    unknown = sorted(set(constants).difference(kernel.arg_names))
+    if unknown:
+        raise ValueError(f'{kernel.__name__} has no {", ".join(unknown)}')
     if max(grid[1:], default=0) > LARGEST_SIDE:
         raise ValueError(
             f'{kernel.__name__} would have a grid of {grid}, a GPU takes {LARGEST_SIDE:,} along the second and third '
