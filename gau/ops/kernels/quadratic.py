@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    'bfloat16': Tiles((64, 64, 4, 3, 1024), (64, 64, 4, 3, 528)),
+    'bfloat16': Tiles((64, 64, 4, 2, 1024), (64, 64, 4, 3, 264)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
 }
