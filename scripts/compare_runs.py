@@ -6,7 +6,6 @@
 A run is called by the last part of its directory's name. It may still be going on.
 """
 
-import json
 import statistics
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from absl import flags
 from gau import cli
 from gau.errors import UserError
 from gau.training import plots
-from gau.training.workdir import METRICS
+from gau.training.workdir import METRICS, read_metrics
 
 _WORKDIRS = flags.DEFINE_list('workdirs', None, 'Directories of the runs, comma separated.', required=True)
 _SPLIT = flags.DEFINE_string('split', 'train', 'train, or an evaluated split.')
@@ -52,7 +51,7 @@ def _losses(path: Path, split: str) -> dict[int, float]:
     """
     if not path.is_file():
         raise UserError(f'--workdirs: {path} does not exist')
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_metrics(path)
     losses = {row['step']: row['loss'] for row in rows if row['split'] == split and row['loss'] is not None}
     if not losses:
         splits = sorted({row['split'] for row in rows})

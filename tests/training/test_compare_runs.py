@@ -33,6 +33,14 @@ def test_losses_and_their_distance_at_shared_steps(runs):
     assert (runs / 'plots' / 'both.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_line_that_a_run_is_just_writing_is_left_out(runs):
+    with (runs / 'b' / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 40, "split": "tr')
+    result = run(f'--workdirs={runs}/a,{runs}/b', f'--output={runs}/both.png')
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[2].split()[:3] == ['b', '30', '3.0000']
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -33,7 +33,9 @@ def _roots(
     ROWS: tl.constexpr, COLS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns relu(q.k * scale + shift), 0 where the document hides the key; `ids_ptr` is that of the text."""
-    r = tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + shift, 0.0)
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + shift
+    # The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would be one that sees nothing.
+    r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DOCUMENTS:
         query_ids = tl.load(ids_ptr + query + i, mask=within(i, ROWS), other=0)
         key_ids = tl.load(ids_ptr + key + j, mask=within(j, COLS), other=0)

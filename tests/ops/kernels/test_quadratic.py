@@ -63,3 +63,24 @@ def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packe
     found = value_and_gradients('triton', dtype, *narrow, **fields)
     for name, a, b in zip(('o', *NAMES[op]), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize('op', list(NAMES))
+@pytest.mark.parametrize('name', ['q', 'k', 'bias'])
+def test_a_nan_is_not_hidden(op, name):
+    """The relu of a NaN is NaN, in values and in the gradient: a maximum on a GPU makes it 0."""
+    n, s, e = 20, 8, 16
+    generator = np.random.default_rng(0)
+    values = {'plain': [(1, n, e)], 'gated': [(1, n, 2, e), (2, e)]}[op]
+    shapes = [(1, n, s), (1, n, s), (2 * n - 1,), *values, (1, n, e)]
+    *args, weights = (jnp.asarray(generator.standard_normal(shape), 'float32') for shape in shapes)
+    which = NAMES[op].index(name)
+    # A token in the middle, and the bias of a distance that some see.
+    args[which] = args[which].at[(0, n // 2, 0) if name != 'bias' else n - 1 - n // 2].set(jnp.nan)
+    fields = {'scoring': Scoring('relu2', 'fixed', 8), 'causal': True}
+    found, wanted = (value_and_gradients(impl, 'float32', args, weights, **fields) for impl in ('triton', 'reference'))
+    rows = np.isnan(wanted[0]).any(-1)
+    assert rows.any()
+    assert np.isnan(found[0]).any(-1)[rows].all()
+    pairs = zip(NAMES[op], found[1], wanted[1], strict=True)
+    assert not [other for other, a, b in pairs if np.isnan(b).any() and not np.isnan(a).any()]
