@@ -7,7 +7,7 @@ Arrays are named by what they are and by their shape, `q_BGCS`. The letters, eve
     G chunks          C tokens in a chunk       V vocabulary
     H heads           K width of one head
 
-Segment ids are integers [B, N]: 0 is padding, any other number names the document a token belongs to, and no token
+Segment ids are integers [B, N]: 0 is padding, a positive number names the document a token belongs to, and no token
 sees another document. `None` stands for one document without padding. The tokens of a document are contiguous, but for
 holes of padding; ids need not be ordered, only neighbours must differ.
 """

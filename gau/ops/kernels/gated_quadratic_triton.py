@@ -46,9 +46,7 @@ def _spread(
 ):  # fmt: skip
     """Stores a tile into every piece that has its tokens: those of a group and, if asked, before or after it."""
     for g in tl.static_range(COUNT):
-        place, inside = _piece(
-            row, col, b, E, 0 if BEFORE else g * LENGTH, n if AFTER else _end(g, n, LENGTH)
-        )  # fmt: skip
+        place, inside = _piece(row, col, b, E, 0 if BEFORE else g * LENGTH, n if AFTER else _end(g, n, LENGTH))
         tl.store(pieces[g] + place, value.to(pieces[g].dtype.element_ty), mask=inside)
 
 

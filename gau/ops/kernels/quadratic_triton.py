@@ -97,6 +97,7 @@ def weights_gradient_kernel(
     db[part, n tile, m tile] has 2 BLOCK_N sums over a part of the batch, of the distances j - i inside the tile from
     -BLOCK_N; BLOCK_M is at most BLOCK_N.
     """
+    tl.static_assert(BLOCK_M <= BLOCK_N)
     ROWS: tl.constexpr = None if n % BLOCK_M == 0 else n
     COLS: tl.constexpr = None if m % BLOCK_N == 0 else m
     WIDTH: tl.constexpr = None if S == BLOCK_S else S
@@ -112,6 +113,7 @@ def weights_gradient_kernel(
             if AGAIN:
                 put(a_ptr + block, zeros, i, j, m, ROWS, COLS)
             put(ds_ptr + block, zeros, i, j, m, ROWS, COLS)
+        # That was all: Triton has no return in a branch.
         texts = texts * 0
     shift = _shift(w_ptr, offset, i, j, ROWS, COLS, N, CAUSAL, BIAS)
     half_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
