@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
     `extend` reads on in texts that have begun (`gau.models.decoding`); `__call__`, `token_losses`,
     `weighted_loss` and `hidden` read whole texts and take:
       tokens_BN: integer tokens in [0, V).
-      segment_ids_BN: integers; 0 is padding, a positive number names the document of the token, and documents do not see
+      segment_ids_BN: integers; 0 is padding, a positive number names the token's document, and documents do not see
         each other. None: all one document.
       positions_BN: integer position of each token in its document; None: 0, 1, ... N - 1.
       deterministic: False turns dropout on, which draws from the 'dropout' stream.
