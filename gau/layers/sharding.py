@@ -48,26 +48,11 @@ def over_mesh(
     Raises:
       KeyError: a name has no rule.
     """
-    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    if mesh.size <= 1 or not rules or AxisType.Manual in mesh.axis_types:
+    if not _cut_by_rules():
         return op(*operands, sequence_axis=None)
-
-    def cut(operand: Array, names: Names) -> list[tuple[str, ...] | None]:
-        """The mesh axes along which each dimension is cut."""
-        entries, used = [], set()
-        for size, name in zip(operand.shape, names, strict=True):
-            entry = rules[name] if name is not None else None
-            entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            parts = math.prod(mesh.shape[axis] for axis in entry)
-            if name == 'length':
-                parts *= token_multiple or math.inf
-            fits = entry and size % parts == 0 and not used.intersection(entry)
-            entries.append(entry if fits else None)
-            used.update(entry if fits else ())
-        return entries
-
+    mesh = jax.sharding.get_abstract_mesh()
     given = [i for i, operand in enumerate(operands) if operand is not None]
-    cuts = {i: cut(operands[i], axes[i]) for i in given}
+    cuts = {i: _cut(operands[i].shape, axes[i], token_multiple) for i in given}
     along = {entry for i in given for entry, name in zip(cuts[i], axes[i], strict=True) if name == 'length' and entry}
     sequence_axis = next((axis for (axis,) in along if mesh.shape[axis] > 1), None)
 
@@ -84,6 +69,63 @@ def over_mesh(
         check_vma=False,
     )
     return mapped(*(operands[i] for i in given))
+
+
+def sum_over_mesh(op: Callable[..., Array], *operands: Array, axes: Sequence[Names]) -> Array:
+    """Returns the sum over devices of op(*operands, alone=True), a scalar, that each computes for its own parts.
+
+    An operand without names is whole on every device, and its gradient is summed over devices once. Where `over_mesh`
+    would call an op as it is, so does this; `alone` then says whether a single device has the operands.
+
+    Args:
+      op: takes parts of the operands.
+      *operands: arrays.
+      axes: the logical name of every dimension of every operand, cut as in `over_mesh`. All operands with names must
+        have the same ones in front, and dimensions of the same size by each of them.
+    """
+    if not _cut_by_rules():
+        mesh = jax.sharding.get_abstract_mesh()
+        return op(*operands, alone=mesh.size <= 1 or AxisType.Manual in mesh.axis_types)
+    cuts = [_cut(operand.shape, names, 1) for operand, names in zip(operands, axes, strict=True)]
+    used = tuple(dict.fromkeys(axis for entries in cuts for entry in entries if entry for axis in entry))
+    mapped = jax.shard_map(
+        lambda *parts: op(*parts, alone=True)[None],
+        in_specs=tuple(PartitionSpec(*entries) for entries in cuts),
+        out_specs=PartitionSpec(used or None),
+        check_vma=False,
+    )
+    return mapped(*operands).sum()
+
+
+def parts_of(name: str) -> int:
+    """Returns into how many parts the mesh and the axis rules cut dimensions of this name; 1 without either."""
+    if not _cut_by_rules():
+        return 1
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _mesh_axes(name))
+
+
+def _cut_by_rules() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and bool(nn.get_logical_axis_rules()) and AxisType.Manual not in mesh.axis_types
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+    entry = dict(nn.get_logical_axis_rules())[name] if name is not None else None
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _cut(shape: Sequence[int], names: Names, token_multiple: int | None) -> list[tuple[str, ...] | None]:
+    """Returns the mesh axes along which each dimension is cut."""
+    mesh, entries, used = jax.sharding.get_abstract_mesh(), [], set()
+    for size, name in zip(shape, names, strict=True):
+        entry = _mesh_axes(name)
+        number = math.prod(mesh.shape[axis] for axis in entry)
+        if name == 'length':
+            number *= token_multiple or math.inf
+        fits = entry and size % number == 0 and not used.intersection(entry)
+        entries.append(entry if fits else None)
+        used.update(entry if fits else ())
+    return entries
 
 
 def attention_over_mesh(

@@ -8,6 +8,7 @@ from jax import Array
 from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
 from gau.layers.norm import Norm
 from gau.layers.positions import ScaledSinusoid
+from gau.layers.sharding import parts_of, sum_over_mesh
 from gau.models.architectures import ARCHITECTURES
 from gau.models.blocks import Block
 from gau.models.config import head_dim_at
@@ -123,15 +124,23 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
-        # A kernel would see one device's part of the vocabulary alone.
-        alone = jax.sharding.get_abstract_mesh().size <= 1
         impl = self.config.impl
-        fused = alone and (impl == 'triton' or (impl == 'cudnn' and available() and not interpreted()))
-        return weighted_cross_entropy(
-            *(h_BND, self.embedding.rows(), targets_BN, weights_BN),
-            positions_per_slice=self.config.vocab_loss_slice,
-            impl='triton' if fused else 'xla',
-        )
+        kernels = impl == 'triton' or (impl == 'cudnn' and available() and not interpreted())
+
+        def loss(*operands, alone):
+            return weighted_cross_entropy(
+                *operands,
+                positions_per_slice=self.config.vocab_loss_slice,
+                impl='triton' if kernels and alone else 'xla',
+            )
+
+        operands = h_BND, self.embedding.rows(), targets_BN, weights_BN
+        if parts_of('vocab') > 1:
+            # Every device scores all tokens of its row of the mesh against its own part of the vocabulary.
+            return loss(*operands, alone=False)
+        # Every device scores its own tokens: d embedding is summed over devices once, and not for every slice.
+        by_token = ('batch', 'length')
+        return sum_over_mesh(loss, *operands, axes=[(*by_token, None), (None, None), by_token, by_token])
 
     def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
         """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""

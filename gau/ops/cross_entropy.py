@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from gau.ops.chunk_states import into_chunks
 from gau.ops.kernels.cross_entropy import LARGEST_VOCABULARY
@@ -84,8 +85,9 @@ def weighted_cross_entropy(
       targets_BN: integer targets in [0, V).
       weights_BN: weights of the targets, data: they get no gradient (it is zero).
       positions_per_slice: positions of every sequence that are scored at once, at most.
-      impl: 'triton' makes loss and d logits of a slice in one pass over its logits, on one device and up to a
-        vocabulary of 65,536 (`gau.ops.kernels.cross_entropy`); anything else leaves it to the compiler.
+      impl: 'triton' makes loss and d logits of a slice in one pass over its logits, on one device (or inside of
+        `jax.shard_map`) and up to a vocabulary of 65,536 (`gau.ops.kernels.cross_entropy`); anything else leaves it to
+        the compiler.
     """
     size = _slice_size(targets_BN, embedding_VD, positions_per_slice)
     fused = impl == 'triton' and embedding_VD.shape[0] <= LARGEST_VOCABULARY
@@ -162,7 +164,9 @@ def output_logits(hidden_BND: Array, embedding_VD: Array) -> Array:
 
 def _slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int) -> int:
     """Positions of a sequence in one slice; of its logits, every device of a mesh holds its share."""
-    devices = max(1, jax.sharding.get_abstract_mesh().size)  # 0 where no mesh is set
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside `jax.shard_map` the arrays are one device's. The size is 0 where no mesh is set.
+    devices = 1 if AxisType.Manual in mesh.axis_types else max(1, mesh.size)
     return min(positions_per_slice, max(1, MAX_LOGITS * devices // (targets_BN.shape[0] * embedding_VD.shape[0])))
 
 

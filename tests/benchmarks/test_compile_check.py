@@ -57,6 +57,17 @@ def test_the_step_is_compiled_for_simulated_devices(tmp_path):
     assert (code, err.count('\n')) == (2, 1)
 
 
+def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):
+    """And not for every slice of the vocabulary loss, sixteen of them here."""
+    output = tmp_path / 'row.jsonl'
+    arguments = ['--config.mesh.data=4', '--config.model.vocab_loss_slice=8', '--topology=cpu:4', f'--json={output}']
+    code, _, err = run('scripts/compile_check.py', *TINY, *arguments)
+    assert code == 0, err
+    row = json.loads(output.read_text())
+    # 86 k parameters in float32 and once more 33 k of the embedding: as input and as output it has a gradient each.
+    assert 1 <= row['collectives']['all-reduce']['bytes'] / (4 * (86_000 + 32_768)) < 1.05
+
+
 @pytest.mark.skipif(has_libtpu, reason='the TPU compiler is installed')
 def test_a_missing_compiler_is_one_line():
     code, out, err = run('scripts/compile_check.py', *TINY, '--topology=v4:2x2x1')
