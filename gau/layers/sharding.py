@@ -80,8 +80,8 @@ def sum_over_mesh(op: Callable[..., Array], *operands: Array, axes: Sequence[Nam
     Args:
       op: takes parts of the operands.
       *operands: arrays.
-      axes: the logical name of every dimension of every operand, cut as in `over_mesh`. All operands with names must
-        have the same ones in front, and dimensions of the same size by each of them.
+      axes: the logical name of every dimension of every operand, cut as in `over_mesh`; dimensions of the same name
+        must have the same size.
     """
     if not _cut_by_rules():
         mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""Attention on parts of a sequence equals attention on all of it (see sharded_attention.py)."""
+"""What devices compute on their own parts is what one computes alone (sharded_attention.py, sharded_loss.py)."""
 
 import pytest
 
@@ -11,3 +11,10 @@ def test_sharded_tokens_give_the_same_values_and_gradients(cases):
     assert len(found) == {'few': 4, 'every': 64}[cases]
     for case, difference in found.items():
         assert difference < 1e-11, case
+
+
+def test_a_sum_over_devices_has_the_same_value_and_gradients():
+    found = report('tests.layers.sharded_loss')
+    assert len(found) == 5
+    for case, difference in found.items():
+        assert difference < 1e-13, case
