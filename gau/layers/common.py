@@ -59,13 +59,26 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, add_bias: bool = True) -> Array | tuple[Array, Array]:
         """Maps [..., D...] to [..., F...]; without `add_bias` returns x W and b, for an op that adds b itself."""
+        kernel, bias = self._parameters(x)
+        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.in_axes))
+        return y + bias.astype(self.dtype) if add_bias else (y, bias)
+
+    def _parameters(self, x: Array) -> tuple[Array, Array]:
         inputs = x.shape[x.ndim - len(self.in_axes) :]
         init = nn.with_logical_partitioning(KERNEL_INIT, self.in_axes + self.out_axes)
         kernel = self.param('kernel', init, inputs + self.features, param_dtype(self.dtype))
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=len(inputs))
         init = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
         bias = self.param('bias', init, self.features, param_dtype(self.dtype))
-        return y + bias.astype(self.dtype) if add_bias else (y, bias)
+        return kernel.astype(self.dtype), bias
+
+
+class Weights(Linear):
+    """The parameters of a `Linear` without its product, for one product with the weights of several."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """Returns the kernel [D..., F...] in the compute type, and the bias [F...], for inputs x [..., D...]."""
+        return self._parameters(x)
 
 
 class Temperature(nn.Module):

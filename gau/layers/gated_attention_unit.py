@@ -13,11 +13,12 @@ keys are two further transforms of Z.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from gau.layers.common import Linear, Temperature, TokenInfo, constrain, param_dtype
+from gau.layers.common import Linear, Temperature, TokenInfo, Weights, constrain, param_dtype
 from gau.layers.positions import RelativeBias, bias_in_chunk
-from gau.layers.sharding import attention_over_mesh, over_mesh
+from gau.layers.sharding import attention_over_mesh, over_mesh, parts_of
 from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
 from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
@@ -47,30 +48,13 @@ class ScaleOffset(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, *x: Array, tokens: TokenInfo, bias_S: Array | None = None) -> list[Array]:
+    def __call__(self, *x: Array, tokens: TokenInfo) -> list[Array]:
         """Maps [B, N, S], or [B, H, N, S], to `roles` arrays [B, H, N, S].
 
-        One x serves all roles; else one is given for each role. With `bias_S` it is the projection [B, N, S] before
-        this bias and silu, and one kernel makes all roles of it, for one head (`gau.ops.queries_keys`).
+        One x serves all roles; else one is given for each role.
         """
         width = x[0].shape[-1]
-        shape, axes = (self.roles, self.num_heads, width), (None, 'heads', 'query_key')
-        gamma_init = nn.with_logical_partitioning(GAMMA_INITS[self.gamma_init], axes)
-        beta_init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        gamma = self.param('gamma', gamma_init, shape, param_dtype(self.dtype))
-        beta = self.param('beta', beta_init, shape, param_dtype(self.dtype))
-        if bias_S is not None:
-            table = tokens.rope[width] if self.rope else (None, None)
-            narrow = ('batch', 'length', None)
-            results = over_mesh(
-                _in_one_kernel,
-                *(*x, bias_S, gamma[:, 0], beta[:, 0], *table),
-                axes=[narrow, (None,), (None, None), (None, None), narrow, narrow],
-                result_like=0,
-                token_multiple=1,
-            )
-            return [y_BNS[:, None] for y_BNS in results]
-        gamma, beta = gamma.astype(self.dtype), beta.astype(self.dtype)
+        gamma, beta = (parameter.astype(self.dtype) for parameter in self._parameters(width))
         results = []
         for role in range(self.roles):
             x_BHNS = x[role if len(x) > 1 else 0]
@@ -79,18 +63,47 @@ class ScaleOffset(nn.Module):
             results.append(apply_rope(y_BHNS, tokens.rope[width]) if self.rope else y_BHNS)
         return results
 
+    def _parameters(self, width: int) -> list[Array]:
+        shape, axes, dtype = (self.roles, self.num_heads, width), (None, 'heads', 'query_key'), param_dtype(self.dtype)
+        inits = {'gamma': GAMMA_INITS[self.gamma_init], 'beta': nn.initializers.zeros}
+        return [
+            self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype) for name, init in inits.items()
+        ]
 
-def _in_one_kernel(z_BNS, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
-    del sequence_axis  # Every token by itself.
-    table = None if cos_BNh is None else (cos_BNh, sin_BNh)
-    return queries_and_keys(z_BNS, bias_S, gamma_RS, beta_RS, table, impl='triton')
+
+class FusedScaleOffset(ScaleOffset):
+    """A `ScaleOffset` of one head, with the bias and silu before it in the same kernel."""
+
+    @nn.compact
+    def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[list[Array], Array]:
+        """Maps a projection, the last S columns of p, to `roles` arrays [B, N, S]; and returns p to go on with.
+
+        See `gau.ops.queries_keys`.
+        """
+        gamma_RS, beta_RS = (parameter[:, 0] for parameter in self._parameters(bias_S.size))
+        table = tokens.rope[bias_S.size] if self.rope else (None, None)
+
+        def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
+            del sequence_axis  # Every token by itself.
+            table = None if cos_BNh is None else (cos_BNh, sin_BNh)
+            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, impl='triton')
+
+        by_token = ('batch', 'length', None)
+        return over_mesh(
+            op,
+            *(p_BNW, bias_S, gamma_RS, beta_RS, *table),
+            axes=[by_token, (None,), (None, None), (None, None), by_token, by_token],
+            result_like=0,
+            token_multiple=1,
+        )
 
 
 class GatedAttentionUnit(nn.Module):
     """GAU(x), [B, N, D] to [B, N, D]; the block around it adds norm and residual.
 
     Wu and Wv are one kernel [D, 2, E] and Wz its own [D, S]: the paper's single dense layer D -> 2E + S cut in two, so
-    that E can be spread over devices while the small S stays whole. Every head has its own gamma, beta and bias over
+    that E can be spread over devices while the small S stays whole; where nothing is spread the kernels of a GPU get
+    one product. Every head has its own gamma, beta and bias over
     the shared Z (full width S), and V and U are split between the heads.
 
     Attributes:
@@ -130,25 +143,23 @@ class GatedAttentionUnit(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo, x_for_z_BND: Array | None = None) -> Array:
-        """Applies the unit to normalised inputs; Z may read a copy of them (see `gau.layers.norm`)."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
+        """Applies the unit to normalised inputs."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
-        fused = self.impl == 'triton' and tokens.at is None
-        project_uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')
-        project_z = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
-        z_BNS, bias_S = project_z(x_BND if x_for_z_BND is None else x_for_z_BND, add_bias=False)
-        if not fused:
-            z_BNS, bias_S = jax.nn.silu(z_BNS + bias_S.astype(z_BNS.dtype)), None
         roles = 4 if self.chunk_size and self.branches == 'both' else 2
-        scale_offset = ScaleOffset(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
-        queries_keys = scale_offset(z_BNS, tokens=tokens, bias_S=bias_S)
-        if fused and (self.chunk_size or gated):
-            attend = self._fused_mixed_chunk if self.chunk_size else self._fused_quadratic
-            return project_o(attend(queries_keys, *project_uv(x_BND, add_bias=False), tokens))
+        scale_offset = roles, self.num_heads, self.gamma_init, self.rope, self.dtype
+        project_uv = (1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype
+        project_z = (self.query_key_dim,), ('embed',), ('query_key',), self.dtype
+        if self.impl == 'triton' and tokens.at is None and (self.chunk_size or gated):
+            uv, z = Weights(*project_uv, name='uv')(x_BND), Weights(*project_z, name='z')(x_BND)
+            return project_o(self._fused(x_BND, uv, z, FusedScaleOffset(*scale_offset, name='query_key'), tokens))
 
-        uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
+        uv = constrain(jax.nn.silu(Linear(*project_uv, name='uv')(x_BND)), 'batch', 'length', None, 'act_expanded')
+        queries_keys = ScaleOffset(*scale_offset, name='query_key')(
+            jax.nn.silu(Linear(*project_z, name='z')(x_BND)), tokens=tokens
+        )
         v_BNE = uv[:, :, -1]
         v_BHNE = v_BNE.reshape(batch, n, self.num_heads, -1).swapaxes(1, 2)
         attend = self._mixed_chunk if self.chunk_size else self._quadratic
@@ -231,51 +242,56 @@ class GatedAttentionUnit(nn.Module):
             token_multiple=self.chunk_size if self.impl == 'xla' else None,
         )
 
-    def _fused_mixed_chunk(self, queries_keys: list[Array], uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
-        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = queries_keys
-        return self._fused(
-            gated_mixed_chunk,
-            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS, q_lin_BHNS, k_lin_BHNS),
-            bias_HP=self._bias(min(self.chunk_size, uv_BN2E.shape[1])),
-            tokens=tokens,
-            chunk_size=self.chunk_size,
-            global_reduction=self.global_reduction,
-        )
+    def _fused(self, x_BND: Array, uv, z, scale_offset: FusedScaleOffset, tokens: TokenInfo) -> Array:
+        """Applies ops that have the activations and the gate in them, for one head, on every device's own texts.
 
-    def _fused_quadratic(self, queries_keys: list[Array], uv_BN2E: Array, bias_2E: Array, tokens: TokenInfo) -> Array:
-        q_BHNS, k_BHNS = queries_keys
-        return self._fused(
-            gated_quadratic_attention,
-            *(uv_BN2E, bias_2E, self._heated(q_BHNS), k_BHNS),
-            bias_HP=self._bias(uv_BN2E.shape[1]),
-            tokens=tokens,
-        )
+        Args:
+          x_BND: normalised inputs.
+          uv: kernel and bias of the projections of gate and values.
+          z: the same for queries and keys.
+          scale_offset: makes them of their projection.
+          tokens: what all layers know of the tokens.
+        """
+        (uv_D2E, bias_2E), (z_DS, bias_S) = uv, z
+        if parts_of('act_expanded') == 1:
+            # One product: its gradient for x needs no second pass to add two of them up.
+            joined_DW = jnp.concatenate([uv_D2E.reshape(len(uv_D2E), -1), z_DS], axis=1)
+            queries_keys, p = scale_offset(x_BND @ joined_DW, bias_S, tokens)
+        else:
+            # U and V are cut over devices, Z is not.
+            queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S, tokens)
+            p = jnp.tensordot(x_BND, uv_D2E, axes=1)
+        if self.chunk_size:
+            op, length = gated_mixed_chunk, min(self.chunk_size, x_BND.shape[1])
+            fields = {'chunk_size': self.chunk_size, 'global_reduction': self.global_reduction}
+        else:
+            op, length, fields = gated_quadratic_attention, x_BND.shape[1], {}
+        fields |= {'scoring': self.scoring, 'causal': self.causal, 'impl': self.impl}
+        bias_HP = self._bias(length)
 
-    def _fused(self, op, uv_BN2E, bias_2E, *narrow_BHNS, bias_HP, tokens, **fields) -> Array:
-        """Applies an op that has the activations and the gate in it, for one head, on every device's own texts."""
-
-        def attend(*operands, sequence_axis):
+        def attend(p, *operands, sequence_axis):
             del sequence_axis  # Tokens stay whole: see token_multiple.
             *arrays, bias_P, segment_ids_BN = operands
-            tokens_and_bias = {'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
-            return op(*arrays, scoring=self.scoring, causal=self.causal, impl=self.impl, **tokens_and_bias, **fields)
+            p_BNW = p.reshape(*p.shape[:2], -1)
+            return op(p_BNW, *arrays, segment_ids_BN=segment_ids_BN, bias_P=bias_P, **fields)
 
+        q_BNS, *others = queries_keys
+        by_token = ('batch', 'length', None)
+        columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
         return over_mesh(
             attend,
-            uv_BN2E,
-            bias_2E,
-            *(x[:, 0] for x in narrow_BHNS),
+            *(p, bias_2E, self._heated(q_BNS), *others),
             None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
-                ('batch', 'length', None, 'act_expanded'),
-                (None, 'act_expanded'),
-                *[('batch', 'length', None)] * len(narrow_BHNS),
+                ('batch', 'length', *columns),
+                (None, columns[-1]),
+                *[by_token] * len(queries_keys),
                 (None,),
                 ('batch', 'length'),
             ],
             result_like=0,
-            result_axes=('batch', 'length', 'act_expanded'),
+            result_axes=('batch', 'length', columns[-1]),
             token_multiple=None,
         )
 

@@ -48,7 +48,7 @@ class Block(nn.Module):
         x_BND = clear_padding(x_BND, tokens.segment_ids_BN)
         if ARCHITECTURES[self.config.name].family == 'gau':
             unit = gated_attention_unit(self.config, self.layer, self.causal)
-            x_BND = self._residual(x_BND, lambda x, again: unit(x, tokens, again), 'norm', deterministic)
+            x_BND = self._residual(x_BND, lambda x, _: unit(x, tokens), 'norm', deterministic)
         else:
             attention = multi_head_attention(self.config, self.layer, self.causal)
             x_BND = self._residual(x_BND, lambda x, _: attention(x, tokens), 'attention_norm', deterministic)

@@ -4,7 +4,7 @@
 
 U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over
 the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the
-backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, and o.
+backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, v and o.
 
 `gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
 """
@@ -21,11 +21,12 @@ from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import bias_matrix
+from gau.ops.quadratic_attention import gate_and_values
 from gau.ops.scores import Scoring, attention_weights
 
 
 def gated_mixed_chunk(
-    uv_BN2E: Array,
+    p_BNW: Array,
     bias_2E: Array,
     q_BNS: Array,
     k_BNS: Array,
@@ -40,23 +41,24 @@ def gated_mixed_chunk(
     global_reduction: str = 'mean',
     impl: str = 'triton',
 ) -> Array:
-    """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = uv + bias, both branches, one head.
+    """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = p + bias, both branches, one head.
 
     Args:
-      uv_BN2E: projections of the gate (0) and of the values (1); finite at padding.
-      bias_2E: their bias.
+      p_BNW: projections of the gate in the first E columns, of the values in the next E; finite at padding. Columns
+        after these, of another reader, get a gradient of zeros.
+      bias_2E: bias of gate and values.
       q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS, chunk_size, scoring, causal, segment_ids_BN, global_reduction: see
          `gau.ops.mixed_chunk_attention`.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
       impl: 'reference' is that function between plain silu and product; 'triton' the fused kernels.
 
     Returns:
-      [B, N, E] in the dtype of uv; zeros at padding.
+      [B, N, E] in the dtype of p; zeros at padding.
     """
-    batch, n = uv_BN2E.shape[:2]
+    batch, n = p_BNW.shape[:2]
     size = min(chunk_size, n)
     if impl == 'reference':
-        u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(uv_BN2E.dtype)), 2, 0)
+        u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
         return u_BNE * mixed_chunk_attention(
             q_BNS,
             k_BNS,
@@ -71,7 +73,7 @@ def gated_mixed_chunk(
             global_reduction=global_reduction,
             impl='reference',
         )
-    dtype = uv_BN2E.dtype
+    dtype = p_BNW.dtype
     q, k, q_lin, k_lin = (
         into_chunks(clear_padding(x, segment_ids_BN), size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS)
     )
@@ -91,7 +93,7 @@ def gated_mixed_chunk(
     q_BGCF = jnp.concatenate([jnp.where(sees_BGC[..., None], q_lin, 0) for sees_BGC in reading], axis=-1)
     k_BGCF = jnp.concatenate([jnp.where(adds_BGC[..., None], k_lin, 0) for adds_BGC in adding], axis=-1)
     o_BGCE = gated_chunk_product(
-        into_chunks(uv_BN2E, size),
+        into_chunks(p_BNW, size),
         bias_2E,
         a_BGCC,
         q_BGCF.astype(dtype),
@@ -156,15 +158,15 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def gated_chunk_product(
-    uv_BGC2E: Array, bias_2E: Array, a_BGCC: Array, q_BGCF: Array, k_BGCF: Array, keep_BGP: Array, causal: bool
+    p_BGCW: Array, bias_2E: Array, a_BGCC: Array, q_BGCF: Array, k_BGCF: Array, keep_BGP: Array, causal: bool
 ) -> Array:
-    """Returns silu(u) * (a silu(v) + q m) for [u, v] = uv + bias, [B, G, C, E], with m the states of P walks.
+    """Returns silu(u) * (a silu(v) + q m) for [u, v] = p + bias, [B, G, C, E], with m the states of P walks.
 
     The first walk goes forwards: m[0] = 0, m[g + 1] = keep[g] m[g] + k[g]^T silu(v[g]); a second one goes backwards.
     Their m [S, E] stand one below the other, so that q and k are as wide as the walks together, F = P S.
 
     Args:
-      uv_BGC2E: projections of gate and values.
+      p_BGCW: projections of gate and values in the first 2 E columns.
       bias_2E: their bias, float32.
       a_BGCC: weights inside chunks; zero above the diagonal if `causal`.
       q_BGCF: what reads the states; zero for what a token may not see.
@@ -172,12 +174,12 @@ def gated_chunk_product(
       keep_BGP: 1 where a walk carries its state on over a chunk, 0 where it drops it; float32, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
-    return product_and_states(uv_BGC2E, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
+    return product_and_states(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
 
 
 def _forward(*args):
-    o_BGCE, m = product_and_states(*args[:-1], causal=args[-1])
-    return o_BGCE, (*args[:-1], m, o_BGCE)
+    o_BGCE, *kept = product_and_states(*args[:-1], causal=args[-1])
+    return o_BGCE, (*args[:-1], o_BGCE, *kept)
 
 
 def _backward(causal, residuals, do_BGCE):

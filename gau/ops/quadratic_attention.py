@@ -79,7 +79,7 @@ def quadratic_attention(
 
 
 def gated_quadratic_attention(
-    uv_BN2E: Array,
+    p_BNW: Array,
     bias_2E: Array,
     q_BNS: Array,
     k_BNS: Array,
@@ -90,26 +90,34 @@ def gated_quadratic_attention(
     bias_P: Array | None = None,
     impl: str = 'triton',
 ) -> Array:
-    """Returns silu(u) * quadratic_attention(q, k, silu(v)) for [u, v] = uv + bias, one head.
+    """Returns silu(u) * quadratic_attention(q, k, silu(v)) for [u, v] = p + bias, one head.
 
     Args:
-      uv_BN2E: projections of the gate (0) and of the values (1); finite at padding.
-      bias_2E: their bias.
+      p_BNW: projections of the gate in the first E columns, of the values in the next E; finite at padding. Columns
+        after these, of another reader, get a gradient of zeros.
+      bias_2E: bias of gate and values.
       q_BNS: and k_BNS, scoring, causal, segment_ids_BN, bias_P: see `quadratic_attention`.
       impl: 'reference' is that function between plain silu and product; 'triton' one operation of kernels, for relu2.
 
     Returns:
-      [B, N, E] in the dtype of uv; zeros at padding.
+      [B, N, E] in the dtype of p; zeros at padding.
     """
     if impl == 'reference':
-        u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(uv_BN2E.dtype)), 2, 0)
+        u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
         fields = {'scoring': scoring, 'causal': causal, 'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
         return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, **fields)
     q_BNS, k_BNS = clear_padding(q_BNS, segment_ids_BN), clear_padding(k_BNS, segment_ids_BN)
     length_BN = q_BNS.shape[1] if segment_ids_BN is None else document_length(segment_ids_BN)
     tokens = _tokens_for_kernels(q_BNS, segment_ids_BN, length_BN, scoring=scoring, causal=causal)
     bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-    return gated_relu2_attention(uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
+    return gated_relu2_attention(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
+
+
+def gate_and_values(p_BNW: Array, bias_2E: Array) -> tuple[Array, Array]:
+    """Returns silu(u) and silu(v) for [u, v] = p + bias of the first 2 E columns, [B, N, E] each in the dtype of p."""
+    uv_BN2E = p_BNW[..., : bias_2E.size].reshape(*p_BNW.shape[:2], *bias_2E.shape)
+    u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(p_BNW.dtype)), 2, 0)
+    return u_BNE, v_BNE
 
 
 def _tokens_for_kernels(q_BNS, segment_ids_BN, length, *, scoring, causal) -> Tokens:

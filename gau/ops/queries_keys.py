@@ -2,9 +2,10 @@
 
     z = silu(Z)      y[role] = rope(z * gamma[role] + beta[role])
 
-Z is the projection X Wz before its bias and silu. FLASH-Quad has the roles q and k, FLASH those and two more for its
-linear attention. Z is narrow, so what this costs is reading and writing: the kernels read Z once and write every role
-once, and backwards read every role's gradient and Z and write Z's.
+Z is the projection X Wz before its bias and silu; where one product makes it with those of U and V, they share a
+buffer. FLASH-Quad has the roles q and k, FLASH those and two more for its linear attention. Z is narrow, so what this
+costs is reading and writing: the kernels read Z once and write every role once, and backwards read every role's
+gradient and Z and write Z's.
 """
 
 import jax
@@ -16,20 +17,21 @@ from gau.ops.positions import apply_rope
 
 
 def queries_and_keys(
-    z_BNS: Array,
+    p_BNW: Array,
     bias_S: Array,
     gamma_RS: Array,
     beta_RS: Array,
     table: tuple[Array, Array] | None,
     *,
     impl: str = 'reference',
-) -> tuple[Array, ...]:
-    """Returns rope(silu(z + bias) * gamma + beta) of each of R roles, R arrays [B, N, S] in the dtype of z.
+) -> tuple[tuple[Array, ...], Array]:
+    """Returns rope(silu(z + bias) * gamma + beta) of each of R roles, R arrays [B, N, S] in the dtype of p, and p.
 
-    The arithmetic is the parameters' (float32 or better), from the projection to the results.
+    The arithmetic is the parameters' (float32 or better), from the projection to the results. Who reads other columns
+    of p takes it from here: the gradients of all columns then come back in one buffer, and none is copied or added up.
 
     Args:
-      z_BNS: the projection; finite at padding.
+      p_BNW: projections, that of z in the last S columns; finite at padding.
       bias_S: its bias.
       gamma_RS: scale of each role.
       beta_RS: offset of each role.
@@ -38,8 +40,9 @@ def queries_and_keys(
         gets no gradient there.
     """
     if impl == 'triton':
-        return fused_queries_and_keys(z_BNS, bias_S, gamma_RS, beta_RS, table)
-    z_BNS, dtype = z_BNS.astype(jnp.promote_types(z_BNS.dtype, gamma_RS.dtype)), z_BNS.dtype
+        return fused_queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
+    dtype = p_BNW.dtype
+    z_BNS = p_BNW[..., -bias_S.size :].astype(jnp.promote_types(dtype, gamma_RS.dtype))
     z_BNS = jax.nn.silu(z_BNS + bias_S)
     roles = [z_BNS * gamma_S + beta_S for gamma_S, beta_S in zip(gamma_RS, beta_RS, strict=True)]
-    return tuple((y_BNS if table is None else apply_rope(y_BNS, table)).astype(dtype) for y_BNS in roles)
+    return tuple((y_BNS if table is None else apply_rope(y_BNS, table)).astype(dtype) for y_BNS in roles), p_BNW

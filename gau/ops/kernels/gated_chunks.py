@@ -8,10 +8,10 @@ from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
 
-# Programs that a walk over the chunks has at least: three for each multiprocessor of an H100. A long text alone has
-# fewer, so it is cut into parts that start from zero, and what earlier parts hand on is added to their states. (Those
-# who read the states could add it, but then they fit fewer of themselves on a multiprocessor: LOG.md.)
-WALKERS = 384
+# Warps that walk over the chunks at least: twelve for each multiprocessor of an H100. A long text alone has fewer, so
+# it is cut into parts that start from zero, and what earlier parts hand on is added to their states. (Those who read
+# the states could add it, but then they fit fewer of themselves on a multiprocessor: LOG.md.)
+WALKERS = 1536
 
 
 class Blocks(NamedTuple):
@@ -19,68 +19,72 @@ class Blocks(NamedTuple):
 
     Attributes:
       states, gate_gradient: tokens of a chunk, E.
-      output, value_gradient: rows, inner dimension, E.
-      weight_gradient: both sides, inner dimension.
+      output: rows, inner dimension, E.
+      gradient: the same for the values, then for the weights both sides and the inner dimension.
     """
 
     states: tuple[int, int, int, int]
     gate_gradient: tuple[int, int, int, int]
     output: tuple[int, int, int, int, int]
-    value_gradient: tuple[int, int, int, int, int]
-    weight_gradient: tuple[int, int, int, int]
+    gradient: tuple[int, int, int, int, int, int, int]
 
 
 BLOCKS = {
     # The fastest of a dozen each on an H100 (LOG.md).
-    'bfloat16': Blocks((64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 128, 4, 3), (64, 64, 128, 4, 3), (128, 64, 4, 3)),
+    'bfloat16': Blocks((64, 64, 8, 3), (64, 32, 4, 3), (64, 64, 128, 4, 3), (128, 64, 64, 128, 64, 4, 3)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
-    'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 4, 1), (32, 32, 4, 1)),
+    'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 32, 32, 4, 1)),
 }
 # How the matrix units round the factors of a float32 product: not at all.
 PRECISION = 'ieee'
 
 
 def product_and_states(
-    uv: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, *, causal: bool
-) -> tuple[Array, Array]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product` and the states m, which its gradient wants too."""
+    p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, *, causal: bool
+) -> tuple[Array, Array, Array]:
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and the states m for its gradient."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
-    batch, groups, size, _, width = uv.shape
-    sizes, blocks = _Sizes(uv, q, keep), BLOCKS[str(uv.dtype)]
-    inputs, outputs = (uv, bias, k, keep), lambda parts: [sizes.like_m]
-    m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False)[0]
-    inputs, outputs = (uv, bias, a, q, m), [_like(uv, batch, groups, size, width)]
-    return sizes.tiles(kernels.output_kernel, blocks.output, inputs, outputs, causal=causal)[0], m
+    sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
+    inputs, outputs = (p, bias, k, keep), lambda parts: [sizes.like_o, sizes.like_m]
+    v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False)
+    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m
 
 
 def gradients(
-    uv: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, m: Array, o: Array, do: Array, *, causal: bool
+    p: Array,
+    bias: Array,
+    a: Array,
+    q: Array,
+    k: Array,
+    keep: Array,
+    o: Array,
+    v: Array,
+    m: Array,
+    do: Array,
+    *,
+    causal: bool,
 ) -> tuple[Array, ...]:
-    """Returns the gradients of `gated_chunk_product` for uv, bias, a, q, k and keep (zeros)."""
+    """Returns the gradients of `gated_chunk_product` for p, bias, a, q, k and keep (zeros)."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
-    batch, groups, size, _, width = uv.shape
-    sizes, blocks = _Sizes(uv, q, keep), BLOCKS[str(uv.dtype)]
+    sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
 
     def outputs(parts: int) -> list[jax.ShapeDtypeStruct]:
-        dbias = jax.ShapeDtypeStruct((batch, parts, width), jnp.float32)
-        return [_like(uv, *uv.shape), _like(uv, *do.shape), dbias, sizes.like_m]
+        dbias = jax.ShapeDtypeStruct((sizes.batch, parts, sizes.width), jnp.float32)
+        return [_like(p, *p.shape), sizes.like_o, dbias, sizes.like_m]
 
-    half_duv, dmixed, dbias_u, dkv = sizes.walk(
-        *(kernels.gate_gradient_kernel, blocks.gate_gradient, (uv, bias, do, o, q, keep), outputs), reverse=True
+    half_dp, dmixed, dbias_u, dkv = sizes.walk(
+        *(kernels.gate_gradient_kernel, blocks.gate_gradient, (p, bias, do, o, q, keep), outputs), reverse=True
     )
-    rows = -(-size // min(blocks.value_gradient[0], power_of_two(size)))
-    duv, dbias_v = sizes.tiles(
-        *(kernels.value_gradient_kernel, blocks.value_gradient, (uv, bias, a, k, dmixed, dkv, half_duv)),
-        [_like(uv, *uv.shape), jax.ShapeDtypeStruct((batch * groups, rows, width), jnp.float32)],
+    dp, dbias_v, da, dq, dk = sizes.gradient(
+        *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
+        (p, bias, v, a, k, m, dmixed, dkv, half_dp),
+        [a, q, k],
         causal=causal,
-        overwrite={6: 0},
     )
-    inputs = (uv, bias, m, dmixed, dkv)
-    da, dq, dk = sizes.squares(kernels.weight_gradient_kernel, blocks.weight_gradient, inputs, [a, q, k], causal=causal)
     dbias = jnp.stack([dbias_u.sum((0, 1)), dbias_v.sum((0, 1))]).astype(bias.dtype)
-    return duv, dbias, da, dq, dk, jnp.zeros_like(keep)
+    return dp, dbias, da, dq, dk, jnp.zeros_like(keep)
 
 
 def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
@@ -90,12 +94,13 @@ def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
 class _Sizes:
     """The sizes of one call, and how to launch each kind of kernel over them."""
 
-    def __init__(self, uv: Array, q: Array, keep: Array):
-        self.batch, self.groups, self.size, _, self.width = uv.shape
-        self.inner, self.walks = q.shape[-1], keep.shape[-1]
+    def __init__(self, p: Array, bias: Array, q: Array, keep: Array):
+        self.batch, self.groups, self.size, stride = p.shape
+        self.width, self.inner, self.walks = bias.shape[-1], q.shape[-1], keep.shape[-1]
         self.state = self.inner // self.walks
-        self.like_m = _like(uv, self.batch, self.groups, self.inner, self.width)
-        self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'PRECISION': PRECISION}
+        self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
+        self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
+        self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'W': stride, 'PRECISION': PRECISION}
 
     def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool) -> list[Array]:
         """Launches a kernel that walks over the chunks, and carries states from each part of a long text to the others.
@@ -110,7 +115,7 @@ class _Sizes:
         block_c, block_e, num_warps, num_stages = blocks
         block_c, block_e = min(block_c, power_of_two(self.size)), min(block_e, power_of_two(self.width))
         across = -(-self.width // block_e)
-        length = -(-self.groups // min(-(-WALKERS // (self.batch * self.walks * across)), self.groups))
+        length = -(-self.groups // min(-(-WALKERS // (self.batch * self.walks * across * num_warps)), self.groups))
         parts = -(-self.groups // length)
         keep = inputs[-1]
         totals = (self.batch, parts, self.inner, self.width) if parts > 1 else (1,)
@@ -164,38 +169,48 @@ class _Sizes:
         """Turns the chunks of the second walk round: from their order in the text to that of its steps, and back."""
         return jnp.stack([x_BGW[:, :: -1 if walk else 1, walk] for walk in range(self.walks)], axis=2)
 
-    def tiles(self, kernel, blocks, inputs, outputs, *, causal: bool, overwrite=None) -> list[Array]:
+    def output(self, kernel, blocks, inputs, *, causal: bool) -> Array:
         """Launches a kernel over tiles of [C, E]."""
         block_m, block_k, block_e, num_warps, num_stages = blocks
         block_m, block_e = min(block_m, power_of_two(self.size)), min(block_e, power_of_two(self.width))
         return launch(
             kernel,
             *inputs,
-            outputs=outputs,
+            outputs=[self.like_o],
             grid=(-(-self.size // block_m), -(-self.width // block_e), self.batch * self.groups),
             num_warps=num_warps,
             num_stages=num_stages,
-            overwrite=overwrite,
             **self.common,
             CAUSAL=causal,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
             BLOCK_E=block_e,
-        )
+        )[0]
 
-    def squares(self, kernel, blocks, inputs, results, *, causal: bool) -> list[Array]:
-        """Launches a kernel over tiles of [C, C] and twice [C, F]."""
-        block_m, block_k, num_warps, num_stages = blocks
-        across, across_f = -(-self.size // block_m), -(-self.inner // block_m)
+    def gradient(self, kernel, blocks, inputs, results, *, causal: bool) -> list[Array]:
+        """Launches a kernel over tiles of [C, C], of [C, F] twice and of [C, E].
+
+        Returns what took over the last input, the sums over tokens of what was written there, and arrays like
+        `results`.
+        """
+        block_m, block_k, block_e, side, inner, num_warps, num_stages = blocks
+        block_m, block_e = min(block_m, power_of_two(self.size)), min(block_e, power_of_two(self.width))
+        across, across_f, down = -(-self.size // side), -(-self.inner // side), -(-self.size // block_m)
+        tiles = across * (across + 2 * across_f) + down * -(-self.width // block_e)
+        sums = jax.ShapeDtypeStruct((self.batch * self.groups, down, self.width), jnp.float32)
         return launch(
             kernel,
             *inputs,
-            outputs=[_like(x, *x.shape) for x in results],
-            grid=(across * (across + 2 * across_f), self.batch * self.groups),
+            outputs=[_like(inputs[-1], *inputs[-1].shape), sums, *(_like(x, *x.shape) for x in results)],
+            grid=(tiles, self.batch * self.groups),
             num_warps=num_warps,
             num_stages=num_stages,
+            overwrite={len(inputs) - 1: 0},
             **self.common,
             CAUSAL=causal,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
+            BLOCK_E=block_e,
+            SIDE=side,
+            INNER=inner,
         )

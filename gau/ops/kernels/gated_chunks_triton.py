@@ -43,10 +43,11 @@ def _bias(ptr, col, cols: tl.constexpr):
 
 @triton.jit
 def states_kernel(
-    uv_ptr,
+    p_ptr,
     bias_ptr,
     k_ptr,
     keep_ptr,
+    v_ptr,
     m_ptr,
     totals_ptr,
     G: tl.constexpr,
@@ -54,6 +55,7 @@ def states_kernel(
     S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    W: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,17 +87,20 @@ def states_kernel(
         if i % blocks == 0:
             put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
-        v = tile(uv_ptr + chunk * C * 2 * E + E, row, e, 2 * E, C, E).to(tl.float32)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        state = tl.dot(tl.trans(k), _silu(v + bias_v).to(k.dtype), state, input_precision=PRECISION)
+        v = _silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
+        if direction == 0:
+            put(v_ptr + chunk * C * E, v, row, e, E, C, E)
+        state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
     if P > 1:
         put(totals_ptr + ends, state, s, e, E, S, E)
 
 
 @triton.jit
 def output_kernel(
-    uv_ptr,
+    p_ptr,
     bias_ptr,
+    v_ptr,
     a_ptr,
     q_ptr,
     m_ptr,
@@ -103,6 +108,7 @@ def output_kernel(
     C: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    W: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,8 +119,6 @@ def output_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = tl.program_id(2).to(tl.int64)
-    uv_ptr += chunk * C * 2 * E
-    bias_v = _bias(bias_ptr + E, e, E)
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     end = C
     if CAUSAL:
@@ -122,26 +126,26 @@ def output_kernel(
     for start in range(0, end, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         a = tile(a_ptr + chunk * C * C, m, c, C, C, C)
-        v = tile(uv_ptr + E, c, e, 2 * E, C, E).to(tl.float32)
-        mixed = tl.dot(a, _silu(v + bias_v).to(a.dtype), mixed, input_precision=PRECISION)
+        v = tile(v_ptr + chunk * C * E, c, e, E, C, E)
+        mixed = tl.dot(a, v, mixed, input_precision=PRECISION)
     for start in range(0, F, BLOCK_K):
         f = start + tl.arange(0, BLOCK_K)
         q = tile(q_ptr + chunk * C * F, m, f, F, C, F)
         state = tile(m_ptr + chunk * F * E, f, e, E, F, E)
         mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
-    u = tile(uv_ptr, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
+    u = tile(p_ptr + chunk * C * W, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
     put(o_ptr + chunk * C * E, mixed * _silu(_for_gate(u)), m, e, E, C, E)
 
 
 @triton.jit
 def gate_gradient_kernel(
-    uv_ptr,
+    p_ptr,
     bias_ptr,
     do_ptr,
     o_ptr,
     q_ptr,
     keep_ptr,
-    duv_ptr,
+    dp_ptr,
     dmixed_ptr,
     dbias_ptr,
     dkv_ptr,
@@ -151,6 +155,7 @@ def gate_gradient_kernel(
     S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    W: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -184,7 +189,7 @@ def gate_gradient_kernel(
         if i % blocks == 0:
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
-        u = _for_gate(tile(uv_ptr + chunk * C * 2 * E, row, e, 2 * E, C, E).to(tl.float32) + bias_u)
+        u = _for_gate(tile(p_ptr + chunk * C * W, row, e, W, C, E).to(tl.float32) + bias_u)
         sigmoid = _sigmoid(u)
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
@@ -194,7 +199,7 @@ def gate_gradient_kernel(
             # silu'(u) / silu(u) = (1 + u (1 - sigmoid(u))) / u.
             du = do * (o / u) * (1 + u * (1 - sigmoid))
             dbias += tl.sum(du, axis=0)
-            put(duv_ptr + chunk * C * 2 * E, du, row, e, 2 * E, C, E)
+            put(dp_ptr + chunk * C * W, du, row, e, W, C, E)
             put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
         state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
     if P > 1:
@@ -204,111 +209,109 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def value_gradient_kernel(
-    uv_ptr,
+def value_and_weight_gradient_kernel(
+    p_ptr,
     bias_ptr,
+    v_ptr,
     a_ptr,
     k_ptr,
-    dmixed_ptr,
-    dkv_ptr,
-    unused_ptr,
-    duv_ptr,
-    dbias_ptr,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """dv = (a^T dmixed + k dkv) silu'(v), written beside du, which the same buffer holds; grid [C, E, T]."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    chunk = tl.program_id(2).to(tl.int64)
-    dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    begin = 0
-    if CAUSAL:
-        begin = tl.program_id(0) * BLOCK_M
-    for start in range(begin, C, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        a = tile(a_ptr + chunk * C * C, c, m, C, C, C)
-        dmixed = tile(dmixed_ptr + chunk * C * E, c, e, E, C, E)
-        dv = tl.dot(tl.trans(a), dmixed, dv, input_precision=PRECISION)
-    for start in range(0, F, BLOCK_K):
-        f = start + tl.arange(0, BLOCK_K)
-        k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
-        dkv = tile(dkv_ptr + chunk * F * E, f, e, E, F, E)
-        dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
-    v = tile(uv_ptr + chunk * C * 2 * E + E, m, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
-    sigmoid = _sigmoid(v)
-    dv *= sigmoid * (1 + v * (1 - sigmoid))
-    put(duv_ptr + chunk * C * 2 * E + E, dv, m, e, 2 * E, C, E)
-    partial = (chunk * tl.num_programs(0) + tl.program_id(0)) * E
-    tl.store(dbias_ptr + partial + e, tl.sum(dv, axis=0), mask=e < E)
-
-
-@triton.jit
-def weight_gradient_kernel(
-    uv_ptr,
-    bias_ptr,
     m_ptr,
     dmixed_ptr,
     dkv_ptr,
+    unused_ptr,
+    dp_ptr,
+    dbias_ptr,
     da_ptr,
     dq_ptr,
     dk_ptr,
     C: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    W: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SIDE: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """da = dmixed silu(v)^T, dq = dmixed m^T and dk = silu(v) dkv^T, one tile of one of them a program.
+    """The gradients of v, in the buffer that has du already, and of a, q and k; one tile of one of them a program.
 
-    Grid [tiles of C x C, then of C x F twice; T]. With CAUSAL the tiles above the diagonal are zeros.
+        dv = (a^T dmixed + k dkv) silu'      da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T
+
+    Grid [tiles of a chunk: C x C, C x F twice, and C x E; T]. All of a chunk's programs run at about the same
+    time, so that what several of them read comes from memory once.
     """
-    across: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
-    across_f: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
+    across: tl.constexpr = (C + SIDE - 1) // SIDE
+    across_f: tl.constexpr = (F + SIDE - 1) // SIDE
+    squares: tl.constexpr = across * (across + 2 * across_f)
+    down: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
+    across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     number = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
-    uv_ptr += chunk * C * 2 * E
+    v_ptr += chunk * C * E
     dmixed_ptr += chunk * C * E
-    x = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    result = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    m_ptr += chunk * F * E
+    dkv_ptr += chunk * F * E
     if number < across * across:
-        row = (number // across) * BLOCK_M + x
-        col = (number % across) * BLOCK_M + x
+        row = number // across
         end = E
         if CAUSAL:
-            end = tl.where(number % across <= number // across, E, 0)
-        for start in range(0, end, BLOCK_K):
-            e = start + k
-            dmixed = tile(dmixed_ptr, row, e, E, C, E)
-            v = tile(uv_ptr + E, col, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)[None, :]
-            result = tl.dot(dmixed, tl.trans(_silu(v).to(dmixed.dtype)), result, input_precision=PRECISION)
-        put(da_ptr + chunk * C * C, result, row, col, C, C, C)
+            # Above the diagonal are zeros.
+            end = tl.where(number % across <= row, E, 0)
+        col = number % across
+        _product(dmixed_ptr, v_ptr, da_ptr + chunk * C * C, row, col, end, C, C, E, PRECISION, SIDE, INNER)
     elif number < across * (across + across_f):
         number -= across * across
-        row = (number // across_f) * BLOCK_M + x
-        col = (number % across_f) * BLOCK_M + x
-        for start in range(0, E, BLOCK_K):
-            e = start + k
-            dmixed = tile(dmixed_ptr, row, e, E, C, E)
-            state = tile(m_ptr + chunk * F * E, col, e, E, F, E)
-            result = tl.dot(dmixed, tl.trans(state), result, input_precision=PRECISION)
-        put(dq_ptr + chunk * C * F, result, row, col, F, C, F)
-    else:
+        row, col = number // across_f, number % across_f
+        _product(dmixed_ptr, m_ptr, dq_ptr + chunk * C * F, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+    elif number < squares:
         number -= across * (across + across_f)
-        row = (number // across_f) * BLOCK_M + x
-        col = (number % across_f) * BLOCK_M + x
-        for start in range(0, E, BLOCK_K):
-            e = start + k
-            v = tile(uv_ptr + E, row, e, 2 * E, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)[None, :]
-            dkv = tile(dkv_ptr + chunk * F * E, col, e, E, F, E)
-            result = tl.dot(_silu(v).to(dkv.dtype), tl.trans(dkv), result, input_precision=PRECISION)
-        put(dk_ptr + chunk * C * F, result, row, col, F, C, F)
+        row, col = number // across_f, number % across_f
+        _product(v_ptr, dkv_ptr, dk_ptr + chunk * C * F, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+    else:
+        number -= squares
+        m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
+        e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
+        dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        begin = 0
+        if CAUSAL:
+            begin = (number % down) * BLOCK_M
+        for start in range(begin, C, BLOCK_K):
+            c = start + tl.arange(0, BLOCK_K)
+            a = tile(a_ptr + chunk * C * C, c, m, C, C, C)
+            dmixed = tile(dmixed_ptr, c, e, E, C, E)
+            dv = tl.dot(tl.trans(a), dmixed, dv, input_precision=PRECISION)
+        for start in range(0, F, BLOCK_K):
+            f = start + tl.arange(0, BLOCK_K)
+            k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
+            dkv = tile(dkv_ptr, f, e, E, F, E)
+            dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
+        x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
+        sigmoid = _sigmoid(x)
+        dv *= sigmoid * (1 + x * (1 - sigmoid))
+        put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
+        tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
+        # The columns of another reader.
+        for start in range((number // down) * BLOCK_E, W - 2 * E, across_e * BLOCK_E):
+            w = 2 * E + start + tl.arange(0, BLOCK_E)
+            put(dp_ptr + chunk * C * W, tl.zeros((BLOCK_M, BLOCK_E), tl.float32), m, w, W, C, W)
+
+
+@triton.jit
+def _product(
+    x_ptr, y_ptr, z_ptr, row, col, end,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of z = x y^T, [ROWS, COLS], of rows x [ROWS, E] and y [COLS, E] up to column `end`."""
+    i = row * SIDE + tl.arange(0, SIDE)
+    j = col * SIDE + tl.arange(0, SIDE)
+    z = tl.zeros((SIDE, SIDE), tl.float32)
+    for start in range(0, end, INNER):
+        e = start + tl.arange(0, INNER)
+        x = tile(x_ptr, i, e, E, ROWS, E)
+        y = tile(y_ptr, j, e, E, COLS, E)
+        z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
+    put(z_ptr, z, i, j, COLS, ROWS, COLS)

@@ -1,6 +1,6 @@
 """Quadratic attention with relu^2, its activations and its gate in one operation on a GPU.
 
-    [u, v] = silu(uv + bias)      o = u * (A v)
+    [u, v] = silu(p + bias)       o = u * (A v)
 
 The products are those of `gau.ops.kernels.quadratic`; here is what lies around them, [N, E] and as large as the
 projections. A product takes whole arrays only, and each wants other tokens: the kernels write values, and gradients of
@@ -25,53 +25,54 @@ PIECES = 8
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def gated_relu2_attention(
-    uv_BN2E: Array, bias_2E: Array, q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool
+    p_BNW: Array, bias_2E: Array, q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool
 ) -> Array:
-    """Returns silu(u) * A silu(v) for [u, v] = uv + bias, [B, N, E], with A of `relu2_attention`.
+    """Returns silu(u) * A silu(v) for [u, v] = p + bias, [B, N, E], with A of `relu2_attention`.
 
     Args:
-      uv_BN2E: projections of gate (0) and values (1), in the type of q and k.
-      bias_2E: their bias.
+      p_BNW: projections of gate and values in the first 2 E columns, in the type of q and k.
+      bias_2E: bias of gate and values.
       q_BNS: and k_BNS, bias_P, tokens, causal: see `gau.ops.kernels.quadratic.relu2_attention`.
     """
-    return _forward(uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)[0]
+    return _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)[0]
 
 
-def _forward(uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
+def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
     from gau.ops.kernels.gated_quadratic_triton import values_kernel
 
-    values = _launch(values_kernel, uv_BN2E, bias_2E, before=True, after=not causal)
+    values = _launch(values_kernel, p_BNW, bias_2E, before=True, after=not causal)
     av = attend(q_BNS, k_BNS, values, bias_P, tokens, causal)
     bias_E = bias_2E[0].astype(jnp.float32)
     gated = []
-    for (begin, stop, _), av_BnE in zip(groups(uv_BN2E.shape[1]), av, strict=True):
-        u_BnE = jax.nn.silu(uv_BN2E[:, begin:stop, 0].astype(jnp.float32) + bias_E)
+    for (begin, stop, _), av_BnE in zip(groups(p_BNW.shape[1]), av, strict=True):
+        u_BnE = jax.nn.silu(p_BNW[:, begin:stop, : bias_E.size].astype(jnp.float32) + bias_E)
         gated.append((u_BnE * av_BnE.astype(jnp.float32)).astype(av_BnE.dtype))
-    return jnp.concatenate(gated, axis=1), (uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, av)
+    return jnp.concatenate(gated, axis=1), (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, av)
 
 
 def _backward(causal, residuals, do_BNE):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
-    uv_BN2E, bias_2E, q_BNS, k_BNS, bias_P, tokens, av = residuals
-    batch, n, _, width = uv_BN2E.shape
-    duv = jax.ShapeDtypeStruct(uv_BN2E.shape, uv_BN2E.dtype)
+    p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, av = residuals
+    batch, n = p_BNW.shape[:2]
+    width = bias_2E.shape[-1]
+    dp = jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype)
     dbias = jax.ShapeDtypeStruct((batch, -(-n // TILE[0]), width), jnp.float32)
-    half_duv, dbias_u, *dav = _launch(
-        *(kernels.gate_gradient_kernel, uv_BN2E, bias_2E, do_BNE, *_padded(av)),
-        outputs=(duv, dbias),
+    half_dp, dbias_u, *dav = _launch(
+        *(kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, *_padded(av)),
+        outputs=(dp, dbias),
         before=not causal,
         after=True,
     )
-    values = _launch(kernels.values_kernel, uv_BN2E, bias_2E, before=False, after=False)
+    values = _launch(kernels.values_kernel, p_BNW, bias_2E, before=False, after=False)
     dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, values, dav, bias_P, tokens, causal)
-    duv_BN2E, dbias_v = _launch(
-        *(kernels.value_gradient_kernel, uv_BN2E, bias_2E, half_duv, *_padded(dv)),
-        outputs=(duv, dbias),
+    dp_BNW, dbias_v = _launch(
+        *(kernels.value_gradient_kernel, p_BNW, bias_2E, half_dp, *_padded(dv)),
+        outputs=(dp, dbias),
         overwrite={2: 0},
     )
     dbias_2E = jnp.stack([x.sum((0, 1)) for x in (dbias_u, dbias_v)]).astype(bias_2E.dtype)
-    return duv_BN2E, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
+    return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
 
 gated_relu2_attention.defvjp(_forward, _backward)
@@ -81,16 +82,17 @@ def _padded(pieces: list[Array]) -> list[Array]:
     return pieces + pieces[:1] * (PIECES - len(pieces))
 
 
-def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwrite=None) -> list[Array]:
+def _launch(kernel, p_BNW, bias_2E, *more, outputs=(), before=None, after=None, overwrite=None) -> list[Array]:
     """Runs a kernel over tiles of [N, E] and returns its `outputs` and then, if `before` and `after` are given, pieces.
 
     Those are for each group of blocks an array [B, rows, E] of its tokens and, if asked, of all before or after them.
     """
-    batch, n, _, width = uv_BN2E.shape
+    batch, n, stride = p_BNW.shape
+    width = bias_2E.shape[-1]
     tokens, columns, num_warps = TILE
     bounds = [(begin, stop) for begin, stop, _ in groups(n)]
     # A lone group may end in the middle of a tile.
-    constants = {'n': n, 'E': width, 'LENGTH': -(-bounds[0][1] // tokens) * tokens}
+    constants = {'n': n, 'E': width, 'W': stride, 'LENGTH': -(-bounds[0][1] // tokens) * tokens}
     if outputs:
         # Gradients come in a piece for each group.
         constants['GROUPS'] = len(bounds)
@@ -100,12 +102,13 @@ def _launch(kernel, uv_BN2E, *more, outputs=(), before=None, after=None, overwri
             # What has all tokens is the same for all groups.
             bounds, repeat = bounds[:1], len(bounds)
         rows = [(n if after else stop) - (0 if before else begin) for begin, stop in bounds]
-        pieces = [jax.ShapeDtypeStruct((batch, r, width), uv_BN2E.dtype) for r in rows]
-        pieces += [jax.ShapeDtypeStruct((1,), uv_BN2E.dtype)] * (PIECES - len(pieces))
+        pieces = [jax.ShapeDtypeStruct((batch, r, width), p_BNW.dtype) for r in rows]
+        pieces += [jax.ShapeDtypeStruct((1,), p_BNW.dtype)] * (PIECES - len(pieces))
         constants |= {'COUNT': len(rows), 'BEFORE': before, 'AFTER': after}
     results = launch(
         kernel,
-        uv_BN2E,
+        p_BNW,
+        bias_2E,
         *more,
         outputs=[*outputs, *pieces],
         grid=(-(-width // columns), -(-n // tokens), batch),

@@ -51,65 +51,68 @@ def _spread(
 
 
 @triton.jit
-def _projection(uv_ptr, bias_ptr, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr):
+def _projection(p_ptr, bias_ptr, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr):
     """Returns what silu is applied to, of the gate (0) or of the values (1), and its sigmoid."""
-    x = tile(uv_ptr + (b * n * 2 + which) * E, row, col, 2 * E, n, E).to(tl.float32)
+    x = tile(p_ptr + b * n * W + which * E, row, col, W, n, E).to(tl.float32)
     x += tl.load(bias_ptr + which * E + col, mask=col < E, other=0.0).to(tl.float32)[None, :]
     return x, tl.sigmoid(x)
 
 
 @triton.jit
 def _put_gradient(
-    duv_ptr, dbias_ptr, dx, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr
+    dp_ptr, dbias_ptr, dx, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
     """Stores a tile of the gradient of a projection, and its sum over the tile's tokens."""
-    put(duv_ptr + (b * n * 2 + which) * E, dx, row, col, 2 * E, n, E)
+    put(dp_ptr + b * n * W + which * E, dx, row, col, W, n, E)
     tiles = b * tl.num_programs(1) + tl.program_id(1)
     tl.store(dbias_ptr + tiles * E + col, tl.sum(dx, 0), mask=col < E)
 
 
 @triton.jit
 def values_kernel(
-    uv_ptr, bias_ptr, v0, v1, v2, v3, v4, v5, v6, v7,
-    n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr,
+    p_ptr, bias_ptr, v0, v1, v2, v3, v4, v5, v6, v7,
+    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """v = silu(uv[1] + bias[1]), in pieces."""
+    """v = silu(p + bias) of the second E columns, in pieces."""
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
-    x, sigmoid = _projection(uv_ptr, bias_ptr, 1, row, col, b, n, E)
+    x, sigmoid = _projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)
     _spread((v0, v1, v2, v3, v4, v5, v6, v7), x * sigmoid, row, col, b, n, E, LENGTH, COUNT, BEFORE, AFTER)
 
 
 @triton.jit
 def gate_gradient_kernel(
-    uv_ptr, bias_ptr, do_ptr, av0, av1, av2, av3, av4, av5, av6, av7,
-    duv_ptr, dbias_ptr, d0, d1, d2, d3, d4, d5, d6, d7,
-    n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr,
+    p_ptr, bias_ptr, do_ptr, av0, av1, av2, av3, av4, av5, av6, av7,
+    dp_ptr, dbias_ptr, d0, d1, d2, d3, d4, d5, d6, d7,
+    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Of o = silu(u) av: the gradient of av in pieces, and that of u in its half of duv."""
+    """Of o = silu(u) av: the gradient of av in pieces, and that of u in its columns of dp."""
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     do = tile(do_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
-    u, sigmoid = _projection(uv_ptr, bias_ptr, 0, row, col, b, n, E)
+    u, sigmoid = _projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)
     _spread((d0, d1, d2, d3, d4, d5, d6, d7), do * u * sigmoid, row, col, b, n, E, LENGTH, COUNT, BEFORE, AFTER)
     av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    _put_gradient(duv_ptr, dbias_ptr, do * av * sigmoid * (1 + u * (1 - sigmoid)), 0, row, col, b, n, E)
+    _put_gradient(dp_ptr, dbias_ptr, do * av * sigmoid * (1 + u * (1 - sigmoid)), 0, row, col, b, n, E, W)
 
 
 @triton.jit
 def value_gradient_kernel(
-    uv_ptr, bias_ptr, half_duv_ptr, dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7, duv_ptr, dbias_ptr,
-    n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
+    p_ptr, bias_ptr, unused_ptr, dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7, dp_ptr, dbias_ptr,
+    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what v is made of, in its half of duv, whose other half is there already."""
+    """The gradient of what v is made of, in its columns of dp, which has that of u; and zeros for another reader's."""
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
-    x, sigmoid = _projection(uv_ptr, bias_ptr, 1, row, col, b, n, E)
+    x, sigmoid = _projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)
     dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    _put_gradient(duv_ptr, dbias_ptr, dv * sigmoid * (1 + x * (1 - sigmoid)), 1, row, col, b, n, E)
+    _put_gradient(dp_ptr, dbias_ptr, dv * sigmoid * (1 + x * (1 - sigmoid)), 1, row, col, b, n, E, W)
+    for start in range(tl.program_id(0) * BLOCK_E, W - 2 * E, tl.num_programs(0) * BLOCK_E):
+        rest = 2 * E + start + tl.arange(0, BLOCK_E)
+        put(dp_ptr + b * n * W, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), row, rest, W, n, W)

@@ -23,69 +23,73 @@ PROGRAMS = 396
 
 @jax.custom_vjp
 def fused_queries_and_keys(
-    z_BNS: Array, bias_S: Array, gamma_RS: Array, beta_RS: Array, table: tuple[Array, Array] | None
-) -> tuple[Array, ...]:
+    p_BNW: Array, bias_S: Array, gamma_RS: Array, beta_RS: Array, table: tuple[Array, Array] | None
+) -> tuple[tuple[Array, ...], Array]:
     """Returns what `gau.ops.queries_keys.queries_and_keys` does, with the arithmetic in float32.
 
     Args:
-      z_BNS: projection, bfloat16 or float32.
-      bias_S: its bias, float32.
+      p_BNW: projections, bfloat16 or float32, that of z in the last S columns.
+      bias_S: the bias of z, float32.
       gamma_RS: scales of up to four roles, float32.
       beta_RS: offsets, float32.
       table: cosines and sines, float32 [B or 1, N, S/2]; no gradient goes there. Or None.
     """
     from gau.ops.kernels.queries_keys_triton import queries_keys_kernel
 
-    roles = gamma_RS.shape[0]
-    rows, block_r, fields = _sizes(z_BNS, roles, table, BLOCK)
-    like, unused = jax.ShapeDtypeStruct(z_BNS.shape, z_BNS.dtype), jax.ShapeDtypeStruct((1,), z_BNS.dtype)
+    roles, width = gamma_RS.shape
+    rows, block_r, fields = _sizes(p_BNW, gamma_RS, table, BLOCK)
+    like = jax.ShapeDtypeStruct((*p_BNW.shape[:-1], width), p_BNW.dtype)
+    unused = jax.ShapeDtypeStruct((1,), p_BNW.dtype)
     results = launch(
         queries_keys_kernel,
-        z_BNS,
+        p_BNW,
         bias_S,
         gamma_RS,
         beta_RS,
-        *(table or (z_BNS, z_BNS)),
+        *(table or (p_BNW, p_BNW)),
         outputs=[like] * roles + [unused] * (ROLES - roles),
         grid=(-(-rows // block_r),),
         num_warps=4,
         num_stages=1,
         **fields,
     )
-    return tuple(results[:roles])
+    return tuple(results[:roles]), p_BNW
 
 
-def _forward(z_BNS, bias_S, gamma_RS, beta_RS, table):
-    return fused_queries_and_keys(z_BNS, bias_S, gamma_RS, beta_RS, table), (z_BNS, bias_S, gamma_RS, beta_RS, table)
+def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
+    return fused_queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table), (p_BNW, bias_S, gamma_RS, beta_RS, table)
 
 
 def _backward(residuals, gradients):
     from gau.ops.kernels.queries_keys_triton import queries_keys_gradient_kernel
 
-    z_BNS, bias_S, gamma_RS, beta_RS, table = residuals
+    p_BNW, bias_S, gamma_RS, beta_RS, table = residuals
+    droles, dp_BNW = gradients
     roles, width = gamma_RS.shape
-    rows, block_r, fields = _sizes(z_BNS, roles, table, GRADIENT_BLOCK)
+    rows, block_r, fields = _sizes(p_BNW, gamma_RS, table, GRADIENT_BLOCK)
     programs = min(-(-rows // block_r), PROGRAMS)
-    dz_BNS, sums = launch(
+    dp_BNW, sums = launch(
         queries_keys_gradient_kernel,
-        z_BNS,
+        p_BNW,
         bias_S,
         gamma_RS,
-        *(table or (z_BNS, z_BNS)),
-        *gradients,
-        *[z_BNS] * (ROLES - roles),
+        *(table or (p_BNW, p_BNW)),
+        *droles,
+        *[p_BNW] * (ROLES - roles),
+        dp_BNW,
         outputs=[
-            jax.ShapeDtypeStruct(z_BNS.shape, z_BNS.dtype),
+            jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
             jax.ShapeDtypeStruct((programs, 2 * roles + 1, width), jnp.float32),
         ],
         grid=(programs,),
         num_warps=4,
         num_stages=1,
+        overwrite={5 + ROLES: 0},
         **fields,
     )
     dgamma_RS, dbeta_RS, dbias_1S = jnp.split(sums.sum(0), [roles, 2 * roles])
     return (
-        dz_BNS,
+        dp_BNW,
         dbias_1S[0].astype(bias_S.dtype),
         dgamma_RS.astype(gamma_RS.dtype),
         dbeta_RS.astype(beta_RS.dtype),
@@ -96,11 +100,12 @@ def _backward(residuals, gradients):
 fused_queries_and_keys.defvjp(_forward, _backward)
 
 
-def _sizes(z: Array, roles: int, table: tuple[Array, Array] | None, block: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows of z, how many of them a tile has, and the constants of both kernels."""
-    rows, width = z.size // z.shape[-1], z.shape[-1]
+def _sizes(p: Array, gamma: Array, table: tuple[Array, Array] | None, block: int) -> tuple[int, int, dict[str, Any]]:
+    """Returns the rows of p, how many of them a tile has, and the constants of both kernels."""
+    roles, width = gamma.shape
+    rows, stride = p.size // p.shape[-1], p.shape[-1]
     block_h = power_of_two(-(-width // 2))
     block_r = max(1, block // block_h)
     table_rows = 0 if table is None else table[0].size // table[0].shape[-1]
-    fields = {'ROLES': roles, 'ROWS': rows, 'TABLE_ROWS': table_rows, 'S': width}
+    fields = {'ROLES': roles, 'ROWS': rows, 'TABLE_ROWS': table_rows, 'S': width, 'W': stride}
     return rows, block_r, fields | {'BLOCK_R': block_r, 'BLOCK_H': block_h}

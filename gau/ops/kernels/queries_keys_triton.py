@@ -1,8 +1,9 @@
 """Triton kernels of a GAU's queries and keys (`gau.ops.queries_keys` says what they are).
 
-A row is one token of the batch. The rotation pairs column i with column i + S/2, so the two halves of a row are tiles
-of their own; without rotation S may be odd, and the second half is shorter. A table of cosines and sines has as many
-rows as the batch has tokens, or as a text has where all texts share it, or none.
+A row is one token of the batch; z stands in the last S of the W columns of the projections p. The rotation pairs column
+i with column i + S/2, so the two halves of a row are tiles of their own; without rotation S may be odd, and the second
+half is shorter. A table of cosines and sines has as many rows as the batch has tokens, or as a text has where all texts
+share it, or none.
 """
 
 import triton
@@ -12,18 +13,19 @@ from gau.ops.kernels.tiles import put, tile
 
 
 @triton.jit
-def _halves(ptr, row, col, rows: tl.constexpr, S: tl.constexpr):
+def _halves(ptr, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
+    """Loads both halves of the last S columns of W."""
     H: tl.constexpr = (S + 1) // 2
-    first = tile(ptr, row, col, S, rows, H).to(tl.float32)
-    second = tile(ptr + H, row, col, S, rows, S - H).to(tl.float32)
+    first = tile(ptr + W - S, row, col, W, rows, H).to(tl.float32)
+    second = tile(ptr + W - S + H, row, col, W, rows, S - H).to(tl.float32)
     return first, second
 
 
 @triton.jit
-def _put_halves(ptr, first, second, row, col, rows: tl.constexpr, S: tl.constexpr):
+def _put_halves(ptr, first, second, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
     H: tl.constexpr = (S + 1) // 2
-    put(ptr, first, row, col, S, rows, H)
-    put(ptr + H, second, row, col, S, rows, S - H)
+    put(ptr + W - S, first, row, col, W, rows, H)
+    put(ptr + W - S + H, second, row, col, W, rows, S - H)
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS: tl.constexpr, H: tl.constexp
 
 @triton.jit
 def queries_keys_kernel(
-    z_ptr,
+    p_ptr,
     bias_ptr,
     gamma_ptr,
     beta_ptr,
@@ -48,6 +50,7 @@ def queries_keys_kernel(
     ROWS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     S: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -56,8 +59,8 @@ def queries_keys_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_H)
     only = tl.arange(0, 1)
-    z1, z2 = _halves(z_ptr, row, col, ROWS, S)
-    bias1, bias2 = _halves(bias_ptr, only, col, 1, S)
+    z1, z2 = _halves(p_ptr, row, col, ROWS, S, W)
+    bias1, bias2 = _halves(bias_ptr, only, col, 1, S, S)
     z1 += bias1
     z2 += bias2
     z1 *= tl.sigmoid(z1)
@@ -65,18 +68,18 @@ def queries_keys_kernel(
     if TABLE_ROWS:
         cos, sin = _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)
     for role in tl.static_range(ROLES):
-        gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S)
-        beta1, beta2 = _halves(beta_ptr + role * S, only, col, 1, S)
+        gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S, S)
+        beta1, beta2 = _halves(beta_ptr + role * S, only, col, 1, S, S)
         y1 = z1 * gamma1 + beta1
         y2 = z2 * gamma2 + beta2
         if TABLE_ROWS:
             y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
-        _put_halves(y_ptrs[role], y1, y2, row, col, ROWS, S)
+        _put_halves(y_ptrs[role], y1, y2, row, col, ROWS, S, S)
 
 
 @triton.jit
 def queries_keys_gradient_kernel(
-    z_ptr,
+    p_ptr,
     bias_ptr,
     gamma_ptr,
     cos_ptr,
@@ -85,19 +88,22 @@ def queries_keys_gradient_kernel(
     dk_ptr,
     dq_lin_ptr,
     dk_lin_ptr,
-    dz_ptr,
+    before_ptr,
+    dp_ptr,
     sums_ptr,
     ROLES: tl.constexpr,
     ROWS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     S: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """dz, and a program's part of dgamma [R, S], dbeta [R, S] and dbias [S], one below the other; grid [programs].
 
-    A program takes every tile of rows whose number is its own plus a multiple of the programs, and has its sums in
-    registers, one for each place in a tile: only the last step sums over the rows of a tile, which takes shuffles.
+    dz is added to what the buffer of dp has in its place. A program takes every tile of rows whose number is its own
+    plus a multiple of the programs, and has its sums in registers, one for each place in a tile: only the last step
+    sums over the rows of a tile, which takes shuffles.
     """
     dy_ptrs = (dq_ptr, dk_ptr, dq_lin_ptr, dk_lin_ptr)
     col = tl.arange(0, BLOCK_H)
@@ -108,8 +114,8 @@ def queries_keys_gradient_kernel(
     dbias2 = zeros
     for start in range(tl.program_id(0) * BLOCK_R, ROWS, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
-        x1, x2 = _halves(z_ptr, row, col, ROWS, S)
-        bias1, bias2 = _halves(bias_ptr, only, col, 1, S)
+        x1, x2 = _halves(p_ptr, row, col, ROWS, S, W)
+        bias1, bias2 = _halves(bias_ptr, only, col, 1, S, S)
         x1 += bias1
         x2 += bias2
         sigmoid1 = tl.sigmoid(x1)
@@ -122,10 +128,10 @@ def queries_keys_gradient_kernel(
         dz2 = zeros
         grown = ()
         for role in tl.static_range(ROLES):
-            dy1, dy2 = _halves(dy_ptrs[role], row, col, ROWS, S)
+            dy1, dy2 = _halves(dy_ptrs[role], row, col, ROWS, S, S)
             if TABLE_ROWS:
                 dy1, dy2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
-            gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S)
+            gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S, S)
             dz1 += dy1 * gamma1
             dz2 += dy2 * gamma2
             dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
@@ -135,7 +141,8 @@ def queries_keys_gradient_kernel(
         dz2 *= sigmoid2 + z2 * (1 - sigmoid2)
         dbias1 += dz1
         dbias2 += dz2
-        _put_halves(dz_ptr, dz1, dz2, row, col, ROWS, S)
+        before1, before2 = _halves(before_ptr, row, col, ROWS, S, W)
+        _put_halves(dp_ptr, dz1 + before1, dz2 + before2, row, col, ROWS, S, W)
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 * ROLES + 1) * S
     for role in tl.static_range(ROLES):
         dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
@@ -147,4 +154,4 @@ def queries_keys_gradient_kernel(
 @triton.jit
 def _put_sums(ptr, first, second, col, S: tl.constexpr):
     only = tl.arange(0, 1)
-    _put_halves(ptr, tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :], only, col, 1, S)
+    _put_halves(ptr, tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :], only, col, 1, S, S)

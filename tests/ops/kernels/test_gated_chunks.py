@@ -18,21 +18,22 @@ LAYOUTS = {
     # Of one and of two tokens.
     'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
 }
-NAMES = ('uv', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
+NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
 def inputs(seed, *, batch, n, s, e, chunk):
     keys = jax.random.split(jax.random.key(seed), len(NAMES) + 1)
-    shapes = [(batch, n, 2, e), (2, e), *[(batch, n, s)] * 4, (2 * chunk - 1,)]
+    # Five columns of p belong to another reader.
+    shapes = [(batch, n, 2 * e + 5), (2, e), *[(batch, n, s)] * 4, (2 * chunk - 1,)]
     draws = [jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=False)]
     return draws, jax.random.normal(keys[-1], (batch, n, e), jnp.float64)
 
 
 def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduction):
     def loss(args):
-        uv, bias, *queries_keys, bias_P = args
+        p, bias, *queries_keys, bias_P = args
         o = gated_mixed_chunk(
-            uv.astype(dtype),
+            p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
             chunk_size=chunk,
@@ -67,7 +68,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
     ],
 )
 def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
-    monkeypatch.setattr(host, 'WALKERS', walkers)
+    monkeypatch.setattr(host, 'WALKERS', 4 * walkers)
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
     ids = LAYOUTS[packed](n)
     fields = {'chunk': chunk, 'causal': causal, 'ids': ids, 'reduction': reduction}
@@ -75,10 +76,10 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, pa
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', dtype, *narrow, **fields)
     valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
-    # What stands at padding in `uv` is the caller's, and its gradient means nothing.
+    # What stands at padding in `p` is the caller's, and its gradient means nothing.
     for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
-        if name == 'uv':
+        if name == 'p':
             a, b = a[valid], b[valid]
         assert max_error(a, b) < TOLERANCE[dtype], name
 
@@ -87,14 +88,13 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, pa
 def test_gates_that_are_zero_have_their_gradient(gate):
     """The kernels divide o by the gate: one of exactly 0, or as good as 0, must not make that 0 / 0."""
     args, weights = inputs(0, batch=2, n=16, s=8, e=24, chunk=8)
-    uv = args[0].at[:, ::3, 0].set(gate)
-    args = [uv, jnp.zeros_like(args[1]), *args[2:]]
+    args = [args[0].at[:, ::3, :24].set(gate), jnp.zeros_like(args[1]), *args[2:]]
     fields = {'chunk': 8, 'causal': True, 'ids': None, 'reduction': 'mean'}
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', 'float32', *narrow, **fields)
     for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         assert max_error(a, b) < TOLERANCE['float32'], name
-    found, wanted = (np.asarray(x[1][0][:, ::3, 0], np.float64) for x in (found, wanted))
+    found, wanted = (np.asarray(x[1][0][:, ::3, :24], np.float64) for x in (found, wanted))
     assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
     assert gate < -1 or np.abs(found).min() > 0

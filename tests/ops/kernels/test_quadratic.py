@@ -11,7 +11,7 @@ from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
-NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'uv', 'bias of uv')}
+NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'p', 'bias of uv')}
 
 
 def value_and_gradients(impl, dtype, args, weights, **fields):
@@ -53,7 +53,7 @@ def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packe
     tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
     monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, tiles))
     generator = np.random.default_rng(0)
-    values = {'plain': [(2, n, e)], 'gated': [(2, n, 2, e), (2, e)]}[op]
+    values = {'plain': [(2, n, e)], 'gated': [(2, n, 2 * e + 5), (2, e)]}[op]
     shapes = [(2, n, s), (2, n, s), (2 * n - 1,), *values, (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     ids = documents(n) if packed else None
@@ -71,7 +71,7 @@ def test_a_nan_is_not_hidden(op, name):
     """The relu of a NaN is NaN, in values and in the gradient: a maximum on a GPU makes it 0."""
     n, s, e = 20, 8, 16
     generator = np.random.default_rng(0)
-    values = {'plain': [(1, n, e)], 'gated': [(1, n, 2, e), (2, e)]}[op]
+    values = {'plain': [(1, n, e)], 'gated': [(1, n, 2 * e + 5), (2, e)]}[op]
     shapes = [(1, n, s), (1, n, s), (2 * n - 1,), *values, (1, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape), 'float32') for shape in shapes)
     which = NAMES[op].index(name)

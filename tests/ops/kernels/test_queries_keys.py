@@ -11,17 +11,18 @@ from gau.ops.queries_keys import queries_and_keys
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
 
-NAMES = ('z', 'bias', 'gamma', 'beta')
+NAMES = ('z', 'others', 'bias', 'gamma', 'beta')
 
 
 def values_and_gradients(impl, dtype, args, weights, table):
-    def loss(z, bias, gamma, beta):
-        roles = queries_and_keys(z, bias, gamma, beta, table, impl=impl)
+    def loss(z, others, bias, gamma, beta):
+        # Three columns of another reader, who takes all of them from here.
+        roles, p = queries_and_keys(jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table, impl=impl)
         assert all(y.dtype == dtype for y in roles)
-        return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)), roles
+        return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)) + jnp.sum(p * p), roles
 
-    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
-    (_, roles), gradients = gradient(args[0].astype(dtype), *args[1:])
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+    (_, roles), gradients = gradient(*(x.astype(dtype) for x in args[:2]), *args[2:])
     return roles, gradients
 
 
@@ -51,13 +52,13 @@ def test_values_and_all_gradients(monkeypatch, dtype, roles, batch, n, s, rope):
     monkeypatch.setattr(host, 'GRADIENT_BLOCK', 256)
     monkeypatch.setattr(host, 'PROGRAMS', 3)
     generator = np.random.default_rng(0)
-    shapes = [(batch, n, s), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
+    shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     table = None if rope == 'none' else rope_table(positions(rope, batch, n), s, dtype='float64')
     wanted = values_and_gradients('reference', 'float64', args, weights, table)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights, table))
     found = values_and_gradients('triton', dtype, *narrow)
-    assert [x.dtype for x in found[1]] == [dtype, *['float32'] * 3]
+    assert [x.dtype for x in found[1]] == [dtype, dtype, *['float32'] * 3]
     for role, (a, b) in enumerate(zip(found[0], wanted[0], strict=True)):
         assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], role
     for name, a, b in zip(NAMES, found[1], wanted[1], strict=True):
