@@ -87,7 +87,7 @@ def _in_one_kernel(z_BNS, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequen
 
 
 class GatedAttentionUnit(nn.Module):
-    """GAU(x), [B, N, D] to [B, N, D]; the block around it adds norm and residual.
+    """GAU(x), [B, N, D] to [B, N, D] and a bias [D] to add; the block around it adds norm and residual.
 
     Wu and Wv are one kernel [D, 2, E] and Wz its own [D, S]: the paper's single dense layer D -> 2E + S cut in two, so
     that E can be spread over devices while the small S stays whole. Every head has its own gamma, beta and bias over
@@ -130,15 +130,15 @@ class GatedAttentionUnit(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo, x_for_z_BND: Array | None = None) -> Array:
-        """Applies the unit to normalised inputs; Z may read a copy of them (see `gau.layers.norm`)."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
+        """Applies the unit to normalised inputs; returns the output [B, N, D] without its bias, and the bias [D]."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
         fused = self.impl == 'triton' and tokens.at is None
         project_uv = Linear((1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype, name='uv')
         project_z = Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name='z')
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
-        z_BNS, bias_S = project_z(x_BND if x_for_z_BND is None else x_for_z_BND, add_bias=False)
+        z_BNS, bias_S = project_z(x_BND, add_bias=False)
         if not fused:
             z_BNS, bias_S = jax.nn.silu(z_BNS + bias_S.astype(z_BNS.dtype)), None
         roles = 4 if self.chunk_size and self.branches == 'both' else 2
@@ -146,7 +146,7 @@ class GatedAttentionUnit(nn.Module):
         queries_keys = scale_offset(z_BNS, tokens=tokens, bias_S=bias_S)
         if fused and (self.chunk_size or gated):
             attend = self._fused_mixed_chunk if self.chunk_size else self._fused_quadratic
-            return project_o(attend(queries_keys, *project_uv(x_BND, add_bias=False), tokens))
+            return project_o(attend(queries_keys, *project_uv(x_BND, add_bias=False), tokens), add_bias=False)
 
         uv = constrain(jax.nn.silu(project_uv(x_BND)), 'batch', 'length', None, 'act_expanded')
         v_BNE = uv[:, :, -1]
@@ -158,7 +158,7 @@ class GatedAttentionUnit(nn.Module):
         if gated:
             o_BNE = uv[:, :, 0] * o_BNE
         o_BNE = constrain(o_BNE, 'batch', 'length', 'act_expanded')
-        return project_o(o_BNE)
+        return project_o(o_BNE, add_bias=False)
 
     def _quadratic(self, queries_keys: list[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS = queries_keys
