@@ -17,8 +17,9 @@ from gau.ops.norms import NORM_EPSILON, scale_norm
 
 # Numbers in a program's tile: a few rows of the stream, forwards and backwards.
 BLOCK, GRADIENT_BLOCK = 4096, 2048
-# Programs of the backward pass at most: as many as an H100 holds at once, six a multiprocessor.
-PROGRAMS = 792
+# Programs of the backward pass at most: as many as the registers of an H100 hold at once, five a multiprocessor (88 of
+# them a thread, at a width of 768 in bfloat16).
+PROGRAMS = 660
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
