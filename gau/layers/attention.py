@@ -22,7 +22,7 @@ from gau.ops.scores import Scoring
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections around an attention, [B, N, D] to [B, N, D]; subclasses say which attention.
+    """Projections around an attention, [B, N, D] to [B, N, D] and a bias [D] to add; subclasses say which attention.
 
     Attributes:
       num_heads: H.
@@ -43,8 +43,8 @@ class MultiHeadAttention(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
-        """Applies attention to normalised inputs."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
+        """Applies attention to normalised inputs; returns the output [B, N, D] without its bias, and the bias [D]."""
         heads = (self.num_heads, self.head_dim)
         qkv = Linear((3, *heads), ('embed',), (None, 'heads', 'head_dim'), self.dtype, name='qkv')(x_BND)
         q_BHNK, k_BHNK, v_BHNK = (
@@ -54,7 +54,8 @@ class MultiHeadAttention(nn.Module):
         if self.gate == 'silu':
             gate = Linear(heads, ('embed',), ('heads', 'head_dim'), self.dtype, name='gate')(x_BND)
             o_BNHK = jax.nn.silu(gate) * o_BNHK
-        return Linear((x_BND.shape[-1],), ('heads', 'head_dim'), ('embed',), self.dtype, name='out')(o_BNHK)
+        project = Linear((x_BND.shape[-1],), ('heads', 'head_dim'), ('embed',), self.dtype, name='out')
+        return project(o_BNHK, add_bias=False)
 
     def attend(self, q_BHNK: Array, k_BHNK: Array, v_BHNK: Array, tokens: TokenInfo) -> Array:
         """Returns the attention's output for projected, not yet rotated queries, keys and values, [B, H, N, K]."""

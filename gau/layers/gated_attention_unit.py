@@ -99,12 +99,12 @@ class FusedScaleOffset(ScaleOffset):
 
 
 class GatedAttentionUnit(nn.Module):
-    """GAU(x), [B, N, D] to [B, N, D]; the block around it adds norm and residual.
+    """GAU(x), [B, N, D] to [B, N, D] and a bias [D] to add; the block around it adds norm and residual.
 
     Wu and Wv are one kernel [D, 2, E] and Wz its own [D, S]: the paper's single dense layer D -> 2E + S cut in two, so
     that E can be spread over devices while the small S stays whole; where nothing is spread the kernels of a GPU get
-    one product. Every head has its own gamma, beta and bias over
-    the shared Z (full width S), and V and U are split between the heads.
+    one product. Every head has its own gamma, beta and bias over the shared Z (full width S), and V and U are split
+    between the heads.
 
     Attributes:
       expanded_dim: E.
@@ -143,8 +143,8 @@ class GatedAttentionUnit(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
-        """Applies the unit to normalised inputs."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
+        """Applies the unit to normalised inputs; returns the output [B, N, D] without its bias, and the bias [D]."""
         batch, n, width = x_BND.shape
         gated = self.gate == 'silu'
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
@@ -154,7 +154,8 @@ class GatedAttentionUnit(nn.Module):
         project_z = (self.query_key_dim,), ('embed',), ('query_key',), self.dtype
         if self.impl == 'triton' and tokens.at is None and (self.chunk_size or gated):
             uv, z = Weights(*project_uv, name='uv')(x_BND), Weights(*project_z, name='z')(x_BND)
-            return project_o(self._fused(x_BND, uv, z, FusedScaleOffset(*scale_offset, name='query_key'), tokens))
+            o_BNE = self._fused(x_BND, uv, z, FusedScaleOffset(*scale_offset, name='query_key'), tokens)
+            return project_o(o_BNE, add_bias=False)
 
         uv = constrain(jax.nn.silu(Linear(*project_uv, name='uv')(x_BND)), 'batch', 'length', None, 'act_expanded')
         queries_keys = ScaleOffset(*scale_offset, name='query_key')(
@@ -169,7 +170,7 @@ class GatedAttentionUnit(nn.Module):
         if gated:
             o_BNE = uv[:, :, 0] * o_BNE
         o_BNE = constrain(o_BNE, 'batch', 'length', 'act_expanded')
-        return project_o(o_BNE)
+        return project_o(o_BNE, add_bias=False)
 
     def _quadratic(self, queries_keys: list[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
         q_BHNS, k_BHNS = queries_keys

@@ -1,7 +1,6 @@
 """Blocks: layers with their norms, dropout and residual connections, made from a resolved config."""
 
 import flax.linen as nn
-from jax import Array
 
 from gau.layers.attention import (
     CombinerAttention,
@@ -14,10 +13,10 @@ from gau.layers.attention import (
 from gau.layers.common import TokenInfo, constrain
 from gau.layers.feed_forward import FeedForward
 from gau.layers.gated_attention_unit import GatedAttentionUnit
-from gau.layers.norm import Norm
+from gau.layers.norm import Norm, Stream
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import expanded_dim, head_dim_at, heads_at
-from gau.ops.masks import clear_padding
+from gau.ops.norms import residual_sum
 from gau.ops.scores import Scoring
 
 ATTENTIONS = {
@@ -43,33 +42,35 @@ class Block(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, x_BND: Array, tokens: TokenInfo, deterministic: bool) -> tuple[Array, None]:
+    def __call__(self, stream: Stream, tokens: TokenInfo, deterministic: bool) -> tuple[Stream, None]:
         """Returns the new residual stream, and None because `nn.scan` asks for a second result."""
-        x_BND = clear_padding(x_BND, tokens.segment_ids_BN)
         if ARCHITECTURES[self.config.name].family == 'gau':
             unit = gated_attention_unit(self.config, self.layer, self.causal)
-            x_BND = self._residual(x_BND, lambda x, _: unit(x, tokens), 'norm', deterministic)
+            stream = self._residual(stream, lambda x: unit(x, tokens), 'norm', tokens, deterministic)
         else:
             attention = multi_head_attention(self.config, self.layer, self.causal)
-            x_BND = self._residual(x_BND, lambda x, _: attention(x, tokens), 'attention_norm', deterministic)
+            stream = self._residual(stream, lambda x: attention(x, tokens), 'attention_norm', tokens, deterministic)
             feed_forward = FeedForward(
                 self.config.feed_forward, self.config.feed_forward_dim, self.config.dtype, name='feed_forward'
             )
-            x_BND = self._residual(x_BND, lambda x, _: feed_forward(x), 'feed_forward_norm', deterministic)
-        return x_BND, None
+            stream = self._residual(stream, feed_forward, 'feed_forward_norm', tokens, deterministic)
+        if self.config.layer_stack == 'scan' or self.config.remat != 'none':
+            # What is handed on is kept for every layer, so it is one array.
+            stream = Stream(residual_sum(*stream))
+        return stream, None
 
-    def _residual(self, x_BND, layer, norm_name, deterministic):
+    def _residual(self, stream, layer, norm_name, tokens, deterministic):
         norm = Norm(self.config.norm, self.config.dtype, self.config.impl, name=norm_name)
-        h_BND = again_BND = x_BND
+        x_BND, h_BND = stream.x_BND, stream.x_BND
         if self.config.norm_placement == 'pre':
-            x_BND, h_BND, again_BND = norm(x_BND)
-        y_BND = layer(h_BND, again_BND)
+            x_BND, h_BND = norm(stream, tokens)
+        y_BND, bias_D = layer(h_BND)
         if self.config.dropout_rate:
-            y_BND = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=deterministic)
-        x_BND = x_BND + y_BND
-        if self.config.norm_placement == 'post':
-            _, x_BND, _ = norm(x_BND)
-        return constrain(x_BND, 'batch', 'length', 'act_embed')
+            y_BND = y_BND + bias_D.astype(y_BND.dtype)
+            y_BND, bias_D = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=deterministic), None
+        x_BND, y_BND = (constrain(a, 'batch', 'length', 'act_embed') for a in (x_BND, y_BND))
+        stream = Stream(x_BND, y_BND, bias_D)
+        return Stream(norm(stream, tokens)[1]) if self.config.norm_placement == 'post' else stream
 
 
 def gated_attention_unit(config, layer: int, causal: bool) -> GatedAttentionUnit:

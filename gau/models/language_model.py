@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
-from gau.layers.norm import Norm
+from gau.layers.norm import Norm, Stream
 from gau.layers.positions import ScaledSinusoid
 from gau.layers.sharding import parts_of, sum_over_mesh
 from gau.models.architectures import ARCHITECTURES
@@ -177,19 +177,21 @@ class LanguageModel(nn.Module):
         )
 
     def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:
-        """Embedding, blocks and last norm, [B, N, D]."""
+        """Embedding, blocks and last norm, [B, N, D].
+
+        Padding is cleared here once: it stays finite, since to a layer it is a token that sees nothing, and no op lets
+        another token see it.
+        """
         config = self.config
         x_BND = self.embedding(tokens_BN)
         if config.absolute_position == 'sinusoid':
             x_BND = x_BND + self.position(tokens.positions_BN, config.model_dim)
         x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)
         x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
-        if config.layer_stack == 'scan':
-            x_BND, _ = self.blocks(x_BND, tokens, deterministic)
-        else:
-            for block in self.blocks:
-                x_BND, _ = block(x_BND, tokens, deterministic)
-        return self.final_norm(x_BND)[1] if config.norm_placement == 'pre' else x_BND
+        stream = Stream(x_BND)
+        for block in [self.blocks] if config.layer_stack == 'scan' else self.blocks:
+            stream, _ = block(stream, tokens, deterministic)
+        return self.final_norm(stream, tokens)[1] if config.norm_placement == 'pre' else stream.x_BND
 
     def _rope_tables(self, positions_BN: Array) -> dict[int, tuple[Array, Array]]:
         """Cosines and sines for every width that the layers rotate, computed once."""

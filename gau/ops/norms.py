@@ -1,10 +1,24 @@
-"""Norms over the last axis (docs/paper.md section 2)."""
+"""The residual sum, and norms over the last axis (docs/paper.md section 2)."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 NORM_EPSILON = 1e-5
+
+
+def residual_sum(x_BND: Array, y_BND: Array | None, bias_D: Array | None) -> Array:
+    """Returns x + y + bias, added up in float32 or better and rounded once to the type of x.
+
+    Args:
+      x_BND: the residual stream.
+      y_BND: what a layer adds to it, or None.
+      bias_D: the bias that y is without, or None.
+    """
+    total_BND = x_BND.astype(jnp.promote_types(x_BND.dtype, jnp.float32))
+    for term in (y_BND, bias_D):
+        total_BND = total_BND if term is None else total_BND + term.astype(total_BND.dtype)
+    return total_BND.astype(x_BND.dtype)
 
 
 def scale_norm(x: Array, g: Array, *, dtype) -> Array:

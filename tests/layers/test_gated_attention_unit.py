@@ -1,5 +1,7 @@
 """The unit of FLASH-Quad and of FLASH against the NumPy oracle, with the identities of docs/paper.md section 1."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
 from gau.ops.positions import rope_table
 from gau.ops.scores import Scoring
-from tests.numerics import LAYOUTS, finite_difference, normal, random_like
+from tests.numerics import LAYOUTS, finite_difference, normal, random_like, with_bias
 from tests.ops import oracle
 
 N, D, E, S, C = 24, 6, 8, 4, 5
@@ -25,6 +27,10 @@ def info(ids=None):
     positions = jnp.asarray(POSITIONS)[None]
     table = {S: rope_table(positions, S, dtype=jnp.float64)}
     return TokenInfo(None if ids is None else jnp.asarray([ids]), positions, table)
+
+
+def apply(module, params, x, tokens):
+    return with_bias(module.apply({'params': params}, x, tokens))
 
 
 def parameters(module, seed=0):
@@ -53,7 +59,7 @@ def test_values_are_the_formula(fields, options, causal):
     module = unit(causal=causal, **fields)
     params, x = parameters(module), normal(1, 1, N, D)
     for ids in (None, LAYOUTS['packed']):
-        y = jax.jit(module.apply)({'params': params}, x, info(ids))
+        y = jax.jit(functools.partial(apply, module))(params, x, info(ids))
         expected = oracle.gau(numpy(params), np.asarray(x[0]), causal=causal, positions=POSITIONS, ids=ids, **options)
         np.testing.assert_allclose(y[0], expected, atol=1e-11)
 
@@ -71,7 +77,7 @@ def test_gradients_are_the_formula(fields, options):
     expected, direction = finite_difference(slow, [np.asarray(a) for a in (x, *leaves)], 3)
 
     def fast(x, params):
-        return (module.apply({'params': params}, x, info())[0] * c).sum()
+        return (apply(module, params, x, info())[0] * c).sum()
 
     gradient = jax.jit(jax.grad(fast, (0, 1)))(x, params)
     along = sum((g * d).sum() for g, d in zip(jax.tree.leaves(gradient), direction, strict=True))
@@ -85,7 +91,7 @@ def test_attention_that_is_the_identity_leaves_a_gated_linear_unit():
     params['query_key'] = jax.tree.map(jnp.zeros_like, params['query_key'])
     params['relative_bias']['table'] = jnp.zeros((1, 2 * N - 1)).at[0, N - 1].set(1)
     x = normal(1, 1, N, D)
-    y = module.apply({'params': params}, x, info())
+    y = apply(module, params, x, info())
     w, b = params['uv']['kernel'], params['uv']['bias']
     u, v = (jax.nn.silu(x @ w[:, i] + b[i]) for i in (0, 1))
     np.testing.assert_allclose(y, (u * v) @ params['out']['kernel'] + params['out']['bias'], atol=1e-12)
@@ -101,8 +107,8 @@ def test_a_gate_of_one_leaves_attention():
     np.testing.assert_allclose(jax.nn.silu(one), 1, atol=1e-12)
     ungated = params | {'uv': {'kernel': params['uv']['kernel'][:, 1:], 'bias': params['uv']['bias'][1:]}}
     x = normal(1, 1, N, D)
-    y = plain.apply({'params': ungated}, x, info())
-    np.testing.assert_allclose(gated.apply({'params': params}, x, info()), y, atol=1e-12)
+    y = apply(plain, ungated, x, info())
+    np.testing.assert_allclose(apply(gated, params, x, info()), y, atol=1e-12)
 
 
 def test_temperature_multiplies_the_product():
@@ -111,5 +117,5 @@ def test_temperature_multiplies_the_product():
     x = normal(1, 1, N, D)
     scaled = {name: value for name, value in params.items() if name != 'temperature'}
     scaled['query_key'] = jax.tree.map(lambda p: p.at[0].multiply(3), params['query_key'])
-    y = plain.apply({'params': scaled}, x, info())
-    np.testing.assert_allclose(module.apply({'params': params}, x, info()), y, atol=1e-11)
+    y = apply(plain, scaled, x, info())
+    np.testing.assert_allclose(apply(module, params, x, info()), y, atol=1e-11)

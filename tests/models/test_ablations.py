@@ -13,7 +13,7 @@ from gau.models.config import ENUMS
 from gau.ops.positions import rope_table
 from gau.ops.scores import Scoring
 from tests.models.tiny import CONTEXT, VOCAB, apply, make, tiny_config, tokens
-from tests.numerics import max_error, normal, random_like
+from tests.numerics import max_error, normal, random_like, with_bias
 
 GAU_OPTIONS = [
     *({'attention_function': name} for name in ('softmax', 'laplace', 'softplus2', 'smooth_relu2')),
@@ -110,7 +110,7 @@ def output_at_start(**fields):
     info = TokenInfo(None, positions, {128: rope_table(positions, 128)})
     unit = GatedAttentionUnit(1536, 128, True, scoring=Scoring('relu2', 'fixed', 512), **fields)
     x = normal(0, 1, 64, 768).astype(jnp.float32)
-    return jnp.abs(jax.jit(lambda x: unit.init_with_output(jax.random.key(0), x, info)[0])(x)).max()
+    return jnp.abs(jax.jit(lambda x: with_bias(unit.init_with_output(jax.random.key(0), x, info)[0]))(x)).max()
 
 
 def test_gamma_starts_so_that_the_layer_lives():

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.tiny import CASES, CONTEXT, apply, compile_fast, losses_and_gradients, make, positions_of, tokens
+from tests.models.tiny import (
+    CASES,
+    CONTEXT,
+    apply,
+    compile_fast,
+    expect_padding_to_reach_nothing,
+    losses_and_gradients,
+    make,
+    positions_of,
+    tokens,
+)
 from tests.numerics import LAYOUTS, max_error
 
 TOLERANCE = 1e-11
@@ -118,6 +128,11 @@ def test_poisoned_padding_reaches_nothing(name, objective):
     clean, dirty = run(params), run(poisoned)
     assert max_error(dirty, clean) == 0
     assert (clean[1]['embedding']['kernel'][10] == 0).all()
+
+
+@pytest.mark.parametrize(('name', 'objective'), MODELS)
+def test_numbers_at_padding_reach_nothing_in_any_layer(name, objective):
+    expect_padding_to_reach_nothing(*_made(name, objective), jnp.asarray([LAYOUTS['holes'], LAYOUTS['left padding']]))
 
 
 def test_the_papers_normalizer_lets_appended_text_change_the_past():

@@ -14,7 +14,7 @@ from gau.models.parameter_layout import stack_layers, unstack_layers
 from gau.models.registry import build
 from gau.ops.positions import rope_table
 from tests.models.tiny import CASES, VOCAB, apply, compile_fast, losses_and_gradients, make, positions_of, tokens
-from tests.numerics import LAYOUTS, max_error, normal, random_like
+from tests.numerics import LAYOUTS, max_error, normal, random_like, with_bias
 
 WEIGHTS = jnp.ones((1, 24))
 IDS = jnp.asarray([LAYOUTS['packed']])
@@ -199,7 +199,7 @@ def test_bfloat16_stays_near_float64(name, context):
         rope={width: rope_table(jnp.arange(4)[None], width)}))  # fmt: skip
     params = jax.tree.map(lambda p: p.astype(jnp.float32), random_like(shapes['params'], 0, scale=0.05))
     exact, rounded = (
-        jax.jit(layer(dtype)[0].apply)({'params': params}, x.astype(dtype), tokens[dtype])
+        with_bias(jax.jit(layer(dtype)[0].apply)({'params': params}, x.astype(dtype), tokens[dtype]))
         for dtype in ('float64', 'bfloat16')
     )
     assert rounded.dtype == jnp.bfloat16

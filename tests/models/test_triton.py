@@ -10,7 +10,14 @@ import pytest
 
 from gau.models.parameter_layout import stack_layers, unstack_layers
 from tests.conftest import PLATFORM
-from tests.models.tiny import compile_fast, losses_and_gradients, make, positions_of, tokens
+from tests.models.tiny import (
+    compile_fast,
+    expect_padding_to_reach_nothing,
+    losses_and_gradients,
+    make,
+    positions_of,
+    tokens,
+)
 from tests.numerics import max_error
 from tests.programs import report
 
@@ -142,6 +149,12 @@ def test_poisoned_padding_reaches_nothing(name, objective):
     assert np.isfinite(clean[0][1]).all()
     assert max_error(dirty, clean) == 0
     assert (clean[1]['embedding']['kernel'][10] == 0).all()
+
+
+@pytest.mark.parametrize(('name', 'objective'), MODELS)
+def test_numbers_at_padding_reach_nothing_in_any_layer(name, objective):
+    fused, _, params = models(name, objective)
+    expect_padding_to_reach_nothing(fused, params, IDS)
 
 
 @pytest.mark.parametrize('name', ['flash', pytest.param('flash_quad', marks=pytest.mark.slow)])

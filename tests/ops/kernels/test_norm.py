@@ -1,32 +1,62 @@
-"""The gradient of ScaleNorm and the stream around it against the plain formula in float64."""
+"""The residual sum and ScaleNorm in kernels against the plain formulas in float64, values and all gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.kernels.norm import stream_and_scale_norm
-from gau.ops.norms import scale_norm
+from gau.ops.kernels import norm
+from gau.ops.norms import residual_sum, scale_norm
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, TOLERANCE
+from tests.ops.kernels.conftest import TOLERANCE
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', [(2, 5, 24), (1, 67, 130)])
-def test_values_and_all_gradients(dtype, shape):
+def reference(x, y, bias, g, dtype):
+    s = residual_sum(x, y, bias)
+    return s, scale_norm(s, g, dtype=dtype)
+
+
+def results_and_gradients(op, dtype, arrays, weights, present):
+    """Both results, and the gradients of x, y, bias and g, without those that are not `present`."""
+
+    def f(*operands):
+        given = dict(zip(present, operands, strict=True))
+        results = op(*(given.get(name) for name in ('x', 'y', 'bias', 'g')), dtype)
+        return sum(jnp.sum(a * w.astype(a.dtype)) for a, w in zip(results, weights, strict=True)), results
+
+    wide = 'float64' if dtype == 'float64' else 'float32'
+    operands = [arrays[name].astype(dtype if name in 'xy' else wide) for name in present]
+    (_, results), gradients = jax.jit(jax.value_and_grad(f, range(len(present)), has_aux=True))(*operands)
+    assert [a.dtype for a in gradients] == [a.dtype for a in operands]
+    return results, gradients
+
+
+# No product is in these kernels, so the interpreter has bfloat16 too.
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('present', ['x y bias g', 'x y g', 'x g'])
+@pytest.mark.parametrize('shape', [(2, 5, 24), (1, 67, 130), (2, 8, 128)])
+def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
+    # Few programs, so that each has several tiles of rows, and not all as many.
+    monkeypatch.setattr(norm, 'BLOCK', 512)
+    monkeypatch.setattr(norm, 'GRADIENT_BLOCK', 512)
+    monkeypatch.setattr(norm, 'PROGRAMS', 3)
     generator = np.random.default_rng(0)
-    x, to_stream, to_y, to_again = (jnp.asarray(generator.standard_normal(shape)) for _ in range(4))
-
-    def loss(norm, dtype):
-        def f(x, g):
-            stream, y, again = norm(x.astype(dtype), g)
-            weights = (w.astype(dtype) for w in (to_stream, to_y, to_again))
-            return sum(jnp.sum(a * w) for a, w in zip((stream, y, again), weights, strict=True)), y
-
-        args = (x, jnp.asarray(1.7)) if dtype == 'float64' else (x.astype('float32'), jnp.float32(1.7))
-        return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*args)
-
-    (_, y), gradients = loss(lambda x, g: stream_and_scale_norm(x, g, dtype), dtype)
-    (_, expected_y), expected = loss(lambda x, g: (x, *[scale_norm(x, g, dtype='float64')] * 2), 'float64')
-    for a, b in zip((y, *gradients), (expected_y, *expected), strict=True):
+    shapes = {'x': shape, 'y': shape, 'bias': shape[-1:], 'g': ()}
+    # Rounded to begin with, so that both compute the same.
+    arrays = {name: jnp.asarray(generator.standard_normal(size)).astype(dtype) for name, size in shapes.items()}
+    weights = [jnp.asarray(generator.standard_normal(shape)).astype(dtype) for _ in range(2)]
+    found = results_and_gradients(norm.add_and_scale_norm, dtype, arrays, weights, present.split())
+    expected = results_and_gradients(reference, 'float64', arrays, weights, present.split())
+    assert [a.dtype.name for a in found[0]] == [dtype] * 2
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype]
+
+
+def test_what_is_normalised_is_the_sum_rounded_once():
+    x, y, bias = (jnp.full(n, value) for n, value in (((1, 1, 16), 256), ((1, 1, 16), 1), (16, 1)))
+    # In bfloat16 256 + 1 is 256, and 256 + 2 is not.
+    s, h = norm.add_and_scale_norm(
+        x.astype('bfloat16'), y.astype('bfloat16'), bias.astype('float32'), jnp.float32(2), 'float32'
+    )
+    assert (s == 258).all()
+    np.testing.assert_allclose(h, 2, rtol=1e-6)
