@@ -7,33 +7,13 @@ matrix product left them, adds the bias, applies silu where it needs u or v, and
 Letters beside the house's: T = B G chunks of a batch; F = width of the linear queries and keys (S for one direction of
 the states, 2 S for two); P parts of a sequence, each with a walk over its chunks that starts from nothing. Every size
 is a compile-time constant; tiles that stick out of an array are masked.
-
-The gradient of the gate needs a v + q m, which is o / silu(u) and so not kept.
 """
 
 import triton
 import triton.language as tl
 
+from gau.ops.kernels.gates_triton import for_gate, gate_gradient, silu, silu_gradient
 from gau.ops.kernels.tiles import put, tile
-
-
-@triton.jit
-def _sigmoid(x):
-    # A reciprocal root, squared, is three instructions; a division takes six.
-    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-    return root * root
-
-
-@triton.jit
-def _silu(x):
-    return x * _sigmoid(x)
-
-
-@triton.jit
-def _for_gate(u):
-    """u, where silu(u) is no less than 1e-25: o / silu(u) must exist. It changes o by less than 1e-20 (a v + q m)."""
-    u = tl.where(tl.abs(u) < 1e-20, 1e-20, u)
-    return tl.where(u < -60, -60.0, u)
 
 
 @triton.jit
@@ -88,7 +68,7 @@ def states_kernel(
             put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        v = _silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
+        v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
             put(v_ptr + chunk * C * E, v, row, e, E, C, E)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
@@ -134,7 +114,7 @@ def output_kernel(
         state = tile(m_ptr + chunk * F * E, f, e, E, F, E)
         mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
     u = tile(p_ptr + chunk * C * W, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
-    put(o_ptr + chunk * C * E, mixed * _silu(_for_gate(u)), m, e, E, C, E)
+    put(o_ptr + chunk * C * E, mixed * silu(for_gate(u)), m, e, E, C, E)
 
 
 @triton.jit
@@ -189,15 +169,12 @@ def gate_gradient_kernel(
         if i % blocks == 0:
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
-        u = _for_gate(tile(p_ptr + chunk * C * W, row, e, W, C, E).to(tl.float32) + bias_u)
-        sigmoid = _sigmoid(u)
+        u = for_gate(tile(p_ptr + chunk * C * W, row, e, W, C, E).to(tl.float32) + bias_u)
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        dmixed = (do * u * sigmoid).to(q.dtype)
+        dmixed = (do * silu(u)).to(q.dtype)
         if direction == 0:
-            o = tile(o_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
-            # silu'(u) / silu(u) = (1 + u (1 - sigmoid(u))) / u.
-            du = do * (o / u) * (1 + u * (1 - sigmoid))
+            du = gate_gradient(u, tile(o_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32), do)
             dbias += tl.sum(du, axis=0)
             put(dp_ptr + chunk * C * W, du, row, e, W, C, E)
             put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
@@ -289,8 +266,7 @@ def value_and_weight_gradient_kernel(
             dkv = tile(dkv_ptr, f, e, E, F, E)
             dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
         x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
-        sigmoid = _sigmoid(x)
-        dv *= sigmoid * (1 + x * (1 - sigmoid))
+        dv *= silu_gradient(x)
         put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
         tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
         # The columns of another reader.

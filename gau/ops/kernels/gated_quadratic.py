@@ -3,9 +3,9 @@
     [u, v] = silu(p + bias)       o = u * (A v)
 
 The products are those of `gau.ops.kernels.quadratic`; here is what lies around them, [N, E] and as large as the
-projections. A product takes whole arrays only, and each wants other tokens: the kernels write values, and gradients of
-A v, straight into the pieces that the products read, and read the products' results in pieces as they are. Backwards
-the activations are computed again; kept are the projections, queries, keys, and A v.
+projections. Forwards the compiler makes one pass before the products and one after them. Backwards it would make
+several for each: the kernels here make one, which also writes the gradients of U and V where the next product reads
+them. Kept are the projections, queries, keys, v and o.
 """
 
 import functools
@@ -19,7 +19,7 @@ from gau.ops.kernels.quadratic import Tokens, attend, attention_gradients, group
 
 # Tokens (a divisor of those of a group) and columns of a tile, and warps.
 TILE = (16, 128, 4)
-# As many pieces as a kernel takes at once; `groups` makes no more.
+# As many groups as a kernel takes the results of; `groups` makes no more.
 PIECES = 8
 
 
@@ -38,38 +38,34 @@ def gated_relu2_attention(
 
 
 def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
-    from gau.ops.kernels.gated_quadratic_triton import values_kernel
-
-    values = _launch(values_kernel, p_BNW, bias_2E, before=True, after=not causal)
-    av = attend(q_BNS, k_BNS, values, bias_P, tokens, causal)
-    bias_E = bias_2E[0].astype(jnp.float32)
-    gated = []
-    for (begin, stop, _), av_BnE in zip(groups(p_BNW.shape[1]), av, strict=True):
-        u_BnE = jax.nn.silu(p_BNW[:, begin:stop, : bias_E.size].astype(jnp.float32) + bias_E)
-        gated.append((u_BnE * av_BnE.astype(jnp.float32)).astype(av_BnE.dtype))
-    return jnp.concatenate(gated, axis=1), (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, av)
+    width, dtype = bias_2E.shape[1], p_BNW.dtype
+    bias_u, bias_v = bias_2E.astype(jnp.float32)
+    v_BNE = jax.nn.silu(p_BNW[..., width : 2 * width].astype(jnp.float32) + bias_v).astype(dtype)
+    av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), axis=1)
+    u_BNE = p_BNW[..., :width].astype(jnp.float32) + bias_u
+    # The backward pass divides by the gate (gau/ops/kernels/gates_triton.py).
+    u_BNE = jnp.where(jnp.abs(u_BNE) < 1e-20, 1e-20, u_BNE)
+    u_BNE = jnp.where(u_BNE < -60, -60.0, u_BNE)
+    o_BNE = (jax.nn.silu(u_BNE) * av_BNE.astype(jnp.float32)).astype(dtype)
+    return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_BNE, o_BNE)
 
 
 def _backward(causal, residuals, do_BNE):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
-    p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, av = residuals
-    batch, n = p_BNW.shape[:2]
-    width = bias_2E.shape[-1]
-    dp = jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype)
-    dbias = jax.ShapeDtypeStruct((batch, -(-n // TILE[0]), width), jnp.float32)
-    half_dp, dbias_u, *dav = _launch(
-        *(kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, *_padded(av)),
-        outputs=(dp, dbias),
-        before=not causal,
-        after=True,
+    p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_BNE, o_BNE = residuals
+    like_do = jax.ShapeDtypeStruct(do_BNE.shape, do_BNE.dtype)
+    half_dp, dbias_u, dav_BNE = _launch(
+        kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, o_BNE, outputs=[like_do], overwrite=None
     )
-    values = _launch(kernels.values_kernel, p_BNW, bias_2E, before=False, after=False)
-    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, values, dav, bias_P, tokens, causal)
+    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_BNE, dav_BNE, bias_P, tokens, causal)
+    # A lone group may end in the middle of a tile.
+    length = -(-next(groups(p_BNW.shape[1]))[1] // TILE[0]) * TILE[0]
     dp_BNW, dbias_v = _launch(
-        *(kernels.value_gradient_kernel, p_BNW, bias_2E, half_dp, *_padded(dv)),
-        outputs=(dp, dbias),
+        *(kernels.value_gradient_kernel, p_BNW, bias_2E, half_dp, *dv, *dv[:1] * (PIECES - len(dv))),
         overwrite={2: 0},
+        GROUPS=len(dv),
+        LENGTH=length,
     )
     dbias_2E = jnp.stack([x.sum((0, 1)) for x in (dbias_u, dbias_v)]).astype(bias_2E.dtype)
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
@@ -78,47 +74,27 @@ def _backward(causal, residuals, do_BNE):
 gated_relu2_attention.defvjp(_forward, _backward)
 
 
-def _padded(pieces: list[Array]) -> list[Array]:
-    return pieces + pieces[:1] * (PIECES - len(pieces))
-
-
-def _launch(kernel, p_BNW, bias_2E, *more, outputs=(), before=None, after=None, overwrite=None) -> list[Array]:
-    """Runs a kernel over tiles of [N, E] and returns its `outputs` and then, if `before` and `after` are given, pieces.
-
-    Those are for each group of blocks an array [B, rows, E] of its tokens and, if asked, of all before or after them.
-    """
+def _launch(kernel, p_BNW, bias_2E, *more, overwrite, outputs=(), **constants) -> list[Array]:
+    """Runs a kernel over tiles of [N, E]; returns the gradients of p and, still to be summed, bias, and `outputs`."""
     batch, n, stride = p_BNW.shape
-    width = bias_2E.shape[-1]
+    width = bias_2E.shape[1]
     tokens, columns, num_warps = TILE
-    bounds = [(begin, stop) for begin, stop, _ in groups(n)]
-    # A lone group may end in the middle of a tile.
-    constants = {'n': n, 'E': width, 'W': stride, 'LENGTH': -(-bounds[0][1] // tokens) * tokens}
-    if outputs:
-        # Gradients come in a piece for each group.
-        constants['GROUPS'] = len(bounds)
-    pieces, repeat = [], 1
-    if before is not None:
-        if before and after:
-            # What has all tokens is the same for all groups.
-            bounds, repeat = bounds[:1], len(bounds)
-        rows = [(n if after else stop) - (0 if before else begin) for begin, stop in bounds]
-        pieces = [jax.ShapeDtypeStruct((batch, r, width), p_BNW.dtype) for r in rows]
-        pieces += [jax.ShapeDtypeStruct((1,), p_BNW.dtype)] * (PIECES - len(pieces))
-        constants |= {'COUNT': len(rows), 'BEFORE': before, 'AFTER': after}
-    results = launch(
+    down = -(-n // tokens)
+    dp = jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype)
+    return launch(
         kernel,
         p_BNW,
         bias_2E,
         *more,
-        outputs=[*outputs, *pieces],
-        grid=(-(-width // columns), -(-n // tokens), batch),
+        outputs=[dp, jax.ShapeDtypeStruct((batch, down, width), jnp.float32), *outputs],
+        grid=(-(-width // columns), down, batch),
         num_warps=num_warps,
         num_stages=1,
         overwrite=overwrite,
+        n=n,
+        E=width,
+        W=stride,
         BLOCK_N=tokens,
         BLOCK_E=columns,
         **constants,
     )
-    if not pieces:
-        return results
-    return results[: len(outputs)] + results[len(outputs) :][: len(bounds)] * repeat

@@ -6,7 +6,7 @@ gradient of the scores.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -108,31 +108,23 @@ def relu2_attention(
 
 
 def _forward(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal):
-    values = [v_BNE[:, :stop] if causal else v_BNE for _, stop, _ in groups(v_BNE.shape[1])]
-    o_BNE = jnp.concatenate(attend(q_BNS, k_BNS, values, bias_P, tokens, causal), axis=1)
+    o_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), axis=1)
     return o_BNE, (q_BNS, k_BNS, v_BNE, bias_P, tokens)
 
 
 def _backward(causal, residuals, do_BNE):
     q_BNS, k_BNS, v_BNE, bias_P, tokens = residuals
-    bounds = list(groups(v_BNE.shape[1]))
-    values = [v_BNE[:, begin:stop] for begin, stop, _ in bounds]
-    gradients = [do_BNE[:, begin:] if causal else do_BNE for begin, _, _ in bounds]
-    dq, dk, dv, dbias = attention_gradients(q_BNS, k_BNS, values, gradients, bias_P, tokens, causal)
+    dq, dk, dv, dbias = attention_gradients(q_BNS, k_BNS, v_BNE, do_BNE, bias_P, tokens, causal)
     return dq, dk, jnp.concatenate(dv, axis=1), dbias, no_gradient(tokens)
 
 
 relu2_attention.defvjp(_forward, _backward)
 
 
-def attend(
-    q_BNS: Array, k_BNS: Array, values: Sequence[Array], bias_P: Array | None, tokens: Tokens, causal: bool
-) -> list[Array]:
-    """Returns A v of `relu2_attention` in the pieces [B, n, E] of all `groups`.
+def attend(q_BNS: Array, k_BNS: Array, v_BNE: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> list[Array]:
+    """Returns A v of `relu2_attention` in the pieces [B, n, E] of all `groups`; arguments as there.
 
-    Args:
-      q_BNS: and k_BNS, bias_P, tokens, causal: see there.
-      values: for every group the values of the keys its queries see, those up to its end if `causal`.
+    The compiler's products read the values of a group's keys, a range of rows, where they stand.
     """
 
     def block(v_BME, first, size):
@@ -140,14 +132,15 @@ def attend(
         return v_BME, a @ v_BME
 
     bounds = groups(q_BNS.shape[1])
-    return [_over_blocks(block, v_BME, *where)[1] for where, v_BME in zip(bounds, values, strict=True)]
+    # Queries of a causal group see no key after its end.
+    return [_over_blocks(block, v_BNE[:, : where[1]] if causal else v_BNE, *where)[1] for where in bounds]
 
 
 def attention_gradients(
     q_BNS: Array,
     k_BNS: Array,
-    values: Sequence[Array],
-    gradients: Sequence[Array],
+    v_BNE: Array,
+    do_BNE: Array,
     bias_P: Array | None,
     tokens: Tokens,
     causal: bool,
@@ -158,19 +151,20 @@ def attention_gradients(
 
     Args:
       q_BNS: and k_BNS, bias_P, tokens, causal: see `relu2_attention`.
-      values: those of every group.
-      gradients: for every group the gradients of the queries that see its keys, those from its start on if `causal`.
+      v_BNE: values.
+      do_BNE: gradient of A v.
     """
     dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
     dqs, dks, dvs, n = [], [], [], q_BNS.shape[1]
     dq_BnS = jnp.zeros(q_BNS.shape, jnp.float32)
-    for (begin, stop, size), v_BME, do_BnE in zip(groups(n), values, gradients, strict=True):
+    for begin, stop, size in groups(n):
+        # No key of a causal group is seen by queries before it.
         start = begin if causal else 0
-        q_BnS = q_BNS[:, start:]
+        q_BnS, do_BnE = q_BNS[:, start:], do_BNE[:, start:]
 
-        def block(sums, first, size, begin=begin, start=start, v_BME=v_BME, do_BnE=do_BnE, q_BnS=q_BnS):
+        def block(sums, first, size, start=start, do_BnE=do_BnE, q_BnS=q_BnS):
             dq, dbias_P = sums
-            k, v = _cut(k_BNS, first, size), _cut(v_BME, first - begin, size)
+            k, v = _cut(k_BNS, first, size), _cut(v_BNE, first, size)
             da = jnp.einsum('BNE,BME->BNM', do_BnE, v)
             where = q_BNS, k_BNS, bias_P, tokens, (start, first)
             a, ds, db = _weights_and_gradient(*where, da, causal=causal, again=True)
