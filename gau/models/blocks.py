@@ -65,9 +65,9 @@ class Block(nn.Module):
         if self.config.norm_placement == 'pre':
             x_BND, h_BND = norm(stream, tokens)
         y_BND, bias_D = layer(h_BND)
-        if self.config.dropout_rate:
+        if self.config.dropout_rate and not deterministic:
             y_BND = y_BND + bias_D.astype(y_BND.dtype)
-            y_BND, bias_D = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=deterministic), None
+            y_BND, bias_D = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=False), None
         x_BND, y_BND = (constrain(a, 'batch', 'length', 'act_embed') for a in (x_BND, y_BND))
         stream = Stream(x_BND, y_BND, bias_D)
         return Stream(norm(stream, tokens)[1]) if self.config.norm_placement == 'post' else stream

@@ -107,7 +107,8 @@ def test_every_ablation_decodes(case):
 def test_rounding_in_the_other_types(name, dtype, bound, block):
     """bfloat16 has steps of 2^-8: the two ways of adding may differ by some of them in logits of size 3."""
     worst, size = staircase(name, dtype=dtype, block=block)
-    assert 0 < worst < bound * size
+    assert size > 0.1
+    assert worst < bound * size
 
 
 @pytest.mark.parametrize('name', ['flash', 'mc_transformer_plus_plus', 'performer'])
