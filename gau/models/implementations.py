@@ -59,6 +59,16 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
     return next(impl for impl in impls if why_not(impl, config, target) is None)
 
 
+def compiler_options(impl: str) -> dict[str, bool]:
+    """Returns what XLA is to be told where a training step of this implementation is compiled.
+
+    Around Triton kernels the products of a block of keys or queries read a range of rows. XLA's own Triton products
+    take that range in, and its autotuner prefers them to a library's with a copy of the range. Without them the
+    library's products read the range in place, and run faster (LOG.md).
+    """
+    return {'xla_gpu_enable_triton_gemm': False} if impl == 'triton' else {}
+
+
 def why_not(impl: str, config: ConfigDict, target: Target) -> str | None:
     """Returns what an implementation needs that the config or the target lacks ("a GPU, this is cpu"), or None."""
     return WHY_NOT[impl](config, target)

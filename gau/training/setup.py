@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from gau.data import pipeline, sources, tokenizers
 from gau.errors import UserError, did_you_mean
 from gau.models import counts, registry
-from gau.models.implementations import Target
+from gau.models.implementations import Target, compiler_options
 from gau.training import checkpoints, durations, step
 from gau.training import mesh as meshes
 from gau.training.evaluation import Evaluator
@@ -188,7 +188,12 @@ class Run:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         # The metrics are whole everywhere, because every process reads them.
         metrics = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, metrics))
+        return jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, metrics),
+            compiler_options=compiler_options(self.model.config.impl),
+        )
 
     def evaluator(self) -> Evaluator:
         """Returns the evaluator of this config."""

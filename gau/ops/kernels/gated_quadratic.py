@@ -40,25 +40,25 @@ def gated_relu2_attention(
 def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
     width, dtype = bias_2E.shape[1], p_BNW.dtype
     bias_u, bias_v = bias_2E.astype(jnp.float32)
-    v_BNE = jax.nn.silu(p_BNW[..., width : 2 * width].astype(jnp.float32) + bias_v).astype(dtype)
-    av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), axis=1)
+    v_NBE = jax.nn.silu(p_BNW[..., width : 2 * width].swapaxes(0, 1).astype(jnp.float32) + bias_v).astype(dtype)
+    av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal), axis=1)
     u_BNE = p_BNW[..., :width].astype(jnp.float32) + bias_u
     # The backward pass divides by the gate (gau/ops/kernels/gates_triton.py).
     u_BNE = jnp.where(jnp.abs(u_BNE) < 1e-20, 1e-20, u_BNE)
     u_BNE = jnp.where(u_BNE < -60, -60.0, u_BNE)
     o_BNE = (jax.nn.silu(u_BNE) * av_BNE.astype(jnp.float32)).astype(dtype)
-    return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_BNE, o_BNE)
+    return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE)
 
 
 def _backward(causal, residuals, do_BNE):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
-    p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_BNE, o_BNE = residuals
-    like_do = jax.ShapeDtypeStruct(do_BNE.shape, do_BNE.dtype)
-    half_dp, dbias_u, dav_BNE = _launch(
-        kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, o_BNE, outputs=[like_do], overwrite=None
+    p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE = residuals
+    like_v = jax.ShapeDtypeStruct(v_NBE.shape, v_NBE.dtype)
+    half_dp, dbias_u, dav_NBE = _launch(
+        kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, o_BNE, outputs=[like_v], overwrite=None, B=len(p_BNW)
     )
-    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_BNE, dav_BNE, bias_P, tokens, causal)
+    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, bias_P, tokens, causal)
     # A lone group may end in the middle of a tile.
     length = -(-next(groups(p_BNW.shape[1]))[1] // TILE[0]) * TILE[0]
     dp_BNW, dbias_v = _launch(

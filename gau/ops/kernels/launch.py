@@ -4,6 +4,7 @@ The interpreter (environment variable TRITON_INTERPRET=1, set before Triton is i
 program in NumPy: slow, and there so that the tests prove the very kernels without a GPU.
 """
 
+import functools
 import importlib.util
 import os
 import threading
@@ -16,6 +17,8 @@ from jax import Array
 
 # Programs that CUDA takes along the second and the third axis of a grid.
 LARGEST_SIDE = 65_535
+# The custom call of a Triton kernel that jaxlib marks as fit for CUDA graphs.
+GRAPH_CALL = 'triton_kernel_call_ffi'
 # It changes Triton's functions while it runs, and JAX may call back from several threads.
 _INTERPRETER = threading.Lock()
 
@@ -72,9 +75,7 @@ def launch(
     overwrite = dict(overwrite or {})
     if interpreted():
         return _interpret(kernel, inputs, outputs, grid, overwrite, constants)
-    import jax_triton
-
-    return jax_triton.triton_call(
+    return _jax_triton().triton_call(
         *inputs,
         kernel=kernel,
         out_shape=list(outputs),
@@ -84,6 +85,34 @@ def launch(
         input_output_aliases=overwrite,
         **constants,
     )
+
+
+@functools.cache
+def _jax_triton() -> Any:
+    """Returns the package jax_triton, its kernels lowered to the call that may be part of a CUDA graph.
+
+    The package (0.3) names jaxlib's older call, for which XLA ends a graph and the host launches kernel by kernel. The
+    newer one has the same contents, as an attribute.
+    """
+    import jax_triton
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib
+    from jaxlib import gpu_triton
+    from jaxlib.mlir import ir
+
+    if GRAPH_CALL not in gpu_triton._cuda_triton.registrations():
+        return jax_triton
+
+    def lowering(*args, **params):
+        results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, *args, **params)
+        attributes = jax.tree.leaves(results)[0].owner.attributes
+        attributes['backend_config'] = ir.DictAttr.get({'opaque': attributes['backend_config']})
+        attributes['call_target_name'] = ir.StringAttr.get(GRAPH_CALL)
+        attributes['api_version'] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lowering, platform='cuda')
+    return jax_triton
 
 
 def _interpret(kernel, inputs, outputs, grid, overwrite, constants) -> list[Array]:

@@ -108,39 +108,42 @@ def relu2_attention(
 
 
 def _forward(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal):
-    o_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), axis=1)
+    o_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_BNE.swapaxes(0, 1), bias_P, tokens, causal), axis=1)
     return o_BNE, (q_BNS, k_BNS, v_BNE, bias_P, tokens)
 
 
 def _backward(causal, residuals, do_BNE):
     q_BNS, k_BNS, v_BNE, bias_P, tokens = residuals
-    dq, dk, dv, dbias = attention_gradients(q_BNS, k_BNS, v_BNE, do_BNE, bias_P, tokens, causal)
+    v_NBE, do_NBE = v_BNE.swapaxes(0, 1), do_BNE.swapaxes(0, 1)
+    dq, dk, dv, dbias = attention_gradients(q_BNS, k_BNS, v_NBE, do_NBE, bias_P, tokens, causal)
     return dq, dk, jnp.concatenate(dv, axis=1), dbias, no_gradient(tokens)
 
 
 relu2_attention.defvjp(_forward, _backward)
 
 
-def attend(q_BNS: Array, k_BNS: Array, v_BNE: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> list[Array]:
-    """Returns A v of `relu2_attention` in the pieces [B, n, E] of all `groups`; arguments as there.
+def attend(q_BNS: Array, k_BNS: Array, v_NBE: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> list[Array]:
+    """Returns A v of `relu2_attention` in the pieces [B, n, E] of all `groups`.
 
-    The compiler's products read the values of a group's keys, a range of rows, where they stand.
+    Args:
+      q_BNS: and k_BNS, bias_P, tokens, causal: see there.
+      v_NBE: values, tokens first: those of a group's keys are then one piece of memory, which products read in place.
     """
 
-    def block(v_BME, first, size):
-        a = _weights(q_BNS, k_BNS, bias_P, tokens, (first, 0), (size, v_BME.shape[1]), causal=causal)
-        return v_BME, a @ v_BME
+    def block(v_MBE, first, size):
+        a = _weights(q_BNS, k_BNS, bias_P, tokens, (first, 0), (size, v_MBE.shape[0]), causal=causal)
+        return v_MBE, jnp.einsum('BNM,MBE->BNE', a, v_MBE)
 
     bounds = groups(q_BNS.shape[1])
     # Queries of a causal group see no key after its end.
-    return [_over_blocks(block, v_BNE[:, : where[1]] if causal else v_BNE, *where)[1] for where in bounds]
+    return [_over_blocks(block, v_NBE[: where[1]] if causal else v_NBE, *where)[1] for where in bounds]
 
 
 def attention_gradients(
     q_BNS: Array,
     k_BNS: Array,
-    v_BNE: Array,
-    do_BNE: Array,
+    v_NBE: Array,
+    do_NBE: Array,
     bias_P: Array | None,
     tokens: Tokens,
     causal: bool,
@@ -151,8 +154,8 @@ def attention_gradients(
 
     Args:
       q_BNS: and k_BNS, bias_P, tokens, causal: see `relu2_attention`.
-      v_BNE: values.
-      do_BNE: gradient of A v.
+      v_NBE: values, tokens first as in `attend`.
+      do_NBE: gradient of A v.
     """
     dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
     dqs, dks, dvs, n = [], [], [], q_BNS.shape[1]
@@ -160,19 +163,20 @@ def attention_gradients(
     for begin, stop, size in groups(n):
         # No key of a causal group is seen by queries before it.
         start = begin if causal else 0
-        q_BnS, do_BnE = q_BNS[:, start:], do_BNE[:, start:]
+        q_BnS, do_nBE = q_BNS[:, start:], do_NBE[start:]
 
-        def block(sums, first, size, start=start, do_BnE=do_BnE, q_BnS=q_BnS):
+        def block(sums, first, size, start=start, do_nBE=do_nBE, q_BnS=q_BnS):
             dq, dbias_P = sums
-            k, v = _cut(k_BNS, first, size), _cut(v_BNE, first, size)
-            da = jnp.einsum('BNE,BME->BNM', do_BnE, v)
+            k = jax.lax.dynamic_slice_in_dim(k_BNS, first, size, axis=1)
+            v = jax.lax.dynamic_slice_in_dim(v_NBE, first, size, axis=0)
+            da = jnp.einsum('NBE,MBE->BNM', do_nBE, v)
             where = q_BNS, k_BNS, bias_P, tokens, (start, first)
             a, ds, db = _weights_and_gradient(*where, da, causal=causal, again=True)
             if dbias_P is not None:
                 dbias_P = _add(dbias_P, db, da.shape[1], start - first)
             dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
             dk = jnp.einsum('BNM,BNS->BMS', ds, q_BnS)
-            return (dq, dbias_P), (dk, jnp.einsum('BNM,BNE->BME', a, do_BnE))
+            return (dq, dbias_P), (dk, jnp.einsum('BNM,NBE->BME', a, do_nBE))
 
         (dq_BnS, dbias_P), (dk, dv) = _over_blocks(block, (dq_BnS, dbias_P), begin, stop, size)
         dks.append(dk)
@@ -232,10 +236,6 @@ def _over_blocks(block: Callable[..., Any], carry: Any, begin: int, stop: int, s
         carry, result = block(carry, first, min(size, stop - first))
         results.append(result)
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
-
-
-def _cut(tree: Any, first: int | Array, size: int) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), tree)
 
 
 def _add(sums_P: Array, diagonals: Array, n: int, offset: int | Array) -> Array:

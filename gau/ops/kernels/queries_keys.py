@@ -16,7 +16,7 @@ from gau.ops.kernels.launch import launch, power_of_two
 ROLES = 4
 # Numbers in a program's tile of half the width, forwards and backwards. Backwards a thread then holds four numbers of
 # each of 18 sums, in all 168 registers at four roles; with twice as many they spill.
-BLOCK, GRADIENT_BLOCK = 2048, 1024
+BLOCK, GRADIENT_BLOCK = 2048, 512
 # Programs of the backward pass at most: as many as the registers of an H100 hold at once, three a multiprocessor.
 PROGRAMS = 396
 

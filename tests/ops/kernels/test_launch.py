@@ -4,13 +4,13 @@ import jax
 import pytest
 
 from gau.ops.kernels.launch import launch
-from gau.ops.kernels.norm_triton import scale_norm_gradient_kernel
+from gau.ops.kernels.norm_triton import add_and_scale_norm_kernel
 
 
 def test_a_grid_that_no_gpu_takes_is_refused():
     with pytest.raises(ValueError, match=r'grid of \(1, 65536\).* larger chunks'):
         launch(
-            scale_norm_gradient_kernel,
+            add_and_scale_norm_kernel,
             outputs=[jax.ShapeDtypeStruct((1,), 'float32')],
             grid=(1, 65_536),
             num_warps=4,
@@ -21,5 +21,5 @@ def test_a_grid_that_no_gpu_takes_is_refused():
 def test_a_constant_that_a_kernel_does_not_have_is_refused():
     """Triton's interpreter would let it pass."""
     fields = {'outputs': [jax.ShapeDtypeStruct((1,), 'float32')], 'grid': (1,), 'num_warps': 4, 'num_stages': 1}
-    with pytest.raises(ValueError, match='scale_norm_gradient_kernel has no BLOCK_N'):
-        launch(scale_norm_gradient_kernel, **fields, BLOCK_N=16)
+    with pytest.raises(ValueError, match='add_and_scale_norm_kernel has no BLOCK_N'):
+        launch(add_and_scale_norm_kernel, **fields, BLOCK_N=16)
