@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.numerics import max_error
+
 pytest.importorskip('triton')
 
 # The interpreter has no bfloat16 products.
 DTYPES = ['float32', 'bfloat16'] if jax.default_backend() == 'gpu' else ['float32']
 # Largest difference, of the largest number.
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
+# Before silu, and as good as 0 after it, but for the last.
+GATES = (0.0, -0.0, -70.0, -500.0, 500.0)
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +30,25 @@ def documents(n):
     first[-(n // 8) :] = 0
     second = np.repeat([7, 0, 5, 6], [n // 3, n // 6, 2, n - 2 - n // 3 - n // 6])
     return jnp.asarray(np.stack([first, second]), jnp.int32)
+
+
+def expect_gates_to_have_their_gradient(gate, p, args, compare, names):
+    """Checks that a gate of exactly 0, or as good as 0, by which kernels divide o, has the gradient it should have.
+
+    Args:
+      gate: what every third token's gate is before silu, its bias being 0.
+      p: which of `args`, float64, has the projections, of 24 columns for the gate.
+      args: of the op.
+      compare: from float64 arguments to what is wanted and what the kernels find in float32: the output and all
+        gradients of each.
+      names: of output and arguments.
+    """
+    args = list(args)
+    args[p] = args[p].at[:, ::3, :24].set(gate)
+    args[p + 1] = jnp.zeros_like(args[p + 1])
+    wanted, found = compare(args)
+    for name, a, b in zip(names, found, wanted, strict=True):
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE['float32'], name
+    found, wanted = (np.asarray(x[1 + p][:, ::3, :24], np.float64) for x in (found, wanted))
+    assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
+    assert gate < -1 or np.abs(found).min() > 0

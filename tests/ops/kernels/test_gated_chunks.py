@@ -9,7 +9,7 @@ from gau.ops.gated_chunks import gated_mixed_chunk
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
+from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
 
 LAYOUTS = {
     'none': lambda n: None,
@@ -84,17 +84,15 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, pa
         assert max_error(a, b) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize('gate', [0.0, -0.0, -70.0, -500.0, 500.0])
+@pytest.mark.parametrize('gate', GATES)
 def test_gates_that_are_zero_have_their_gradient(gate):
-    """The kernels divide o by the gate: one of exactly 0, or as good as 0, must not make that 0 / 0."""
     args, weights = inputs(0, batch=2, n=16, s=8, e=24, chunk=8)
-    args = [args[0].at[:, ::3, :24].set(gate), jnp.zeros_like(args[1]), *args[2:]]
     fields = {'chunk': 8, 'causal': True, 'ids': None, 'reduction': 'mean'}
-    wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
-    narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
-    found = value_and_gradients('triton', 'float32', *narrow, **fields)
-    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
-        assert max_error(a, b) < TOLERANCE['float32'], name
-    found, wanted = (np.asarray(x[1][0][:, ::3, :24], np.float64) for x in (found, wanted))
-    assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
-    assert gate < -1 or np.abs(found).min() > 0
+
+    def compare(args):
+        narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
+        wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+        found = value_and_gradients('triton', 'float32', *narrow, **fields)
+        return (wanted[0], *wanted[1]), (found[0], *found[1])
+
+    expect_gates_to_have_their_gradient(gate, 0, args, compare, ('o', *NAMES))

@@ -9,7 +9,7 @@ from gau.ops.kernels import quadratic as host
 from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
+from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
 
 NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'p', 'bias of uv')}
 
@@ -84,3 +84,20 @@ def test_a_nan_is_not_hidden(op, name):
     assert np.isnan(found[0]).any(-1)[rows].all()
     pairs = zip(NAMES[op], found[1], wanted[1], strict=True)
     assert not [other for other, a, b in pairs if np.isnan(b).any() and not np.isnan(a).any()]
+
+
+@pytest.mark.parametrize('gate', GATES)
+def test_gates_that_are_zero_have_their_gradient(gate):
+    n, s, e = 16, 8, 24
+    generator = np.random.default_rng(0)
+    shapes = [(2, n, s), (2, n, s), (2 * n - 1,), (2, n, 2 * e + 5), (2, e), (2, n, e)]
+    *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
+    fields = {'scoring': Scoring('relu2', 'fixed', 8), 'causal': True}
+
+    def compare(args):
+        narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
+        wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+        found = value_and_gradients('triton', 'float32', *narrow, **fields)
+        return (wanted[0], *wanted[1]), (found[0], *found[1])
+
+    expect_gates_to_have_their_gradient(gate, 3, args, compare, ('o', *NAMES['gated']))
