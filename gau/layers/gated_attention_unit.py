@@ -75,7 +75,7 @@ class FusedScaleOffset(ScaleOffset):
     """A `ScaleOffset` of one head, with the bias and silu before it in the same kernel."""
 
     @nn.compact
-    def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[list[Array], Array]:
+    def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[tuple[Array, ...], Array]:
         """Maps a projection, the last S columns of p, to `roles` arrays [B, N, S]; and returns p to go on with.
 
         See `gau.ops.queries_keys`.
@@ -116,7 +116,7 @@ class GatedAttentionUnit(nn.Module):
       global_reduction: with chunks: 'mean' or 'sum'.
       scoring: attention function and normaliser.
       temperature: 'learned' multiplies q.k by one learned scalar (init 1), 'none' does not.
-      gate: 'silu', or 'none' for U = 1 (then there is no Wu).
+      gate: 'silu', or 'none' for U = 1 (then there is no Wu, and of 'triton' only the attention's kernels are used).
       gamma_init: 'normal' or 'ones'.
       relative_bias: 'toeplitz', 'rotary' or 'none'.
       relative_bias_length: positions the Toeplitz table serves.
@@ -149,17 +149,17 @@ class GatedAttentionUnit(nn.Module):
         gated = self.gate == 'silu'
         project_o = Linear((width,), ('expanded',), ('embed',), self.dtype, name='out')
         roles = 4 if self.chunk_size and self.branches == 'both' else 2
-        scale_offset = roles, self.num_heads, self.gamma_init, self.rope, self.dtype
-        project_uv = (1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype
-        project_z = (self.query_key_dim,), ('embed',), ('query_key',), self.dtype
+        role_fields = roles, self.num_heads, self.gamma_init, self.rope, self.dtype
+        uv_fields = (1 + gated, self.expanded_dim), ('embed',), (None, 'expanded'), self.dtype
+        z_fields = (self.query_key_dim,), ('embed',), ('query_key',), self.dtype
         if self.impl == 'triton' and tokens.at is None and (self.chunk_size or gated):
-            uv, z = Weights(*project_uv, name='uv')(x_BND), Weights(*project_z, name='z')(x_BND)
-            o_BNE = self._fused(x_BND, uv, z, FusedScaleOffset(*scale_offset, name='query_key'), tokens)
+            uv, z = Weights(*uv_fields, name='uv')(x_BND), Weights(*z_fields, name='z')(x_BND)
+            o_BNE = self._fused(x_BND, uv, z, FusedScaleOffset(*role_fields, name='query_key'), tokens)
             return project_o(o_BNE, add_bias=False)
 
-        uv = constrain(jax.nn.silu(Linear(*project_uv, name='uv')(x_BND)), 'batch', 'length', None, 'act_expanded')
-        queries_keys = ScaleOffset(*scale_offset, name='query_key')(
-            jax.nn.silu(Linear(*project_z, name='z')(x_BND)), tokens=tokens
+        uv = constrain(jax.nn.silu(Linear(*uv_fields, name='uv')(x_BND)), 'batch', 'length', None, 'act_expanded')
+        queries_keys = ScaleOffset(*role_fields, name='query_key')(
+            jax.nn.silu(Linear(*z_fields, name='z')(x_BND)), tokens=tokens
         )
         v_BNE = uv[:, :, -1]
         v_BHNE = v_BNE.reshape(batch, n, self.num_heads, -1).swapaxes(1, 2)
@@ -243,7 +243,14 @@ class GatedAttentionUnit(nn.Module):
             token_multiple=self.chunk_size if self.impl == 'xla' else None,
         )
 
-    def _fused(self, x_BND: Array, uv, z, scale_offset: FusedScaleOffset, tokens: TokenInfo) -> Array:
+    def _fused(
+        self,
+        x_BND: Array,
+        uv: tuple[Array, Array],
+        z: tuple[Array, Array],
+        scale_offset: FusedScaleOffset,
+        tokens: TokenInfo,
+    ) -> Array:
         """Applies ops that have the activations and the gate in them, for one head, on every device's own texts.
 
         Args:
@@ -253,6 +260,9 @@ class GatedAttentionUnit(nn.Module):
           scale_offset: makes them of their projection.
           tokens: what all layers know of the tokens.
         """
+        # `gau.models.implementations` takes them for nothing else.
+        assert self.num_heads == 1
+        assert self.branches == 'both'
         (uv_D2E, bias_2E), (z_DS, bias_S) = uv, z
         if parts_of('act_expanded') == 1:
             # One product: its gradient for x needs no second pass to add two of them up.

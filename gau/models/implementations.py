@@ -62,9 +62,9 @@ def select_implementation(config: ConfigDict, *, target: Target) -> str:
 def compiler_options(impl: str) -> dict[str, bool]:
     """Returns what XLA is to be told where a training step of this implementation is compiled.
 
-    Around Triton kernels the products of a block of keys or queries read a range of rows. XLA's own Triton products
-    take that range in, and its autotuner prefers them to a library's with a copy of the range. Without them the
-    library's products read the range in place, and run faster (LOG.md).
+    In FLASH-Quad, products of a block of keys or queries with the others read a range of rows. XLA's own Triton
+    products take that range in, and its autotuner prefers them to a library's with a copy of the range; without them
+    the library's products read the range in place (LOG.md). FLASH has no such products and loses nothing by it.
     """
     return {'xla_gpu_enable_triton_gemm': False} if impl == 'triton' else {}
 

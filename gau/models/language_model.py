@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
         scan = config.layer_stack == 'scan'
         block = Block
         if config.remat != 'none':
-            # Static argument 3 is `deterministic` (self, x and tokens come before it).
+            # Static argument 3 is `deterministic` (self, stream and tokens come before it).
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not scan, static_argnums=(3,))
         if scan:

@@ -130,3 +130,8 @@ def test_the_layer_calls_cudnn_as_it_calls_the_others(monkeypatch, ids):
     ids = None if ids is None else jnp.asarray([LAYOUTS[ids]])
     # jax.nn.dot_product_attention has its scores in float32.
     assert max_error(apply(fused, params, tokens(), ids), apply(model, params, tokens(), ids)) < 1e-5
+
+
+def test_compiler_options_are_some_that_xla_knows():
+    assert jax.jit(lambda x: x + 1, compiler_options=implementations.compiler_options('triton'))(1) == 2
+    assert [impl for impl in implementations.WHY_NOT if implementations.compiler_options(impl)] == ['triton']

@@ -38,14 +38,16 @@ def gated_relu2_attention(
 
 
 def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
+    from gau.ops.kernels.gates_triton import LOWEST_GATE, SMALLEST_GATE
+
     width, dtype = bias_2E.shape[1], p_BNW.dtype
     bias_u, bias_v = bias_2E.astype(jnp.float32)
     v_NBE = jax.nn.silu(p_BNW[..., width : 2 * width].swapaxes(0, 1).astype(jnp.float32) + bias_v).astype(dtype)
     av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal), axis=1)
     u_BNE = p_BNW[..., :width].astype(jnp.float32) + bias_u
-    # The backward pass divides by the gate (gau/ops/kernels/gates_triton.py).
-    u_BNE = jnp.where(jnp.abs(u_BNE) < 1e-20, 1e-20, u_BNE)
-    u_BNE = jnp.where(u_BNE < -60, -60.0, u_BNE)
+    # As `for_gate` there: the backward pass divides by the gate.
+    u_BNE = jnp.where(jnp.abs(u_BNE) < SMALLEST_GATE.value, SMALLEST_GATE.value, u_BNE)
+    u_BNE = jnp.where(u_BNE < LOWEST_GATE.value, LOWEST_GATE.value, u_BNE)
     o_BNE = (jax.nn.silu(u_BNE) * av_BNE.astype(jnp.float32)).astype(dtype)
     return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE)
 

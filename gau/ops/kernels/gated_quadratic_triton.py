@@ -49,13 +49,13 @@ def gate_gradient_kernel(
     B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of o = silu(u) av: the gradient of av, tokens before texts, and that of u in its columns of dp."""
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     do = tile(do_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
     o = tile(o_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
     u = for_gate(_projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W))
-    put(dav_ptr + b * E, do * silu(u), row.to(tl.int64), col, B * E, n, E)
+    put(dav_ptr + b * E, do * silu(u), row, col, B * E, n, E)
     _put_gradient(dp_ptr, dbias_ptr, gate_gradient(u, o, do), 0, row, col, b, n, E, W)
 
 
@@ -66,7 +66,7 @@ def value_gradient_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what v is made of, in its columns of dp, which has that of u; and zeros for another reader's."""
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)

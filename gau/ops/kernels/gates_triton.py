@@ -7,6 +7,9 @@ product after the gate keeps anyway.
 import triton
 import triton.language as tl
 
+# How near to 0 a gate before silu may come, and how far below: silu of it divides what it let through.
+SMALLEST_GATE, LOWEST_GATE = tl.constexpr(1e-20), tl.constexpr(-60.0)
+
 
 @triton.jit
 def sigmoid(x):
@@ -24,8 +27,8 @@ def silu(x):
 @triton.jit
 def for_gate(u):
     """u, where silu(u) is no less than 1e-25: o / silu(u) must exist. It changes o by less than 1e-20 x."""
-    u = tl.where(tl.abs(u) < 1e-20, 1e-20, u)
-    return tl.where(u < -60, -60.0, u)
+    u = tl.where(tl.abs(u) < SMALLEST_GATE, SMALLEST_GATE, u)
+    return tl.where(u < LOWEST_GATE, LOWEST_GATE, u)
 
 
 @triton.jit

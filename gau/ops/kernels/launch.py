@@ -19,6 +19,8 @@ from jax import Array
 LARGEST_SIDE = 65_535
 # The custom call of a Triton kernel that jaxlib marks as fit for CUDA graphs.
 GRAPH_CALL = 'triton_kernel_call_ffi'
+# Versions of XLA's interface for custom calls: contents as one string, or as named attributes.
+OLDER_INTERFACE, TYPED_INTERFACE = 2, 4
 # It changes Triton's functions while it runs, and JAX may call back from several threads.
 _INTERPRETER = threading.Lock()
 
@@ -53,7 +55,8 @@ def launch(
     Args:
       kernel: a function under `triton.jit` whose pointers come first and whose constants are all `constexpr`.
       inputs: arrays, contiguous as JAX's are.
-      outputs: shapes and types of what the kernel writes; it writes all of it, or what `overwrite` left there stands.
+      outputs: shapes and types of what the kernel writes; what it leaves out is what `overwrite` left there, or
+        undefined.
       grid: programs along each axis, at most three.
       num_warps: warps of a program.
       num_stages: depth of the software pipeline of its loops.
@@ -98,21 +101,32 @@ def _jax_triton() -> Any:
     from jax.interpreters import mlir
     from jax_triton import triton_lib
     from jaxlib import gpu_triton
-    from jaxlib.mlir import ir
 
     if GRAPH_CALL not in gpu_triton._cuda_triton.registrations():
         return jax_triton
 
     def lowering(*args, **params):
         results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, *args, **params)
-        attributes = jax.tree.leaves(results)[0].owner.attributes
-        attributes['backend_config'] = ir.DictAttr.get({'opaque': attributes['backend_config']})
-        attributes['call_target_name'] = ir.StringAttr.get(GRAPH_CALL)
-        attributes['api_version'] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        fit_for_graphs(jax.tree.leaves(results)[0].owner)
         return results
 
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lowering, platform='cuda')
     return jax_triton
+
+
+def fit_for_graphs(call: Any) -> None:
+    """Makes of a custom call to jaxlib's older entry for Triton kernels one to `GRAPH_CALL`, in place.
+
+    Args:
+      call: an MLIR operation `stablehlo.custom_call`; any other version of the interface than the older is left alone.
+    """
+    from jaxlib.mlir import ir
+
+    attributes = call.attributes
+    if ir.IntegerAttr(attributes['api_version']).value == OLDER_INTERFACE:
+        attributes['backend_config'] = ir.DictAttr.get({'opaque': attributes['backend_config']})
+        attributes['call_target_name'] = ir.StringAttr.get(GRAPH_CALL)
+        attributes['api_version'] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), TYPED_INTERFACE)
 
 
 def _interpret(kernel, inputs, outputs, grid, overwrite, constants) -> list[Array]:

@@ -23,8 +23,8 @@ NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 def inputs(seed, *, batch, n, s, e, chunk):
     keys = jax.random.split(jax.random.key(seed), len(NAMES) + 1)
-    # Five columns of p belong to another reader.
-    shapes = [(batch, n, 2 * e + 5), (2, e), *[(batch, n, s)] * 4, (2 * chunk - 1,)]
+    # Columns of p that belong to another reader, more than a tile has.
+    shapes = [(batch, n, 2 * e + 70), (2, e), *[(batch, n, s)] * 4, (2 * chunk - 1,)]
     draws = [jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=False)]
     return draws, jax.random.normal(keys[-1], (batch, n, e), jnp.float64)
 

@@ -53,7 +53,8 @@ def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packe
     tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
     monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, tiles))
     generator = np.random.default_rng(0)
-    values = {'plain': [(2, n, e)], 'gated': [(2, n, 2 * e + 5), (2, e)]}[op]
+    # Projections have columns of another reader, more than a tile has.
+    values = {'plain': [(2, n, e)], 'gated': [(2, n, 2 * e + 140), (2, e)]}[op]
     shapes = [(2, n, s), (2, n, s), (2 * n - 1,), *values, (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     ids = documents(n) if packed else None
