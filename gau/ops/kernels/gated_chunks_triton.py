@@ -1,12 +1,14 @@
 """Triton kernels of the gated chunk product (`gau.ops.gated_chunks` says what it is, and has the same steps in JAX).
 
 What they are for: U, V and what is made of them are [N, E], an order larger than anything else in the layer, and
-reading and writing them is most of what a layer costs beside its matrix products. A kernel reads the projections as the
-matrix product left them, adds the bias, applies silu where it needs u or v, and writes only what must outlive it.
+reading and writing them is most of what a layer costs beside its matrix products. Kernels read the projections as the
+matrix product left them and add bias and silu themselves. Of what that makes only v is written: it is a factor of three
+products, whose loads and matrix units would else wait for it to be made again in every row of tiles.
 
-Letters beside the house's: T = B G chunks of a batch; F = width of the linear queries and keys (S for one direction of
-the states, 2 S for two); P parts of a sequence, each with a walk over its chunks that starts from nothing. Every size
-is a compile-time constant; tiles that stick out of an array are masked.
+Letters beside the house's: T = B G chunks of a batch; W columns of the projections p, those of U and V first; F = width
+of the linear queries and keys (S for one direction of the states, 2 S for two); P parts of a sequence, each with a walk
+over its chunks that starts from nothing. Every size is a compile-time constant; tiles that stick out of an array are
+masked.
 """
 
 import triton
