@@ -45,7 +45,7 @@ def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
     v_NBE = jax.nn.silu(p_BNW[..., width : 2 * width].swapaxes(0, 1).astype(jnp.float32) + bias_v).astype(dtype)
     av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal), axis=1)
     u_BNE = p_BNW[..., :width].astype(jnp.float32) + bias_u
-    # As `for_gate` there: the backward pass divides by the gate.
+    # What `for_gate` does in the kernels: the backward pass divides by silu of it.
     u_BNE = jnp.where(jnp.abs(u_BNE) < SMALLEST_GATE.value, SMALLEST_GATE.value, u_BNE)
     u_BNE = jnp.where(u_BNE < LOWEST_GATE.value, LOWEST_GATE.value, u_BNE)
     o_BNE = (jax.nn.silu(u_BNE) * av_BNE.astype(jnp.float32)).astype(dtype)
