@@ -21,6 +21,9 @@ if PLATFORM == 'cpu':
     os.environ['JAX_PLATFORMS'] = 'cpu'
     # Triton looks at it when it is imported.
     os.environ['TRITON_INTERPRET'] = '1'
+else:
+    # Otherwise each worker of pytest-xdist reserves most of the GPU.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 # A directory of this process's own: a test must never pass because of what an older checkout compiled, nor read what
 # another worker (pytest-xdist) is just writing.
 _cache = tempfile.mkdtemp(prefix='gau_tests_xla_')

@@ -24,6 +24,17 @@ def _bias(ptr, col, cols: tl.constexpr):
 
 
 @triton.jit
+def _chunk(batch, step, direction, G: tl.constexpr):
+    """The chunk that a walk is at in a step: the second direction's begins with the last."""
+    return (batch * G + tl.where(direction == 0, step, G - 1 - step)).to(tl.int64)
+
+
+@triton.jit
+def _kept(keep_ptr, batch, step, direction, G: tl.constexpr, WALKS: tl.constexpr):
+    return tl.load(keep_ptr + _chunk(batch, step, direction, G) * WALKS + direction)
+
+
+@triton.jit
 def states_kernel(
     p_ptr,
     bias_ptr,
@@ -61,14 +72,16 @@ def states_kernel(
     ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
-    for i in range(0, (tl.minimum(first + length, G) - first) * blocks):
+    last = tl.minimum(first + length, G) - 1
+    kept = _kept(keep_ptr, batch, first, direction, G, F // S)
+    for i in range(0, (last + 1 - first) * blocks):
         step = first + i // blocks
-        g = tl.where(direction == 0, step, G - 1 - step)
-        chunk = (batch * G + g).to(tl.int64)
+        chunk = _chunk(batch, step, direction, G)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
             put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
+            state *= kept
+            kept = _kept(keep_ptr, batch, tl.minimum(step + 1, last), direction, G, F // S)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
@@ -101,6 +114,8 @@ def output_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = tl.program_id(2).to(tl.int64)
+    # Before the products, so that it is there when they are done.
+    u = tile(p_ptr + chunk * C * W, m, e, W, C, E)
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     end = C
     if CAUSAL:
@@ -115,8 +130,8 @@ def output_kernel(
         q = tile(q_ptr + chunk * C * F, m, f, F, C, F)
         state = tile(m_ptr + chunk * F * E, f, e, E, F, E)
         mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
-    u = tile(p_ptr + chunk * C * W, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr, e, E)
-    put(o_ptr + chunk * C * E, mixed * silu(for_gate(u)), m, e, E, C, E)
+    gate = silu(for_gate(u.to(tl.float32) + _bias(bias_ptr, e, E)))
+    put(o_ptr + chunk * C * E, mixed * gate, m, e, E, C, E)
 
 
 @triton.jit
@@ -162,21 +177,27 @@ def gate_gradient_kernel(
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     dbias = tl.zeros((BLOCK_E,), tl.float32)
     first = part * length
-    count = tl.minimum(first + length, G) - first
-    for i in range(0, count * blocks):
-        step = first + count - 1 - i // blocks
-        g = tl.where(direction == 0, step, G - 1 - step)
-        chunk = (batch * G + g).to(tl.int64)
+    last = tl.minimum(first + length, G) - 1
+    # What the compiler does not load ahead, as it does the factors of a product: o of the next tile, and keep.
+    kept = _kept(keep_ptr, batch, last, direction, G, F // S)
+    next_o = tile(o_ptr + _chunk(batch, last, direction, G) * C * E, c, e, E, C, E)
+    for i in range(0, (last + 1 - first) * blocks):
+        step = last - i // blocks
+        chunk = _chunk(batch, step, direction, G)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
+            state *= kept
+            kept = _kept(keep_ptr, batch, tl.maximum(step - 1, first), direction, G, F // S)
         u = for_gate(tile(p_ptr + chunk * C * W, row, e, W, C, E).to(tl.float32) + bias_u)
         do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         dmixed = (do * silu(u)).to(q.dtype)
         if direction == 0:
-            du = gate_gradient(u, tile(o_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32), do)
+            o = next_o.to(tl.float32)
+            ahead = _chunk(batch, tl.maximum(last - (i + 1) // blocks, first), direction, G)
+            next_o = tile(o_ptr + ahead * C * E, ((i + 1) % blocks) * BLOCK_C + c, e, E, C, E)
+            du = gate_gradient(u, o, do)
             dbias += tl.sum(du, axis=0)
             put(dp_ptr + chunk * C * W, du, row, e, W, C, E)
             put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
@@ -253,6 +274,7 @@ def value_and_weight_gradient_kernel(
         number -= squares
         m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
         e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
+        x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E)
         dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         begin = 0
         if CAUSAL:
@@ -267,8 +289,7 @@ def value_and_weight_gradient_kernel(
             k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
             dkv = tile(dkv_ptr, f, e, E, F, E)
             dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
-        x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E).to(tl.float32) + _bias(bias_ptr + E, e, E)
-        dv *= silu_gradient(x)
+        dv *= silu_gradient(x.to(tl.float32) + _bias(bias_ptr + E, e, E))
         put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
         tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
         # The columns of another reader.
