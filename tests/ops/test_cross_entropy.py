@@ -161,3 +161,26 @@ def test_weighted_loss_never_holds_all_logits_and_computes_them_once():
     assert peak(n) >= n * v * 4
     assert peak(8) < n * v * 4 / 2
     assert str(jax.make_jaxpr(run(8))(*shapes, *rest)).count('dot_general[') == 3, 'logits, d h and d E'
+
+
+def test_the_kernels_logits_are_nearer_than_those_of_a_rounded_embedding():
+    pytest.importorskip('triton')
+    v, d = 300, 64
+    h, embedding = 4 * normal(0, B, N, d).astype(jnp.bfloat16), normal(1, v, d).astype(jnp.float32)
+    # Some tokens are sure of their target, as far as a logit of about 100 can be.
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, v, (B, N)))
+    h = h.at[:, ::2].set((2 * embedding[targets[:, ::2]]).astype(jnp.bfloat16))
+    weights = jnp.ones((B, N), jnp.float32)
+
+    def run(h, embedding, impl):
+        f = functools.partial(weighted_cross_entropy, positions_per_slice=4, impl=impl)
+        return jax.value_and_grad(lambda *x: f(*x, targets, weights), (0, 1))(h, embedding)
+
+    exact = run(h.astype('float64'), embedding.astype('float64'), 'xla')
+    errors = {}
+    for impl in ('triton', 'xla'):
+        pairs = zip(*map(jax.tree.leaves, (run(h, embedding, impl), exact)), strict=True)
+        errors[impl] = [max_error(np.asarray(a, 'float64'), b) for a, b in pairs]
+    # The loss, d h and d E.
+    assert all(a < b for a, b in zip(errors['triton'], errors['xla'], strict=True)), errors
+    assert errors['triton'][0] < 1e-4

@@ -14,7 +14,7 @@ def loss_and_gradient(logits_BNV: Array, targets_BN: Array, weights_BN: Array, *
     """Returns -log softmax(logits)[target], float32 [B, N], and weights (softmax - onehot) in `dtype`, [B, N, V].
 
     Args:
-      logits_BNV: float32, V up to LARGEST_VOCABULARY.
+      logits_BNV: float32 or float16, V up to LARGEST_VOCABULARY.
       targets_BN: integers in [0, V).
       weights_BN: float32.
       dtype: of the gradient.

@@ -11,7 +11,7 @@ def cross_entropy_kernel(
     """nll = log sum exp(logits) - logits[target], dlogits = weight (softmax - onehot); a row a program."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
-    logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float('-inf'))
+    logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float('-inf')).to(tl.float32)
     target = tl.load(targets_ptr + row)
     top = tl.max(logits, axis=0)
     powers = tl.exp(logits - top)

@@ -3,9 +3,10 @@
     [u, v] = silu(p + bias)       o = u * (A v)
 
 The products are those of `gau.ops.kernels.quadratic`; here is what lies around them, [N, E] and as large as the
-projections. Forwards the compiler makes one pass before the products and one after them. Backwards it would make
-several for each: the kernels here make one, which also writes the gradients of U and V where the next product reads
-them. Kept are the projections, queries, keys, v and o.
+projections: one pass before the products and one after them, each way. Kernels make them and not the compiler. Forwards
+it would hand values over in the order of the projections, in which no range of tokens is one piece of memory, so that
+every product would get a copy; backwards it would make several passes. Kept are the projections, queries, keys, v and
+o.
 """
 
 import functools
@@ -38,17 +39,13 @@ def gated_relu2_attention(
 
 
 def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
-    from gau.ops.kernels.gates_triton import LOWEST_GATE, SMALLEST_GATE
+    from gau.ops.kernels import gated_quadratic_triton as kernels
 
-    width, dtype = bias_2E.shape[1], p_BNW.dtype
-    bias_u, bias_v = bias_2E.astype(jnp.float32)
-    v_NBE = jax.nn.silu(p_BNW[..., width : 2 * width].swapaxes(0, 1).astype(jnp.float32) + bias_v).astype(dtype)
-    av_BNE = jnp.concatenate(attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal), axis=1)
-    u_BNE = p_BNW[..., :width].astype(jnp.float32) + bias_u
-    # What `for_gate` does in the kernels: the backward pass divides by silu of it.
-    u_BNE = jnp.where(jnp.abs(u_BNE) < SMALLEST_GATE.value, SMALLEST_GATE.value, u_BNE)
-    u_BNE = jnp.where(u_BNE < LOWEST_GATE.value, LOWEST_GATE.value, u_BNE)
-    o_BNE = (jax.nn.silu(u_BNE) * av_BNE.astype(jnp.float32)).astype(dtype)
+    (batch, n, _), width, dtype = p_BNW.shape, bias_2E.shape[1], p_BNW.dtype
+    like_v, like_o = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((n, batch, width), (batch, n, width)))
+    (v_NBE,) = _launch(kernels.values_kernel, p_BNW, bias_2E, outputs=[like_v], B=batch)
+    av = attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal)
+    (o_BNE,) = _launch(kernels.output_kernel, p_BNW, bias_2E, *_pieces(av), outputs=[like_o], **_grouping(n))
     return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE)
 
 
@@ -56,19 +53,16 @@ def _backward(causal, residuals, do_BNE):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
     p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE = residuals
-    like_v = jax.ShapeDtypeStruct(v_NBE.shape, v_NBE.dtype)
-    half_dp, dbias_u, dav_NBE = _launch(
-        kernels.gate_gradient_kernel, p_BNW, bias_2E, do_BNE, o_BNE, outputs=[like_v], overwrite=None, B=len(p_BNW)
-    )
+    batch, n, _ = p_BNW.shape
+    like_p, like_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (p_BNW, v_NBE))
+    # Still to be summed.
+    like_dbias = jax.ShapeDtypeStruct((batch, -(-n // TILE[0]), bias_2E.shape[1]), jnp.float32)
+    inputs, outputs = (p_BNW, bias_2E, do_BNE, o_BNE), [like_p, like_dbias, like_v]
+    half_dp, dbias_u, dav_NBE = _launch(kernels.gate_gradient_kernel, *inputs, outputs=outputs, B=batch)
     dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, bias_P, tokens, causal)
-    # A lone group may end in the middle of a tile.
-    length = -(-next(groups(p_BNW.shape[1]))[1] // TILE[0]) * TILE[0]
-    dp_BNW, dbias_v = _launch(
-        *(kernels.value_gradient_kernel, p_BNW, bias_2E, half_dp, *dv, *dv[:1] * (PIECES - len(dv))),
-        overwrite={2: 0},
-        GROUPS=len(dv),
-        LENGTH=length,
-    )
+    inputs, outputs = (p_BNW, bias_2E, half_dp, *_pieces(dv)), [like_p, like_dbias]
+    fields = {'overwrite': {2: 0}} | _grouping(n)
+    dp_BNW, dbias_v = _launch(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
     dbias_2E = jnp.stack([x.sum((0, 1)) for x in (dbias_u, dbias_v)]).astype(bias_2E.dtype)
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
@@ -76,25 +70,34 @@ def _backward(causal, residuals, do_BNE):
 gated_relu2_attention.defvjp(_forward, _backward)
 
 
-def _launch(kernel, p_BNW, bias_2E, *more, overwrite, outputs=(), **constants) -> list[Array]:
-    """Runs a kernel over tiles of [N, E]; returns the gradients of p and, still to be summed, bias, and `outputs`."""
+def _pieces(pieces: list[Array]) -> list[Array]:
+    """Returns as many pieces as a kernel takes: those that there are, and the first again."""
+    return [*pieces, *pieces[:1] * (PIECES - len(pieces))]
+
+
+def _grouping(n: int) -> dict[str, int]:
+    """Returns the constants that say which piece a token is in."""
+    bounds = list(groups(n))
+    # A lone group may end in the middle of a tile.
+    return {'GROUPS': len(bounds), 'LENGTH': -(-bounds[0][1] // TILE[0]) * TILE[0]}
+
+
+def _launch(kernel, p_BNW, bias_2E, *more, outputs, overwrite=None, **constants) -> list[Array]:
+    """Runs a kernel over tiles of [N, E]."""
     batch, n, stride = p_BNW.shape
-    width = bias_2E.shape[1]
     tokens, columns, num_warps = TILE
-    down = -(-n // tokens)
-    dp = jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype)
     return launch(
         kernel,
         p_BNW,
         bias_2E,
         *more,
-        outputs=[dp, jax.ShapeDtypeStruct((batch, down, width), jnp.float32), *outputs],
-        grid=(-(-width // columns), down, batch),
+        outputs=outputs,
+        grid=(-(-bias_2E.shape[1] // columns), -(-n // tokens), batch),
         num_warps=num_warps,
         num_stages=1,
         overwrite=overwrite,
         n=n,
-        E=width,
+        E=bias_2E.shape[1],
         W=stride,
         BLOCK_N=tokens,
         BLOCK_E=columns,

@@ -1,7 +1,7 @@
-"""Triton kernels of what is [N, E] around the products of gated quadratic attention, backwards. Grids are [E, N, B].
+"""Triton kernels of what is [N, E] around the products of gated quadratic attention. Grids are [E, N, B].
 
-The gradient of values comes in pieces, one for each group of blocks (`gau.ops.kernels.quadratic`): [B, rows, E], up to
-eight of them. The kernel that reads them reads all at once.
+What the products make, a v and the gradient of v, comes in pieces, one for each group of blocks
+(`gau.ops.kernels.quadratic`): [B, rows, E], up to eight of them. A kernel that reads them reads all at once.
 """
 
 import triton
@@ -41,6 +41,33 @@ def _put_gradient(
     put(dp_ptr + b * n * W + which * E, dx, row, col, W, n, E)
     tiles = b * tl.num_programs(1) + tl.program_id(1)
     tl.store(dbias_ptr + tiles * E + col, tl.sum(dx, 0), mask=col < E)
+
+
+@triton.jit
+def values_kernel(
+    p_ptr, bias_ptr, v_ptr,
+    B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """v = silu(p + bias) of the values, tokens before texts."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = tl.program_id(2).to(tl.int64)
+    put(v_ptr + b * E, silu(_projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, B * E, n, E)
+
+
+@triton.jit
+def output_kernel(
+    p_ptr, bias_ptr, av0, av1, av2, av3, av4, av5, av6, av7, o_ptr,
+    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """o = silu(u) (a v)."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = tl.program_id(2).to(tl.int64)
+    av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
+    gate = silu(for_gate(_projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)))
+    put(o_ptr + b * n * E, gate * av, row, col, E, n, E)
 
 
 @triton.jit
