@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops.kernels.gates import gate_gradients
 from gau.ops.kernels.launch import launch, power_of_two
 
 # Warps that walk over the chunks at least: twelve for each multiprocessor of an H100. A long text alone has fewer, so
@@ -18,20 +19,20 @@ class Blocks(NamedTuple):
     """Sides of each kernel's tiles, then its warps and pipeline stages.
 
     Attributes:
-      states, gate_gradient: tokens of a chunk, E.
+      states, states_gradient: tokens of a chunk, E.
       output: rows, inner dimension, E.
       gradient: the same for the values, then for the weights both sides and the inner dimension.
     """
 
     states: tuple[int, int, int, int]
-    gate_gradient: tuple[int, int, int, int]
+    states_gradient: tuple[int, int, int, int]
     output: tuple[int, int, int, int, int]
     gradient: tuple[int, int, int, int, int, int, int]
 
 
 BLOCKS = {
     # The fastest of a dozen each on an H100 (LOG.md).
-    'bfloat16': Blocks((64, 64, 8, 3), (64, 32, 4, 3), (64, 64, 128, 4, 3), (128, 64, 64, 128, 64, 4, 3)),
+    'bfloat16': Blocks((64, 64, 8, 3), (64, 32, 4, 3), (128, 64, 64, 4, 3), (64, 64, 128, 128, 64, 8, 3)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 32, 32, 4, 1)),
 }
@@ -46,8 +47,8 @@ def product_and_states(
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
-    inputs, outputs = (p, bias, k, keep), lambda parts: [sizes.like_o, sizes.like_m]
-    v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False)
+    outputs = [sizes.like_o, sizes.like_m]
+    v, m = sizes.walk(kernels.states_kernel, blocks.states, (p, bias, k, keep), outputs, reverse=False, W=p.shape[-1])
     return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m
 
 
@@ -69,13 +70,13 @@ def gradients(
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
-
-    def outputs(parts: int) -> list[jax.ShapeDtypeStruct]:
-        dbias = jax.ShapeDtypeStruct((sizes.batch, parts, sizes.width), jnp.float32)
-        return [_like(p, *p.shape), sizes.like_o, dbias, sizes.like_m]
-
-    half_dp, dmixed, dbias_u, dkv = sizes.walk(
-        *(kernels.gate_gradient_kernel, blocks.gate_gradient, (p, bias, do, o, q, keep), outputs), reverse=True
+    tokens = (sizes.batch, sizes.groups * sizes.size, -1)
+    half_dp, dbias_u, dmixed = gate_gradients(
+        *(p.reshape(tokens), bias, do.reshape(tokens), o.reshape(tokens)), tokens_first=False
+    )
+    half_dp, dmixed = half_dp.reshape(p.shape), dmixed.reshape(o.shape)
+    (dkv,) = sizes.walk(
+        *(kernels.states_gradient_kernel, blocks.states_gradient, (q, dmixed, keep), [sizes.like_m]), reverse=True
     )
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
@@ -83,7 +84,7 @@ def gradients(
         [a, q, k],
         causal=causal,
     )
-    dbias = jnp.stack([dbias_u.sum((0, 1)), dbias_v.sum((0, 1))]).astype(bias.dtype)
+    dbias = jnp.stack([dbias_u, dbias_v.sum((0, 1))]).astype(bias.dtype)
     return dp, dbias, da, dq, dk, jnp.zeros_like(keep)
 
 
@@ -95,22 +96,23 @@ class _Sizes:
     """The sizes of one call, and how to launch each kind of kernel over them."""
 
     def __init__(self, p: Array, bias: Array, q: Array, keep: Array):
-        self.batch, self.groups, self.size, stride = p.shape
+        self.batch, self.groups, self.size, self.stride = p.shape
         self.width, self.inner, self.walks = bias.shape[-1], q.shape[-1], keep.shape[-1]
         self.state = self.inner // self.walks
         self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
         self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
-        self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'W': stride, 'PRECISION': PRECISION}
+        self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'PRECISION': PRECISION}
 
-    def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool) -> list[Array]:
+    def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool, **constants: int) -> list[Array]:
         """Launches a kernel that walks over the chunks, and carries states from each part of a long text to the others.
 
         Args:
           kernel: with arguments (*inputs, *outputs, totals).
           blocks: its entry of BLOCKS.
           inputs: the last one is `keep`.
-          outputs: from the number of parts to their shapes, the states last.
+          outputs: their shapes, the states last.
           reverse: whether the walk goes against the states.
+          constants: of this kernel alone.
         """
         block_c, block_e, num_warps, num_stages = blocks
         block_c, block_e = min(block_c, power_of_two(self.size)), min(block_e, power_of_two(self.width))
@@ -122,11 +124,12 @@ class _Sizes:
         *results, states, totals = launch(
             kernel,
             *inputs,
-            outputs=[*outputs(parts), jax.ShapeDtypeStruct(totals, jnp.float32)],
+            outputs=[*outputs, jax.ShapeDtypeStruct(totals, jnp.float32)],
             grid=(across, parts, self.batch * self.walks),
             num_warps=num_warps,
             num_stages=num_stages,
             **self.common,
+            **constants,
             G=self.groups,
             S=self.state,
             P=parts,
@@ -181,6 +184,7 @@ class _Sizes:
             num_warps=num_warps,
             num_stages=num_stages,
             **self.common,
+            W=self.stride,
             CAUSAL=causal,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
@@ -207,6 +211,7 @@ class _Sizes:
             num_stages=num_stages,
             overwrite={len(inputs) - 1: 0},
             **self.common,
+            W=self.stride,
             CAUSAL=causal,
             BLOCK_M=block_m,
             BLOCK_K=block_k,

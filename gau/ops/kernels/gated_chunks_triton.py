@@ -14,24 +14,13 @@ masked.
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.gates_triton import for_gate, gate_gradient, silu, silu_gradient
+from gau.ops.kernels.gates_triton import for_gate, silu, silu_gradient
 from gau.ops.kernels.tiles import put, tile
 
 
 @triton.jit
 def _bias(ptr, col, cols: tl.constexpr):
     return tl.load(ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _chunk(batch, step, direction, G: tl.constexpr):
-    """The chunk that a walk is at in a step: the second direction's begins with the last."""
-    return (batch * G + tl.where(direction == 0, step, G - 1 - step)).to(tl.int64)
-
-
-@triton.jit
-def _kept(keep_ptr, batch, step, direction, G: tl.constexpr, WALKS: tl.constexpr):
-    return tl.load(keep_ptr + _chunk(batch, step, direction, G) * WALKS + direction)
 
 
 @triton.jit
@@ -72,16 +61,14 @@ def states_kernel(
     ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
-    last = tl.minimum(first + length, G) - 1
-    kept = _kept(keep_ptr, batch, first, direction, G, F // S)
-    for i in range(0, (last + 1 - first) * blocks):
+    for i in range(0, (tl.minimum(first + length, G) - first) * blocks):
         step = first + i // blocks
-        chunk = _chunk(batch, step, direction, G)
+        g = tl.where(direction == 0, step, G - 1 - step)
+        chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
             put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            state *= kept
-            kept = _kept(keep_ptr, batch, tl.minimum(step + 1, last), direction, G, F // S)
+            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
@@ -135,16 +122,10 @@ def output_kernel(
 
 
 @triton.jit
-def gate_gradient_kernel(
-    p_ptr,
-    bias_ptr,
-    do_ptr,
-    o_ptr,
+def states_gradient_kernel(
     q_ptr,
-    keep_ptr,
-    dp_ptr,
     dmixed_ptr,
-    dbias_ptr,
+    keep_ptr,
     dkv_ptr,
     totals_ptr,
     G: tl.constexpr,
@@ -152,17 +133,15 @@ def gate_gradient_kernel(
     S: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
-    W: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dmixed = do silu(u), du, and dkv[g] = sum of q dmixed^T over the chunks that see g, grid [E, P, B D].
+    """dkv[g] = sum of q dmixed^T over the chunks that see g, the gradient of what g adds to a state, grid [E, P, B D].
 
-    The mirror of `states_kernel`: it walks against the states' direction. dkv[g] is the gradient of what chunk g adds
-    to a state.
+    The mirror of `states_kernel`: it walks against the states' direction.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -170,42 +149,25 @@ def gate_gradient_kernel(
     direction = tl.program_id(2) % (F // S)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    bias_u = _bias(bias_ptr, e, E)
     length: tl.constexpr = (G + P - 1) // P
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-    dbias = tl.zeros((BLOCK_E,), tl.float32)
     first = part * length
-    last = tl.minimum(first + length, G) - 1
-    # What the compiler does not load ahead, as it does the factors of a product: o of the next tile, and keep.
-    kept = _kept(keep_ptr, batch, last, direction, G, F // S)
-    next_o = tile(o_ptr + _chunk(batch, last, direction, G) * C * E, c, e, E, C, E)
-    for i in range(0, (last + 1 - first) * blocks):
-        step = last - i // blocks
-        chunk = _chunk(batch, step, direction, G)
+    count = tl.minimum(first + length, G) - first
+    for i in range(0, count * blocks):
+        step = first + count - 1 - i // blocks
+        g = tl.where(direction == 0, step, G - 1 - step)
+        chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            state *= kept
-            kept = _kept(keep_ptr, batch, tl.maximum(step - 1, first), direction, G, F // S)
-        u = for_gate(tile(p_ptr + chunk * C * W, row, e, W, C, E).to(tl.float32) + bias_u)
-        do = tile(do_ptr + chunk * C * E, row, e, E, C, E).to(tl.float32)
+            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        dmixed = (do * silu(u)).to(q.dtype)
-        if direction == 0:
-            o = next_o.to(tl.float32)
-            ahead = _chunk(batch, tl.maximum(last - (i + 1) // blocks, first), direction, G)
-            next_o = tile(o_ptr + ahead * C * E, ((i + 1) % blocks) * BLOCK_C + c, e, E, C, E)
-            du = gate_gradient(u, o, do)
-            dbias += tl.sum(du, axis=0)
-            put(dp_ptr + chunk * C * W, du, row, e, W, C, E)
-            put(dmixed_ptr + chunk * C * E, dmixed, row, e, E, C, E)
+        dmixed = tile(dmixed_ptr + chunk * C * E, row, e, E, C, E)
         state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
     if P > 1:
         put(totals_ptr + ends, state, s, e, E, S, E)
-    if direction == 0:
-        tl.store(dbias_ptr + (batch * P + part) * E + e, dbias, mask=e < E)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops.kernels.gates import gate_gradients
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.quadratic import Tokens, attend, attention_gradients, groups, no_gradient
 
@@ -54,16 +55,15 @@ def _backward(causal, residuals, do_BNE):
 
     p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE = residuals
     batch, n, _ = p_BNW.shape
-    like_p, like_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (p_BNW, v_NBE))
-    # Still to be summed.
-    like_dbias = jax.ShapeDtypeStruct((batch, -(-n // TILE[0]), bias_2E.shape[1]), jnp.float32)
-    inputs, outputs = (p_BNW, bias_2E, do_BNE, o_BNE), [like_p, like_dbias, like_v]
-    half_dp, dbias_u, dav_NBE = _launch(kernels.gate_gradient_kernel, *inputs, outputs=outputs, B=batch)
+    half_dp, dbias_u, dav_NBE = gate_gradients(p_BNW, bias_2E, do_BNE, o_BNE, tokens_first=True)
     dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, bias_P, tokens, causal)
-    inputs, outputs = (p_BNW, bias_2E, half_dp, *_pieces(dv)), [like_p, like_dbias]
-    fields = {'overwrite': {2: 0}} | _grouping(n)
+    outputs = [
+        jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
+        jax.ShapeDtypeStruct((batch * -(-n // TILE[0]), bias_2E.shape[1]), jnp.float32),
+    ]
+    inputs, fields = (p_BNW, bias_2E, half_dp, *_pieces(dv)), {'overwrite': {2: 0}} | _grouping(n)
     dp_BNW, dbias_v = _launch(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
-    dbias_2E = jnp.stack([x.sum((0, 1)) for x in (dbias_u, dbias_v)]).astype(bias_2E.dtype)
+    dbias_2E = jnp.stack([dbias_u, dbias_v.sum(0)]).astype(bias_2E.dtype)
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
 

@@ -7,8 +7,8 @@ What the products make, a v and the gradient of v, comes in pieces, one for each
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.gates_triton import for_gate, gate_gradient, silu, silu_gradient
-from gau.ops.kernels.tiles import put, tile
+from gau.ops.kernels.gates_triton import for_gate, projection, silu, silu_gradient
+from gau.ops.kernels.tiles import put
 
 
 @triton.jit
@@ -27,23 +27,6 @@ def _join(
 
 
 @triton.jit
-def _projection(p_ptr, bias_ptr, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr):
-    """Returns what silu is applied to, of the gate (0) or of the values (1)."""
-    x = tile(p_ptr + b * n * W + which * E, row, col, W, n, E).to(tl.float32)
-    return x + tl.load(bias_ptr + which * E + col, mask=col < E, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _put_gradient(
-    dp_ptr, dbias_ptr, dx, which: tl.constexpr, row, col, b, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """Stores a tile of the gradient of a projection, and its sum over the tile's tokens."""
-    put(dp_ptr + b * n * W + which * E, dx, row, col, W, n, E)
-    tiles = b * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dbias_ptr + tiles * E + col, tl.sum(dx, 0), mask=col < E)
-
-
-@triton.jit
 def values_kernel(
     p_ptr, bias_ptr, v_ptr,
     B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -52,7 +35,7 @@ def values_kernel(
     row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
-    put(v_ptr + b * E, silu(_projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, B * E, n, E)
+    put(v_ptr + b * E, silu(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, B * E, n, E)
 
 
 @triton.jit
@@ -66,24 +49,8 @@ def output_kernel(
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    gate = silu(for_gate(_projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)))
+    gate = silu(for_gate(projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)))
     put(o_ptr + b * n * E, gate * av, row, col, E, n, E)
-
-
-@triton.jit
-def gate_gradient_kernel(
-    p_ptr, bias_ptr, do_ptr, o_ptr, dp_ptr, dbias_ptr, dav_ptr,
-    B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Of o = silu(u) av: the gradient of av, tokens before texts, and that of u in its columns of dp."""
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = tl.program_id(2).to(tl.int64)
-    do = tile(do_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
-    o = tile(o_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
-    u = for_gate(_projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W))
-    put(dav_ptr + b * E, do * silu(u), row, col, B * E, n, E)
-    _put_gradient(dp_ptr, dbias_ptr, gate_gradient(u, o, do), 0, row, col, b, n, E, W)
 
 
 @triton.jit
@@ -97,8 +64,11 @@ def value_gradient_kernel(
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    slope = silu_gradient(_projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
-    _put_gradient(dp_ptr, dbias_ptr, dv * slope, 1, row, col, b, n, E, W)
+    slope = silu_gradient(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
+    dv *= slope
+    put(dp_ptr + b * n * W + E, dv, row, col, W, n, E)
+    tiles = b * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dbias_ptr + tiles * E + col, tl.sum(dv, 0), mask=col < E)
     for start in range(tl.program_id(0) * BLOCK_E, W - 2 * E, tl.num_programs(0) * BLOCK_E):
         rest = 2 * E + start + tl.arange(0, BLOCK_E)
         put(dp_ptr + b * n * W, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), row, rest, W, n, W)

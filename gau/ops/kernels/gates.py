@@ -1,0 +1,57 @@
+"""The gate of gated attention backwards, on a GPU: what FLASH and FLASH-Quad have in common."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.kernels.launch import launch
+
+# Tokens of a program, and of one of its tiles; columns of a tile, and warps.
+SPAN, TILE = 128, (16, 128, 4)
+
+
+def gate_gradients(
+    p_BNW: Array, bias_2E: Array, do_BNE: Array, o_BNE: Array, *, tokens_first: bool
+) -> tuple[Array, Array, Array]:
+    """Returns the gradients of p, of the gate's bias and of x, for o = silu(u) x with u = p + bias.
+
+    Args:
+      p_BNW: projections of the gate in the first E columns.
+      bias_2E: bias of gate and values.
+      do_BNE: gradient of o.
+      o_BNE: o itself; u of 0 is taken for 1e-20 (`gates_triton.for_gate`).
+      tokens_first: whether the gradient of x is to be [N, B, E].
+
+    Returns:
+      [B, N, W], of which the gate's columns alone are written; float32 [E]; [B, N, E] or [N, B, E].
+    """
+    from gau.ops.kernels.gates_triton import gate_gradient_kernel
+
+    batch, n, width = o_BNE.shape
+    tokens, columns, num_warps = TILE
+    down = -(-n // SPAN)
+    shape = (n, batch, width) if tokens_first else o_BNE.shape
+    dp_BNW, dx, dbias = launch(
+        gate_gradient_kernel,
+        p_BNW,
+        bias_2E,
+        do_BNE,
+        o_BNE,
+        outputs=[
+            jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
+            jax.ShapeDtypeStruct(shape, o_BNE.dtype),
+            jax.ShapeDtypeStruct((batch * down, width), jnp.float32),
+        ],
+        grid=(-(-width // columns) * down, batch),
+        num_warps=num_warps,
+        num_stages=1,
+        B=batch,
+        n=n,
+        E=width,
+        W=p_BNW.shape[-1],
+        TOKENS_FIRST=tokens_first,
+        SPAN=SPAN,
+        BLOCK_N=tokens,
+        BLOCK_E=columns,
+    )
+    return dp_BNW, dbias.sum(0), dx
