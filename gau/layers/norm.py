@@ -3,26 +3,43 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import TokenInfo, param_dtype
 from gau.layers.sharding import over_mesh
-from gau.ops.kernels.norm import add_and_scale_norm
-from gau.ops.norms import layer_norm, residual_sum, scale_norm
+from gau.ops.kernels.norm import scale_norm_of_stream
+from gau.ops.norms import layer_norm, scale_norm
 
 
 class Stream(NamedTuple):
-    """The residual stream x + y + bias, which whoever normalises it adds up in the same pass.
+    """The residual stream x + bias.
 
     Attributes:
-      x_BND: the stream.
-      y_BND: what is still to be added to it: the last layer's output without its bias; or None.
-      bias_D: that bias, or None where y has it; None where y is.
+      x_BND: the stream; or, with a `bias_D`, without the biases that blocks added to it.
+      bias_D: the sum of these, float32. A kernel that normalises the stream adds it, and has the gradient for it in the
+        pass over the tokens that it makes anyway.
     """
 
     x_BND: Array
-    y_BND: Array | None = None
     bias_D: Array | None = None
+
+    def plus(self, y_BND: Array, bias_D: Array | None) -> 'Stream':
+        """Returns the stream after a layer that adds y + bias.
+
+        Written so that a library's product can add x to the y that it makes.
+        """
+        if self.bias_D is not None and bias_D is not None:
+            return Stream(self.x_BND + y_BND.astype(self.x_BND.dtype), self.bias_D + bias_D)
+        if bias_D is not None:
+            y_BND = y_BND + bias_D.astype(y_BND.dtype)
+        return Stream(self.x_BND + y_BND.astype(self.x_BND.dtype), self.bias_D)
+
+
+def stream_of(x_BND: Array, config) -> Stream:
+    """Returns the stream that starts as x, its biases apart where a resolved config has the kernel that adds them."""
+    apart = config.norm == 'scale_norm' and config.impl == 'triton' and config.norm_placement == 'pre'
+    return Stream(x_BND, jnp.zeros(x_BND.shape[-1], param_dtype(config.dtype)) if apart else None)
 
 
 class Norm(nn.Module):
@@ -32,7 +49,7 @@ class Norm(nn.Module):
       kind: 'scale_norm' x / rms(x) * g with one g; 'rms_norm' with one g a feature; 'layer_norm' (x - mean) / std * g
         + b.
       dtype: type of the result.
-      impl: 'triton' has kernels for ScaleNorm with the sum before it; all others leave it to the compiler.
+      impl: 'triton' has kernels for ScaleNorm; all others leave it to the compiler.
     """
 
     kind: str
@@ -40,22 +57,23 @@ class Norm(nn.Module):
     impl: str = 'xla'
 
     @nn.compact
-    def __call__(self, stream: Stream, tokens: TokenInfo) -> tuple[Array, Array]:
-        """Returns the stream added up, [B, N, D], to go on with, and the same normalised."""
+    def __call__(self, stream: Stream, tokens: TokenInfo) -> tuple[Stream, Array]:
+        """Returns the stream to go on with, the same, and what it is normalised, [B, N, D]."""
         dtype, width = param_dtype(self.dtype), stream.x_BND.shape[-1]
         shape, axes = ((), ()) if self.kind == 'scale_norm' else ((width,), ('norm',))
         scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, axes), shape, dtype)
         if self.kind == 'scale_norm' and self.impl == 'triton' and tokens.at is None:
-            return over_mesh(
-                lambda x, y, bias, g, sequence_axis: add_and_scale_norm(x, y, bias, g, self.dtype),
+            x_BND, h_BND = over_mesh(
+                lambda x, bias, g, sequence_axis: scale_norm_of_stream(x, bias, g, self.dtype),
                 *stream,
                 scale,
-                axes=[('batch', 'length', 'act_embed')] * 2 + [(None,), ()],
+                axes=[('batch', 'length', 'act_embed'), (None,), ()],
                 result_like=0,
                 token_multiple=1,
             )
-        x_BND = residual_sum(*stream)
+            return stream._replace(x_BND=x_BND), h_BND
+        x_BND = stream.x_BND if stream.bias_D is None else stream.x_BND + stream.bias_D
         if self.kind == 'layer_norm':
             bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, dtype)
-            return x_BND, layer_norm(x_BND, scale, bias, dtype=self.dtype)
-        return x_BND, scale_norm(x_BND, scale, dtype=self.dtype)
+            return stream, layer_norm(x_BND, scale, bias, dtype=self.dtype)
+        return stream, scale_norm(x_BND, scale, dtype=self.dtype)

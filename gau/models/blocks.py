@@ -16,7 +16,6 @@ from gau.layers.gated_attention_unit import GatedAttentionUnit
 from gau.layers.norm import Norm, Stream
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import expanded_dim, head_dim_at, heads_at
-from gau.ops.norms import residual_sum
 from gau.ops.scores import Scoring
 
 ATTENTIONS = {
@@ -54,23 +53,21 @@ class Block(nn.Module):
                 self.config.feed_forward, self.config.feed_forward_dim, self.config.dtype, name='feed_forward'
             )
             stream = self._residual(stream, feed_forward, 'feed_forward_norm', tokens, deterministic)
-        if self.config.layer_stack == 'scan' or self.config.remat != 'none':
-            # What is handed on is kept for every layer, so it is one array.
-            stream = Stream(residual_sum(*stream))
         return stream, None
 
     def _residual(self, stream, layer, norm_name, tokens, deterministic):
         norm = Norm(self.config.norm, self.config.dtype, self.config.impl, name=norm_name)
-        x_BND, h_BND = stream.x_BND, stream.x_BND
+        h_BND = stream.x_BND
         if self.config.norm_placement == 'pre':
-            x_BND, h_BND = norm(stream, tokens)
+            stream, h_BND = norm(stream, tokens)
         y_BND, bias_D = layer(h_BND)
         if self.config.dropout_rate and not deterministic:
             y_BND = y_BND + bias_D.astype(y_BND.dtype)
             y_BND, bias_D = nn.Dropout(self.config.dropout_rate)(y_BND, deterministic=False), None
-        x_BND, y_BND = (constrain(a, 'batch', 'length', 'act_embed') for a in (x_BND, y_BND))
-        stream = Stream(x_BND, y_BND, bias_D)
-        return Stream(norm(stream, tokens)[1]) if self.config.norm_placement == 'post' else stream
+        stream = stream.plus(constrain(y_BND, 'batch', 'length', 'act_embed'), bias_D)
+        if self.config.norm_placement == 'post':
+            stream = Stream(norm(stream, tokens)[1])
+        return stream._replace(x_BND=constrain(stream.x_BND, 'batch', 'length', 'act_embed'))
 
 
 def gated_attention_unit(config, layer: int, causal: bool) -> GatedAttentionUnit:

@@ -1,25 +1,10 @@
-"""The residual sum, and norms over the last axis (docs/paper.md section 2)."""
+"""Norms over the last axis (docs/paper.md section 2)."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 NORM_EPSILON = 1e-5
-
-
-def residual_sum(x_BND: Array, y_BND: Array | None, bias_D: Array | None) -> Array:
-    """Returns x + (y + bias) in the type of x.
-
-    Args:
-      x_BND: the residual stream.
-      y_BND: what a layer adds to it, or None.
-      bias_D: the bias that y is without, or None; None where y is.
-    """
-    # Not in float32 and rounded once: where the compiler may keep excess precision, it keeps float32 sums for the norm
-    # and its gradient, and a Transformer of base size takes 3 % longer on a GPU (LOG.md).
-    if bias_D is not None:
-        y_BND = y_BND + bias_D.astype(y_BND.dtype)
-    return x_BND if y_BND is None else x_BND + y_BND.astype(x_BND.dtype)
 
 
 def scale_norm(x: Array, g: Array, *, dtype) -> Array:

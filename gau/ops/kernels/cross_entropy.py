@@ -32,7 +32,7 @@ def loss_and_gradient(logits_BNV: Array, targets_BN: Array, weights_BN: Array, *
             jax.ShapeDtypeStruct(logits_BNV.shape, dtype),
         ],
         grid=(targets_BN.size,),
-        num_warps=max(4, min(32, block_v // 2048)),
+        num_warps=max(4, min(32, block_v // 1024)),
         num_stages=1,
         V=logits_BNV.shape[-1],
         BLOCK_V=block_v,

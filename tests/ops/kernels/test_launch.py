@@ -6,13 +6,13 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 from gau.ops.kernels.launch import GRAPH_CALL, fit_for_graphs, launch
-from gau.ops.kernels.norm_triton import add_and_scale_norm_kernel
+from gau.ops.kernels.norm_triton import scale_norm_kernel
 
 
 def test_a_grid_that_no_gpu_takes_is_refused():
     with pytest.raises(ValueError, match=r'grid of \(1, 65536\).* larger chunks'):
         launch(
-            add_and_scale_norm_kernel,
+            scale_norm_kernel,
             outputs=[jax.ShapeDtypeStruct((1,), 'float32')],
             grid=(1, 65_536),
             num_warps=4,
@@ -23,8 +23,8 @@ def test_a_grid_that_no_gpu_takes_is_refused():
 def test_a_constant_that_a_kernel_does_not_have_is_refused():
     """Triton's interpreter would let it pass."""
     fields = {'outputs': [jax.ShapeDtypeStruct((1,), 'float32')], 'grid': (1,), 'num_warps': 4, 'num_stages': 1}
-    with pytest.raises(ValueError, match='add_and_scale_norm_kernel has no BLOCK_N'):
-        launch(add_and_scale_norm_kernel, **fields, BLOCK_N=16)
+    with pytest.raises(ValueError, match='scale_norm_kernel has no BLOCK_N'):
+        launch(scale_norm_kernel, **fields, BLOCK_N=16)
 
 
 @pytest.mark.parametrize('version', [2, 4])

@@ -1,4 +1,4 @@
-"""The residual sum and ScaleNorm in kernels against the plain formulas in float64, values and all gradients."""
+"""ScaleNorm of the residual stream in kernels against the plain formula in float64, values and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,26 +6,25 @@ import numpy as np
 import pytest
 
 from gau.ops.kernels import norm
-from gau.ops.norms import residual_sum, scale_norm
+from gau.ops.norms import scale_norm
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import TOLERANCE
 
 
-def reference(x, y, bias, g, dtype):
-    s = residual_sum(x, y, bias)
-    return s, scale_norm(s, g, dtype=dtype)
+def reference(x, bias, g, dtype):
+    return x, scale_norm(x if bias is None else x + bias, g, dtype=dtype)
 
 
 def results_and_gradients(op, dtype, arrays, weights, present):
-    """Both results, and the gradients of x, y, bias and g, without those that are not `present`."""
+    """Both results, and the gradients of x, bias and g, without those that are not `present`."""
 
     def f(*operands):
         given = dict(zip(present, operands, strict=True))
-        results = op(*(given.get(name) for name in ('x', 'y', 'bias', 'g')), dtype)
+        results = op(*(given.get(name) for name in ('x', 'bias', 'g')), dtype)
         return sum(jnp.sum(a * w.astype(a.dtype)) for a, w in zip(results, weights, strict=True)), results
 
     wide = 'float64' if dtype == 'float64' else 'float32'
-    operands = [arrays[name].astype(dtype if name in 'xy' else wide) for name in present]
+    operands = [arrays[name].astype(dtype if name == 'x' else wide) for name in present]
     (_, results), gradients = jax.jit(jax.value_and_grad(f, range(len(present)), has_aux=True))(*operands)
     assert [a.dtype for a in gradients] == [a.dtype for a in operands]
     return results, gradients
@@ -33,7 +32,7 @@ def results_and_gradients(op, dtype, arrays, weights, present):
 
 # No product is in these kernels, so the interpreter has bfloat16 too.
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('present', ['x y bias g', 'x y g', 'x g'])
+@pytest.mark.parametrize('present', ['x bias g', 'x g'])
 @pytest.mark.parametrize('shape', [(2, 5, 24), (1, 67, 130), (2, 8, 128)])
 def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
     # Few programs, so that each has several tiles of rows, and not all as many.
@@ -41,22 +40,20 @@ def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
     monkeypatch.setattr(norm, 'GRADIENT_BLOCK', 512)
     monkeypatch.setattr(norm, 'PROGRAMS', 3)
     generator = np.random.default_rng(0)
-    shapes = {'x': shape, 'y': shape, 'bias': shape[-1:], 'g': ()}
+    shapes = {'x': shape, 'bias': shape[-1:], 'g': ()}
     # Rounded to begin with, so that both compute the same.
     arrays = {name: jnp.asarray(generator.standard_normal(size)).astype(dtype) for name, size in shapes.items()}
     weights = [jnp.asarray(generator.standard_normal(shape)).astype(dtype) for _ in range(2)]
-    found = results_and_gradients(norm.add_and_scale_norm, dtype, arrays, weights, present.split())
+    found = results_and_gradients(norm.scale_norm_of_stream, dtype, arrays, weights, present.split())
     expected = results_and_gradients(reference, 'float64', arrays, weights, present.split())
     assert [a.dtype.name for a in found[0]] == [dtype] * 2
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype]
 
 
-def test_what_is_normalised_is_the_sum_rounded_once():
-    x, y, bias = (jnp.full(n, value) for n, value in (((1, 1, 16), 256), ((1, 1, 16), 1), (16, 1)))
-    # In bfloat16 256 + 1 is 256, and 256 + 2 is not.
-    s, h = norm.add_and_scale_norm(
-        x.astype('bfloat16'), y.astype('bfloat16'), bias.astype('float32'), jnp.float32(2), 'float32'
-    )
-    assert (s == 258).all()
-    np.testing.assert_allclose(h, 2, rtol=1e-6)
+def test_what_is_normalised_is_the_sum_in_float32():
+    x, bias = jnp.full((1, 1, 16), 256, 'bfloat16'), jnp.arange(16, dtype='float32') / 16
+    # In bfloat16 256 plus less than 1 is 256.
+    _, h = norm.scale_norm_of_stream(x, bias, jnp.float32(2), 'float32')
+    np.testing.assert_allclose(h, reference(x.astype('float64'), bias, jnp.float64(2), 'float64')[1], rtol=1e-6)
+    assert len(np.unique(h)) == 16
