@@ -25,15 +25,15 @@ class Stream(NamedTuple):
     bias_D: Array | None = None
 
     def plus(self, y_BND: Array, bias_D: Array | None) -> 'Stream':
-        """Returns the stream after a layer that adds y + bias.
-
-        Written so that a library's product can add x to the y that it makes.
-        """
-        if self.bias_D is not None and bias_D is not None:
-            return Stream(self.x_BND + y_BND.astype(self.x_BND.dtype), self.bias_D + bias_D)
-        if bias_D is not None:
-            y_BND = y_BND + bias_D.astype(y_BND.dtype)
-        return Stream(self.x_BND + y_BND.astype(self.x_BND.dtype), self.bias_D)
+        """Returns the stream after a layer that adds y + bias, which may be None."""
+        x_BND, y_BND = self.x_BND, y_BND.astype(self.x_BND.dtype)
+        if self.bias_D is None:
+            return Stream(x_BND + (y_BND if bias_D is None else y_BND + bias_D.astype(y_BND.dtype)))
+        # As rows, which the kernels of norms take too: then the library's product that makes y adds x to it. For a view
+        # of x that nothing else reads XLA would overwrite x, and so copy it first.
+        rows = (-1, x_BND.shape[-1])
+        x_BND = (x_BND.reshape(rows) + y_BND.reshape(rows)).reshape(x_BND.shape)
+        return Stream(x_BND, self.bias_D if bias_D is None else self.bias_D + bias_D)
 
 
 def stream_of(x_BND: Array, config) -> Stream:

@@ -40,19 +40,19 @@ def scale_norm_of_stream(x_BND: Array, bias_D: Array | None, g: Array, dtype: st
 def _forward(x_BND, bias_D, g, dtype):
     from gau.ops.kernels.norm_triton import scale_norm_kernel
 
-    rows, block_r, fields = _sizes(x_BND, bias_D, BLOCK)
-    (h_BND,) = launch(
+    x_RD, fields = _as_rows(x_BND, bias_D, BLOCK)
+    (h_RD,) = launch(
         scale_norm_kernel,
-        x_BND,
+        x_RD,
         g if bias_D is None else bias_D,
         g,
-        outputs=[jax.ShapeDtypeStruct(x_BND.shape, dtype)],
-        grid=(-(-rows // block_r),),
+        outputs=[jax.ShapeDtypeStruct(x_RD.shape, dtype)],
+        grid=(-(-len(x_RD) // fields['BLOCK_R']),),
         num_warps=4,
         num_stages=1,
         **fields,
     )
-    return (x_BND, h_BND), (x_BND, bias_D, g)
+    return (x_BND, h_RD.reshape(x_BND.shape)), (x_BND, bias_D, g)
 
 
 def _backward(dtype, residuals, gradients):
@@ -60,17 +60,17 @@ def _backward(dtype, residuals, gradients):
 
     del dtype
     x_BND, bias_D, g = residuals
-    rows, block_r, fields = _sizes(x_BND, bias_D, GRADIENT_BLOCK)
-    programs = min(-(-rows // block_r), PROGRAMS)
+    x_RD, fields = _as_rows(x_BND, bias_D, GRADIENT_BLOCK)
+    programs = min(-(-len(x_RD) // fields['BLOCK_R']), PROGRAMS)
     width = 1 if bias_D is None else 1 + bias_D.size
-    dx_BND, sums = launch(
+    dx_RD, sums = launch(
         scale_norm_gradient_kernel,
-        x_BND,
+        x_RD,
         g if bias_D is None else bias_D,
         g,
-        *gradients,
+        *(gradient.reshape(x_RD.shape) for gradient in gradients),
         outputs=[
-            jax.ShapeDtypeStruct(x_BND.shape, x_BND.dtype),
+            jax.ShapeDtypeStruct(x_RD.shape, x_RD.dtype),
             jax.ShapeDtypeStruct((programs, width), jnp.float32),
         ],
         grid=(programs,),
@@ -78,17 +78,16 @@ def _backward(dtype, residuals, gradients):
         num_stages=1,
         **fields,
     )
-    sums = sums.sum(0)
+    dx_BND, sums = dx_RD.reshape(x_BND.shape), sums.sum(0)
     return dx_BND, None if bias_D is None else sums[:-1].astype(bias_D.dtype), sums[-1].astype(g.dtype)
 
 
 scale_norm_of_stream.defvjp(_forward, _backward)
 
 
-def _sizes(x: Array, bias_D: Array | None, block: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows of x, how many of them a tile has, and the constants of both kernels."""
-    rows, width = x.size // x.shape[-1], x.shape[-1]
-    block_d = power_of_two(width)
-    block_r = max(1, block // block_d)
-    fields = {'BIAS': bias_D is not None, 'ROWS': rows, 'D': width, 'EPSILON': NORM_EPSILON}
-    return rows, block_r, fields | {'BLOCK_R': block_r, 'BLOCK_D': block_d}
+def _as_rows(x: Array, bias_D: Array | None, block: int) -> tuple[Array, dict[str, Any]]:
+    """Returns x as rows [R, D], and the constants of both kernels for tiles of about `block` numbers."""
+    width = x.shape[-1]
+    x_RD, block_d = x.reshape(-1, width), power_of_two(width)
+    fields = {'BIAS': bias_D is not None, 'ROWS': len(x_RD), 'D': width, 'EPSILON': NORM_EPSILON}
+    return x_RD, fields | {'BLOCK_R': max(1, block // block_d), 'BLOCK_D': block_d}
