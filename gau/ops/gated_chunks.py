@@ -82,23 +82,27 @@ def gated_mixed_chunk(
     # The weights have no need to compare documents where there is one and no zeros fill the last chunk.
     seen = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCC = _weights_in_chunks(q, k, bias_P, seen, chunk_size=chunk_size, scoring=scoring, causal=causal)
-    reading, adding, keep_BGP, scale_BGC = _walks(ids_BGC, causal=causal, mean=global_reduction == 'mean')
-    q_lin = q_lin.astype(scale_BGC.dtype) * scale_BGC[..., None]
+    reading, adding, keep_BGP, share_BGP, scale_BGC = _walks(ids_BGC, causal=causal, mean=global_reduction == 'mean')
     if not causal:
+        q_lin = q_lin.astype(scale_BGC.dtype) * scale_BGC[..., None]
         in_chunk = jnp.einsum(
             'BGCS,BGKS->BGCK', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=scale_BGC.dtype
         )
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
         a_BGCC = a_BGCC + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
-    q_BGCF = jnp.concatenate([jnp.where(sees_BGC[..., None], q_lin, 0) for sees_BGC in reading], axis=-1)
-    k_BGCF = jnp.concatenate([jnp.where(adds_BGC[..., None], k_lin, 0) for adds_BGC in adding], axis=-1)
+    if segment_ids_BN is None:
+        # All read, the first chunk a state of zeros, and all are added, those that fill the last chunk as zeros.
+        q_BGCF, k_BGCF = (jnp.concatenate([x] * len(reading), axis=-1) for x in (q_lin, k_lin))
+    else:
+        q_BGCF = jnp.concatenate([jnp.where(sees_BGC[..., None], q_lin, 0) for sees_BGC in reading], axis=-1)
+        k_BGCF = jnp.concatenate([jnp.where(adds_BGC[..., None], k_lin, 0) for adds_BGC in adding], axis=-1)
     o_BGCE = gated_chunk_product(
         into_chunks(p_BNW, size),
         bias_2E,
         a_BGCC,
         q_BGCF.astype(dtype),
         k_BGCF.astype(dtype),
-        jnp.broadcast_to(keep_BGP, (batch, *keep_BGP.shape[1:])),
+        *(jnp.broadcast_to(x_BGP, (batch, *x_BGP.shape[1:])) for x_BGP in (keep_BGP, share_BGP)),
         causal,
     )
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
@@ -119,7 +123,7 @@ def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, *, chunk_size, scoring, 
     return a.astype(q_BGCS.dtype)
 
 
-def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], list[Array], Array, Array]:
+def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], list[Array], Array, Array, Array | None]:
     """How states walk over the chunks, forwards and, unless causal, backwards too.
 
     A walk carries the state of the document that is open where it stands. It adds to it the tokens of a chunk that
@@ -127,10 +131,12 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
 
     Returns:
       For each walk, the tokens that read what it carries [B, G, C] and those that it adds; whether it keeps what it
-      carried, float32 [B, G, P]; and the factor on every query, 1 / (tokens it sees globally) or 1, [B, G, C].
+      carried, float32 [B, G, P]; and what makes means of sums over the tokens that a query sees globally. If causal,
+      all queries of a chunk see the same ones: a factor on the state that they read, [B, G, P]. Else these are 1, and
+      there is a factor on every query, [B, G, C].
     """
     first_BG, last_BG = first_and_last_document(ids_BGC)
-    reading, adding, keep, count_BGC = [], [], [], 0
+    reading, adding, keep, share, count_BGC = [], [], [], [], 0
     for reverse in (False,) if causal else (False, True):
         flip = (lambda x: x[:, ::-1]) if reverse else (lambda x: x)
         leaves_BG = flip(first_BG if reverse else last_BG)
@@ -146,21 +152,30 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
         reads_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
         count_BGC += flip(reads_BGC * carried_BG[..., None])
+        share.append(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG))
         reading.append(flip(reads_BGC))
         adding.append(flip(adds_BGC))
         keep.append(flip(keep_BG))
+    scale_BGC = None
     if not causal:
         size = ids_BGC.shape[-1]
         count_BGC += visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
-    scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
-    return reading, adding, jnp.stack(keep, axis=-1), scale_BGC
+        scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
+    return reading, adding, jnp.stack(keep, axis=-1), jnp.stack(share, axis=-1), scale_BGC
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def gated_chunk_product(
-    p_BGCW: Array, bias_2E: Array, a_BGCC: Array, q_BGCF: Array, k_BGCF: Array, keep_BGP: Array, causal: bool
+    p_BGCW: Array,
+    bias_2E: Array,
+    a_BGCC: Array,
+    q_BGCF: Array,
+    k_BGCF: Array,
+    keep_BGP: Array,
+    share_BGP: Array,
+    causal: bool,
 ) -> Array:
-    """Returns silu(u) * (a silu(v) + q m) for [u, v] = p + bias, [B, G, C, E], with m the states of P walks.
+    """Returns silu(u) * (a silu(v) + q share m) for [u, v] = p + bias, [B, G, C, E], with m the states of P walks.
 
     The first walk goes forwards: m[0] = 0, m[g + 1] = keep[g] m[g] + k[g]^T silu(v[g]); a second one goes backwards.
     Their m [S, E] stand one below the other, so that q and k are as wide as the walks together, F = P S.
@@ -172,9 +187,10 @@ def gated_chunk_product(
       q_BGCF: what reads the states; zero for what a token may not see.
       k_BGCF: what writes them.
       keep_BGP: 1 where a walk carries its state on over a chunk, 0 where it drops it; float32, no gradient.
+      share_BGP: factor on the state that a chunk reads; float32, not 0, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
-    return product_and_states(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, causal=causal)[0]
+    return product_and_states(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, keep_BGP, share_BGP, causal=causal)[0]
 
 
 def _forward(*args):

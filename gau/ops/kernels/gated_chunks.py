@@ -41,14 +41,14 @@ PRECISION = 'ieee'
 
 
 def product_and_states(
-    p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, *, causal: bool
+    p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and the states m for its gradient."""
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and share m for its gradient."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
-    outputs = [sizes.like_o, sizes.like_m]
-    v, m = sizes.walk(kernels.states_kernel, blocks.states, (p, bias, k, keep), outputs, reverse=False, W=p.shape[-1])
+    inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_m]
+    v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
     return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m
 
 
@@ -59,6 +59,7 @@ def gradients(
     q: Array,
     k: Array,
     keep: Array,
+    share: Array,
     o: Array,
     v: Array,
     m: Array,
@@ -66,7 +67,7 @@ def gradients(
     *,
     causal: bool,
 ) -> tuple[Array, ...]:
-    """Returns the gradients of `gated_chunk_product` for p, bias, a, q, k and keep (zeros)."""
+    """Returns the gradients of `gated_chunk_product` for p, bias, a, q, k, keep and share (zeros)."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
@@ -75,9 +76,8 @@ def gradients(
         *(p.reshape(tokens), bias, do.reshape(tokens), o.reshape(tokens)), tokens_first=False
     )
     half_dp, dmixed = half_dp.reshape(p.shape), dmixed.reshape(o.shape)
-    (dkv,) = sizes.walk(
-        *(kernels.states_gradient_kernel, blocks.states_gradient, (q, dmixed, keep), [sizes.like_m]), reverse=True
-    )
+    inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
+    (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
         (p, bias, v, a, k, m, dmixed, dkv, half_dp),
@@ -85,7 +85,7 @@ def gradients(
         causal=causal,
     )
     dbias = jnp.stack([dbias_u, dbias_v.sum((0, 1))]).astype(bias.dtype)
-    return dp, dbias, da, dq, dk, jnp.zeros_like(keep)
+    return dp, dbias, da, dq, dk, jnp.zeros_like(keep), jnp.zeros_like(share)
 
 
 def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
@@ -109,7 +109,7 @@ class _Sizes:
         Args:
           kernel: with arguments (*inputs, *outputs, totals).
           blocks: its entry of BLOCKS.
-          inputs: the last one is `keep`.
+          inputs: the last two are `keep` and `share`.
           outputs: their shapes, the states last.
           reverse: whether the walk goes against the states.
           constants: of this kernel alone.
@@ -119,7 +119,7 @@ class _Sizes:
         across = -(-self.width // block_e)
         length = -(-self.groups // min(-(-WALKERS // (self.batch * self.walks * across * num_warps)), self.groups))
         parts = -(-self.groups // length)
-        keep = inputs[-1]
+        keep, share = inputs[-2:]
         totals = (self.batch, parts, self.inner, self.width) if parts > 1 else (1,)
         *results, states, totals = launch(
             kernel,
@@ -139,6 +139,8 @@ class _Sizes:
         )
         if parts > 1:
             carried = self._carried(totals, keep, length=length, reverse=reverse)
+            if not reverse:
+                carried *= jnp.repeat(share, self.state, axis=-1)[..., None]
             states = (states.astype(jnp.float32) + carried).astype(states.dtype)
         return [*results, states]
 

@@ -29,6 +29,7 @@ def states_kernel(
     bias_ptr,
     k_ptr,
     keep_ptr,
+    share_ptr,
     v_ptr,
     m_ptr,
     totals_ptr,
@@ -44,7 +45,7 @@ def states_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """m[g] = sum of k silu(v)^T over the chunks before g (after g, for the second direction), grid [E, P, B D].
+    """m[g] = share * sum of k silu(v)^T over the chunks before g (after g, the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
     where there are several, the state at the end of each is a total, for the caller to carry on to the others.
@@ -67,7 +68,8 @@ def states_kernel(
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
-            put(m_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
+            share = tl.load(share_ptr + chunk * (F // S) + direction)
+            put(m_ptr + (chunk * F + direction * S) * E, state * share, s, e, E, S, E)
             state *= tl.load(keep_ptr + chunk * (F // S) + direction)
         k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
@@ -126,6 +128,7 @@ def states_gradient_kernel(
     q_ptr,
     dmixed_ptr,
     keep_ptr,
+    share_ptr,
     dkv_ptr,
     totals_ptr,
     G: tl.constexpr,
@@ -139,9 +142,10 @@ def states_gradient_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dkv[g] = sum of q dmixed^T over the chunks that see g, the gradient of what g adds to a state, grid [E, P, B D].
+    """dkv[g] = sum of share q dmixed^T over the chunks that see g, the gradient of what g adds, grid [E, P, B D].
 
-    The mirror of `states_kernel`: it walks against the states' direction.
+    The mirror of `states_kernel`: it walks against the states' direction. The share of the chunk that is being added
+    stands apart from the state until the next one, so that sums in the matrix units need no factor.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -155,19 +159,22 @@ def states_gradient_kernel(
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
     count = tl.minimum(first + length, G) - first
+    share = 1.0
     for i in range(0, count * blocks):
         step = first + count - 1 - i // blocks
         g = tl.where(direction == 0, step, G - 1 - step)
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
+            state *= share
             put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
+            share = tl.load(share_ptr + chunk * (F // S) + direction)
+            state *= tl.load(keep_ptr + chunk * (F // S) + direction) / share
         q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
         dmixed = tile(dmixed_ptr + chunk * C * E, row, e, E, C, E)
         state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
     if P > 1:
-        put(totals_ptr + ends, state, s, e, E, S, E)
+        put(totals_ptr + ends, state * share, s, e, E, S, E)
 
 
 @triton.jit

@@ -59,6 +59,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         (30, 8, 12, 24, 'documents', 8, 'mean'),
         (24, 12, 8, 40, 'one row', 1, 'sum'),
         (10, 16, 8, 24, 'none', 1, 'mean'),
+        (28, 8, 8, 24, 'none', 4, 'mean'),
         pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(100, 40, 12, 72, 'documents', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(90, 16, 8, 40, 'documents', 6, 'mean', marks=pytest.mark.slow),
