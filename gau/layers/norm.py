@@ -29,8 +29,8 @@ class Stream(NamedTuple):
         x_BND, y_BND = self.x_BND, y_BND.astype(self.x_BND.dtype)
         if self.bias_D is None:
             return Stream(x_BND + (y_BND if bias_D is None else y_BND + bias_D.astype(y_BND.dtype)))
-        # As rows, which the kernels of norms take too: then the library's product that makes y adds x to it. For a view
-        # of x that nothing else reads XLA would overwrite x, and so copy it first.
+        # The library's product that makes y adds x to it, as rows. The kernels of norms take x as rows too, so that it
+        # has several readers: a view for the product alone XLA would overwrite, and for that copy x first.
         rows = (-1, x_BND.shape[-1])
         x_BND = (x_BND.reshape(rows) + y_BND.reshape(rows)).reshape(x_BND.shape)
         return Stream(x_BND, self.bias_D if bias_D is None else self.bias_D + bias_D)

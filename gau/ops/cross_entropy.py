@@ -74,9 +74,10 @@ def weighted_cross_entropy(
     of the others). d E is summed over slices in float32.
 
     The kernel reads logits of bfloat16 hidden states as float16, which halves what is written and read of them. They
-    are products of h, which float16 holds as it is, with E in float16 (2^-12 of each addend, where bfloat16 would be
-    2^-9), rounded by 2^-12 of themselves: nearer to the exact ones than float32 logits of a bfloat16 E
-    (tests/ops/test_cross_entropy.py). They must be below 65,504, E and h too.
+    are products of h with E in float16 (rounded by 2^-12 of an addend, where bfloat16 would be by 2^-9), rounded by
+    2^-12 of themselves: nearer to the exact ones than float32 logits of a bfloat16 E (tests/ops/test_cross_entropy.py).
+    Numbers beyond float16's largest, 65,504, count as that. Evaluation has the logits of a bfloat16 E, with kernels and
+    without.
 
     A position of weight 0 counts for nothing: whatever stands there in h, NaN included, reaches neither the loss nor a
     gradient.
@@ -115,7 +116,7 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     dtype = jnp.promote_types(hidden_BND.dtype, jnp.float32)
     e_VD = embedding_VD.astype(hidden_BND.dtype)
     half_precision = fused and hidden_BND.dtype == jnp.bfloat16
-    half_e_VD = embedding_VD.astype(jnp.float16) if half_precision else None
+    half_e_VD = _half(embedding_VD) if half_precision else None
 
     def split(x_BN):
         x_BN = jnp.pad(x_BN, [(0, 0), (0, slices * size - n)] + [(0, 0)] * (x_BN.ndim - 2))
@@ -124,7 +125,8 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     def one_slice(de_VD, xs):
         h_BnD, targets_Bn, weights_Bn = xs
         if half_precision:
-            logits_BnV = jnp.einsum('BND,VD->BNV', h_BnD.astype(jnp.float16), half_e_VD)
+            # The library sums in float32.
+            logits_BnV = jnp.einsum('BND,VD->BNV', _half(h_BnD), half_e_VD)
         else:
             logits_BnV = output_logits(h_BnD, e_VD)
         score = fused_loss_and_gradient if fused else loss_and_gradient
@@ -138,6 +140,12 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     de_VD, (loss_g, dh_gBnD) = jax.lax.scan(one_slice, zeros_VD, xs, unroll=slices == 1)
     dh_BND = jnp.moveaxis(dh_gBnD, 0, 2).reshape(batch, size * slices, -1)[:, :n]
     return loss_g.sum(), (dh_BND, de_VD.astype(embedding_VD.dtype))
+
+
+def _half(x: Array) -> Array:
+    """Returns x in float16, what lies beyond as the largest number of it."""
+    largest = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(x, -largest, largest).astype(jnp.float16)
 
 
 def _times(size, fused, gradients, scale):

@@ -2,9 +2,9 @@
 
     [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
 
-U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the sum of k v^T over
-the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and the
-backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, v and o.
+U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the mean or the sum of
+k v^T over the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and
+the backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, v and o.
 
 `gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
 """
@@ -152,7 +152,7 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
         reads_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
         count_BGC += flip(reads_BGC * carried_BG[..., None])
-        share.append(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG))
+        share.append(flip(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)))
         reading.append(flip(reads_BGC))
         adding.append(flip(adds_BGC))
         keep.append(flip(keep_BG))

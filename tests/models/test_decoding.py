@@ -92,6 +92,14 @@ def test_decoding_is_the_full_forward_at_every_position(name):
     assert worst < 1e-12
 
 
+@pytest.mark.parametrize(('name', 'layer_stack'), [('flash', 'unrolled'), ('flash_quad', 'scan')])
+def test_a_model_built_for_kernels_decodes(name, layer_stack):
+    pytest.importorskip('triton')
+    worst, size = staircase(name, impl='triton', dtype='float32', layer_stack=layer_stack)
+    assert size > 0.1
+    assert worst < 1e-5
+
+
 @pytest.mark.parametrize('case', ABLATIONS)
 def test_every_ablation_decodes(case):
     name, fields = ABLATIONS[case]

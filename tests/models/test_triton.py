@@ -76,14 +76,15 @@ def expect_the_reference(fused, reference, params, ids, n=N):
 
 @pytest.mark.parametrize(('name', 'objective'), MODELS)
 def test_logits_losses_and_gradients_are_those_of_the_reference(name, objective):
-    fused, reference, params = models(name, objective)
+    # Of two layers, since the second one reads what the first one adds, its bias too.
+    fused, reference, params = models(name, objective, num_layers=2)
     # One row of segment ids for the whole batch.
     expect_the_reference(fused, reference, params, IDS)
 
 
 ABLATIONS = [
     {'attention_function': 'softmax', 'relative_bias': 'none', 'gamma_init': 'ones', 'rope': 'none', 'chunk_size': 16},
-    {'attention_function': 'laplace', 'relative_bias': 'rotary', 'temperature': 'learned', 'global_reduction': 'sum'},
+    {'attention_function': 'laplace', 'relative_bias': 'rotary', 'norm_placement': 'post', 'global_reduction': 'sum'},
     {'normalizer': 'su', 'relative_bias': 'none', 'temperature': 'learned', 'chunk_size': 3},
     {'normalizer': 'visible', 'relative_bias': 'rotary', 'query_key_dim': 6, 'expansion_factor': 3.0},
 ]

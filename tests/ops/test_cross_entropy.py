@@ -184,3 +184,20 @@ def test_the_kernels_logits_are_nearer_than_those_of_a_rounded_embedding():
     # The loss, d h and d E.
     assert all(a < b for a, b in zip(errors['triton'], errors['xla'], strict=True)), errors
     assert errors['triton'][0] < 1e-4
+
+
+@pytest.mark.parametrize('where', ['h', 'embedding', 'logits'])
+def test_what_no_float16_holds_is_a_large_number_and_not_infinite(where):
+    pytest.importorskip('triton')
+    # Positive, since a CPU sums in float16: of both infinities it would make NaN.
+    h, embedding = jnp.abs(normal(0, B, N, D)), jnp.abs(normal(1, V, D))
+    factors = {'h': (1e6, 1), 'embedding': (1, 1e6), 'logits': (1e3, 1e3)}[where]
+    h, embedding = (factor * x for factor, x in zip(factors, (h, embedding), strict=True))
+    h, embedding = h.astype(jnp.bfloat16), embedding.astype(jnp.float32)
+    targets, weights = jnp.zeros((B, N), int), jnp.ones((B, N), jnp.float32)
+    loss = functools.partial(weighted_cross_entropy, positions_per_slice=4, impl='triton')
+    value, gradients = jax.value_and_grad(loss, (0, 1))(h, embedding, targets, weights)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.asarray(x, 'float64')).all() for x in gradients)
+    # A NaN is none of these.
+    assert np.isnan(jax.grad(loss, 1)(h.at[0, 0, 0].set(jnp.nan), embedding, targets, weights)).any()

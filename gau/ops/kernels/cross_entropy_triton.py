@@ -3,6 +3,17 @@
 import triton
 import triton.language as tl
 
+LARGEST_HALF = tl.constexpr(65_504.0)
+
+
+@triton.jit
+def _widened(logits):
+    """Logits in float32. What was too large for a product in float16 is its largest number; NaN stays NaN."""
+    wide = logits.to(tl.float32)
+    if logits.dtype == tl.float16:
+        wide = tl.clamp(wide, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+    return wide
+
 
 @triton.jit
 def cross_entropy_kernel(
@@ -13,8 +24,8 @@ def cross_entropy_kernel(
     v = tl.arange(0, BLOCK_V)
     target = tl.load(targets_ptr + row)
     weight = tl.load(weights_ptr + row)
-    at_target = tl.load(logits_ptr + row * V + target).to(tl.float32)
-    logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float('-inf')).to(tl.float32)
+    at_target = _widened(tl.load(logits_ptr + row * V + target))
+    logits = tl.where(v < V, _widened(tl.load(logits_ptr + row * V + v, mask=v < V, other=0.0)), -float('inf'))
     top = tl.max(logits, axis=0)
     powers = tl.exp(logits - top)
     total = tl.sum(powers, axis=0)

@@ -17,8 +17,8 @@ from gau.ops.norms import NORM_EPSILON
 
 # Numbers in a program's tile: a few rows of the stream, forwards and backwards.
 BLOCK, GRADIENT_BLOCK = 4096, 2048
-# Programs of the backward pass at most: as many as the registers of an H100 hold at once, five a multiprocessor (88 of
-# them a thread, at a width of 768 in bfloat16).
+# Programs of the backward pass at most: five for each multiprocessor of an H100, as many as its registers hold at once
+# at a width of 768 in bfloat16.
 PROGRAMS = 660
 
 
