@@ -64,8 +64,7 @@ def value_gradient_kernel(
     col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(2).to(tl.int64)
     dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    slope = silu_gradient(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
-    dv *= slope
+    dv *= silu_gradient(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
     put(dp_ptr + b * n * W + E, dv, row, col, W, n, E)
     tiles = b * tl.num_programs(1) + tl.program_id(1)
     tl.store(dbias_ptr + tiles * E + col, tl.sum(dv, 0), mask=col < E)
