@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import TokenInfo, param_dtype
@@ -36,12 +35,6 @@ class Stream(NamedTuple):
         return Stream(x_BND, self.bias_D if bias_D is None else self.bias_D + bias_D)
 
 
-def stream_of(x_BND: Array, config) -> Stream:
-    """Returns the stream that starts as x, its biases apart where a resolved config has the kernel that adds them."""
-    apart = config.norm == 'scale_norm' and config.impl == 'triton' and config.norm_placement == 'pre'
-    return Stream(x_BND, jnp.zeros(x_BND.shape[-1], param_dtype(config.dtype)) if apart else None)
-
-
 class Norm(nn.Module):
     """ScaleNorm (one scalar, docs/paper.md section 2), LayerNorm or RMSNorm over the last axis, in float32.
 
@@ -58,7 +51,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, stream: Stream, tokens: TokenInfo) -> tuple[Stream, Array]:
-        """Returns the stream to go on with, the same, and what it is normalised, [B, N, D]."""
+        """Returns the same stream, for a later `plus`, and the stream normalised, [B, N, D]."""
         dtype, width = param_dtype(self.dtype), stream.x_BND.shape[-1]
         shape, axes = ((), ()) if self.kind == 'scale_norm' else ((width,), ('norm',))
         scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, axes), shape, dtype)

@@ -7,6 +7,7 @@ sequence it would gather, and kernels it does not understand; those run inside `
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,13 +20,13 @@ Names = Sequence[str | None]
 
 
 def over_mesh(
-    op: Callable[..., Array],
+    op: Callable[..., Any],
     *operands: Array | None,
     axes: Sequence[Names],
     result_like: int,
     result_axes: Names | None = None,
     token_multiple: int | None,
-) -> Array:
+) -> Any:
     """Returns op(*operands, sequence_axis=...), computed by every device on its own part of the operands.
 
     Without a mesh of several devices, without axis rules, or inside another `shard_map`, it is called as it is, with
@@ -40,7 +41,8 @@ def over_mesh(
         the dimensions named 'length' are cut, or None where they are whole. It may use collectives over that axis.
       *operands: arrays, or None.
       axes: the logical name of every dimension of every operand.
-      result_like: which operand the result has the shape of, but for dimensions without a name, and lies as.
+      result_like: which operand the result, or each array of it, has the shape of, but for dimensions without a name,
+        and lies as.
       result_axes: the names of the result's dimensions, all of them names of that operand's; None: the same ones.
       token_multiple: each device must get a multiple of this many tokens (a chunk), or they stay whole; None: they
         stay whole.
@@ -56,7 +58,7 @@ def over_mesh(
     along = {entry for i in given for entry, name in zip(cuts[i], axes[i], strict=True) if name == 'length' and entry}
     sequence_axis = next((axis for (axis,) in along if mesh.shape[axis] > 1), None)
 
-    def local(*parts: Array) -> Array:
+    def local(*parts: Array) -> Any:
         everything = dict(zip(given, parts, strict=True))
         return op(*(everything.get(i) for i in range(len(operands))), sequence_axis=sequence_axis)
 

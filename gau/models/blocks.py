@@ -1,6 +1,8 @@
 """Blocks: layers with their norms, dropout and residual connections, made from a resolved config."""
 
 import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
 
 from gau.layers.attention import (
     CombinerAttention,
@@ -10,7 +12,7 @@ from gau.layers.attention import (
     PerformerAttention,
     QuadraticAttention,
 )
-from gau.layers.common import TokenInfo, constrain
+from gau.layers.common import TokenInfo, constrain, param_dtype
 from gau.layers.feed_forward import FeedForward
 from gau.layers.gated_attention_unit import GatedAttentionUnit
 from gau.layers.norm import Norm, Stream
@@ -68,6 +70,12 @@ class Block(nn.Module):
         if self.config.norm_placement == 'post':
             stream = Stream(norm(stream, tokens)[1])
         return stream._replace(x_BND=constrain(stream.x_BND, 'batch', 'length', 'act_embed'))
+
+
+def first_stream(x_BND: Array, config) -> Stream:
+    """Returns the stream that starts as x, its biases apart where a resolved config has the kernel that adds them."""
+    apart = config.norm == 'scale_norm' and config.impl == 'triton' and config.norm_placement == 'pre'
+    return Stream(x_BND, jnp.zeros(x_BND.shape[-1], param_dtype(config.dtype)) if apart else None)
 
 
 def gated_attention_unit(config, layer: int, causal: bool) -> GatedAttentionUnit:

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
-from gau.layers.norm import Norm, stream_of
+from gau.layers.norm import Norm
 from gau.layers.positions import ScaledSinusoid
 from gau.layers.sharding import parts_of, sum_over_mesh
 from gau.models.architectures import ARCHITECTURES
-from gau.models.blocks import Block
+from gau.models.blocks import Block, first_stream
 from gau.models.config import head_dim_at
 from gau.ops.cross_entropy import output_logits, sliced_cross_entropy, weighted_cross_entropy
 from gau.ops.decoding import Continuation
@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
             x_BND = x_BND + self.position(tokens.positions_BN, config.model_dim)
         x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)
         x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
-        stream = stream_of(x_BND, config)
+        stream = first_stream(x_BND, config)
         for block in [self.blocks] if config.layer_stack == 'scan' else self.blocks:
             stream, _ = block(stream, tokens, deterministic)
         return self.final_norm(stream, tokens)[1] if config.norm_placement == 'pre' else stream.x_BND

@@ -136,7 +136,7 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
       there is a factor on every query, [B, G, C].
     """
     first_BG, last_BG = first_and_last_document(ids_BGC)
-    reading, adding, keep, share, count_BGC = [], [], [], [], 0
+    reading, adding, keep, share, counts_BGC = [], [], [], [], []
     for reverse in (False,) if causal else (False, True):
         flip = (lambda x: x[:, ::-1]) if reverse else (lambda x: x)
         leaves_BG = flip(first_BG if reverse else last_BG)
@@ -151,15 +151,15 @@ def _walks(ids_BGC: Array, *, causal: bool, mean: bool) -> tuple[list[Array], li
         total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
         reads_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
-        count_BGC += flip(reads_BGC * carried_BG[..., None])
         share.append(flip(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)))
+        counts_BGC.append(flip(reads_BGC * carried_BG[..., None]))
         reading.append(flip(reads_BGC))
         adding.append(flip(adds_BGC))
         keep.append(flip(keep_BG))
     scale_BGC = None
     if not causal:
         size = ids_BGC.shape[-1]
-        count_BGC += visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
+        count_BGC = sum(counts_BGC) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
         scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
     return reading, adding, jnp.stack(keep, axis=-1), jnp.stack(share, axis=-1), scale_BGC
 

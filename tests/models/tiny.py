@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gau.layers.common import TokenInfo
-from gau.layers.norm import stream_of
 from gau.models.architectures import ARCHITECTURES
-from gau.models.blocks import Block
+from gau.models.blocks import Block, first_stream
 from gau.models.config import default_config, resolve
 from gau.models.registry import build
 from tests.numerics import max_error, normal, random_like
@@ -114,7 +113,7 @@ def expect_padding_to_reach_nothing(model, params, ids_BN):
     differentiated = compile_fast(jax.value_and_grad(loss, range(2), has_aux=True))
     shape = (*ids_BN.shape, model.config.model_dim)
     x_BND, other_BND = normal(0, *shape), 100 * normal(1, *shape)
-    start = stream_of(x_BND, model.config)
+    start = first_stream(x_BND, model.config)
     bias_D = None if start.bias_D is None else normal(2, shape[-1]).astype(start.bias_D.dtype)
     (value, total_BND), gradients = run(x_BND)
     found = run(jnp.where(padding, other_BND, x_BND))
