@@ -1,12 +1,18 @@
-"""The gated chunk product on a GPU: which kernels run in which order, forwards and backwards."""
+"""The gated chunk product on a GPU: which kernels run in which order, forwards and backwards.
 
+A text of one chunk has no states, and one of two chunks needs none: where a chunk has no more tokens than two states
+have rows, weights x = q k^T of one chunk on the other are as few products as states are, and the values that they
+multiply are in the cache anyway. States would be written and read again.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gates import gate_gradients
+from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch, power_of_two
 
 # Warps that walk over the chunks at least: twelve for each multiprocessor of an H100. A long text alone has fewer, so
@@ -37,6 +43,8 @@ BLOCKS = {
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 32, 32, 4, 1)),
 }
+# What a kernel does not write.
+_NOTHING = jax.ShapeDtypeStruct((1,), jnp.float32)
 # How the matrix units round the factors of a float32 product: not at all.
 PRECISION = 'ieee'
 
@@ -44,13 +52,20 @@ PRECISION = 'ieee'
 def product_and_states(
     p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and share m for its gradient."""
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and share m (or x) for its gradient."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
-    inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_m]
-    v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
-    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m
+    if sizes.by_walks:
+        inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_m]
+        v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
+        reads = q, m
+    else:
+        v = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
+        m = _weights_on_other_chunk(q, k, sizes.state) if sizes.readers else v
+        reads = m, v
+    inputs = p, bias, v, a, *reads, share if sizes.by_walks else _of_readers(share)
+    return sizes.output(kernels.output_kernel, blocks.output, inputs, causal=causal), v, m
 
 
 def gradients(
@@ -72,21 +87,47 @@ def gradients(
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
-    tokens = (sizes.batch, sizes.groups * sizes.size, -1)
     half_dp, dbias_u, dmixed = gate_gradients(
-        *(p.reshape(tokens), bias, do.reshape(tokens), o.reshape(tokens)), tokens_first=False
+        *(p.reshape(sizes.by_token), bias, do.reshape(sizes.by_token), o.reshape(sizes.by_token)), tokens_first=False
     )
     half_dp, dmixed = half_dp.reshape(p.shape), dmixed.reshape(o.shape)
-    inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
-    (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
+    if sizes.by_walks:
+        inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
+        (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
+        reads, results = (k, m, dmixed, dkv), [q, k]
+    else:
+        reads, results = (m, v, dmixed, dmixed), [m, _NOTHING]
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
-        (p, bias, v, a, k, m, dmixed, dkv, half_dp),
-        [a, q, k],
+        (p, bias, v, a, *reads, share if sizes.by_walks else _of_readers(share), half_dp),
+        [a, *results] if sizes.by_walks or sizes.readers else [a, _NOTHING, _NOTHING],
         causal=causal,
     )
+    if sizes.readers:
+        dq, dk = jax.vjp(functools.partial(_weights_on_other_chunk, state=sizes.state), q, k)[1](dq)
+    elif not sizes.by_walks:
+        dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
     dbias = jnp.stack([dbias_u, dbias_v.sum((0, 1))]).astype(bias.dtype)
     return dp, dbias, da, dq, dk, jnp.zeros_like(keep), jnp.zeros_like(share)
+
+
+def _weights_on_other_chunk(q_BGCF: Array, k_BGCF: Array, state: int) -> Array:
+    """Returns q k^T of every chunk of two that reads the other one: of both, or of the second if there is one walk."""
+    walks = q_BGCF.shape[-1] // state
+    # The first walk is read by the second chunk.
+    q, k = (
+        jnp.stack([x[:, chunk, :, walk * state : (walk + 1) * state] for walk, chunk in chunks], axis=1)
+        for x, chunks in (
+            (q_BGCF, [(walk, 1 - walk) for walk in reversed(range(walks))]),
+            (k_BGCF, [(walk, walk) for walk in reversed(range(walks))]),
+        )
+    )
+    return jnp.einsum('BRCS,BRKS->BRCK', q, k)
+
+
+def _of_readers(share_BGP: Array) -> Array:
+    """Returns the share of the walk that each of two chunks reads, [B, G]; the first reads the last walk."""
+    return jnp.stack([share_BGP[:, 0, -1], share_BGP[:, -1, 0]], axis=1)
 
 
 def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
@@ -100,9 +141,14 @@ class _Sizes:
         self.batch, self.groups, self.size, self.stride = p.shape
         self.width, self.inner, self.walks = bias.shape[-1], q.shape[-1], keep.shape[-1]
         self.state = self.inner // self.walks
+        self.by_token = self.batch, self.groups * self.size, -1
         self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
         self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
-        self.common = {'C': self.size, 'F': self.inner, 'E': self.width, 'PRECISION': PRECISION}
+        self.by_walks = self.groups > 2 or (self.groups == 2 and self.size > 2 * self.state)
+        # Chunks that read another one without states, and how many columns what they read it with has.
+        self.readers = self.walks if self.groups == 2 and not self.by_walks else 0
+        self.reads = self.inner if self.by_walks else self.size if self.readers else 0
+        self.common = {'C': self.size, 'E': self.width, 'PRECISION': PRECISION}
 
     def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool, **constants: int) -> list[Array]:
         """Launches a kernel that walks over the chunks, and carries states from each part of a long text to the others.
@@ -131,6 +177,7 @@ class _Sizes:
             num_stages=num_stages,
             **self.common,
             **constants,
+            F=self.inner,
             G=self.groups,
             S=self.state,
             P=parts,
@@ -187,23 +234,25 @@ class _Sizes:
             num_warps=num_warps,
             num_stages=num_stages,
             **self.common,
+            F=self.reads,
             W=self.stride,
             CAUSAL=causal,
+            READERS=self.readers,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
             BLOCK_E=block_e,
         )[0]
 
     def gradient(self, kernel, blocks, inputs, results, *, causal: bool) -> list[Array]:
-        """Launches a kernel over tiles of [C, C], of [C, F] twice and of [C, E].
+        """Launches a kernel over tiles of [C, C], of [C, F] once or, for states, twice, and of [C, E].
 
         Returns what took over the last input, the sums over tokens of what was written there, and arrays like
         `results`.
         """
         block_m, block_k, block_e, side, inner, num_warps, num_stages = blocks
         block_m, block_e = min(block_m, power_of_two(self.size)), min(block_e, power_of_two(self.width))
-        across, across_f, down = -(-self.size // side), -(-self.inner // side), -(-self.size // block_m)
-        tiles = across * (across + 2 * across_f) + down * -(-self.width // block_e)
+        across, across_f, down = -(-self.size // side), -(-self.reads // side), -(-self.size // block_m)
+        tiles = across * (across + across_f * (2 if self.by_walks else 1)) + down * -(-self.width // block_e)
         sums = jax.ShapeDtypeStruct((self.batch * self.groups, down, self.width), jnp.float32)
         return launch(
             kernel,
@@ -214,8 +263,10 @@ class _Sizes:
             num_stages=num_stages,
             overwrite={len(inputs) - 1: 0},
             **self.common,
+            F=self.reads,
             W=self.stride,
             CAUSAL=causal,
+            READERS=self.readers,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
             BLOCK_E=block_e,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gates import gate_gradients
+from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.quadratic import Tokens, attend, attention_gradients, groups, no_gradient
 
@@ -43,9 +43,9 @@ def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
     (batch, n, _), width, dtype = p_BNW.shape, bias_2E.shape[1], p_BNW.dtype
-    like_v, like_o = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((n, batch, width), (batch, n, width)))
-    (v_NBE,) = _launch(kernels.values_kernel, p_BNW, bias_2E, outputs=[like_v], B=batch)
+    v_NBE = values(p_BNW, bias_2E, tokens_first=True)
     av = attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal)
+    like_o = jax.ShapeDtypeStruct((batch, n, width), dtype)
     (o_BNE,) = _launch(kernels.output_kernel, p_BNW, bias_2E, *_pieces(av), outputs=[like_o], **_grouping(n))
     return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE)
 

@@ -27,18 +27,6 @@ def _join(
 
 
 @triton.jit
-def values_kernel(
-    p_ptr, bias_ptr, v_ptr,
-    B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """v = silu(p + bias) of the values, tokens before texts."""
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = tl.program_id(2).to(tl.int64)
-    put(v_ptr + b * E, silu(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, B * E, n, E)
-
-
-@triton.jit
 def output_kernel(
     p_ptr, bias_ptr, av0, av1, av2, av3, av4, av5, av6, av7, o_ptr,
     n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,

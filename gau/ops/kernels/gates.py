@@ -1,4 +1,4 @@
-"""The gate of gated attention backwards, on a GPU: what FLASH and FLASH-Quad have in common."""
+"""Values of gated attention, and its gate backwards, on a GPU: what FLASH and FLASH-Quad have in common."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,30 @@ from gau.ops.kernels.launch import launch
 
 # Tokens of a program, and of one of its tiles; columns of a tile, and warps.
 SPAN, TILE = 128, (16, 128, 4)
+
+
+def values(p_BNW: Array, bias_2E: Array, *, tokens_first: bool) -> Array:
+    """Returns silu(p + bias) of the second E columns, [B, N, E], or [N, B, E] if `tokens_first`."""
+    from gau.ops.kernels.gates_triton import values_kernel
+
+    (batch, n, stride), width = p_BNW.shape, bias_2E.shape[1]
+    tokens, columns, num_warps = TILE
+    return launch(
+        values_kernel,
+        p_BNW,
+        bias_2E,
+        outputs=[jax.ShapeDtypeStruct((n, batch, width) if tokens_first else (batch, n, width), p_BNW.dtype)],
+        grid=(-(-width // columns), -(-n // tokens), batch),
+        num_warps=num_warps,
+        num_stages=1,
+        B=batch,
+        n=n,
+        E=width,
+        W=stride,
+        TOKENS_FIRST=tokens_first,
+        BLOCK_N=tokens,
+        BLOCK_E=columns,
+    )[0]
 
 
 def gate_gradients(

@@ -54,6 +54,31 @@ def projection(p_ptr, bias_ptr, which: tl.constexpr, row, col, b, n: tl.constexp
 
 
 @triton.jit
+def _put_text(
+    ptr, x, row, col, b,
+    B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, TOKENS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of text b in an array [B, n, E], or [n, B, E] if TOKENS_FIRST."""
+    if TOKENS_FIRST:
+        put(ptr + b * E, x, row, col, B * E, n, E)
+    else:
+        put(ptr + b * n * E, x, row, col, E, n, E)
+
+
+@triton.jit
+def values_kernel(
+    p_ptr, bias_ptr, v_ptr,
+    B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, TOKENS_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """v = silu(p + bias) of the values, grid [E, n, B]."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = tl.program_id(2).to(tl.int64)
+    _put_text(v_ptr, silu(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, b, B, n, E, TOKENS_FIRST)
+
+
+@triton.jit
 def gate_gradient_kernel(
     p_ptr, bias_ptr, do_ptr, o_ptr, dp_ptr, dx_ptr, dbias_ptr,
     B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, TOKENS_FIRST: tl.constexpr,
@@ -73,10 +98,7 @@ def gate_gradient_kernel(
         do = tile(do_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
         o = tile(o_ptr + b * n * E, row, col, E, n, E).to(tl.float32)
         u = for_gate(projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W))
-        if TOKENS_FIRST:
-            put(dx_ptr + b * E, do * silu(u), row, col, B * E, n, E)
-        else:
-            put(dx_ptr + b * n * E, do * silu(u), row, col, E, n, E)
+        _put_text(dx_ptr, do * silu(u), row, col, b, B, n, E, TOKENS_FIRST)
         du = gate_gradient(u, o, do)
         put(dp_ptr + b * n * W, du, row, col, W, n, E)
         dbias += tl.sum(du, 0)
