@@ -5,13 +5,13 @@ have rows, weights x = q k^T of one chunk on the other are as few products as st
 multiply are in the cache anyway. States would be written and read again.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops.kernels.chunk_pairs import gradients_of_queries_and_keys, weights_on_other_chunk
 from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch, power_of_two
 
@@ -62,10 +62,9 @@ def product_and_states(
         reads = q, m
     else:
         v = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
-        m = _weights_on_other_chunk(q, k, sizes.state) if sizes.readers else v
+        m = weights_on_other_chunk(q, k, share) if sizes.readers else v
         reads = m, v
-    inputs = p, bias, v, a, *reads, share if sizes.by_walks else _of_readers(share)
-    return sizes.output(kernels.output_kernel, blocks.output, inputs, causal=causal), v, m
+    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, *reads), causal=causal), v, m
 
 
 def gradients(
@@ -99,35 +98,16 @@ def gradients(
         reads, results = (m, v, dmixed, dmixed), [m, _NOTHING]
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
-        (p, bias, v, a, *reads, share if sizes.by_walks else _of_readers(share), half_dp),
+        (p, bias, v, a, *reads, half_dp),
         [a, *results] if sizes.by_walks or sizes.readers else [a, _NOTHING, _NOTHING],
         causal=causal,
     )
     if sizes.readers:
-        dq, dk = jax.vjp(functools.partial(_weights_on_other_chunk, state=sizes.state), q, k)[1](dq)
+        dq, dk = gradients_of_queries_and_keys(q, k, share, dq)
     elif not sizes.by_walks:
         dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
     dbias = jnp.stack([dbias_u, dbias_v.sum((0, 1))]).astype(bias.dtype)
     return dp, dbias, da, dq, dk, jnp.zeros_like(keep), jnp.zeros_like(share)
-
-
-def _weights_on_other_chunk(q_BGCF: Array, k_BGCF: Array, state: int) -> Array:
-    """Returns q k^T of every chunk of two that reads the other one: of both, or of the second if there is one walk."""
-    walks = q_BGCF.shape[-1] // state
-    # The first walk is read by the second chunk.
-    q, k = (
-        jnp.stack([x[:, chunk, :, walk * state : (walk + 1) * state] for walk, chunk in chunks], axis=1)
-        for x, chunks in (
-            (q_BGCF, [(walk, 1 - walk) for walk in reversed(range(walks))]),
-            (k_BGCF, [(walk, walk) for walk in reversed(range(walks))]),
-        )
-    )
-    return jnp.einsum('BRCS,BRKS->BRCK', q, k)
-
-
-def _of_readers(share_BGP: Array) -> Array:
-    """Returns the share of the walk that each of two chunks reads, [B, G]; the first reads the last walk."""
-    return jnp.stack([share_BGP[:, 0, -1], share_BGP[:, -1, 0]], axis=1)
 
 
 def _like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:

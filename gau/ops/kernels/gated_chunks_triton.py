@@ -100,7 +100,6 @@ def output_kernel(
     a_ptr,
     q_ptr,
     m_ptr,
-    share_ptr,
     o_ptr,
     C: tl.constexpr,
     F: tl.constexpr,
@@ -115,7 +114,7 @@ def output_kernel(
 ):
     """o = silu(u) (a silu(v) + q m), one tile a program, grid [C, E, T].
 
-    In texts of two chunks of which READERS read the other one, its silu(v) are the m, and q weights on them, x.
+    In texts of two chunks of which READERS read the other one, its silu(v) is their m, and weights x on it their q.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -123,22 +122,20 @@ def output_kernel(
     # Before the products, so that it is there when they are done.
     u = tile(p_ptr + chunk * C * W, m, e, W, C, E)
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    reader, read, width = _reading(chunk, F, READERS)
-    for start in range(0, width, BLOCK_K):
-        f = start + tl.arange(0, BLOCK_K)
-        q = tile(q_ptr + reader * C * F, m, f, F, C, F)
-        state = tile(m_ptr + read * F * E, f, e, E, F, E)
-        mixed = tl.dot(q, state, mixed, input_precision=PRECISION)
-    if READERS > 0:
-        mixed *= tl.load(share_ptr + chunk)
     end = C
     if CAUSAL:
         end = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, C)
-    for start in range(0, end, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        a = tile(a_ptr + chunk * C * C, m, c, C, C, C)
-        v = tile(v_ptr + chunk * C * E, c, e, E, C, E)
-        mixed = tl.dot(a, v, mixed, input_precision=PRECISION)
+    # One loop for both products, so that its pipeline fills once.
+    reader, read, width = _reading(chunk, F, READERS)
+    blocks = tl.cdiv(width, BLOCK_K)
+    for i in range(0, blocks + tl.cdiv(end, BLOCK_K)):
+        own = i >= blocks
+        k = tl.where(own, i - blocks, i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        size = tl.where(own, C, F)
+        weights_ptr = tl.where(own, a_ptr + chunk * C * C, q_ptr + reader * C * F)
+        weights = tile(weights_ptr, m, k, size, C, size)
+        x = tile(tl.where(own, v_ptr + chunk * C * E, m_ptr + read * F * E), k, e, E, size, E)
+        mixed = tl.dot(weights, x, mixed, input_precision=PRECISION)
     gate = silu(for_gate(u.to(tl.float32) + _bias(bias_ptr, e, E)))
     put(o_ptr + chunk * C * E, mixed * gate, m, e, E, C, E)
 
@@ -207,7 +204,6 @@ def value_and_weight_gradient_kernel(
     m_ptr,
     dmixed_ptr,
     dkv_ptr,
-    share_ptr,
     unused_ptr,
     dp_ptr,
     dbias_ptr,
@@ -233,7 +229,7 @@ def value_and_weight_gradient_kernel(
 
     Grid [tiles of a chunk: C x C, C x F once or twice, and C x E; T]. All of a chunk's programs run at about the same
     time, so that what several of them read comes from memory once. With READERS (see `output_kernel`) k is x, m is v,
-    dkv is dmixed, dq is dx, and there is no dk.
+    dq is dx, and there is no dk.
     """
     across: tl.constexpr = (C + SIDE - 1) // SIDE
     across_f: tl.constexpr = (F + SIDE - 1) // SIDE
@@ -250,22 +246,19 @@ def value_and_weight_gradient_kernel(
             end = tl.where(number % across <= row, E, 0)
         col = number % across
         dmixed_ptr, v_ptr, da_ptr = dmixed_ptr + chunk * C * E, v_ptr + chunk * C * E, da_ptr + chunk * C * C
-        _product(dmixed_ptr, v_ptr, da_ptr, row, col, end, 1.0, C, C, E, PRECISION, SIDE, INNER)
+        _product(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, PRECISION, SIDE, INNER)
     elif number < across * (across + across_f):
         number -= across * across
         row, col = number // across_f, number % across_f
         reader, read, width = _reading(chunk, F, READERS)
-        share = 1.0
-        if READERS > 0:
-            share = tl.load(share_ptr + chunk)
         if width > 0:
             dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + read * F * E, dq_ptr + reader * C * F
-            _product(dmixed_ptr, m_ptr, dq_ptr, row, col, E, share, C, F, E, PRECISION, SIDE, INNER)
+            _product(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
     elif number < squares:
         number -= across * (across + across_f)
         row, col = number // across_f, number % across_f
         v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        _product(v_ptr, dkv_ptr, dk_ptr, row, col, E, 1.0, C, F, E, PRECISION, SIDE, INNER)
+        _product(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
     else:
         number -= squares
         m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -278,18 +271,18 @@ def value_and_weight_gradient_kernel(
                 k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
                 dkv = tile(dkv_ptr + chunk * F * E, f, e, E, F, E)
                 dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
-        else:
-            reader, read, width = _reading(chunk ^ 1, F, READERS)
-            dv = _transposed(
-                k_ptr + reader * C * F, dkv_ptr + (chunk ^ 1) * C * E, dv, m, e, 0, width, C, E, PRECISION, BLOCK_K
-            )
-            dv *= tl.load(share_ptr + (chunk ^ 1))
+        # Weights on these values, and the gradients of what they made: first of the other chunk, then of this one.
+        reader, read, width = _reading(chunk ^ 1, C if READERS > 0 else 0, READERS)
+        blocks = tl.cdiv(width, BLOCK_K)
         begin = 0
         if CAUSAL:
             begin = (number % down) * BLOCK_M
-        dv = _transposed(
-            a_ptr + chunk * C * C, dmixed_ptr + chunk * C * E, dv, m, e, begin, C, C, E, PRECISION, BLOCK_K
-        )
+        for i in range(0, blocks + tl.cdiv(C - begin, BLOCK_K)):
+            own = i >= blocks
+            c = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
+            weights = tile(tl.where(own, a_ptr + chunk * C * C, k_ptr + reader * C * C), c, m, C, C, C)
+            dmixed = tile(dmixed_ptr + tl.where(own, chunk, chunk ^ 1) * C * E, c, e, E, C, E)
+            dv = tl.dot(tl.trans(weights), dmixed, dv, input_precision=PRECISION)
         dv *= silu_gradient(x.to(tl.float32) + _bias(bias_ptr + E, e, E))
         put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
         tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
@@ -300,26 +293,12 @@ def value_and_weight_gradient_kernel(
 
 
 @triton.jit
-def _transposed(
-    a_ptr, x_ptr, sum, col, e, begin, end,
-    C: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Returns sum + a^T x for columns of weights a [C, C] and of x [C, E], over their rows from begin to end."""
-    for start in range(begin, end, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        a = tile(a_ptr, c, col, C, C, C)
-        x = tile(x_ptr, c, e, E, C, E)
-        sum = tl.dot(tl.trans(a), x, sum, input_precision=PRECISION)
-    return sum
-
-
-@triton.jit
 def _product(
-    x_ptr, y_ptr, z_ptr, row, col, end, factor,
+    x_ptr, y_ptr, z_ptr, row, col, end,
     ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
     PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of z = factor x y^T, [ROWS, COLS], of rows x [ROWS, E] and y [COLS, E] up to column `end`."""
+    """Stores a tile of z = x y^T, [ROWS, COLS], of rows x [ROWS, E] and y [COLS, E] up to column `end`."""
     i = row * SIDE + tl.arange(0, SIDE)
     j = col * SIDE + tl.arange(0, SIDE)
     z = tl.zeros((SIDE, SIDE), tl.float32)
@@ -328,4 +307,4 @@ def _product(
         x = tile(x_ptr, i, e, E, ROWS, E)
         y = tile(y_ptr, j, e, E, COLS, E)
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
-    put(z_ptr, z * factor, i, j, COLS, ROWS, COLS)
+    put(z_ptr, z, i, j, COLS, ROWS, COLS)
