@@ -12,7 +12,7 @@ from gau.ops.kernels.launch import launch, power_of_two
 
 # Sides of a tile and the inner dimension, warps and pipeline stages; of the weights and of their gradient.
 TILES = {
-    'bfloat16': ((128, 128, 8, 1), (64, 64, 4, 2)),
+    'bfloat16': ((64, 64, 4, 1), (128, 64, 8, 3)),
     'float32': ((32, 32, 4, 1), (32, 32, 4, 1)),
 }
 

@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
 BLOCKS = {
     # The fastest of a dozen each on an H100 (LOG.md). For eight texts of base width both walks have WALKERS warps: with
     # larger tiles or fewer warps the texts would be cut into parts.
-    'bfloat16': Blocks((64, 64, 8, 4), (64, 32, 4, 3), (128, 64, 64, 4, 3), (64, 64, 128, 128, 64, 8, 3)),
+    'bfloat16': Blocks((64, 64, 8, 4), (64, 32, 4, 3), (64, 64, 128, 4, 3), (64, 64, 128, 128, 64, 8, 3)),
     # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
     'float32': Blocks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 32, 32, 4, 1)),
 }

@@ -55,11 +55,16 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
 @pytest.mark.parametrize(
     ('n', 'chunk', 's', 'e', 'packed', 'walkers', 'reduction'),
     [
-        # Parts of one chunk (two, both ways); what sticks out of a tile of C, S and E; a text shorter than a chunk.
+        # Parts of one chunk (two, both ways); what sticks out of a tile of C, S and E.
         (30, 8, 12, 24, 'documents', 8, 'mean'),
-        (24, 12, 8, 40, 'one row', 1, 'sum'),
-        (10, 16, 8, 24, 'none', 1, 'mean'),
         (28, 8, 8, 24, 'none', 4, 'mean'),
+        # Two chunks, without states, and with them where S is small; a text shorter than a chunk.
+        (23, 12, 8, 40, 'documents', 1, 'mean'),
+        (23, 12, 4, 24, 'documents', 1, 'mean'),
+        (10, 16, 8, 24, 'none', 1, 'mean'),
+        pytest.param(24, 12, 8, 40, 'one row', 1, 'sum', marks=pytest.mark.slow),
+        pytest.param(80, 40, 24, 72, 'none', 1, 'mean', marks=pytest.mark.slow),
+        pytest.param(16, 16, 8, 24, 'one row', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(100, 40, 12, 72, 'documents', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(90, 16, 8, 40, 'documents', 6, 'mean', marks=pytest.mark.slow),
