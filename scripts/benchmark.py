@@ -9,9 +9,10 @@
 `decode` writes tokens one by one, each looking back on `context` tokens; `prefill` reads a prompt of that length.
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
-the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. Every
-measurement has a process of its own, so that what does not fit or crashes is a row that says so; `--rounds` measures
-all of them in turn, over and over, and the median counts.
+the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. It may
+end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then. Every measurement has a
+process of its own, so that what does not fit or crashes is a row that says so; `--rounds` measures all of them in turn,
+over and over, and the median counts.
 """
 
 import datetime
@@ -95,7 +96,13 @@ def _plan() -> list[cells.Cell]:
     quick = _QUICK.value
     models = _MODELS.value or ['flash', 'transformer_plus_plus', *([] if quick else ['flash_quad'])]
     defaults = {'impls': _IMPLS.value, 'remat': _REMAT.value, 'layer_stack': _LAYER_STACK.value}
-    specs = [spec for text in models for spec in cells.parse_spec(text, **defaults)]
+    specs, own_contexts = [], {}
+    for text in models:
+        model, at, own = text.partition('@')
+        parsed = cells.parse_spec(model, **defaults)
+        specs += parsed
+        if at:
+            own_contexts |= dict.fromkeys(parsed, cli.parse_positive_integers('models', own.split('+')))
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
     plan = cells.plan(
         specs,
@@ -104,6 +111,7 @@ def _plan() -> list[cells.Cell]:
         tokens_per_step=512 if quick and not flags.FLAGS['tokens_per_step'].present else _TOKENS.value,
         batch_sizes=cli.parse_positive_integers('batch_sizes', _BATCHES.value) or ([4] if quick else [1, 64]),
         matmul_edge=1024 if quick else 8192,
+        own_contexts=own_contexts,
         size=_SIZE.value or ('tiny' if quick else 'base'),
         objective=_OBJECTIVE.value,
         packed=_PACKED.value,

@@ -1,6 +1,7 @@
 """What is measured: one cell is one kind of measurement of one model with its settings at one context (no JAX here)."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -158,6 +159,7 @@ def plan(
     tokens_per_step: int,
     batch_sizes: Sequence[int],
     matmul_edge: int,
+    own_contexts: Mapping[Spec, Sequence[int]] | None = None,
     **common,
 ) -> list[Cell]:
     """Returns the cells of one round, those to be compared next to each other.
@@ -169,6 +171,7 @@ def plan(
       tokens_per_step: of train and forward; the batch is that over the context, at least 1.
       batch_sizes: of decode; prefill reads one text.
       matmul_edge: of the matrices that the chip's own rate is measured with.
+      own_contexts: of the specs that are not measured at `contexts`.
       **common: fields that all cells share.
 
     Raises:
@@ -181,13 +184,16 @@ def plan(
     cells = []
     if not PASSES.keys().isdisjoint(kinds):
         cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))
+    own_contexts = own_contexts or {}
     for kind in kinds:
-        for context in contexts[kind]:
+        for context in dict.fromkeys(itertools.chain(contexts[kind], *own_contexts.values())):
             batches = (
                 [max(tokens_per_step // context, 1)] if kind in PASSES else batch_sizes if kind == 'decode' else [1]
             )
             for batch_size in batches:
                 for spec in specs:
+                    if context not in own_contexts.get(spec, contexts[kind]):
+                        continue
                     _check_kind(kind, spec)
                     cells.append(Cell(kind, spec, context=context, batch_size=batch_size, **common))
     return list(dict.fromkeys(cells))
