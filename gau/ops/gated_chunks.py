@@ -4,7 +4,8 @@
 
 U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the mean or the sum of
 k v^T over the tokens outside it that its queries may see. What is [N, E] is read and written as little as possible, and
-the backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, v and o.
+the backward pass keeps by hand what it needs: the projections, A, Q and K, the states M, v and o. (Of a text of two
+chunks kernels make no states: `gau.ops.kernels.chunk_pairs`.)
 
 `gated_mixed_chunk` is the layer's view of it, `gated_chunk_product` the operation with its own gradient.
 """

@@ -1,8 +1,8 @@
 """The gated chunk product on a GPU: which kernels run in which order, forwards and backwards.
 
 A text of one chunk has no states, and one of two chunks needs none: where a chunk has no more tokens than two states
-have rows, weights x = q k^T of one chunk on the other are as few products as states are, and the values that they
-multiply are in the cache anyway. States would be written and read again.
+have rows, weights x = share q k^T of one chunk on the other cost as few products as states do, and the values that they
+multiply are in the cache anyway, where states would have to be written and read again (`chunk_pairs`).
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ PRECISION = 'ieee'
 def product_and_states(
     p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and silu(v) and share m (or x) for its gradient."""
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), and share m or x."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
@@ -95,11 +95,11 @@ def gradients(
         (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
         reads, results = (k, m, dmixed, dkv), [q, k]
     else:
-        reads, results = (m, v, dmixed, dmixed), [m, _NOTHING]
+        reads, results = (m, v, dmixed, dmixed), [m if sizes.readers else _NOTHING, _NOTHING]
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
         (p, bias, v, a, *reads, half_dp),
-        [a, *results] if sizes.by_walks or sizes.readers else [a, _NOTHING, _NOTHING],
+        [a, *results],
         causal=causal,
     )
     if sizes.readers:
