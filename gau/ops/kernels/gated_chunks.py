@@ -51,20 +51,22 @@ PRECISION = 'ieee'
 
 def product_and_states(
     p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
-) -> tuple[Array, Array, Array]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), and share m or x."""
+) -> tuple[Array, ...]:
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), share m and k^T.
+
+    Without states silu(v) and x are in the place of the last two.
+    """
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
     if sizes.by_walks:
-        inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_m]
-        v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
-        reads = q, m
+        inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_kt, sizes.like_m]
+        v, kt, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
     else:
-        v = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
-        m = weights_on_other_chunk(q, k, share) if sizes.readers else v
-        reads = m, v
-    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, *reads), causal=causal), v, m
+        v = m = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
+        # A chunk alone reads nothing: any array will do.
+        q = kt = weights_on_other_chunk(q, k, share) if sizes.readers else v
+    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m, kt
 
 
 def gradients(
@@ -78,6 +80,7 @@ def gradients(
     o: Array,
     v: Array,
     m: Array,
+    kt: Array,
     do: Array,
     *,
     causal: bool,
@@ -91,14 +94,13 @@ def gradients(
     )
     half_dp, dmixed = half_dp.reshape(p.shape), dmixed.reshape(o.shape)
     if sizes.by_walks:
-        inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
+        inputs, outputs, results = (q, dmixed, keep, share), [sizes.like_m], [q, k]
         (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
-        reads, results = (k, m, dmixed, dkv), [q, k]
     else:
-        reads, results = (m, v, dmixed, dmixed), [m if sizes.readers else _NOTHING, _NOTHING]
+        dkv, results = dmixed, [kt if sizes.readers else _NOTHING, _NOTHING]
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
-        (p, bias, v, a, *reads, half_dp),
+        (p, bias, v, a, kt, m, dmixed, dkv, half_dp),
         [a, *results],
         causal=causal,
     )
@@ -124,6 +126,7 @@ class _Sizes:
         self.by_token = self.batch, self.groups * self.size, -1
         self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
         self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
+        self.like_kt = _like(p, self.batch, self.groups, self.inner, self.size)
         self.by_walks = self.groups > 2 or (self.groups == 2 and self.size > 2 * self.state)
         # Chunks that read another one without states, and how many columns what they read it with has.
         self.readers = self.walks if self.groups == 2 and not self.by_walks else 0

@@ -31,6 +31,7 @@ def states_kernel(
     keep_ptr,
     share_ptr,
     v_ptr,
+    kt_ptr,
     m_ptr,
     totals_ptr,
     G: tl.constexpr,
@@ -48,7 +49,8 @@ def states_kernel(
     """m[g] = share * sum of k silu(v)^T over the chunks before g (after g, the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
-    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
+    where there are several, the state at the end of each is a total, for the caller to carry on to the others. On the
+    way the programs write silu(v), and k once more, [F, C], for the gradient; of k each one has a share.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -75,6 +77,8 @@ def states_kernel(
         v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
             put(v_ptr + chunk * C * E, v, row, e, E, C, E)
+        if i % tl.num_programs(0) == tl.program_id(0):
+            put(kt_ptr + (chunk * F + direction * S) * C, tl.trans(k), s, row, C, S, C)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
     if P > 1:
         put(totals_ptr + ends, state, s, e, E, S, E)
@@ -200,7 +204,7 @@ def value_and_weight_gradient_kernel(
     bias_ptr,
     v_ptr,
     a_ptr,
-    k_ptr,
+    kt_ptr,
     m_ptr,
     dmixed_ptr,
     dkv_ptr,
@@ -225,11 +229,11 @@ def value_and_weight_gradient_kernel(
 ):
     """The gradients of v, in the buffer that has du already, and of a, q and k; one tile of one of them a program.
 
-        dv = (a^T dmixed + k dkv) silu'      da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T
+        dv = (a^T dmixed + kt^T dkv) silu'      da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T
 
     Grid [tiles of a chunk: C x C, C x F once or twice, and C x E; T]. All of a chunk's programs run at about the same
-    time, so that what several of them read comes from memory once. With READERS (see `output_kernel`) k is x, m is v,
-    dq is dx, and there is no dk.
+    time, so that what several of them read comes from memory once. With READERS (see `output_kernel`) m is v, kt is x
+    of the chunk that reads, dkv its dmixed, dq is dx, and there is no dk.
     """
     across: tl.constexpr = (C + SIDE - 1) // SIDE
     across_f: tl.constexpr = (F + SIDE - 1) // SIDE
@@ -265,24 +269,22 @@ def value_and_weight_gradient_kernel(
         e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
         x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E)
         dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-        if READERS == 0:
-            for start in range(0, F, BLOCK_K):
-                f = start + tl.arange(0, BLOCK_K)
-                k = tile(k_ptr + chunk * C * F, m, f, F, C, F)
-                dkv = tile(dkv_ptr + chunk * F * E, f, e, E, F, E)
-                dv = tl.dot(k, dkv, dv, input_precision=PRECISION)
-        # Weights on these values, and the gradients of what they made: first of the other chunk, then of this one.
-        reader, read, width = _reading(chunk ^ 1, C if READERS > 0 else 0, READERS)
-        blocks = tl.cdiv(width, BLOCK_K)
         begin = 0
         if CAUSAL:
             begin = (number % down) * BLOCK_M
+        # What was made of these values outside this chunk, and within it, in one loop.
+        reader, source, width = chunk, chunk, F
+        if READERS > 0:
+            source = chunk ^ 1
+            reader, _, width = _reading(source, F, READERS)
+        blocks = tl.cdiv(width, BLOCK_K)
         for i in range(0, blocks + tl.cdiv(C - begin, BLOCK_K)):
             own = i >= blocks
             c = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
-            weights = tile(tl.where(own, a_ptr + chunk * C * C, k_ptr + reader * C * C), c, m, C, C, C)
-            dmixed = tile(dmixed_ptr + tl.where(own, chunk, chunk ^ 1) * C * E, c, e, E, C, E)
-            dv = tl.dot(tl.trans(weights), dmixed, dv, input_precision=PRECISION)
+            rows = tl.where(own, C, F)
+            weights = tile(tl.where(own, a_ptr + chunk * C * C, kt_ptr + reader * F * C), c, m, C, rows, C)
+            made = tile(tl.where(own, dmixed_ptr + chunk * C * E, dkv_ptr + source * F * E), c, e, E, rows, E)
+            dv = tl.dot(tl.trans(weights), made, dv, input_precision=PRECISION)
         dv *= silu_gradient(x.to(tl.float32) + _bias(bias_ptr + E, e, E))
         put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
         tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
