@@ -51,22 +51,21 @@ PRECISION = 'ieee'
 
 def product_and_states(
     p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
-) -> tuple[Array, ...]:
-    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), share m and k^T.
-
-    Without states silu(v) and x are in the place of the last two.
-    """
+) -> tuple[Array, Array, Array]:
+    """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), and share m or x."""
     from gau.ops.kernels import gated_chunks_triton as kernels
 
     sizes, blocks = _Sizes(p, bias, q, keep), BLOCKS[str(p.dtype)]
     if sizes.by_walks:
-        inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_kt, sizes.like_m]
-        v, kt, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
+        inputs, outputs = (p, bias, k, keep, share), [sizes.like_o, sizes.like_m]
+        v, m = sizes.walk(kernels.states_kernel, blocks.states, inputs, outputs, reverse=False, W=p.shape[-1])
+        reads, kept = (q, m), m
     else:
-        v = m = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
+        v = values(p.reshape(sizes.by_token), bias, tokens_first=False).reshape(sizes.like_o.shape)
         # A chunk alone reads nothing: any array will do.
-        q = kt = weights_on_other_chunk(q, k, share) if sizes.readers else v
-    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, q, m), causal=causal), v, m, kt
+        kept = weights_on_other_chunk(q, k, share) if sizes.readers else v
+        reads = kept, v
+    return sizes.output(kernels.output_kernel, blocks.output, (p, bias, v, a, *reads), causal=causal), v, kept
 
 
 def gradients(
@@ -79,8 +78,7 @@ def gradients(
     share: Array,
     o: Array,
     v: Array,
-    m: Array,
-    kt: Array,
+    kept: Array,
     do: Array,
     *,
     causal: bool,
@@ -94,13 +92,15 @@ def gradients(
     )
     half_dp, dmixed = half_dp.reshape(p.shape), dmixed.reshape(o.shape)
     if sizes.by_walks:
-        inputs, outputs, results = (q, dmixed, keep, share), [sizes.like_m], [q, k]
+        inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
         (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
+        # Turned here, a pass over k alone, so that both products of the values' gradient are one loop there.
+        reads, results = (k.swapaxes(2, 3), kept, dmixed, dkv), [q, k]
     else:
-        dkv, results = dmixed, [kt if sizes.readers else _NOTHING, _NOTHING]
+        reads, results = (kept, v, dmixed, dmixed), [kept if sizes.readers else _NOTHING, _NOTHING]
     dp, dbias_v, da, dq, dk = sizes.gradient(
         *(kernels.value_and_weight_gradient_kernel, blocks.gradient),
-        (p, bias, v, a, kt, m, dmixed, dkv, half_dp),
+        (p, bias, v, a, *reads, half_dp),
         [a, *results],
         causal=causal,
     )
@@ -126,7 +126,6 @@ class _Sizes:
         self.by_token = self.batch, self.groups * self.size, -1
         self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
         self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
-        self.like_kt = _like(p, self.batch, self.groups, self.inner, self.size)
         self.by_walks = self.groups > 2 or (self.groups == 2 and self.size > 2 * self.state)
         # Chunks that read another one without states, and how many columns what they read it with has.
         self.readers = self.walks if self.groups == 2 and not self.by_walks else 0

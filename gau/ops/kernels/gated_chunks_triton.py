@@ -31,7 +31,6 @@ def states_kernel(
     keep_ptr,
     share_ptr,
     v_ptr,
-    kt_ptr,
     m_ptr,
     totals_ptr,
     G: tl.constexpr,
@@ -49,8 +48,7 @@ def states_kernel(
     """m[g] = share * sum of k silu(v)^T over the chunks before g (after g, the second direction), grid [E, P, B D].
 
     One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
-    where there are several, the state at the end of each is a total, for the caller to carry on to the others. On the
-    way the programs write silu(v), and k once more, [F, C], for the gradient; of k each one has a share.
+    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -77,8 +75,6 @@ def states_kernel(
         v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
             put(v_ptr + chunk * C * E, v, row, e, E, C, E)
-        if i % tl.num_programs(0) == tl.program_id(0):
-            put(kt_ptr + (chunk * F + direction * S) * C, tl.trans(k), s, row, C, S, C)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
     if P > 1:
         put(totals_ptr + ends, state, s, e, E, S, E)
