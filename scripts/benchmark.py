@@ -10,9 +10,9 @@
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
 the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. It may
-end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then. Every measurement has a
-process of its own, so that what does not fit or crashes is a row that says so; `--rounds` measures all of them in turn,
-over and over, and the median counts.
+end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then; named twice, it has those
+of both. Every measurement has a process of its own, so that what does not fit or crashes is a row that says so;
+`--rounds` measures all of them in turn, over and over, and the median counts.
 """
 
 import datetime
@@ -37,7 +37,9 @@ _IMPLS = flags.DEFINE_list('impls', ['auto'], 'config.model.impl of the models t
 _REMAT = flags.DEFINE_string('remat', 'none', 'config.model.remat of the models that name none.')
 _LAYER_STACK = flags.DEFINE_string('layer_stack', 'unrolled', 'config.model.layer_stack of those that name none.')
 _SIZE = flags.DEFINE_string('size', None, 'Of the models: tiny, small, base or large; base, or tiny with --quick.')
-_CONTEXTS = flags.DEFINE_list('contexts', None, 'Tokens of context, comma separated; each kind has its own default.')
+_CONTEXTS = flags.DEFINE_list(
+    'contexts', None, 'Tokens of context of models that name none; each kind has its own default.'
+)
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: texts side by side; 1 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
@@ -100,9 +102,16 @@ def _plan() -> list[cells.Cell]:
     for text in models:
         model, at, own = text.partition('@')
         parsed = cells.parse_spec(model, **defaults)
-        specs += parsed
-        if at:
-            own_contexts |= dict.fromkeys(parsed, cli.parse_positive_integers('models', own.split('+')))
+        if not at:
+            specs += parsed
+            continue
+        for part in own.split('+'):
+            if not part.isdecimal() or int(part) == 0:
+                raise UserError(f'--models={text}: "{part}" is no context, want {model}@512+8192')
+            for spec in parsed:
+                own_contexts.setdefault(spec, []).append(int(part))
+    if _CONTEXTS.present and not specs:
+        raise UserError('--contexts speaks to models without contexts of their own, and --models names none')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
     plan = cells.plan(
         specs,
@@ -120,7 +129,9 @@ def _plan() -> list[cells.Cell]:
         effort='quick' if quick else 'full',
     )
     wanted = {'torch'} if any(cell.by_torch for cell in plan) else set()
-    wanted |= {'flash_pytorch'} if any(spec.model == 'torch_flash_lucidrains' for spec in specs) else set()
+    wanted |= (
+        {'flash_pytorch'} if any(spec.model == 'torch_flash_lucidrains' for spec in (*specs, *own_contexts)) else set()
+    )
     for module in sorted(wanted, reverse=True):
         if importlib.util.find_spec(module) is None:
             raise UserError(

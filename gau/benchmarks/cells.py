@@ -165,13 +165,13 @@ def plan(
     """Returns the cells of one round, those to be compared next to each other.
 
     Args:
-      specs: models with their settings.
+      specs: models with their settings, to be measured at `contexts`.
       kinds: of measurement, out of KINDS.
       contexts: of each kind.
       tokens_per_step: of train and forward; the batch is that over the context, at least 1.
       batch_sizes: of decode; prefill reads one text.
       matmul_edge: of the matrices that the chip's own rate is measured with.
-      own_contexts: of the specs that are not measured at `contexts`.
+      own_contexts: of models with their settings, where those are measured, too.
       **common: fields that all cells share.
 
     Raises:
@@ -185,14 +185,15 @@ def plan(
     if not PASSES.keys().isdisjoint(kinds):
         cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))
     own_contexts = own_contexts or {}
+    wanted = {spec: {*own_contexts.get(spec, ())} for spec in (*specs, *own_contexts)}
     for kind in kinds:
         for context in dict.fromkeys(itertools.chain(contexts[kind], *own_contexts.values())):
             batches = (
                 [max(tokens_per_step // context, 1)] if kind in PASSES else batch_sizes if kind == 'decode' else [1]
             )
             for batch_size in batches:
-                for spec in specs:
-                    if context not in own_contexts.get(spec, contexts[kind]):
+                for spec, own in wanted.items():
+                    if context not in own and not (spec in specs and context in contexts[kind]):
                         continue
                     _check_kind(kind, spec)
                     cells.append(Cell(kind, spec, context=context, batch_size=batch_size, **common))

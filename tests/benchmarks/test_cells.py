@@ -81,13 +81,14 @@ def test_a_round_puts_what_is_compared_side_by_side():
 
 
 def test_a_spec_may_have_contexts_of_its_own():
-    specs = [Spec('flash'), Spec('flash_quad'), Spec('combiner')]
-    planned = plan(specs, **PLAN, own_contexts={Spec('flash_quad'): [256, 32], Spec('combiner'): [64]})
+    own = {Spec('flash_quad'): [256, 32], Spec('combiner'): [64], Spec('flash'): [32]}
+    planned = plan([Spec('flash')], **PLAN, own_contexts=own)
     assert [(cell.spec.model, cell.context) for cell in planned[1:]] == [
         ('flash', 64),
         ('combiner', 64),
         ('flash', 256),
         ('flash_quad', 256),
+        ('flash', 32),
         ('flash_quad', 32),
     ]
 

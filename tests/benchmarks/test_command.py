@@ -13,7 +13,9 @@ from tests.training.test_commands import run
     [
         (['--models=flsh'], 'did you mean "flash"'),
         (['--contexts=1k'], 'not a positive integer'),
-        (['--models=flash@64+1k'], '"1k" is not a positive integer'),
+        (['--models=flash@64+1k'], '"1k" is no context'),
+        (['--models=flash@'], '"" is no context'),
+        (['--models=flash@64', '--contexts=32'], '--contexts speaks to'),
         (['--what=decode', '--remat=full'], '--remat speaks to train and forward'),
         (['--what=train', '--batch_sizes=2'], '--batch_sizes speaks to decode'),
     ],

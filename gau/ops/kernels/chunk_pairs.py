@@ -10,7 +10,8 @@ from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
 
-# Sides of a tile and the inner dimension, warps and pipeline stages; of the weights and of their gradient.
+# Of the weights the sides of a tile, of their gradient rows and inner dimension; then warps and pipeline stages. The
+# fastest of half a dozen each on an H100.
 TILES = {
     'bfloat16': ((64, 64, 4, 1), (128, 64, 8, 3)),
     'float32': ((32, 32, 4, 1), (32, 32, 4, 1)),

@@ -127,7 +127,7 @@ class _Sizes:
         self.like_o = _like(p, self.batch, self.groups, self.size, self.width)
         self.like_m = _like(p, self.batch, self.groups, self.inner, self.width)
         self.by_walks = self.groups > 2 or (self.groups == 2 and self.size > 2 * self.state)
-        # Chunks that read another one without states, and how many columns what they read it with has.
+        # Chunks of a text that read the other one without states; and the width of what chunks read with, kernels' F.
         self.readers = self.walks if self.groups == 2 and not self.by_walks else 0
         self.reads = self.inner if self.by_walks else self.size if self.readers else 0
         self.common = {'C': self.size, 'E': self.width, 'PRECISION': PRECISION}

@@ -6,9 +6,9 @@ matrix product left them and add bias and silu themselves. Of what that makes on
 products, whose loads and matrix units would else wait for it to be made again in every row of tiles.
 
 Letters beside the house's: T = B G chunks of a batch; W columns of the projections p, those of U and V first; F = width
-of the linear queries and keys (S for one direction of the states, 2 S for two); P parts of a sequence, each with a walk
-over its chunks that starts from nothing. Every size is a compile-time constant; tiles that stick out of an array are
-masked.
+of the linear queries and keys (S for one direction of the states, 2 S for two), or of what is in their place (C, the
+weights on another chunk, or 0); P parts of a sequence, each with a walk over its chunks that starts from nothing. Every
+size is a compile-time constant; tiles that stick out of an array are masked.
 """
 
 import triton
@@ -82,7 +82,10 @@ def states_kernel(
 
 @triton.jit
 def _reading(chunk, F: tl.constexpr, READERS: tl.constexpr):
-    """Returns where a chunk's q are, which chunk's m it reads, and how many columns of q there are."""
+    """Returns where a chunk's q are, which chunk's m it reads, and how many columns of q there are.
+
+    READERS is 0 where a chunk reads its own states, 1 where the second chunk reads the first, 2 where both read.
+    """
     if READERS == 0:
         reader, read, width = chunk, chunk, F
     elif READERS == 1:
@@ -251,6 +254,7 @@ def value_and_weight_gradient_kernel(
         number -= across * across
         row, col = number // across_f, number % across_f
         reader, read, width = _reading(chunk, F, READERS)
+        # The first of two chunks may read nothing, and then has no place in dq.
         if width > 0:
             dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + read * F * E, dq_ptr + reader * C * F
             _product(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gau.ops.gated_chunks import gated_mixed_chunk
+from gau.ops.kernels import chunk_pairs
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
@@ -59,11 +60,11 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         (30, 8, 12, 24, 'documents', 8, 'mean'),
         (28, 8, 8, 24, 'none', 4, 'mean'),
         # Two chunks, without states, and with them where S is small; a text shorter than a chunk.
-        (23, 12, 8, 40, 'documents', 1, 'mean'),
+        (66, 40, 24, 40, 'none', 1, 'mean'),
+        (23, 12, 8, 24, 'documents', 1, 'mean'),
         (23, 12, 4, 24, 'documents', 1, 'mean'),
         (10, 16, 8, 24, 'none', 1, 'mean'),
         pytest.param(24, 12, 8, 40, 'one row', 1, 'sum', marks=pytest.mark.slow),
-        pytest.param(80, 40, 24, 72, 'none', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(16, 16, 8, 24, 'one row', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(100, 40, 12, 72, 'documents', 1, 'mean', marks=pytest.mark.slow),
@@ -88,6 +89,48 @@ def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, pa
         if name == 'p':
             a, b = a[valid], b[valid]
         assert max_error(a, b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(
+    ('groups', 'size', 'state', 'walks', 'by_walks', 'readers'),
+    [
+        (1, 8, 4, 1, False, 0),
+        (2, 8, 4, 1, False, 1),
+        (2, 8, 4, 2, False, 2),
+        (2, 9, 4, 1, True, 0),
+        (3, 8, 4, 1, True, 0),
+    ],
+)
+def test_which_texts_have_no_states(groups, size, state, walks, by_walks, readers):
+    p, q = jnp.zeros((1, groups, size, 6)), jnp.zeros((1, groups, size, walks * state))
+    sizes = host._Sizes(p, jnp.zeros((2, 3)), q, jnp.ones((1, groups, walks)))
+    assert (sizes.by_walks, sizes.readers) == (by_walks, readers)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('walks', [1, 2])
+def test_weights_on_the_other_chunk_and_their_gradients(dtype, walks):
+    size, state = 70, 12
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k = (jax.random.normal(key, (3, 2, size, walks * state), dtype) for key in keys[:2])
+    share = jax.random.uniform(keys[2], (3, 2, walks), jnp.float32, 0.5, 2)
+    dx = jax.random.normal(keys[3], (3, walks, size, size), dtype)
+
+    def reference(q, k):
+        # The second chunk reads the first by the first walk, the first one the second by the second walk.
+        x = [
+            jnp.einsum('BCS,BKS->BCK', q[:, 1 - walk, :, part], k[:, walk, :, part])
+            * share[:, 1 - walk, walk, None, None]
+            for walk, part in ((1, slice(state, None)), (0, slice(state)))[2 - walks :]
+        ]
+        return jnp.stack(x, axis=1)
+
+    wanted, pull = jax.vjp(reference, q.astype('float64'), k.astype('float64'))
+    found = chunk_pairs.weights_on_other_chunk(q, k, share)
+    gradients = chunk_pairs.gradients_of_queries_and_keys(q, k, share, dx)
+    for a, b in zip((found, *gradients), (wanted, *pull(dx.astype('float64'))), strict=True):
+        assert a.dtype == dtype
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize('gate', GATES)
