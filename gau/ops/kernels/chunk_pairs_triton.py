@@ -11,12 +11,6 @@ from gau.ops.kernels.tiles import put, tile
 
 
 @triton.jit
-def reader(number, WALKS: tl.constexpr):
-    """Returns the chunk, of all texts, whose weights are the `number`-th: every second one, or all."""
-    return number * 2 + 1 if WALKS == 1 else number
-
-
-@triton.jit
 def weights_kernel(
     q_ptr, k_ptr, share_ptr, x_ptr,
     C: tl.constexpr, F: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
@@ -27,7 +21,8 @@ def weights_kernel(
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     s = tl.arange(0, BLOCK_S)
     number = tl.program_id(2).to(tl.int64)
-    chunk = reader(number, F // S)
+    # Of one walk every second chunk reads.
+    chunk = number * 2 + 1 if F == S else number
     walk = 1 - chunk % 2
     q = tile(q_ptr + chunk * C * F + walk * S, i, s, F, C, S)
     k = tile(k_ptr + (chunk ^ 1) * C * F + walk * S, j, s, F, C, S)
@@ -47,15 +42,15 @@ def gradient_kernel(
     s = tl.arange(0, BLOCK_S)
     of_keys = tl.program_id(0) == 1
     chunk = tl.program_id(2).to(tl.int64)
-    # The chunk that reads, this one or the other, and which walk it does so by.
+    # The chunk that reads, this one or the other. The first of two does so by the second walk, or not at all.
     reads = chunk ^ 1 if of_keys else chunk
-    walk = 1 - reads % 2
-    number = reads // 2 if WALKS == 1 else reads
-    # Of one walk the first chunk reads nothing.
-    end = tl.where(walk < WALKS, C, 0)
-    share = tl.load(share_ptr + reads * WALKS + walk * (WALKS - 1))
+    walk = (1 - reads % 2) * (WALKS - 1)
+    number, end = reads, C
+    if WALKS == 1:
+        number, end = reads // 2, tl.where(reads % 2 == 1, C, 0)
+    share = tl.load(share_ptr + reads * WALKS + walk)
     dx_ptr += number * C * C
-    factor_ptr = tl.where(of_keys, q_ptr, k_ptr) + (chunk ^ 1) * C * F + walk * (WALKS - 1) * S
+    factor_ptr = tl.where(of_keys, q_ptr, k_ptr) + (chunk ^ 1) * C * F + walk * S
     result_ptr = tl.where(of_keys, dk_ptr, dq_ptr) + chunk * C * F
     sum = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
     if of_keys:
@@ -69,4 +64,4 @@ def gradient_kernel(
             dx = tile(dx_ptr, m, c, C, C, C)
             sum = tl.dot(dx, tile(factor_ptr, c, s, F, C, S), sum, input_precision=PRECISION)
     for other in tl.static_range(WALKS):
-        put(result_ptr + other * S, tl.where(other == walk * (WALKS - 1), sum * share, 0.0), m, s, F, C, S)
+        put(result_ptr + other * S, tl.where(other == walk, sum * share, 0.0), m, s, F, C, S)

@@ -129,7 +129,7 @@ class _Sizes:
         self.by_walks = self.groups > 2 or (self.groups == 2 and self.size > 2 * self.state)
         # Chunks of a text that read the other one without states; and the width of what chunks read with, kernels' F.
         self.readers = self.walks if self.groups == 2 and not self.by_walks else 0
-        self.reads = self.inner if self.by_walks else self.size if self.readers else 0
+        self.read_width = self.inner if self.by_walks else self.size if self.readers else 0
         self.common = {'C': self.size, 'E': self.width, 'PRECISION': PRECISION}
 
     def walk(self, kernel, blocks, inputs, outputs, *, reverse: bool, **constants: int) -> list[Array]:
@@ -216,7 +216,7 @@ class _Sizes:
             num_warps=num_warps,
             num_stages=num_stages,
             **self.common,
-            F=self.reads,
+            F=self.read_width,
             W=self.stride,
             CAUSAL=causal,
             READERS=self.readers,
@@ -233,7 +233,7 @@ class _Sizes:
         """
         block_m, block_k, block_e, side, inner, num_warps, num_stages = blocks
         block_m, block_e = min(block_m, power_of_two(self.size)), min(block_e, power_of_two(self.width))
-        across, across_f, down = -(-self.size // side), -(-self.reads // side), -(-self.size // block_m)
+        across, across_f, down = -(-self.size // side), -(-self.read_width // side), -(-self.size // block_m)
         tiles = across * (across + across_f * (2 if self.by_walks else 1)) + down * -(-self.width // block_e)
         sums = jax.ShapeDtypeStruct((self.batch * self.groups, down, self.width), jnp.float32)
         return launch(
@@ -245,7 +245,7 @@ class _Sizes:
             num_stages=num_stages,
             overwrite={len(inputs) - 1: 0},
             **self.common,
-            F=self.reads,
+            F=self.read_width,
             W=self.stride,
             CAUSAL=causal,
             READERS=self.readers,

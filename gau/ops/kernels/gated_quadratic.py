@@ -15,12 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gates import gate_gradients, values
-from gau.ops.kernels.launch import launch
+from gau.ops.kernels.gates import TILE, gate_gradients, launch_over_tiles, values
 from gau.ops.kernels.quadratic import Tokens, attend, attention_gradients, groups, no_gradient
 
-# Tokens (a divisor of those of a group) and columns of a tile, and warps.
-TILE = (16, 128, 4)
 # As many groups as a kernel takes the results of; `groups` makes no more.
 PIECES = 8
 
@@ -42,11 +39,11 @@ def gated_relu2_attention(
 def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
     from gau.ops.kernels import gated_quadratic_triton as kernels
 
-    (batch, n, _), width, dtype = p_BNW.shape, bias_2E.shape[1], p_BNW.dtype
+    batch, n, _ = p_BNW.shape
     v_NBE = values(p_BNW, bias_2E, tokens_first=True)
     av = attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal)
-    like_o = jax.ShapeDtypeStruct((batch, n, width), dtype)
-    (o_BNE,) = _launch(kernels.output_kernel, p_BNW, bias_2E, *_pieces(av), outputs=[like_o], **_grouping(n))
+    like_o = jax.ShapeDtypeStruct((batch, n, bias_2E.shape[1]), p_BNW.dtype)
+    (o_BNE,) = launch_over_tiles(kernels.output_kernel, p_BNW, bias_2E, *_pieces(av), outputs=[like_o], **_grouping(n))
     return o_BNE, (p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE)
 
 
@@ -62,7 +59,7 @@ def _backward(causal, residuals, do_BNE):
         jax.ShapeDtypeStruct((batch * -(-n // TILE[0]), bias_2E.shape[1]), jnp.float32),
     ]
     inputs, fields = (p_BNW, bias_2E, half_dp, *_pieces(dv)), {'overwrite': {2: 0}} | _grouping(n)
-    dp_BNW, dbias_v = _launch(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
+    dp_BNW, dbias_v = launch_over_tiles(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
     dbias_2E = jnp.stack([dbias_u, dbias_v.sum(0)]).astype(bias_2E.dtype)
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
@@ -80,26 +77,3 @@ def _grouping(n: int) -> dict[str, int]:
     bounds = list(groups(n))
     # A lone group may end in the middle of a tile.
     return {'GROUPS': len(bounds), 'LENGTH': -(-bounds[0][1] // TILE[0]) * TILE[0]}
-
-
-def _launch(kernel, p_BNW, bias_2E, *more, outputs, overwrite=None, **constants) -> list[Array]:
-    """Runs a kernel over tiles of [N, E]."""
-    batch, n, stride = p_BNW.shape
-    tokens, columns, num_warps = TILE
-    return launch(
-        kernel,
-        p_BNW,
-        bias_2E,
-        *more,
-        outputs=outputs,
-        grid=(-(-bias_2E.shape[1] // columns), -(-n // tokens), batch),
-        num_warps=num_warps,
-        num_stages=1,
-        overwrite=overwrite,
-        n=n,
-        E=bias_2E.shape[1],
-        W=stride,
-        BLOCK_N=tokens,
-        BLOCK_E=columns,
-        **constants,
-    )

@@ -7,7 +7,7 @@ What the products make, a v and the gradient of v, comes in pieces, one for each
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.gates_triton import for_gate, projection, silu, silu_gradient
+from gau.ops.kernels.gates_triton import for_gate, place, projection, silu, silu_gradient
 from gau.ops.kernels.tiles import put
 
 
@@ -22,8 +22,8 @@ def _join(
     piece = pieces[0]
     for other in tl.static_range(1, COUNT):
         piece = tl.where(g == other, pieces[other], piece)
-    place = (b * tl.minimum(LENGTH, n - g * LENGTH) - g * LENGTH + row)[:, None] * E + col[None, :]
-    return tl.load(piece + place, mask=(row < n)[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
+    offsets = (b * tl.minimum(LENGTH, n - g * LENGTH) - g * LENGTH + row)[:, None] * E + col[None, :]
+    return tl.load(piece + offsets, mask=(row < n)[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def output_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = silu(u) (a v)."""
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = tl.program_id(2).to(tl.int64)
+    row, col, b = place(BLOCK_N, BLOCK_E)
     av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
     gate = silu(for_gate(projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)))
     put(o_ptr + b * n * E, gate * av, row, col, E, n, E)
@@ -48,9 +46,7 @@ def value_gradient_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what v is made of, in its columns of dp, which has that of u; and zeros for another reader's."""
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = tl.program_id(2).to(tl.int64)
+    row, col, b = place(BLOCK_N, BLOCK_E)
     dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
     dv *= silu_gradient(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
     put(dp_ptr + b * n * W + E, dv, row, col, W, n, E)

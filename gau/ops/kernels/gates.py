@@ -1,37 +1,58 @@
 """Values of gated attention, and its gate backwards, on a GPU: what FLASH and FLASH-Quad have in common."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.launch import launch
 
-# Tokens of a program, and of one of its tiles; columns of a tile, and warps.
-SPAN, TILE = 128, (16, 128, 4)
+# Tokens and columns of a tile, and warps; and tokens of a program of the gate's gradient.
+TILE, SPAN = (16, 128, 4), 128
+
+
+def launch_over_tiles(
+    kernel: Any,
+    p_BNW: Array,
+    bias_2E: Array,
+    *more: Array,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    overwrite: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> list[Array]:
+    """Runs kernel(p, bias, *more, *outputs), one tile of [N, E] a program, grid [E, N, B]; see `launch`."""
+    batch, n, stride = p_BNW.shape
+    width = bias_2E.shape[1]
+    tokens, columns, num_warps = TILE
+    return launch(
+        kernel,
+        p_BNW,
+        bias_2E,
+        *more,
+        outputs=outputs,
+        grid=(-(-width // columns), -(-n // tokens), batch),
+        num_warps=num_warps,
+        num_stages=1,
+        overwrite=overwrite,
+        n=n,
+        E=width,
+        W=stride,
+        BLOCK_N=tokens,
+        BLOCK_E=columns,
+        **constants,
+    )
 
 
 def values(p_BNW: Array, bias_2E: Array, *, tokens_first: bool) -> Array:
     """Returns silu(p + bias) of the second E columns, [B, N, E], or [N, B, E] if `tokens_first`."""
     from gau.ops.kernels.gates_triton import values_kernel
 
-    (batch, n, stride), width = p_BNW.shape, bias_2E.shape[1]
-    tokens, columns, num_warps = TILE
-    return launch(
-        values_kernel,
-        p_BNW,
-        bias_2E,
-        outputs=[jax.ShapeDtypeStruct((n, batch, width) if tokens_first else (batch, n, width), p_BNW.dtype)],
-        grid=(-(-width // columns), -(-n // tokens), batch),
-        num_warps=num_warps,
-        num_stages=1,
-        B=batch,
-        n=n,
-        E=width,
-        W=stride,
-        TOKENS_FIRST=tokens_first,
-        BLOCK_N=tokens,
-        BLOCK_E=columns,
-    )[0]
+    (batch, n, _), width = p_BNW.shape, bias_2E.shape[1]
+    like_v = jax.ShapeDtypeStruct((n, batch, width) if tokens_first else (batch, n, width), p_BNW.dtype)
+    fields = {'B': batch, 'TOKENS_FIRST': tokens_first}
+    return launch_over_tiles(values_kernel, p_BNW, bias_2E, outputs=[like_v], **fields)[0]
 
 
 def gate_gradients(

@@ -54,6 +54,14 @@ def projection(p_ptr, bias_ptr, which: tl.constexpr, row, col, b, n: tl.constexp
 
 
 @triton.jit
+def place(BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Returns the tokens, the columns and the text of a program's tile, grid [E, N, B]."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    return row, col, tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
 def _put_text(
     ptr, x, row, col, b,
     B: tl.constexpr, n: tl.constexpr, E: tl.constexpr, TOKENS_FIRST: tl.constexpr,
@@ -72,9 +80,7 @@ def values_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """v = silu(p + bias) of the values, grid [E, n, B]."""
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = tl.program_id(2).to(tl.int64)
+    row, col, b = place(BLOCK_N, BLOCK_E)
     _put_text(v_ptr, silu(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W)), row, col, b, B, n, E, TOKENS_FIRST)
 
 
