@@ -97,19 +97,7 @@ def _plan() -> list[cells.Cell]:
             )
     quick = _QUICK.value
     models = _MODELS.value or ['flash', 'transformer_plus_plus', *([] if quick else ['flash_quad'])]
-    defaults = {'impls': _IMPLS.value, 'remat': _REMAT.value, 'layer_stack': _LAYER_STACK.value}
-    specs, own_contexts = [], {}
-    for text in models:
-        model, at, own = text.partition('@')
-        parsed = cells.parse_spec(model, **defaults)
-        if not at:
-            specs += parsed
-            continue
-        for part in own.split('+'):
-            if not part.isdecimal() or int(part) == 0:
-                raise UserError(f'--models={text}: "{part}" is no context, want {model}@512+8192')
-            for spec in parsed:
-                own_contexts.setdefault(spec, []).append(int(part))
+    specs, own_contexts = _specs(models)
     if _CONTEXTS.present and not specs:
         raise UserError('--contexts speaks to models without contexts of their own, and --models names none')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
@@ -129,15 +117,31 @@ def _plan() -> list[cells.Cell]:
         effort='quick' if quick else 'full',
     )
     wanted = {'torch'} if any(cell.by_torch for cell in plan) else set()
-    wanted |= (
-        {'flash_pytorch'} if any(spec.model == 'torch_flash_lucidrains' for spec in (*specs, *own_contexts)) else set()
-    )
+    wanted |= {'flash_pytorch'} if any(cell.spec.model == 'torch_flash_lucidrains' for cell in plan) else set()
     for module in sorted(wanted, reverse=True):
         if importlib.util.find_spec(module) is None:
             raise UserError(
                 f'--models={",".join(models)}: {module} is missing: pip install -r requirements-benchmark.txt'
             )
     return plan
+
+
+def _specs(models: list[str]) -> tuple[list[cells.Spec], dict[cells.Spec, list[int]]]:
+    """Returns the specs without contexts of their own, and those with them."""
+    defaults = {'impls': _IMPLS.value, 'remat': _REMAT.value, 'layer_stack': _LAYER_STACK.value}
+    specs, own_contexts = [], {}
+    for text in models:
+        model, at, contexts = text.partition('@')
+        parsed = cells.parse_spec(model, **defaults)
+        if not at:
+            specs += parsed
+            continue
+        for context in contexts.split('+'):
+            if not context.isdecimal() or int(context) == 0:
+                raise UserError(f'--models={text}: "{context}" is no context, want {model}@512+8192')
+            for spec in parsed:
+                own_contexts.setdefault(spec, []).append(int(context))
+    return specs, own_contexts
 
 
 def _write(path: Path, rows: list[processes.Row]) -> None:

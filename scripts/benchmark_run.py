@@ -3,11 +3,13 @@
     python scripts/benchmark_run.py --config=configs/lm.py:size=base,context=8192 --config.eval.max_tokens=200000
 
 The first run has an empty compilation cache, the second that of the first. Each is `train.py` in a process of its own,
-in a work directory that is deleted; steps, checkpoints and evaluations are this program's, all else is the config's.
+in a work directory that is deleted. How many steps there are, and when a run logs, saves and evaluates, is for this
+program's flags to say, all else for the config.
 """
 
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
+from ml_collections import config_flags
 
 from gau import cli
 from gau.benchmarks import run_costs
@@ -26,19 +29,31 @@ _SAVE = flags.DEFINE_integer('save_every', 25, 'Steps between checkpoints.', low
 _EVALUATE = flags.DEFINE_integer('eval_every', 20, 'Steps between evaluations.', lower_bound=2)
 
 
+# What a run of this program has instead of the config's.
+_OWN = ('steps', 'tokens', 'epochs', 'log.every_', 'checkpoint.every_', 'eval.every_')
+
+
 def main() -> None:
     """Prints a table with a column for each run, then a line of JSON."""
     cli.load_config()
     both = [step for step in range(1, _STEPS.value) if step % _SAVE.value == 0 and step % _EVALUATE.value == 0]
     if both:
         raise UserError(f'step {both[0]} is both saved and evaluated: want another --save_every or --eval_every')
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    for field in overrides:
+        if field.startswith(_OWN):
+            raise UserError(f'--config.{field} is for --steps, --save_every and --eval_every to decide')
     own = {
         'steps': _STEPS.value,
         'log.every_steps': 1,
         'checkpoint.every_steps': _SAVE.value,
         'eval.every_steps': _EVALUATE.value,
-        'optimizer.warmup_percent': 10,
     }
+    if not any(field.startswith('optimizer.warmup_') for field in overrides):
+        # The config's own may be longer than so short a run.
+        own['optimizer.warmup_percent'] = 10
+    # As an exception it ends the run, too.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     given = _config_arguments(sys.argv[1:])
     found = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TextIO
 
 from gau.errors import UserError
 from gau.training.workdir import METRICS
@@ -61,8 +61,7 @@ def follow(command: Sequence[str], workdir: Path, *, environment: Mapping[str, s
                     text += metrics.read()
                     *whole, text = text.split('\n')
                     now = time.monotonic() - began
-                    rows = map(json.loads, whole)
-                    lines += [Line(now, row['step'], row['split']) for row in rows]
+                    lines += [Line(now, row['step'], row['split']) for row in map(json.loads, whole)]
                     if ended:
                         break
                     time.sleep(GLANCE)
@@ -76,7 +75,7 @@ def follow(command: Sequence[str], workdir: Path, *, environment: Mapping[str, s
     return lines
 
 
-def _wait_for(path: Path, process: subprocess.Popen) -> Any:
+def _wait_for(path: Path, process: subprocess.Popen) -> TextIO:
     while not path.is_file() and process.poll() is None:
         time.sleep(GLANCE)
     # A run that fails before it has metrics has none.

@@ -48,6 +48,7 @@ def test_a_run_that_fails_says_why(tmp_path):
     [
         (['--eval_every=25'], 'step 25 is both saved and evaluated'),
         (['--config.data.batch_size=0'], 'data.batch_size=0'),
+        (['--config.eval.every_tokens=1000'], 'eval.every_tokens is for --steps'),
         (['--config.data.source=text:nowhere/*.txt'], 'nowhere'),
     ],
 )
