@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from gau.ops.kernels.compiled import kept
+
 # Programs that CUDA takes along the second and the third axis of a grid.
 LARGEST_SIDE = 65_535
 # The custom call of a Triton kernel that jaxlib marks as fit for CUDA graphs.
@@ -92,16 +94,22 @@ def launch(
 
 @functools.cache
 def _jax_triton() -> Any:
-    """Returns the package jax_triton, its kernels lowered to the call that may be part of a CUDA graph.
+    """Returns the package jax_triton; its kernels are kept, and lowered to the call that may be part of a CUDA graph.
 
     The package (0.3) names jaxlib's older call, for which XLA ends a graph and the host launches kernel by kernel. The
     newer one has the same contents, as an attribute.
     """
     import jax_triton
+    import triton
     from jax.interpreters import mlir
     from jax_triton import triton_lib
     from jaxlib import gpu_triton
 
+    triton_lib.compile_ttir_to_ptx_inplace = kept(
+        triton_lib.compile_ttir_to_ptx_inplace,
+        triton_lib.CompilationResult,
+        versions=f'{triton.__version__} {jax_triton.__version__}',
+    )
     if GRAPH_CALL not in gpu_triton._cuda_triton.registrations():
         return jax_triton
 
