@@ -68,9 +68,8 @@ def measure_forward(cell: Cell, result: Result) -> None:
     """
     run = _run(cell, result)
     with run.context():
-        draw = functools.partial(step.init_params, run.model, seed=run.config.seed, context=cell.context)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params)
-        params, batches = jax.jit(lambda: nn.unbox(draw()), out_shardings=shardings)(), _batches(cell, run)
+        params, batches = jax.jit(lambda: nn.unbox(run.draw_params()), out_shardings=shardings)(), _batches(cell, run)
         compiled = _compile(jax.jit(step.make_eval_step(run.model)), params, batches[0], result=result)
         batch, nll_BN = itertools.cycle(batches), None
 

@@ -19,13 +19,15 @@ from jax import Array
 from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.kernels.gated_chunks import gradients, product_and_states
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
-from gau.ops.masks import clear_padding, visibility_mask
+from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
 from gau.ops.scores import Scoring, attention_weights
 
 
+# Layers are alike: all after the first take what was traced for it.
+@functools.partial(jax.jit, static_argnames=('chunk_size', 'scoring', 'causal', 'global_reduction', 'impl'))
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -75,9 +77,7 @@ def gated_mixed_chunk(
             impl='reference',
         )
     dtype = p_BNW.dtype
-    q, k, q_lin, k_lin = (
-        into_chunks(clear_padding(x, segment_ids_BN), size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS)
-    )
+    q, k, q_lin, k_lin = (into_chunks(x, size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS))
     # The zeros that fill the last chunk have no documents; without documents the text is one.
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # The weights have no need to compare documents where there is one and no zeros fill the last chunk.

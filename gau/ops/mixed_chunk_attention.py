@@ -18,6 +18,11 @@ from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.scores import Scoring, attention_weights
 
 
+# Layers are alike: all after the first take what was traced for it.
+@functools.partial(
+    jax.jit,
+    static_argnames=('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl', 'sequence_axis'),
+)
 def mixed_chunk_attention(
     q_BNS: Array,
     k_BNS: Array,

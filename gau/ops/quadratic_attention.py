@@ -1,5 +1,7 @@
 """Quadratic attention: every query against every key it sees. GAU's A V (docs/paper.md section 1) and softmax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,6 +15,8 @@ from gau.ops.scores import Scoring, attention_weights
 QUERY_BLOCK = 512
 
 
+# Layers are alike: all after the first take what was traced for it.
+@functools.partial(jax.jit, static_argnames=('scoring', 'causal', 'impl', 'sequence_axis'))
 def quadratic_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -78,6 +82,7 @@ def quadratic_attention(
     return clear_padding(o_BNE, segment_ids_BN)
 
 
+@functools.partial(jax.jit, static_argnames=('scoring', 'causal', 'impl'))
 def gated_quadratic_attention(
     p_BNW: Array,
     bias_2E: Array,

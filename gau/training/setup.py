@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,28 @@ class Run:
         return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
 
     @cached_property
+    def draw_params(self) -> Callable[[], Any]:
+        """Returns what `gau.training.step.init_params` does for this run; traced once, wherever it is called."""
+        context = self.config.data.context
+        return jax.jit(partial(step.init_params, self.model, seed=self.config.seed, context=context))
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Context in which parameters are drawn, or the shapes of what is drawn are asked for."""
+        setting, before = 'jax_threefry_gpu_kernel_lowering', jax.config.jax_threefry_gpu_kernel_lowering
+        # One GPU draws the same bits with a kernel of jaxlib, or XLA would compile a program for each of the draws, in
+        # most of the time to the first step. Over several devices XLA would have each draw all bits of a parameter.
+        jax.config.update(setting, before or self.mesh.size == 1)
+        try:
+            with self.context():
+                yield
+        finally:
+            jax.config.update(setting, before)
+
+    @cached_property
     def _boxed_params(self) -> Any:
-        draw = lambda: step.init_params(self.model, seed=self.config.seed, context=self.config.data.context)  # noqa: E731
-        return jax.eval_shape(draw)
+        with self._drawing():
+            return jax.eval_shape(self.draw_params)
 
     @cached_property
     def abstract_params(self) -> Any:
@@ -151,12 +171,14 @@ class Run:
 
     @cached_property
     def _init(self) -> Callable[[], step.TrainState]:
-        return step.make_init(self.model, self.optimizer, seed=self.config.seed, context=self.config.data.context)
+        return step.make_init(self.draw_params, self.optimizer)
 
     @cached_property
     def abstract_state(self) -> step.TrainState:
         """The TrainState as jax.ShapeDtypeStruct with shardings: what restoring needs, and compiling ahead of time."""
-        boxed = jax.eval_shape(self._init)
+        init = self._init
+        with self._drawing():
+            boxed = jax.eval_shape(init)
         return checkpoints.abstract(nn.unbox(boxed), meshes.shardings(boxed, self.mesh))
 
     @property
@@ -172,7 +194,7 @@ class Run:
     def init_state(self) -> step.TrainState:
         """Draws the state of step 0, every leaf on its own devices at once."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        with self.context():
+        with self._drawing():
             return jax.jit(lambda: nn.unbox(self._init()), out_shardings=shardings)()
 
     def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:

@@ -31,13 +31,16 @@ def init_params(model: nn.Module, *, seed: int, context: int) -> Any:
     return model.init(jax.random.key(seed), tokens_BN)['params']
 
 
-def make_init(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, context: int
-) -> Callable[[], TrainState]:
-    """Returns a function that draws the boxed state of step 0; wrap it in `jax.eval_shape` or `jax.jit`."""
+def make_init(draw_params: Callable[[], Any], optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
+    """Returns a function that draws the boxed state of step 0; wrap it in `jax.eval_shape` or `jax.jit`.
+
+    Args:
+      draw_params: returns what `init_params` does.
+      optimizer: whose state is made for it.
+    """
 
     def init() -> TrainState:
-        params = init_params(model, seed=seed, context=context)
+        params = draw_params()
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     return init
