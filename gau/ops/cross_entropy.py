@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from gau.ops.chunk_states import into_chunks
-from gau.ops.kernels.cross_entropy import LARGEST_VOCABULARY
+from gau.ops.kernels.cross_entropy import LARGEST_VOCABULARY, padded_vocabulary
 from gau.ops.kernels.cross_entropy import loss_and_gradient as fused_loss_and_gradient
 
 # Logits of all rows that a slice holds at most on each device, where rows can be cut: 512 MiB in float32.
@@ -114,6 +114,10 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     # Slices of equal size: the last one would else be mostly padding.
     size = -(-n // slices)
     dtype = jnp.promote_types(hidden_BND.dtype, jnp.float32)
+    vocab_size, score = len(embedding_VD), loss_and_gradient
+    if fused:
+        embedding_VD = padded_vocabulary(embedding_VD)
+        score = functools.partial(fused_loss_and_gradient, vocab_size=vocab_size)
     e_VD = embedding_VD.astype(hidden_BND.dtype)
     half_precision = fused and hidden_BND.dtype == jnp.bfloat16
     half_e_VD = _half(embedding_VD) if half_precision else None
@@ -129,7 +133,6 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
             logits_BnV = jnp.einsum('BND,VD->BNV', _half(h_BnD), half_e_VD)
         else:
             logits_BnV = output_logits(h_BnD, e_VD)
-        score = fused_loss_and_gradient if fused else loss_and_gradient
         nll_Bn, dlogits_BnV = score(logits_BnV, targets_Bn, weights_Bn, dtype=h_BnD.dtype)
         dh_BnD = jnp.einsum('BnV,VD->BnD', dlogits_BnV, e_VD, preferred_element_type=dtype).astype(h_BnD.dtype)
         de_VD += jnp.einsum('BnV,BnD->VD', dlogits_BnV, h_BnD, preferred_element_type=dtype)
@@ -139,7 +142,7 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     zeros_VD = jnp.zeros(embedding_VD.shape, dtype)
     de_VD, (loss_g, dh_gBnD) = jax.lax.scan(one_slice, zeros_VD, xs, unroll=slices == 1)
     dh_BND = jnp.moveaxis(dh_gBnD, 0, 2).reshape(batch, size * slices, -1)[:, :n]
-    return loss_g.sum(), (dh_BND, de_VD.astype(embedding_VD.dtype))
+    return loss_g.sum(), (dh_BND, de_VD[:vocab_size].astype(embedding_VD.dtype))
 
 
 def _half(x: Array) -> Array:

@@ -8,33 +8,47 @@ from gau.ops.kernels.launch import launch, power_of_two
 
 # A row stands in the registers of one program: 64 numbers for each thread of 32 warps.
 LARGEST_VOCABULARY = 65_536
+# Rows of logits are a multiple of this long. Of other lengths XLA copies them for each product with them, into rows
+# that fit the matrix units, and the results back: 8 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
+COLUMNS = 128
 
 
-def loss_and_gradient(logits_BNV: Array, targets_BN: Array, weights_BN: Array, *, dtype) -> tuple[Array, Array]:
-    """Returns -log softmax(logits)[target], float32 [B, N], and weights (softmax - onehot) in `dtype`, [B, N, V].
+def padded_vocabulary(embedding_VD: Array) -> Array:
+    """Returns the output matrix with rows of zeros up to a multiple of COLUMNS."""
+    return jnp.pad(embedding_VD, ((0, -len(embedding_VD) % COLUMNS), (0, 0)))
+
+
+def loss_and_gradient(
+    logits_BNW: Array, targets_BN: Array, weights_BN: Array, *, vocab_size: int, dtype
+) -> tuple[Array, Array]:
+    """Returns -log softmax(logits)[target], float32 [B, N], and weights (softmax - onehot) in `dtype`, [B, N, W].
 
     Args:
-      logits_BNV: float32 or float16, V up to LARGEST_VOCABULARY.
-      targets_BN: integers in [0, V).
+      logits_BNW: float32 or float16; the columns after the first `vocab_size` count for nothing, whatever stands there,
+        and get zeros.
+      targets_BN: integers in [0, vocab_size).
       weights_BN: float32.
+      vocab_size: V, up to LARGEST_VOCABULARY.
       dtype: of the gradient.
     """
     from gau.ops.kernels.cross_entropy_triton import cross_entropy_kernel
 
-    block_v = power_of_two(logits_BNV.shape[-1])
-    nll_BN, dlogits_BNV = launch(
+    columns = logits_BNW.shape[-1]
+    block_v = power_of_two(columns)
+    nll_BN, dlogits_BNW = launch(
         cross_entropy_kernel,
-        logits_BNV,
+        logits_BNW,
         targets_BN.astype(jnp.int32),
         weights_BN.astype(jnp.float32),
         outputs=[
             jax.ShapeDtypeStruct(targets_BN.shape, jnp.float32),
-            jax.ShapeDtypeStruct(logits_BNV.shape, dtype),
+            jax.ShapeDtypeStruct(logits_BNW.shape, dtype),
         ],
         grid=(targets_BN.size,),
         num_warps=max(4, min(32, block_v // 1024)),
         num_stages=1,
-        V=logits_BNV.shape[-1],
+        V=vocab_size,
+        COLUMNS=columns,
         BLOCK_V=block_v,
     )
-    return nll_BN, dlogits_BNV
+    return nll_BN, dlogits_BNW

@@ -17,19 +17,29 @@ def _widened(logits):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, weights_ptr, nll_ptr, dlogits_ptr, V: tl.constexpr, BLOCK_V: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    weights_ptr,
+    nll_ptr,
+    dlogits_ptr,
+    V: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """nll = log sum exp(logits) - logits[target], dlogits = weight (softmax - onehot); a row a program."""
+    """nll = log sum exp(logits) - logits[target], dlogits = weight (softmax - onehot); a row a program.
+
+    Of a row's COLUMNS the first V are logits; what stands after them is not read, and its gradient is zero.
+    """
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     target = tl.load(targets_ptr + row)
     weight = tl.load(weights_ptr + row)
-    at_target = _widened(tl.load(logits_ptr + row * V + target))
-    logits = tl.where(v < V, _widened(tl.load(logits_ptr + row * V + v, mask=v < V, other=0.0)), -float('inf'))
+    at_target = _widened(tl.load(logits_ptr + row * COLUMNS + target))
+    logits = tl.where(v < V, _widened(tl.load(logits_ptr + row * COLUMNS + v, mask=v < V, other=0.0)), -float('inf'))
     top = tl.max(logits, axis=0)
     powers = tl.exp(logits - top)
     total = tl.sum(powers, axis=0)
     tl.store(nll_ptr + row, tl.log(total) + top - at_target)
     # No division in it: that would take longer than to read and to write the row.
     dlogits = powers * (weight / total) - tl.where(v == target, weight, 0.0)
-    tl.store(dlogits_ptr + row * V + v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=v < V)
+    tl.store(dlogits_ptr + row * COLUMNS + v, dlogits.to(dlogits_ptr.dtype.element_ty), mask=v < COLUMNS)

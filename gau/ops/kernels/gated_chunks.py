@@ -94,8 +94,8 @@ def gradients(
     if sizes.by_walks:
         inputs, outputs = (q, dmixed, keep, share), [sizes.like_m]
         (dkv,) = sizes.walk(kernels.states_gradient_kernel, blocks.states_gradient, inputs, outputs, reverse=True)
-        # Turned here, a pass over k alone, so that both products of the values' gradient are one loop there. Without the
-        # barrier XLA turns the mask that made k instead, and then the gradients that go through it, twice.
+        # Turned here, a pass over k alone, so that both products of the values' gradient are one loop there. Without
+        # the barrier XLA turns the mask that made k instead, and then the gradients that go through it, twice.
         kt = jax.lax.optimization_barrier(k).swapaxes(2, 3)
         reads, results = (kt, kept, dmixed, dkv), [q, k]
     else:

@@ -1,0 +1,93 @@
+"""Compiled kernels are kept where XLA's programs are. jax-triton is not needed for it: a function stands for it."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gau.ops.kernels.compiled import FOLDER, kept
+
+
+@dataclasses.dataclass
+class Result:
+    binary: str
+    shared_mem_bytes: int
+    llir: str | None = None
+
+
+class Named:
+    """A backend, or options."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def hash(self) -> str:
+        return self.name
+
+
+@pytest.fixture
+def directory(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+    yield tmp_path
+    jax.config.update('jax_compilation_cache_dir', before)
+
+
+@pytest.fixture
+def compiled():
+    """What was compiled so far."""
+    return []
+
+
+@pytest.fixture
+def compiler(compiled):
+    """Makes a new process's compiler."""
+
+    def compile_kernel(module, backend, options, compute_capability):
+        compiled.append((module, backend.name, options.name, compute_capability))
+        return Result(f'ptx of {module}', len(module))
+
+    def make(versions='1'):
+        look_up = kept(compile_kernel, Result, versions=versions)
+        return lambda module, backend='sm', options='o', capability=90: look_up(
+            module, Named(backend), Named(options), capability
+        )
+
+    return make
+
+
+def test_what_one_process_compiled_another_reads(directory, compiler, compiled):
+    first = compiler()('kernel')
+    assert compiler()('kernel') == first == Result('ptx of kernel', 6)
+    assert len(compiled) == 1
+    assert [path.suffix for path in (directory / FOLDER).iterdir()] == ['.json']
+
+
+def test_whatever_decides_what_is_compiled_is_asked_for(directory, compiler, compiled):
+    compiler()('kernel')
+    for other in ({'module': 'other'}, {'backend': 'other'}, {'options': 'other'}, {'capability': 100}):
+        compiler()(**{'module': 'kernel'} | other)
+    compiler(versions='2')('kernel')
+    assert len(compiled) == 6
+
+
+def test_without_a_cache_nothing_is_written(directory, compiler, compiled):
+    jax.config.update('jax_compilation_cache_dir', None)
+    assert compiler()('kernel') == compiler()('kernel')
+    assert len(compiled) == 2
+    assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize('text', ['', '{"binary": "half', '{"other": 1}', '[]'])
+def test_a_damaged_file_is_compiled_and_written_again(directory, compiler, compiled, text):
+    compiler()('kernel')
+    (path,) = (directory / FOLDER).iterdir()
+    path.write_text(text)
+    assert compiler()('kernel') == compiler()('kernel') == Result('ptx of kernel', 6)
+    assert len(compiled) == 2
+
+
+def test_a_directory_that_takes_no_files_is_no_obstacle(directory, compiler, compiled):
+    (directory / FOLDER).write_text('a file')
+    assert compiler()('kernel') == compiler()('kernel')
+    assert len(compiled) == 2
