@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from gau.imports import without_pytorch
 from gau.training import workdir as files
 
 
@@ -17,11 +18,14 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, keep_evaluations: bool = True):
         """Continues a run at `first_step`: lines that the run will write again are dropped."""
-        board = _summary_writer()
+        with without_pytorch():
+            from tensorboardX import SummaryWriter
+
+        logging.getLogger('tensorboardX').setLevel(logging.ERROR)
         path = Path(workdir) / files.METRICS
         self.kept = files.truncate_metrics(path, last_step=first_step, keep_evaluations=keep_evaluations)
         self._file = path.open('a')
-        self._board = board(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1, flush_secs=10)
+        self._board = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1, flush_secs=10)
 
     def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
         """Writes one line, on disk when this returns (a killed process loses nothing)."""
@@ -35,21 +39,6 @@ class MetricsWriter:
         """Flushes and closes both files."""
         self._file.close()
         self._board.close()
-
-
-def _summary_writer() -> Any:
-    """Returns tensorboardX's SummaryWriter."""
-    # Where PyTorch is installed tensorboardX imports it: seconds, for what no scalar needs.
-    hide = 'torch' not in sys.modules
-    if hide:
-        sys.modules['torch'] = None
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            del sys.modules['torch']
-    logging.getLogger('tensorboardX').setLevel(logging.ERROR)
-    return SummaryWriter
 
 
 class MetricsReader:

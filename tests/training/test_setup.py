@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
+from gau.imports import without_pytorch
 from gau.models import language_model
 from gau.ops import mixed_chunk_attention
 from gau.training.config import resolve
@@ -62,6 +64,7 @@ def test_metrics_import_no_pytorch(tmp_path):
     (tmp_path / 'torch.py').write_text('Tensor = None')
     program = """
 import sys
+import types
 from gau.training.metrics import MetricsWriter
 MetricsWriter('.', first_step=0).close()
 assert 'torch' not in sys.modules
@@ -69,3 +72,13 @@ import torch
 """
     path = {'PYTHONPATH': f'{tmp_path}:{Path(__file__).parents[2]}', 'JAX_PLATFORMS': 'cpu', 'HOME': str(tmp_path)}
     subprocess.run([sys.executable, '-c', program], env=path, cwd=tmp_path, check=True, timeout=120)
+
+
+def test_pytorch_that_is_there_stays(monkeypatch):
+    module = types.ModuleType('torch')
+    monkeypatch.setitem(sys.modules, 'torch', module)
+    with without_pytorch():
+        import torch
+
+        assert torch is module
+    assert sys.modules['torch'] is module

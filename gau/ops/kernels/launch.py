@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from gau.imports import without_pytorch
 from gau.ops.kernels.compiled import kept
 
 # Programs that CUDA takes along the second and the third axis of a grid.
@@ -114,7 +115,8 @@ def _jax_triton() -> Any:
         return jax_triton
 
     def lowering(*args, **params):
-        results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, *args, **params)
+        with without_pytorch():
+            results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, *args, **params)
         fit_for_graphs(jax.tree.leaves(results)[0].owner)
         return results
 
