@@ -50,8 +50,8 @@ def gated_mixed_chunk(
       p_BNW: projections of the gate in the first E columns, of the values in the next E; finite at padding. Columns
         after these, of another reader, get a gradient of zeros.
       bias_2E: bias of gate and values.
-      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS, chunk_size, scoring, causal, segment_ids_BN, global_reduction: see
-         `gau.ops.mixed_chunk_attention`.
+      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS: see `gau.ops.mixed_chunk_attention`; finite at padding.
+      chunk_size: and scoring, causal, segment_ids_BN, global_reduction: see there.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
       impl: 'reference' is that function between plain silu and product; 'triton' the fused kernels.
 
