@@ -13,7 +13,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,9 +66,9 @@ def measure_forward(cell: Cell, result: Result) -> None:
       UserError: a combination that the model refuses, or a loss that is not finite.
     """
     run = _run(cell, result)
+    params = run.init_params()
     with run.context():
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params)
-        params, batches = jax.jit(lambda: nn.unbox(run.draw_params()), out_shardings=shardings)(), _batches(cell, run)
+        batches = _batches(cell, run)
         compiled = _compile(jax.jit(step.make_eval_step(run.model)), params, batches[0], result=result)
         batch, nll_BN = itertools.cycle(batches), None
 

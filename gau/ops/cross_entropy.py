@@ -114,35 +114,36 @@ def _loss_and_gradients(size, fused, hidden_BND, embedding_VD, targets_BN, weigh
     # Slices of equal size: the last one would else be mostly padding.
     size = -(-n // slices)
     dtype = jnp.promote_types(hidden_BND.dtype, jnp.float32)
-    vocab_size, score = len(embedding_VD), loss_and_gradient
+    # W columns of logits: V, but for the kernel as many as products with them are fast for.
+    embedding_WD, score = embedding_VD, loss_and_gradient
     if fused:
-        embedding_VD = padded_vocabulary(embedding_VD)
-        score = functools.partial(fused_loss_and_gradient, vocab_size=vocab_size)
-    e_VD = embedding_VD.astype(hidden_BND.dtype)
+        embedding_WD = padded_vocabulary(embedding_VD)
+        score = functools.partial(fused_loss_and_gradient, vocab_size=len(embedding_VD))
+    e_WD = embedding_WD.astype(hidden_BND.dtype)
     half_precision = fused and hidden_BND.dtype == jnp.bfloat16
-    half_e_VD = _half(embedding_VD) if half_precision else None
+    half_e_WD = _half(embedding_WD) if half_precision else None
 
     def split(x_BN):
         x_BN = jnp.pad(x_BN, [(0, 0), (0, slices * size - n)] + [(0, 0)] * (x_BN.ndim - 2))
         return jnp.moveaxis(x_BN.reshape(batch, size, slices, *x_BN.shape[2:]), 2, 0)
 
-    def one_slice(de_VD, xs):
+    def one_slice(de_WD, xs):
         h_BnD, targets_Bn, weights_Bn = xs
         if half_precision:
             # The library sums in float32.
-            logits_BnV = jnp.einsum('BND,VD->BNV', _half(h_BnD), half_e_VD)
+            logits_BnW = jnp.einsum('BND,WD->BNW', _half(h_BnD), half_e_WD)
         else:
-            logits_BnV = output_logits(h_BnD, e_VD)
-        nll_Bn, dlogits_BnV = score(logits_BnV, targets_Bn, weights_Bn, dtype=h_BnD.dtype)
-        dh_BnD = jnp.einsum('BnV,VD->BnD', dlogits_BnV, e_VD, preferred_element_type=dtype).astype(h_BnD.dtype)
-        de_VD += jnp.einsum('BnV,BnD->VD', dlogits_BnV, h_BnD, preferred_element_type=dtype)
-        return de_VD, ((nll_Bn * weights_Bn).sum(), dh_BnD)
+            logits_BnW = output_logits(h_BnD, e_WD)
+        nll_Bn, dlogits_BnW = score(logits_BnW, targets_Bn, weights_Bn, dtype=h_BnD.dtype)
+        dh_BnD = jnp.einsum('BnW,WD->BnD', dlogits_BnW, e_WD, preferred_element_type=dtype).astype(h_BnD.dtype)
+        de_WD += jnp.einsum('BnW,BnD->WD', dlogits_BnW, h_BnD, preferred_element_type=dtype)
+        return de_WD, ((nll_Bn * weights_Bn).sum(), dh_BnD)
 
     xs = tuple(map(split, (_clear_unweighted(hidden_BND, weights_BN), targets_BN, weights_BN.astype(dtype))))
-    zeros_VD = jnp.zeros(embedding_VD.shape, dtype)
-    de_VD, (loss_g, dh_gBnD) = jax.lax.scan(one_slice, zeros_VD, xs, unroll=slices == 1)
+    zeros_WD = jnp.zeros(embedding_WD.shape, dtype)
+    de_WD, (loss_g, dh_gBnD) = jax.lax.scan(one_slice, zeros_WD, xs, unroll=slices == 1)
     dh_BND = jnp.moveaxis(dh_gBnD, 0, 2).reshape(batch, size * slices, -1)[:, :n]
-    return loss_g.sum(), (dh_BND, de_VD[:vocab_size].astype(embedding_VD.dtype))
+    return loss_g.sum(), (dh_BND, de_WD[: len(embedding_VD)].astype(embedding_VD.dtype))
 
 
 def _half(x: Array) -> Array:

@@ -24,10 +24,10 @@ from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
 from gau.ops.scores import Scoring, attention_weights
+from gau.ops.tracing import traced_once
 
 
-# Layers are alike: all after the first take what was traced for it.
-@functools.partial(jax.jit, static_argnames=('chunk_size', 'scoring', 'causal', 'global_reduction', 'impl'))
+@traced_once('chunk_size', 'scoring', 'causal', 'global_reduction', 'impl')
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -50,7 +50,8 @@ def gated_mixed_chunk(
       p_BNW: projections of the gate in the first E columns, of the values in the next E; finite at padding. Columns
         after these, of another reader, get a gradient of zeros.
       bias_2E: bias of gate and values.
-      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS: see `gau.ops.mixed_chunk_attention`; finite at padding.
+      q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS: see `gau.ops.mixed_chunk_attention`. At padding these, p
+        and the result's gradient are finite and not too large for products of them: what they make there is masked.
       chunk_size: and scoring, causal, segment_ids_BN, global_reduction: see there.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
       impl: 'reference' is that function between plain silu and product; 'triton' the fused kernels.

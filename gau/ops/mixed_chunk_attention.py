@@ -16,13 +16,10 @@ from jax import Array
 from gau.ops.chunk_states import into_chunks, states_of_other_chunks
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.scores import Scoring, attention_weights
+from gau.ops.tracing import traced_once
 
 
-# Layers are alike: all after the first take what was traced for it.
-@functools.partial(
-    jax.jit,
-    static_argnames=('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl', 'sequence_axis'),
-)
+@traced_once('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl', 'sequence_axis')
 def mixed_chunk_attention(
     q_BNS: Array,
     k_BNS: Array,

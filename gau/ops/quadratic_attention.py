@@ -1,7 +1,5 @@
 """Quadratic attention: every query against every key it sees. GAU's A V (docs/paper.md section 1) and softmax."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,12 +9,12 @@ from gau.ops.kernels.quadratic import Tokens, describe_tokens, relu2_attention
 from gau.ops.masks import clear_padding, document_length, visibility_mask
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
+from gau.ops.tracing import traced_once
 
 QUERY_BLOCK = 512
 
 
-# Layers are alike: all after the first take what was traced for it.
-@functools.partial(jax.jit, static_argnames=('scoring', 'causal', 'impl', 'sequence_axis'))
+@traced_once('scoring', 'causal', 'impl', 'sequence_axis')
 def quadratic_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -82,7 +80,7 @@ def quadratic_attention(
     return clear_padding(o_BNE, segment_ids_BN)
 
 
-@functools.partial(jax.jit, static_argnames=('scoring', 'causal', 'impl'))
+@traced_once('scoring', 'causal', 'impl')
 def gated_quadratic_attention(
     p_BNW: Array,
     bias_2E: Array,

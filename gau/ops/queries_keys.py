@@ -8,18 +8,16 @@ costs is reading and writing: the kernels read Z once and write every role once,
 gradient and Z and write Z's.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.queries_keys import fused_queries_and_keys
 from gau.ops.positions import apply_rope
+from gau.ops.tracing import traced_once
 
 
-# Layers are alike: all after the first take what was traced for it.
-@functools.partial(jax.jit, static_argnames='impl')
+@traced_once('impl')
 def queries_and_keys(
     p_BNW: Array,
     bias_S: Array,

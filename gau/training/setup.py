@@ -141,14 +141,14 @@ class Run:
         return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
 
     @cached_property
-    def draw_params(self) -> Callable[[], Any]:
-        """Returns what `gau.training.step.init_params` does for this run; traced once, wherever it is called."""
+    def _draw_params(self) -> Callable[[], Any]:
+        # Traced once within `_drawing`, wherever it is called.
         context = self.config.data.context
         return jax.jit(partial(step.init_params, self.model, seed=self.config.seed, context=context))
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Context in which parameters are drawn, or the shapes of what is drawn are asked for."""
+        """Context to draw parameters in, or to ask for their shapes; it changes a setting of JAX while it is open."""
         setting, before = 'jax_threefry_gpu_kernel_lowering', jax.config.jax_threefry_gpu_kernel_lowering
         # One GPU draws the same bits with a kernel of jaxlib, or XLA would compile a program for each of the draws, in
         # most of the time to the first step. Over several devices XLA would have each draw all bits of a parameter.
@@ -162,7 +162,7 @@ class Run:
     @cached_property
     def _boxed_params(self) -> Any:
         with self._drawing():
-            return jax.eval_shape(self.draw_params)
+            return jax.eval_shape(self._draw_params)
 
     @cached_property
     def abstract_params(self) -> Any:
@@ -171,11 +171,12 @@ class Run:
 
     @cached_property
     def _init(self) -> Callable[[], step.TrainState]:
-        return step.make_init(self.draw_params, self.optimizer)
+        return step.make_init(self._draw_params, self.optimizer)
 
     @cached_property
     def abstract_state(self) -> step.TrainState:
         """The TrainState as jax.ShapeDtypeStruct with shardings: what restoring needs, and compiling ahead of time."""
+        # The optimizer is made outside, where there is no mesh yet to lay shapes over.
         init = self._init
         with self._drawing():
             boxed = jax.eval_shape(init)
@@ -190,6 +191,12 @@ class Run:
             dtypes |= {'segment_ids': jnp.int32, 'positions': jnp.int32}
         shape, sharding = (data.batch_size, data.context), meshes.batch_sharding(self.mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+    def init_params(self) -> Any:
+        """Draws the parameters of step 0 alone, every leaf on its own devices at once."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
+        with self._drawing():
+            return jax.jit(lambda: nn.unbox(self._draw_params()), out_shardings=shardings)()
 
     def init_state(self) -> step.TrainState:
         """Draws the state of step 0, every leaf on its own devices at once."""

@@ -136,8 +136,8 @@ def test_chunked_form_equals_the_reference_on_any_layout(problem):
 
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('group', [1, 5])
-def test_many_chunks_go_by_groups(causal, group, monkeypatch):
-    monkeypatch.setattr(chunk_states, 'GROUP', group)
+def test_many_chunks_go_by_groups(causal, group, constants):
+    constants(mixed_chunk_attention, chunk_states, GROUP=group)
     ids = np.stack([*CONTIGUOUS.values(), LAYOUTS['packed'][::-1]])
     x, c = inputs(batch=len(ids)), normal(5, 1, N, E)
 

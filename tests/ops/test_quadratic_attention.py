@@ -69,8 +69,8 @@ def test_gradients_are_the_formula(arrays, function, normalizer):
 
 @pytest.mark.parametrize('ids', [None, LAYOUTS['holes']], ids=['one', 'holes'])
 @pytest.mark.parametrize('scoring', [Scoring('relu2', 'visible'), Scoring('relu2', 'paper'), Scoring('softmax', None)])
-def test_blocks_of_queries_equal_the_reference(arrays, ids, scoring, monkeypatch):
-    monkeypatch.setattr(module, 'QUERY_BLOCK', 5)
+def test_blocks_of_queries_equal_the_reference(arrays, ids, scoring, constants):
+    constants(quadratic_attention, module, QUERY_BLOCK=5)
     x, bias = arrays
 
     def loss(x, bias, impl):

@@ -1,5 +1,7 @@
 """What a start costs: tracing a model, and importing."""
 
+import contextlib
+import dataclasses
 import subprocess
 import sys
 import types
@@ -10,10 +12,11 @@ import pytest
 
 from gau.imports import without_pytorch
 from gau.models import language_model
-from gau.ops import mixed_chunk_attention
+from gau.ops import gated_chunks, mixed_chunk_attention, queries_keys
+from gau.training import step
 from gau.training.config import resolve
 from gau.training.setup import Run
-from tests.training.tiny import tiny_config
+from tests.training.tiny import assert_trees_equal, tiny_config
 
 
 def count_calls(monkeypatch, owner, name) -> list:
@@ -33,14 +36,24 @@ def test_parameters_are_traced_once(monkeypatch):
     run = Run.from_config(resolve(tiny_config()))
     run.check()
     _ = run.optimizer, run.abstract_params
-    run.init_state()
+    state, params = run.init_state(), run.init_params()
+    assert_trees_equal(params, state.params)
     assert len(calls) == 1
 
 
-def test_layers_are_traced_once(monkeypatch):
+@pytest.mark.parametrize(
+    ('impl', 'module', 'function'),
+    [
+        ('xla', mixed_chunk_attention, '_chunked'),
+        ('triton', gated_chunks, '_walks'),
+        ('triton', queries_keys, 'fused_queries_and_keys'),
+    ],
+)
+def test_layers_are_traced_once(monkeypatch, impl, module, function):
     """Of three alike the first one; the context is no other test's, or none might be traced at all."""
-    calls = count_calls(monkeypatch, mixed_chunk_attention, '_chunked')
-    run = Run.from_config(resolve(tiny_config(model__num_layers=3, model__impl='xla', data__context=53)))
+    calls = count_calls(monkeypatch, module, function)
+    context = 53 + (function == '_walks')
+    run = Run.from_config(resolve(tiny_config(model__num_layers=3, model__impl=impl, data__context=context)))
     train_step, state = run.train_step(), run.abstract_state
     with run.context():
         train_step.trace(state, run.abstract_batch)
@@ -48,15 +61,22 @@ def test_layers_are_traced_once(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize('before', [False, True])
-def test_drawing_leaves_the_setting_of_random_bits_as_it_was(before):
-    run = Run.from_config(resolve(tiny_config()))
-    jax.config.update('jax_threefry_gpu_kernel_lowering', before)
-    try:
-        run.init_state()
-        assert jax.config.jax_threefry_gpu_kernel_lowering == before
-    finally:
-        jax.config.update('jax_threefry_gpu_kernel_lowering', False)
+@pytest.mark.parametrize('devices', [1, 2])
+def test_random_bits_are_drawn_by_a_kernel_on_one_device(devices, monkeypatch):
+    """And the setting is as it was after it, whatever happens."""
+    settings = []
+
+    def init_params(*args, **kwargs):
+        settings.append(jax.config.jax_threefry_gpu_kernel_lowering)
+        raise RuntimeError
+
+    monkeypatch.setattr(step, 'init_params', init_params)
+    monkeypatch.setattr(Run, 'context', lambda self: contextlib.nullcontext())
+    run = dataclasses.replace(Run.from_config(resolve(tiny_config())), mesh=types.SimpleNamespace(size=devices))
+    with pytest.raises(RuntimeError):
+        _ = run.abstract_params
+    assert settings == [devices == 1]
+    assert not jax.config.jax_threefry_gpu_kernel_lowering
 
 
 def test_metrics_import_no_pytorch(tmp_path):

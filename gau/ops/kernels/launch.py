@@ -105,11 +105,15 @@ def _jax_triton() -> Any:
     from jax.interpreters import mlir
     from jax_triton import triton_lib
     from jaxlib import gpu_triton
+    from triton._C import libtriton
 
     triton_lib.compile_ttir_to_ptx_inplace = kept(
         triton_lib.compile_ttir_to_ptx_inplace,
         triton_lib.CompilationResult,
-        versions=f'{triton.__version__} {jax_triton.__version__}',
+        # Triton's own key has these variables as well.
+        surroundings=lambda: str(
+            [triton.__version__, jax_triton.__version__, *sorted(libtriton.get_cache_invalidating_env_vars().items())]
+        ),
     )
     if GRAPH_CALL not in gpu_triton._cuda_triton.registrations():
         return jax_triton

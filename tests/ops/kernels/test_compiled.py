@@ -3,9 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gau.ops.kernels.compiled import FOLDER, kept
+from gau.ops.kernels.launch import available, interpreted
+from gau.ops.kernels.norm import scale_norm_of_stream
 
 
 @dataclasses.dataclass
@@ -47,8 +50,8 @@ def compiler(compiled):
         compiled.append((module, backend.name, options.name, compute_capability))
         return Result(f'ptx of {module}', len(module))
 
-    def make(versions='1'):
-        look_up = kept(compile_kernel, Result, versions=versions)
+    def make(surroundings='1'):
+        look_up = kept(compile_kernel, Result, surroundings=lambda: surroundings)
         return lambda module, backend='sm', options='o', capability=90: look_up(
             module, Named(backend), Named(options), capability
         )
@@ -67,13 +70,21 @@ def test_whatever_decides_what_is_compiled_is_asked_for(directory, compiler, com
     compiler()('kernel')
     for other in ({'module': 'other'}, {'backend': 'other'}, {'options': 'other'}, {'capability': 100}):
         compiler()(**{'module': 'kernel'} | other)
-    compiler(versions='2')('kernel')
+    compiler(surroundings='2')('kernel')
     assert len(compiled) == 6
 
 
-def test_without_a_cache_nothing_is_written(directory, compiler, compiled):
-    jax.config.update('jax_compilation_cache_dir', None)
-    assert compiler()('kernel') == compiler()('kernel')
+@pytest.mark.parametrize('why', ['no directory', 'switched off', 'to be dumped'])
+def test_where_nothing_is_kept(directory, compiler, compiled, monkeypatch, why):
+    if why == 'no directory':
+        jax.config.update('jax_compilation_cache_dir', None)
+    if why == 'to be dumped':
+        monkeypatch.setenv('JAX_TRITON_DUMP_DIR', str(directory))
+    jax.config.update('jax_enable_compilation_cache', why != 'switched off')
+    try:
+        assert compiler()('kernel') == compiler()('kernel')
+    finally:
+        jax.config.update('jax_enable_compilation_cache', True)
     assert len(compiled) == 2
     assert not list(directory.iterdir())
 
@@ -91,3 +102,19 @@ def test_a_directory_that_takes_no_files_is_no_obstacle(directory, compiler, com
     (directory / FOLDER).write_text('a file')
     assert compiler()('kernel') == compiler()('kernel')
     assert len(compiled) == 2
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing(directory, compiler, compiled):
+    compiler()('kernel')
+    (path,) = (directory / FOLDER).iterdir()
+    path.unlink()
+    path.mkdir()
+    assert compiler()('kernel') == Result('ptx of kernel', 6)
+    assert list((directory / FOLDER).iterdir()) == [path]
+
+
+@pytest.mark.skipif(interpreted() or not available(), reason='needs jax-triton and a GPU')
+def test_kernels_are_kept(directory):
+    x = jnp.ones((3, 5, 17))
+    jax.jit(lambda x: scale_norm_of_stream(x, None, jnp.ones(()), 'float32'))(x)
+    assert list((directory / FOLDER).iterdir())

@@ -1,13 +1,30 @@
 """The kernel of the vocabulary loss against the plain formula in float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.cross_entropy import loss_and_gradient
+from gau.ops.cross_entropy import loss_and_gradient, weighted_cross_entropy
 from gau.ops.kernels import cross_entropy as fused
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
+
+
+@pytest.mark.parametrize(('vocab', 'rows'), [(50, 128), (128, 128), (129, 256)])
+def test_products_have_whole_rows_of_the_matrix_units(vocab, rows):
+    e = jnp.ones((vocab, 4))
+    padded = fused.padded_vocabulary(e)
+    assert padded.shape == (rows, 4)
+    assert padded.sum() == e.sum()
+    operands = jnp.ones((2, 3, 4)), e, jnp.zeros((2, 3), int), jnp.ones((2, 3))
+    loss = functools.partial(weighted_cross_entropy, positions_per_slice=2, impl='triton')
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*operands))
+    products = [line for line in text.splitlines() if 'dot_general' in line]
+    assert len(products) == 3
+    assert all(f'{rows}' in line for line in products[::2])
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -18,6 +18,8 @@ LAYOUTS = {
     'one row': lambda n: documents(n)[1:],
     # Of one and of two tokens.
     'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
+    # Chunks of nothing else, within a document, before one, and at the end.
+    'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
 }
 NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
@@ -64,6 +66,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         (23, 12, 8, 24, 'documents', 1, 'mean'),
         (23, 12, 4, 24, 'documents', 1, 'mean'),
         (10, 16, 8, 24, 'none', 1, 'mean'),
+        (40, 5, 8, 24, 'padding', 8, 'mean'),
         pytest.param(24, 12, 8, 40, 'one row', 1, 'sum', marks=pytest.mark.slow),
         pytest.param(16, 16, 8, 24, 'one row', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
@@ -74,10 +77,13 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         pytest.param(90, 70, 70, 20, 'short', 1, 'mean', marks=pytest.mark.slow),
     ],
 )
-def test_values_and_all_gradients(monkeypatch, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
-    monkeypatch.setattr(host, 'WALKERS', 4 * walkers)
+def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
+    constants(gated_mixed_chunk, host, WALKERS=4 * walkers)
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
     ids = LAYOUTS[packed](n)
+    if ids is not None:
+        # What stands at padding is not cleared, and must not be found anywhere.
+        args = [jnp.where((ids == 0)[..., None], 100.0, x) if x.ndim == 3 else x for x in args]
     fields = {'chunk': chunk, 'causal': causal, 'ids': ids, 'reduction': reduction}
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))

@@ -44,14 +44,12 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
         pytest.param(64, 8, 8, False, 'su', marks=pytest.mark.slow),
     ],
 )
-def test_values_and_all_gradients(monkeypatch, dtype, op, causal, n, s, e, packed, normalizer):
-    # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
-    monkeypatch.setattr(host, 'SMALLEST_BLOCK', 16)
-    monkeypatch.setattr(host, 'LARGEST_BLOCK', 16)
-    monkeypatch.setattr(host, 'GROUPS', 2)
+def test_values_and_all_gradients(constants, dtype, op, causal, n, s, e, packed, normalizer):
     # Tiles that are no squares, in few programs with several each; and one tile of one text a program.
     tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
-    monkeypatch.setattr(host, 'TILES', dict.fromkeys(DTYPES, tiles))
+    # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
+    small = {'SMALLEST_BLOCK': 16, 'LARGEST_BLOCK': 16, 'GROUPS': 2, 'TILES': dict.fromkeys(DTYPES, tiles)}
+    constants({'plain': quadratic_attention, 'gated': gated_quadratic_attention}[op], host, **small)
     generator = np.random.default_rng(0)
     # Projections have columns of another reader, more than a tile has.
     values = {'plain': [(2, n, e)], 'gated': [(2, n, 2 * e + 140), (2, e)]}[op]

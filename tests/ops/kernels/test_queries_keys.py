@@ -47,10 +47,8 @@ def positions(kind, batch, n):
         (1, 33, 128, 'none'),
     ],
 )
-def test_values_and_all_gradients(monkeypatch, dtype, roles, batch, n, s, rope):
-    monkeypatch.setattr(host, 'BLOCK', 256)
-    monkeypatch.setattr(host, 'GRADIENT_BLOCK', 256)
-    monkeypatch.setattr(host, 'PROGRAMS', 3)
+def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
+    constants(queries_and_keys, host, BLOCK=256, GRADIENT_BLOCK=256, PROGRAMS=3)
     generator = np.random.default_rng(0)
     shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
