@@ -1,4 +1,5 @@
-"""The mathematics: pure functions from arrays to arrays, one file a subject. They know nobody else in the house.
+"""The mathematics: pure functions from arrays to arrays, one file a subject. They know nobody else in
+the house, but for what keeps libraries from slow imports (`gau.imports`).
 
 Arrays are named by what they are and by their shape, `q_BGCS`. The letters, everywhere in `gau`:
 

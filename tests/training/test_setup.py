@@ -84,7 +84,6 @@ def test_metrics_import_no_pytorch(tmp_path):
     (tmp_path / 'torch.py').write_text('Tensor = None')
     program = """
 import sys
-import types
 from gau.training.metrics import MetricsWriter
 MetricsWriter('.', first_step=0).close()
 assert 'torch' not in sys.modules

@@ -9,7 +9,7 @@ from gau.ops.kernels.launch import launch, power_of_two
 # A row stands in the registers of one program: 64 numbers for each thread of 32 warps.
 LARGEST_VOCABULARY = 65_536
 # Rows of logits are a multiple of this long. Of other lengths XLA copies them for each product with them, into rows
-# that fit the matrix units, and the results back: 8 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
+# that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
 COLUMNS = 128
 
 

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept where XLA's programs are. jax-triton is not needed for it: a function stands for it."""
+"""Compiled kernels are kept where XLA's programs are. But for the last test a function stands for jax-triton."""
 
 import dataclasses
 
