@@ -11,7 +11,7 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
-# Data sets of the paper, as scripts/prepare_data.py leaves them (README, "Data").
+# Data sets of the paper, as scripts/prepare_data.py leaves them (docs/data.md).
 PREPARED = ('wiki40b', 'pg19', 'c4', 'lm1b')
 
 

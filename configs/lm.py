@@ -3,7 +3,7 @@
     python scripts/prepare_data.py --source=tfds:wiki40b/en --train_tokenizer=32000 --output=data/wiki40b
     python train.py --config=configs/lm.py:model=flash,size=base,context=8192 --workdir=runs/flash_8192
 
-Arguments: model (a name of README's table), size (tiny, small, base, large), context, data (wiki40b, pg19, c4 or lm1b,
+Arguments: model (a name of docs/models.md), size (tiny, small, base, large), context, data (wiki40b, pg19, c4 or lm1b,
 prepared in data/NAME; or any source, such as embedded or jsonl:PATH), tokenizer (bytes, sentencepiece:FILE,
 huggingface:FILE; by default the one of the prepared shards, or bytes), runlocal.
 
