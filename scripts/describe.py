@@ -13,8 +13,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from gau import cli
+from gau.errors import UserError, did_you_mean
 from gau.models import counts
 from gau.models.config import default_config, resolve
+from gau.training.config import OBJECTIVES
 
 _CONTEXTS = flags.DEFINE_list('contexts', None, 'Context lengths; default: data.context of the config.')
 _MODELS = flags.DEFINE_list('models', None, 'Models to set side by side, by name.')
@@ -28,6 +30,8 @@ def main() -> None:
     """Prints the table that the flags ask for."""
     # Not `cli.load_config`: that asks for the data, and a model can be described without any.
     config = flags.FLAGS.config
+    if config.objective not in OBJECTIVES:
+        raise UserError(f'objective={config.objective} does not exist{did_you_mean(config.objective, OBJECTIVES)}')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
     if _MODELS.value is None:
@@ -46,7 +50,7 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
       contexts: tokens in a sequence; what depends on the context (a bias table) is resolved for the longest.
     """
     causal = objective == 'lm'
-    model = resolve(model, objective=objective, context=max(contexts))
+    model = resolve(model, causal=causal, context=max(contexts))
     header = ['part', 'parameters']
     columns = []
     for context in contexts:
@@ -76,7 +80,7 @@ def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contex
         header += [f'MFLOP @{context}', f'kB @{context}']
     rows = []
     for model in models:
-        resolved = resolve(model, objective=objective, context=max(contexts))
+        resolved = resolve(model, causal=objective == 'lm', context=max(contexts))
         row = [model.name, f'{counts.parameters(resolved, vocab_size=vocab_size):,}']
         for context in contexts:
             options = {'context': context, 'vocab_size': vocab_size, 'causal': objective == 'lm'}

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from gau.errors import UserError, did_you_mean
 from gau.models import counts
 from gau.models.architectures import ARCHITECTURES, SIZES
-from gau.models.config import ENUMS, OBJECTIVES, default_config, resolve
+from gau.models.config import ENUMS, default_config, resolve
+from gau.training.config import OBJECTIVES
 
 # Kinds of measurement, and how many forward passes one step's matrix products amount to.
 PASSES = {'train': 3, 'forward': 1}
@@ -93,7 +94,7 @@ class Cell:
             config.name = TORCH_MODELS[self.spec.model][0]
         else:
             config.impl, config.remat, config.layer_stack = self.spec.impl, self.spec.remat, self.spec.layer_stack
-        return resolve(config, objective=self.objective, context=self.context)
+        return resolve(config, causal=self.objective == 'lm', context=self.context)
 
     def flops_per_token(self) -> float:
         """Returns the FLOPs of one forward pass per token, by `gau.models.counts`; packing is not considered there."""

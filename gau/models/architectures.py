@@ -7,7 +7,7 @@ without a default does not apply to it and is refused where somebody sets it.
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-# Fields of every model. None: depends on size, objective or context, filled by `resolve`.
+# Fields of every model. None: depends on size, causality or context, filled by `resolve`.
 _COMMON = {
     'num_layers': None,
     'model_dim': None,

@@ -44,7 +44,6 @@ COUNTS = (
     'projection_length',
     'vocab_loss_slice',
 )
-OBJECTIVES = ('lm', 'mlm')
 # Up to here the relative bias is a Toeplitz table, beyond it is rotary (docs/paper.md section 2).
 TOEPLITZ_LIMIT = 512
 
@@ -111,14 +110,14 @@ def default_config() -> ConfigDict:
     return config
 
 
-def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
+def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
     """Returns a copy of `config` with every field that applies filled in; the others stay None.
 
     Resolving a resolved config changes nothing.
 
     Args:
       config: as `default_config` returns it, with fields set.
-      objective: 'lm' (causal) or 'mlm' (bidirectional).
+      causal: whether later tokens are hidden from earlier ones, as a language model asks.
       context: tokens in a sequence, the longest the model is trained on.
 
     Raises:
@@ -130,9 +129,7 @@ def resolve(config: ConfigDict, *, objective: str, context: int) -> ConfigDict:
         raise UserError(f'model.{unknown[0]} does not exist{did_you_mean(unknown[0], default_config())}')
     _check_choice('model.name', config.name, ARCHITECTURES)
     _check_choice('model.size', config.size, SIZES)
-    _check_choice('objective', objective, OBJECTIVES)
     architecture = ARCHITECTURES[config.name]
-    causal = objective == 'lm'
     if causal and architecture.not_causal:
         raise UserError(f'model.name={config.name} cannot be a causal language model: {architecture.not_causal}')
     if context < 1:

@@ -11,7 +11,7 @@ def build(config: ConfigDict, *, vocab_size: int, causal: bool, target: Target |
     """Returns the model, without parameters: `model.init(key, tokens_BN)['params']` makes them.
 
     Args:
-      config: resolved model config (`gau.models.config.resolve`, with the objective that `causal` says).
+      config: resolved model config (`gau.models.config.resolve`, with the same `causal`).
       vocab_size: V.
       causal: True for a language model, False for a masked one.
       target: what it will run on; None means the device that JAX computes on by default. The model's `config.impl` is

@@ -124,7 +124,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             f'data.batch_size={config.data.batch_size} must be a multiple of '
             f'optimizer.accumulation_steps={optimizer.accumulation_steps}'
         )
-    config.model = model_config.resolve(config.model, objective=config.objective, context=config.data.context)
+    config.model = model_config.resolve(config.model, causal=config.objective == 'lm', context=config.data.context)
     return config
 
 

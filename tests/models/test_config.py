@@ -18,7 +18,7 @@ def config_of(name='flash', **fields):
 
 
 def resolved(name='flash', objective='lm', context=1024, **fields):
-    return resolve(config_of(name, **fields), objective=objective, context=context)
+    return resolve(config_of(name, **fields), causal=objective == 'lm', context=context)
 
 
 @pytest.mark.parametrize('size', sorted(SIZES))
@@ -26,11 +26,11 @@ def resolved(name='flash', objective='lm', context=1024, **fields):
 def test_resolving_fills_what_applies_and_is_idempotent(name, objective, size):
     config = config_of(name, size=size)
     before = config.to_dict()
-    once = resolve(config, objective=objective, context=700)
+    once = resolve(config, causal=objective == 'lm', context=700)
     assert config.to_dict() == before
-    assert resolve(once, objective=objective, context=700) == once
+    assert resolve(once, causal=objective == 'lm', context=700) == once
     # At other contexts a resolved config keeps its shapes (evaluation does that).
-    assert resolve(once, objective=objective, context=64) == once
+    assert resolve(once, causal=objective == 'lm', context=64) == once
     for field in default_config():
         assert field in ('name', 'size') or once[field] is None or field in ARCHITECTURES[name].defaults
 
@@ -86,7 +86,6 @@ def test_heads_fall_with_depth():
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'name': 'flsh'}, 'model.name=flsh does not exist; did you mean "flash"?'),
     ({'size': 'bse'}, 'model.size=bse does not exist; did you mean "base"?'),
-    ({'objective': 'ml'}, 'objective=ml does not exist; did you mean "mlm"?'),
     ({'attention_function': 'relu'}, 'model.attention_function=relu does not exist; did you mean "relu2"?'),
     ({'impl': 'pallas'}, 'model.impl=pallas does not exist; choose from'),
     ({'query_key_dim': 65}, 'model.query_key_dim=65 is odd; RoPE rotates pairs'),
@@ -148,16 +147,16 @@ def test_wrong_combinations_are_refused_in_one_line(fields, message):
 ], ids=str)  # fmt: skip
 def test_a_single_chunk_is_refused_only_where_nothing_is_seen(objective, context, fields):
     once = resolved(objective=objective, context=context, **fields)
-    assert resolve(once, objective=objective, context=context) == once
+    assert resolve(once, causal=objective == 'lm', context=context) == once
     # Evaluation at a short context refuses no reduction the model was trained with.
     if fields.get('branches') != 'global':
-        assert resolve(once, objective=objective, context=64) == once
+        assert resolve(once, causal=objective == 'lm', context=64) == once
 
 
 def test_an_unknown_field_is_refused():
     config = ConfigDict(default_config().to_dict() | {'chunk_sze': 3})
     with pytest.raises(UserError, match=r'model.chunk_sze does not exist; did you mean "chunk_size"'):
-        resolve(config, objective='lm', context=8)
+        resolve(config, causal=True, context=8)
 
 
 def test_configs_and_counts_import_no_jax():

@@ -16,7 +16,7 @@ def named(name, size, objective='lm', context=1024, **fields):
     config = default_config()
     config.name, config.size = name, size
     config.update(fields)
-    return resolve(config, objective=objective, context=context)
+    return resolve(config, causal=objective == 'lm', context=context)
 
 
 def built(config, causal=True, vocab_size=VOCABULARY):

@@ -141,9 +141,9 @@ def test_every_model_trains(name, objective):
         config = default_config()
         config.name, config.size, config.dtype = name, 'tiny', 'bfloat16' if objective == 'lm' else 'float32'
         config.num_layers, config.model_dim = 1, 64
-        if 'chunk_size' in resolve(config, objective=objective, context=32) and name in ('flash', 'combiner'):
+        if 'chunk_size' in resolve(config, causal=objective == 'lm', context=32) and name in ('flash', 'combiner'):
             config.chunk_size = 8
-        resolved = resolve(config, objective=objective, context=32)
+        resolved = resolve(config, causal=objective == 'lm', context=32)
         model = build(resolved, vocab_size=VOCAB, causal=objective == 'lm')
         sequence = jnp.asarray(np.asarray(tokens(2, 33)), jnp.int32)
         hidden = jnp.arange(32) % 4 == 0
@@ -185,7 +185,7 @@ def test_bfloat16_stays_near_float64(name, context):
     def layer(dtype):
         config = default_config()
         config.name, config.size, config.dtype = name, 'tiny', dtype
-        config = resolve(config, objective='lm', context=context)
+        config = resolve(config, causal=True, context=context)
         make_layer = blocks.gated_attention_unit if name.startswith('flash') else blocks.multi_head_attention
         return make_layer(config, 0, True), config.query_key_dim or config.head_dim
 

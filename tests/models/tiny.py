@@ -45,7 +45,7 @@ def tiny_config(name, objective='lm', *, context=CONTEXT, **fields):
     for field, value in (small | fields).items():
         if (field in applicable and value is not None) or field in fields:
             config[field] = value
-    return resolve(config, objective=objective, context=context)
+    return resolve(config, causal=objective == 'lm', context=context)
 
 
 def make(name, objective='lm', *, context=CONTEXT, **fields):
