@@ -20,11 +20,12 @@ from gau.layers.common import Linear, Temperature, TokenInfo, Weights, constrain
 from gau.layers.positions import RelativeBias, bias_in_chunk
 from gau.layers.sharding import attention_over_mesh, over_mesh, parts_of
 from gau.layers.state import mixed_chunk_with_state, quadratic_with_state
-from gau.ops.gated_chunks import gated_mixed_chunk
+from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
+from gau.ops.kernels.gated_quadratic import gated_quadratic_attention
+from gau.ops.kernels.queries_keys import queries_and_keys
 from gau.ops.mixed_chunk_attention import mixed_chunk_attention
 from gau.ops.positions import apply_rope
-from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
-from gau.ops.queries_keys import queries_and_keys
+from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
 
 GAMMA_INITS = {'normal': nn.initializers.normal(0.02), 'ones': nn.initializers.ones}
@@ -86,7 +87,7 @@ class FusedScaleOffset(ScaleOffset):
         def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
             del sequence_axis  # Every token by itself.
             table = None if cos_BNh is None else (cos_BNh, sin_BNh)
-            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, impl='triton')
+            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
 
         by_token = ('batch', 'length', None)
         return over_mesh(
@@ -277,7 +278,7 @@ class GatedAttentionUnit(nn.Module):
             fields = {'chunk_size': self.chunk_size, 'global_reduction': self.global_reduction}
         else:
             op, length, fields = gated_quadratic_attention, x_BND.shape[1], {}
-        fields |= {'scoring': self.scoring, 'causal': self.causal, 'impl': self.impl}
+        fields |= {'scoring': self.scoring, 'causal': self.causal}
         bias_HP = self._bias(length)
 
         def attend(p, *operands, sequence_axis):

@@ -3,29 +3,23 @@
     z = silu(Z)      y[role] = rope(z * gamma[role] + beta[role])
 
 Z is the projection X Wz before its bias and silu; where one product makes it with those of U and V, they share a
-buffer. FLASH-Quad has the roles q and k, FLASH those and two more for its linear attention. Z is narrow, so what this
-costs is reading and writing: the kernels read Z once and write every role once, and backwards read every role's
-gradient and Z and write Z's.
+buffer. FLASH-Quad has the roles q and k, FLASH those and two more for its linear attention.
+`gau.ops.kernels.queries_keys` is the fast path.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.queries_keys import fused_queries_and_keys
 from gau.ops.positions import apply_rope
-from gau.ops.tracing import traced_once
 
 
-@traced_once('impl')
 def queries_and_keys(
     p_BNW: Array,
     bias_S: Array,
     gamma_RS: Array,
     beta_RS: Array,
     table: tuple[Array, Array] | None,
-    *,
-    impl: str = 'reference',
 ) -> tuple[tuple[Array, ...], Array]:
     """Returns rope(silu(z + bias) * gamma + beta) of each of R roles, R arrays [B, N, S] in the dtype of p, and p.
 
@@ -38,11 +32,7 @@ def queries_and_keys(
       gamma_RS: scale of each role.
       beta_RS: offset of each role.
       table: what `gau.ops.positions.rope_table` returned for width S, of B rows or of one for all; None: no rotation.
-      impl: 'reference' is the formula; 'triton' one kernel forwards and one backwards, for up to four roles. The table
-        gets no gradient there.
     """
-    if impl == 'triton':
-        return fused_queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
     dtype = p_BNW.dtype
     z_BNS = p_BNW[..., -bias_S.size :].astype(jnp.promote_types(dtype, gamma_RS.dtype))
     z_BNS = jax.nn.silu(z_BNS + bias_S)

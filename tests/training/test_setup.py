@@ -12,7 +12,8 @@ import pytest
 
 from gau.imports import without_pytorch
 from gau.models import language_model
-from gau.ops import gated_chunks, mixed_chunk_attention, queries_keys
+from gau.ops import mixed_chunk_attention
+from gau.ops.kernels import gated_mixed_chunk, queries_keys
 from gau.training import step
 from gau.training.config import resolve
 from gau.training.setup import Run
@@ -45,14 +46,14 @@ def test_parameters_are_traced_once(monkeypatch):
     ('impl', 'module', 'function'),
     [
         ('xla', mixed_chunk_attention, '_chunked'),
-        ('triton', gated_chunks, '_walks'),
-        ('triton', queries_keys, 'fused_queries_and_keys'),
+        ('triton', gated_mixed_chunk, '_scans'),
+        ('triton', queries_keys, '_queries_and_keys'),
     ],
 )
 def test_layers_are_traced_once(monkeypatch, impl, module, function):
     """Of three alike the first one; the context is no other test's, or none might be traced at all."""
     calls = count_calls(monkeypatch, module, function)
-    context = 53 + (function == '_walks')
+    context = 53 + (function == '_scans')
     run = Run.from_config(resolve(tiny_config(model__num_layers=3, model__impl=impl, data__context=context)))
     train_step, state = run.train_step(), run.abstract_state
     with run.context():

@@ -5,6 +5,7 @@ have rows, weights x = share q k^T of one chunk on the other cost as few product
 multiply are in the cache anyway, where states would have to be written and read again (`chunk_pairs`).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -49,7 +50,49 @@ _NOTHING = jax.ShapeDtypeStruct((1,), jnp.float32)
 PRECISION = 'ieee'
 
 
-def product_and_states(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def gated_chunk_matmul(
+    p_BGCW: Array,
+    bias_2E: Array,
+    a_BGCC: Array,
+    q_BGCF: Array,
+    k_BGCF: Array,
+    carry_mask_BGJ: Array,
+    state_scale_BGJ: Array,
+    causal: bool,
+) -> Array:
+    """Returns silu(u) * (a silu(v) + q state_scale m) for [u, v] = p + bias, [B, G, C, E]; m are states of J scans.
+
+    The forward scan has m[0] = 0 and m[g + 1] = carry_mask[g] m[g] + k[g]^T silu(v[g]); a second one goes in reverse.
+    Their m [S, E] stand one below the other, so that q and k are as wide as the scans together, F = J S.
+
+    Args:
+      p_BGCW: projections of gate and values in the first 2 E columns.
+      bias_2E: their bias, float32.
+      a_BGCC: weights inside chunks; zero above the diagonal if `causal`.
+      q_BGCF: queries of the states; zero for what a token may not see.
+      k_BGCF: keys of the states; zero for what a token does not add.
+      carry_mask_BGJ: 1 where a scan carries its state on over a chunk, 0 where it drops it; float32, no gradient.
+      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0, no gradient.
+      causal: lets tiles above the diagonal be left out.
+    """
+    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal)[0]
+
+
+def _forward(*args):
+    *arrays, causal = args
+    o_BGCE, v_BGCE, states = output_and_states(*arrays, causal=causal)
+    return o_BGCE, (*arrays, o_BGCE, v_BGCE, states)
+
+
+def _backward(causal, residuals, do_BGCE):
+    return gradients(*residuals, do_BGCE, causal=causal)
+
+
+gated_chunk_matmul.defvjp(_forward, _backward)
+
+
+def output_and_states(
     p: Array, bias: Array, a: Array, q: Array, k: Array, keep: Array, share: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
     """Returns o of `gau.ops.gated_chunks.gated_chunk_product`, and for its gradient silu(v), and share m or x."""

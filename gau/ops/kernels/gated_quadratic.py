@@ -16,10 +16,39 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.gates import TILE, gate_gradients, launch_over_tiles, values
-from gau.ops.kernels.quadratic import Tokens, attend, attention_gradients, groups, no_gradient
+from gau.ops.kernels.quadratic import (
+    Tokens,
+    attend,
+    attention_gradients,
+    groups,
+    no_gradient,
+    tokens_of_sequences,
+)
+from gau.ops.masks import clear_padding
+from gau.ops.scores import Scoring
+from gau.ops.tracing import traced_once
 
 # As many groups as a kernel takes the results of; `groups` makes no more.
 PIECES = 8
+
+
+@traced_once('scoring', 'causal')
+def gated_quadratic_attention(
+    p_BNW: Array,
+    bias_2E: Array,
+    q_BNS: Array,
+    k_BNS: Array,
+    *,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_P: Array | None = None,
+) -> Array:
+    """Returns what the reference `gau.ops.quadratic_attention.gated_quadratic_attention` does, for relu2."""
+    q_BNS, k_BNS = clear_padding(q_BNS, segment_ids_BN), clear_padding(k_BNS, segment_ids_BN)
+    tokens = tokens_of_sequences(segment_ids_BN, q_BNS, scoring=scoring, causal=causal)
+    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+    return gated_relu2_attention(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
-from gau.ops.masks import visible_keys
+from gau.ops.masks import clear_padding, document_length, visible_keys
 from gau.ops.scores import Scoring
+from gau.ops.tracing import traced_once
 
 # Queries (backwards: keys) whose weights exist at once are an eighth of the text, within these bounds. Blocks come in
 # at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
@@ -88,6 +89,33 @@ def describe_tokens(
         return Tokens(1 / visible_BN, ones_BN, ids_BN)
     n = scoring.length if scoring.normalizer == 'fixed' else jnp.maximum(sequence_length, 1)
     return Tokens(ones_BN / n, ones_BN, ids_BN)
+
+
+def tokens_of_sequences(segment_ids_BN: Array | None, q_BNS: Array, *, scoring: Scoring, causal: bool) -> Tokens:
+    """Returns `describe_tokens` where the sequences of q are attended to whole, not in chunks."""
+    *shape, width = q_BNS.shape
+    ids_BN = None if segment_ids_BN is None else jnp.broadcast_to(segment_ids_BN, shape)
+    length = shape[1] if segment_ids_BN is None else document_length(segment_ids_BN)
+    fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': width}
+    return describe_tokens(ids_BN, tuple(shape), **fields)
+
+
+@traced_once('scoring', 'causal')
+def quadratic_attention(
+    q_BNS: Array,
+    k_BNS: Array,
+    v_BNE: Array,
+    *,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_P: Array | None = None,
+) -> Array:
+    """Returns what the reference `gau.ops.quadratic_attention.quadratic_attention` does, for the function relu2."""
+    q_BNS, k_BNS, v_BNE = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
+    tokens = tokens_of_sequences(segment_ids_BN, q_BNS, scoring=scoring, causal=causal)
+    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+    return clear_padding(relu2_attention(q_BNS, k_BNS, v_BNE, bias_P, tokens, causal), segment_ids_BN)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

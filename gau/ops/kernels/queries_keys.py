@@ -1,5 +1,8 @@
 """Queries and keys from their projection on a GPU: one kernel forwards, one backwards, where the compiler makes dozens.
 
+The projection Z is narrow, so what this costs is reading and writing: forwards Z is read once and every role written
+once, backwards every role's gradient and Z are read and the gradient of Z is written.
+
 The gradients of the parameters are sums over all tokens. A bounded number of programs walks over the rows, each with
 its sums in registers, and what is left to add up is small.
 """
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.tracing import traced_once
 
 # Roles that the kernels have pointers for.
 ROLES = 4
@@ -21,19 +25,28 @@ BLOCK, GRADIENT_BLOCK = 2048, 512
 PROGRAMS = 396
 
 
-@jax.custom_vjp
-def fused_queries_and_keys(
+@traced_once()
+def queries_and_keys(
     p_BNW: Array, bias_S: Array, gamma_RS: Array, beta_RS: Array, table: tuple[Array, Array] | None
 ) -> tuple[tuple[Array, ...], Array]:
-    """Returns what `gau.ops.queries_keys.queries_and_keys` does, with the arithmetic in float32.
+    """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does, for up to four roles.
 
     Args:
-      p_BNW: projections, bfloat16 or float32, that of z in the last S columns.
+      p_BNW: projections, bfloat16 or float32, that of z in the last S columns; finite at padding.
       bias_S: the bias of z, float32.
       gamma_RS: scales of up to four roles, float32.
       beta_RS: offsets, float32.
       table: cosines and sines, float32 [B or 1, N, S/2]; no gradient goes there. Or None.
     """
+    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
+
+
+@jax.custom_vjp
+def _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table):
+    return _forward(p_BNW, bias_S, gamma_RS, beta_RS, table)[0]
+
+
+def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
     from gau.ops.kernels.queries_keys_triton import queries_keys_kernel
 
     roles, width = gamma_RS.shape
@@ -53,11 +66,7 @@ def fused_queries_and_keys(
         num_stages=1,
         **fields,
     )
-    return tuple(results[:roles]), p_BNW
-
-
-def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
-    return fused_queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table), (p_BNW, bias_S, gamma_RS, beta_RS, table)
+    return (tuple(results[:roles]), p_BNW), (p_BNW, bias_S, gamma_RS, beta_RS, table)
 
 
 def _backward(residuals, gradients):
@@ -97,7 +106,7 @@ def _backward(residuals, gradients):
     )
 
 
-fused_queries_and_keys.defvjp(_forward, _backward)
+_queries_and_keys.defvjp(_forward, _backward)
 
 
 def _sizes(p: Array, gamma: Array, table: tuple[Array, Array] | None, block: int) -> tuple[int, int, dict[str, Any]]:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.gated_chunks import gated_mixed_chunk
-from gau.ops.kernels import chunk_pairs
+from gau.ops import gated_chunks as reference
+from gau.ops.kernels import chunk_pairs, gated_mixed_chunk
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
@@ -21,6 +21,7 @@ LAYOUTS = {
     # Chunks of nothing else, within a document, before one, and at the end.
     'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
 }
+OPS = {'reference': reference.gated_mixed_chunk, 'triton': gated_mixed_chunk.gated_mixed_chunk}
 NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
@@ -35,7 +36,7 @@ def inputs(seed, *, batch, n, s, e, chunk):
 def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduction):
     def loss(args):
         p, bias, *queries_keys, bias_P = args
-        o = gated_mixed_chunk(
+        o = OPS[impl](
             p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
@@ -45,7 +46,6 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
             segment_ids_BN=ids,
             bias_P=bias_P,
             global_reduction=reduction,
-            impl=impl,
         )
         return jnp.sum(o * weights), o
 
@@ -78,7 +78,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
     ],
 )
 def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
-    constants(gated_mixed_chunk, host, WALKERS=4 * walkers)
+    constants(OPS['triton'], host, WALKERS=4 * walkers)
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
     ids = LAYOUTS[packed](n)
     if ids is not None:

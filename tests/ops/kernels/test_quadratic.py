@@ -1,16 +1,26 @@
 """The kernels of quadratic attention against the reference in float64 (see test_gated_chunks)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gau.ops import quadratic_attention as reference
+from gau.ops.kernels import gated_quadratic
 from gau.ops.kernels import quadratic as host
-from gau.ops.quadratic_attention import gated_quadratic_attention, quadratic_attention
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
 
+OPS = {
+    'reference': {
+        'plain': reference.quadratic_attention,
+        'gated': partial(reference.gated_quadratic_attention, impl='reference'),
+    },
+    'triton': {'plain': host.quadratic_attention, 'gated': gated_quadratic.gated_quadratic_attention},
+}
 NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'p', 'bias of uv')}
 
 
@@ -18,11 +28,10 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
     def loss(args):
         q, k, bias_P, *rest = args
         q, k, values = (x.astype(dtype) for x in (q, k, rest[0]))
-        fields_and_bias = fields | {'bias_P': bias_P, 'impl': impl}
         if len(rest) == 2:
-            o = gated_quadratic_attention(values, rest[1], q, k, **fields_and_bias)
+            o = OPS[impl]['gated'](values, rest[1], q, k, bias_P=bias_P, **fields)
         else:
-            o = quadratic_attention(q, k, values, **fields_and_bias)
+            o = OPS[impl]['plain'](q, k, values, bias_P=bias_P, **fields)
         return jnp.sum(o * weights), o
 
     (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
@@ -49,7 +58,7 @@ def test_values_and_all_gradients(constants, dtype, op, causal, n, s, e, packed,
     tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
     # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
     small = {'SMALLEST_BLOCK': 16, 'LARGEST_BLOCK': 16, 'GROUPS': 2, 'TILES': dict.fromkeys(DTYPES, tiles)}
-    constants({'plain': quadratic_attention, 'gated': gated_quadratic_attention}[op], host, **small)
+    constants(OPS['triton'][op], host, **small)
     generator = np.random.default_rng(0)
     # Projections have columns of another reader, more than a tile has.
     values = {'plain': [(2, n, e)], 'gated': [(2, n, 2 * e + 140), (2, e)]}[op]

@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gau.ops import queries_keys as reference
 from gau.ops.kernels import queries_keys as host
 from gau.ops.positions import rope_table
-from gau.ops.queries_keys import queries_and_keys
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
 
+OPS = {'reference': reference.queries_and_keys, 'triton': host.queries_and_keys}
 NAMES = ('z', 'others', 'bias', 'gamma', 'beta')
 
 
 def values_and_gradients(impl, dtype, args, weights, table):
     def loss(z, others, bias, gamma, beta):
         # Three columns of another reader, who takes all of them from here.
-        roles, p = queries_and_keys(jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table, impl=impl)
+        roles, p = OPS[impl](jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table)
         assert all(y.dtype == dtype for y in roles)
         return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)) + jnp.sum(p * p), roles
 
@@ -48,7 +49,7 @@ def positions(kind, batch, n):
     ],
 )
 def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
-    constants(queries_and_keys, host, BLOCK=256, GRADIENT_BLOCK=256, PROGRAMS=3)
+    constants(host.queries_and_keys, host, BLOCK=256, GRADIENT_BLOCK=256, PROGRAMS=3)
     generator = np.random.default_rng(0)
     shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)

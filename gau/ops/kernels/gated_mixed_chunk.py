@@ -1,0 +1,146 @@
+"""FLASH's attention with its activations and its gate on a GPU: the fast path of `gau.ops.gated_chunks`.
+
+    [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
+
+What is [N, E] is read and written as little as possible, and the backward pass gets what was saved by hand: the
+projections, A, Q and K, the states M, v and o. (A sequence of two chunks has no states: `gau.ops.kernels.chunk_pairs`.)
+
+This file says which tokens see which, and hands weights, masked queries and keys and the scans' factors to
+`gau.ops.kernels.gated_chunks`, which computes o and the gradients.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.chunk_states import first_and_last_document, into_chunks
+from gau.ops.kernels.gated_chunks import gated_chunk_matmul
+from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
+from gau.ops.masks import visibility_mask
+from gau.ops.positions import bias_matrix
+from gau.ops.scores import Scoring, attention_weights
+from gau.ops.tracing import traced_once
+
+
+@traced_once('chunk_size', 'scoring', 'causal', 'global_reduction')
+def gated_mixed_chunk(
+    p_BNW: Array,
+    bias_2E: Array,
+    q_BNS: Array,
+    k_BNS: Array,
+    q_lin_BNS: Array,
+    k_lin_BNS: Array,
+    *,
+    chunk_size: int,
+    scoring: Scoring,
+    causal: bool,
+    segment_ids_BN: Array | None = None,
+    bias_P: Array | None = None,
+    global_reduction: str = 'mean',
+) -> Array:
+    """Returns what the reference `gau.ops.gated_chunks.gated_mixed_chunk` does; its docstring has the arguments."""
+    batch, n = p_BNW.shape[:2]
+    size = min(chunk_size, n)
+    dtype = p_BNW.dtype
+    q, k, q_lin, k_lin = (into_chunks(x, size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS))
+    # The zeros that fill the last chunk belong to no document; without segment ids all tokens are one document.
+    ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
+    # One document and no zeros: the weights have no ids to compare.
+    ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
+    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, chunk_size=chunk_size, scoring=scoring, causal=causal)
+    scans = _scans(ids_BGC, causal=causal, mean=global_reduction == 'mean')
+    if not causal:
+        q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
+        in_chunk = jnp.einsum(
+            'BGCS,BGKS->BGCK', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=q_lin.dtype
+        )
+        same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
+        a_BGCC = a_BGCC + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
+    if segment_ids_BN is None:
+        # No masks: the first chunk of a scan reads a state of zeros, and the zeros of the last chunk add nothing.
+        q_BGCF, k_BGCF = (jnp.concatenate([x] * len(scans.query_masks), axis=-1) for x in (q_lin, k_lin))
+    else:
+        q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
+        k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
+    o_BGCE = gated_chunk_matmul(
+        into_chunks(p_BNW, size),
+        bias_2E,
+        a_BGCC,
+        q_BGCF.astype(dtype),
+        k_BGCF.astype(dtype),
+        *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (scans.carry_mask_BGJ, scans.state_scale_BGJ)),
+        causal,
+    )
+    return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
+
+
+def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, *, chunk_size, scoring, causal) -> Array:
+    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
+    shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
+    if scoring.function == 'relu2':
+        ids = None if ids_BGC is None else jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
+        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': chunk_size, 'width': q_BGCS.shape[-1]}
+        q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
+        bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
+        return relu2_weights(q, k, bias_P, describe_tokens(ids, q.shape[:2], **fields), causal).reshape(*shape, size)
+    mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
+    bias = None if bias_P is None else bias_matrix(bias_P, size, size)
+    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=chunk_size, mask=mask, bias=bias)
+    return a.astype(q_BGCS.dtype)
+
+
+class _Scans(NamedTuple):
+    """What the scans over the chunks mask and scale, one scan for each of J directions.
+
+    Attributes:
+      query_masks: for each direction, bool [B, G, C]: the tokens that read the state carried to their chunk.
+      key_masks: for each direction, bool [B, G, C]: the tokens that a chunk adds to the state.
+      carry_mask_BGJ: 1 where a state is carried on over a chunk, 0 where it is dropped there; float32.
+      state_scale_BGJ: factor on the state that a chunk reads, float32. If causal, it makes means of sums: all queries
+        of a chunk see the same tokens of other chunks. Else it is 1.
+      query_scale_BGC: if not causal, the factor on each query that makes means of sums; else None.
+    """
+
+    query_masks: list[Array]
+    key_masks: list[Array]
+    carry_mask_BGJ: Array
+    state_scale_BGJ: Array
+    query_scale_BGC: Array | None
+
+
+def _scans(ids_BGC: Array, *, causal: bool, mean: bool) -> _Scans:
+    """Returns masks and scales of the forward scan and, unless causal, of the reverse one.
+
+    A scan carries the state of one document, the one that is open at the start of a chunk. To this state a chunk adds
+    its tokens of the document that is open at its end; if that is another document, the carried state is dropped first.
+    """
+    first_BG, last_BG = first_and_last_document(ids_BGC)
+    query_masks, key_masks, carry_masks, state_scales, counts_BGC = [], [], [], [], []
+    for reverse in (False,) if causal else (False, True):
+        flip = (lambda x: x[:, ::-1]) if reverse else (lambda x: x)
+        leaves_BG = flip(first_BG if reverse else last_BG)
+        key_mask_BGC = (flip(ids_BGC) == leaves_BG[..., None]) & (flip(ids_BGC) > 0)
+        # The document of the last chunk so far that was not all padding.
+        groups = jnp.arange(leaves_BG.shape[1])
+        latest_BG = jax.lax.cummax(jnp.where(leaves_BG > 0, groups, -1), axis=1)
+        after_BG = jnp.where(latest_BG < 0, 0, jnp.take_along_axis(leaves_BG, jnp.maximum(latest_BG, 0), axis=1))
+        open_BG = jnp.pad(after_BG, ((0, 0), (1, 0)))[:, :-1]
+        carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32)
+        counts = carry_mask_BG, key_mask_BGC.sum(-1).astype(jnp.float32)
+        total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
+        carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
+        query_mask_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
+        state_scales.append(flip(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)))
+        counts_BGC.append(flip(query_mask_BGC * carried_BG[..., None]))
+        query_masks.append(flip(query_mask_BGC))
+        key_masks.append(flip(key_mask_BGC))
+        carry_masks.append(flip(carry_mask_BG))
+    query_scale_BGC = None
+    if not causal:
+        size = ids_BGC.shape[-1]
+        count_BGC = sum(counts_BGC) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
+        query_scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
+    carry_mask_BGJ, state_scale_BGJ = (jnp.stack(x, axis=-1) for x in (carry_masks, state_scales))
+    return _Scans(query_masks, key_masks, carry_mask_BGJ, state_scale_BGJ, query_scale_BGC)
