@@ -10,9 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gau.errors import UserError, did_you_mean
 from gau.training import config as training_config
-from gau.training.durations import UNITS
-
-_UNIT_FIELD = re.compile(rf'(?P<stem>.*?)(?P<unit>{"|".join(UNITS)})')
+from gau.training import durations
 
 
 def define_config(required: bool = True) -> None:
@@ -33,18 +31,7 @@ def load_config() -> ConfigDict:
     """
     config = flags.FLAGS.config
     overrides = set(config_flags.get_override_values(flags.FLAGS['config']))
-    for path in sorted(overrides):
-        *parents, field = path.split('.')
-        match = _UNIT_FIELD.fullmatch(field)
-        if not match:
-            continue
-        section = config
-        for parent in parents:
-            section = section[parent]
-        for unit in UNITS:
-            sibling = match['stem'] + unit
-            if sibling != field and sibling in section and '.'.join([*parents, sibling]) not in overrides:
-                section[sibling] = None
+    durations.keep_given_units(config, overrides)
     return training_config.resolve(config)
 
 

@@ -169,7 +169,7 @@ def _check_positive(path: str, value: float | None) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns `field: old -> new` for every field in which two configs (nested dicts) differ in meaning."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     return [
         f'{path}: {flat_old.get(path, "absent")} -> {flat_new.get(path, "absent")}'
         for path in sorted(flat_old.keys() | flat_new.keys())
@@ -188,11 +188,12 @@ def with_new_fields(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[st
     }
 
 
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns a config (nested dict) as one dict by dotted field."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f'{prefix}{key}.')
+            flat |= flatten(value, f'{prefix}{key}.')
         else:
             flat[prefix + key] = value
     return flat

@@ -1,13 +1,15 @@
 """Durations in any unit: a field such as `warmup_` stands as `warmup_steps`, `_tokens`, `_epochs` or `_percent`."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
 
 UNITS = ('steps', 'tokens', 'epochs', 'percent')
+_UNIT_FIELD = re.compile(rf'(?P<stem>.*?)(?P<unit>{"|".join(UNITS)})')
 
 
 def given_unit(section: ConfigDict, stem: str, *, where: str, units: tuple[str, ...] = UNITS) -> str:
@@ -25,6 +27,25 @@ def given_unit(section: ConfigDict, stem: str, *, where: str, units: tuple[str, 
     if value < 0:
         raise UserError(f'{where}{stem}{given[0]}={value}: a duration cannot be negative')
     return given[0]
+
+
+def keep_given_units(config: ConfigDict, given: Collection[str]) -> None:
+    """Empties the other units of every duration among the fields that were given (by dotted path), in place.
+
+    A duration stands in one unit only: `tokens` of a command line takes the place of the config's own `steps`.
+    """
+    for path in sorted(given):
+        *parents, field = path.split('.')
+        match = _UNIT_FIELD.fullmatch(field)
+        if not match:
+            continue
+        section = config
+        for parent in parents:
+            section = section[parent]
+        for unit in UNITS:
+            sibling = match['stem'] + unit
+            if sibling != field and sibling in section and '.'.join([*parents, sibling]) not in given:
+                section[sibling] = None
 
 
 def in_steps(

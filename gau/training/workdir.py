@@ -54,6 +54,11 @@ def read_config(workdir: Path) -> ConfigDict:
         stored = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f'{path} is not valid JSON: {error}') from error
+    return whole_config(stored)
+
+
+def whole_config(stored: dict[str, Any]) -> ConfigDict:
+    """Returns the ConfigDict of a stored config; fields that did not exist when it was stored have their defaults."""
     whole = with_new_fields(stored, config_to_dict(default_config()))
     config = config_from_dict(whole)
     if whole == stored:

@@ -1,0 +1,1 @@
+"""Experiments as programs: sweeps of runs, and tables with error bars made of their work directories."""

@@ -1,0 +1,61 @@
+"""What a point costs before it runs: parameters, tokens, FLOPs, and hours on a chip, in closed form (no JAX)."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from gau.models import counts
+
+
+class Cost(NamedTuple):
+    """What one run costs.
+
+    Attributes:
+      parameters: trained numbers.
+      steps, tokens: of the whole run; None where it is given in epochs, which only the data know.
+      flops_per_token: of one training step: three times the forward pass.
+    """
+
+    parameters: int
+    steps: int | None
+    tokens: int | None
+    flops_per_token: float
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the whole run; None where the tokens are not known."""
+        return None if self.tokens is None else self.flops_per_token * self.tokens
+
+    def hours(self, peak_flops: float, utilisation: float) -> float | None:
+        """Returns the hours on one chip that reaches such a share of its peak in FLOP/s."""
+        return None if self.flops is None else self.flops / (peak_flops * utilisation) / 3600
+
+
+def cost(config: ConfigDict) -> Cost:
+    """Returns the cost of the run of a resolved config.
+
+    Raises:
+      UserError: its tokenizer cannot be read.
+    """
+    # Imported late: a tokenizer brings NumPy.
+    from gau.data import tokenizers
+
+    vocab_size = tokenizers.load(config.data.tokenizer).vocab_size
+    forward = counts.flops_per_token(
+        config.model, context=config.data.context, vocab_size=vocab_size, causal=config.objective == 'lm'
+    )
+    steps = total_steps(config)
+    tokens = None if steps is None else steps * tokens_per_step(config)
+    return Cost(counts.parameters(config.model, vocab_size=vocab_size), steps, tokens, 3 * forward)
+
+
+def tokens_per_step(config: ConfigDict) -> int:
+    """Returns the tokens in one global batch."""
+    return config.data.batch_size * config.data.context
+
+
+def total_steps(config: ConfigDict) -> int | None:
+    """Returns the steps of the run; None where it is given in epochs."""
+    if config.tokens is not None:
+        return -(-config.tokens // tokens_per_step(config))
+    return config.steps

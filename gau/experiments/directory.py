@@ -1,0 +1,186 @@
+"""The directory of a sweep: which sweep it holds, and how far each of its points is.
+
+DIR/sweep.json      the command and, for each point, its overrides and resolved config
+DIR/attempts.jsonl  a line for each time that a point was started: command, commit, device, how it ended
+DIR/POINT/          the work directory of a run (see gau.training.workdir)
+DIR/POINT.log       what it printed
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gau.errors import UserError
+from gau.experiments.cost import total_steps
+from gau.experiments.sweep import Point, Program
+from gau.training import workdir as files
+from gau.training.config import differences
+
+SWEEP = 'sweep.json'
+ATTEMPTS = 'attempts.jsonl'
+# Of a metrics file only the end is read: it grows while it is looked at.
+_TAIL_BYTES = 2**16
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Progress(NamedTuple):
+    """How far a point is, by its own files.
+
+    Attributes:
+      finished: whether it has its final result.
+      step, total: steps done and to do; total is None where only the data know.
+      loss: of the last logged step, or held out when finished; None before the first.
+      tokens_per_second: of the last logged step.
+    """
+
+    finished: bool
+    step: int
+    total: int | None
+    loss: float | None
+    tokens_per_second: float | None
+
+
+class SweepDirectory:
+    """The directory of one sweep; other processes may be working on other points of it."""
+
+    def __init__(self, path: str | Path, program: Program, expression: str, points: Sequence[Point]):
+        """Takes the directory for a sweep; nothing is written before `claim`."""
+        self.path, self._program, self._expression = Path(path), program, expression
+        self._points = {point.name: point for point in points if point.config is not None}
+
+    def workdir(self, name: str) -> Path:
+        """Returns the work directory of a point."""
+        return self.path / name
+
+    def log(self, name: str) -> Path:
+        """Returns the file that has what the point's runs printed."""
+        return self.path / f'{name}.log'
+
+    def claim(self) -> None:
+        """Makes the directory this sweep's, or finds that it is. A sweep may grow; nothing of it may change.
+
+        Raises:
+          UserError: it holds another sweep, something else, a point with another config, or cannot be written.
+        """
+        stored = self._stored()
+        for name, known in stored.items():
+            if name not in self._points:
+                raise UserError(
+                    f'--workdir={self.path} is the directory of another sweep: its point {name} is not in this one'
+                )
+            self._check_same(known['config'], name, 'is the directory of another sweep')
+        for name in self._points:
+            if (self.workdir(name) / files.CONFIG).exists():
+                config = files.config_to_dict(files.read_config(self.workdir(name)))
+                self._check_same(config, name, 'holds a run with another config')
+        points = {
+            name: {'overrides': point.overrides, 'config': files.config_to_dict(point.config)}
+            for name, point in self._points.items()
+        }
+        if stored.keys() != points.keys():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                tree = {'command': self._program.arguments({}), 'sweep': self._expression, 'points': points}
+                files.write_json(self.path / SWEEP, tree)
+            except OSError as error:
+                raise UserError(f'--workdir={self.path} cannot be written: {error.strerror}') from error
+
+    def progress(self, name: str) -> Progress:
+        """Returns how far a point is."""
+        total = total_steps(self._points[name].config)
+        workdir = self.workdir(name)
+        row = next((row for row in _last_rows(workdir / files.METRICS) if row['split'] == 'train'), {})
+        speed = row.get('tokens_per_second')
+        try:
+            final = files.read_json(workdir / files.FINAL)
+        except (OSError, ValueError):
+            return Progress(False, row.get('step', 0), total, row.get('loss'), speed)
+        losses = [metrics['loss'] for metrics in final['eval'].values()]
+        return Progress(True, final['step'], final['step'], losses[0] if losses else row.get('loss'), speed)
+
+    def is_held(self, name: str) -> bool:
+        """Returns whether some process trains in the point's work directory right now."""
+        try:
+            lock = open(self.workdir(name) / files.LOCK)  # noqa: SIM115  closed below
+        except OSError:
+            return False
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
+    def last_line(self, name: str) -> str:
+        """Returns the last line that the point printed."""
+        try:
+            lines = [line for line in _tail(self.log(name)).splitlines() if line.strip()]
+        except OSError:
+            return 'nothing was printed'
+        return lines[-1].strip() if lines else 'nothing was printed'
+
+    def note(self, name: str, **fields: Any) -> None:
+        """Appends a line to attempts.jsonl."""
+        line = json.dumps({'point': name, 'time': round(time.time(), 3), **fields})
+        # One write of one short line: processes that append at once do not mix their lines.
+        with (self.path / ATTEMPTS).open('a') as file:
+            file.write(line + '\n')
+
+    def _stored(self) -> dict[str, Any]:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f'--workdir={self.path} is not a directory')
+        path = self.path / SWEEP
+        if not path.is_file():
+            if self.path.is_dir() and any(not entry.name.startswith('.') for entry in self.path.iterdir()):
+                raise UserError(f'--workdir={self.path} is not empty and holds no sweep ({SWEEP} is missing)')
+            return {}
+        try:
+            return files.read_json(path)['points']
+        except (ValueError, KeyError) as error:
+            raise UserError(f'{path} cannot be read: {error}') from error
+
+    def _check_same(self, stored: dict[str, Any], name: str, complaint: str) -> None:
+        old = files.config_to_dict(files.whole_config(stored))
+        changed = differences(old, files.config_to_dict(self._points[name].config))
+        if changed:
+            raise UserError(f'--workdir={self.path} {complaint} (point {name}: {"; ".join(changed)})')
+
+
+def commit() -> str | None:
+    """Returns the commit that the repository is at, with `+` if its files were changed; None outside of git."""
+    try:
+        git = ('git', '-C', str(ROOT))
+        head = subprocess.run([*git, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, 'status', '--porcelain', '--untracked-files=no'], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ('+' if changed.stdout.strip() else '')
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the last lines of a metrics file, newest first."""
+    rows = []
+    try:
+        lines = _tail(path).splitlines()
+    except OSError:
+        return []
+    for line in reversed(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            # Cut at the front, or just being written.
+            continue
+    return rows
+
+
+def _tail(path: Path) -> str:
+    with path.open('rb') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read().decode(errors='replace')

@@ -1,0 +1,168 @@
+"""What a sweep would run, in text: its points and all that each changes, what they cost, whether they would compile."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gau.errors import UserError, did_you_mean
+from gau.experiments.cost import cost
+from gau.experiments.directory import ROOT
+from gau.experiments.runner import FAILED, FINISHED, Task
+from gau.experiments.sweep import Point, Program, changes
+from gau.training.config import flatten
+
+
+def describe(program: Program, points: Sequence[Point]) -> str:
+    """Returns the points by number: what each sets, what changes with it, and which ones the config refuses.
+
+    Changes are told against the program's own config, or, if that one is refused, against the first accepted point.
+    What a seed changes is told only where the seed is all that changes.
+    """
+    try:
+        base, against = program.config({}), 'the config without a sweep'
+    except UserError:
+        first = next(point for point in points if point.config is not None)
+        base, against = first.config, first.name
+    flat = flatten(base.to_dict())
+    lines = [f'{len(points)} points; changes against {against}:']
+    told = set()
+    for number, point in enumerate(points):
+        head = f'{number:>3}  {point.name}'
+        if point.config is None:
+            lines.append(f'{head}  REFUSED: {point.error}')
+            continue
+        own, followed = changes(point, flat)
+        without_seed = tuple(change for change in (*own, *followed) if not change.startswith('seed: '))
+        if without_seed and without_seed in told:
+            lines.append(f'{head}  as above, another seed')
+            continue
+        told.add(without_seed)
+        text = ', '.join(own) or ('as it is' if not followed else 'no field by itself')
+        lines.append(f'{head}  {text}' + (f'; with it {", ".join(followed)}' if followed else ''))
+    return '\n'.join(lines)
+
+
+def costs(points: Sequence[Point], *, chip: str, utilisation: float) -> str:
+    """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
+
+    Args:
+      points: all of the sweep, for their numbers; those that are refused are left out.
+      chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
+      utilisation: share of the chip's peak that training is taken to reach.
+
+    Raises:
+      UserError: an unknown chip.
+    """
+    # Imported late: it imports JAX.
+    from gau.training.throughput import PEAK_FLOPS
+
+    aliases = {name.removeprefix('TPU ').replace(' lite', 'e'): name for name in PEAK_FLOPS}
+    name = aliases.get(chip, chip)
+    if name not in PEAK_FLOPS:
+        raise UserError(f'--chip={chip} is unknown{did_you_mean(chip, PEAK_FLOPS)}')
+    rows = [['', 'point', 'parameters', 'steps', 'tokens', 'FLOPs', 'hours']]
+    hours = []
+    for number, point in enumerate(points):
+        if point.config is None:
+            continue
+        found = cost(point.config)
+        hours.append(found.hours(PEAK_FLOPS[name], utilisation))
+        rows.append(
+            [
+                str(number),
+                point.name,
+                f'{found.parameters:,}',
+                _or_dash(found.steps, ',d'),
+                _or_dash(found.tokens, ',d'),
+                _or_dash(found.flops, '.3g'),
+                _or_dash(hours[-1], '.3g'),
+            ]
+        )
+    known = [value for value in hours if value is not None]
+    total = (
+        f'all: {sum(known):.3g} hours on one {name} at {utilisation:.0%} of its peak of {PEAK_FLOPS[name]:.3g} FLOP/s'
+    )
+    if len(known) < len(hours):
+        total += f', without {len(hours) - len(known)} points whose epochs only the data can count'
+    return f'{aligned(rows)}\n{total}; compiling, evaluating and saving are not in it'
+
+
+def weights(points: Sequence[Point]) -> dict[str, float]:
+    """Returns what each point costs by name, in FLOPs, for the time left; all alike if one is not known."""
+    found = {point.name: cost(point.config).flops for point in points}
+    return found if all(found.values()) else dict.fromkeys(found, 1.0)
+
+
+def compile_check(program: Program, points: Sequence[Point], topology: str) -> int:
+    """Prints whether the training step of each point compiles for a topology and fits; returns 1 if one does not.
+
+    Each is compiled in a process of scripts/compile_check.py: JAX can be set up for one machine only.
+    """
+    fit = True
+    for point in points:
+        vocabulary = _vocab_size(point)
+        with tempfile.TemporaryDirectory() as directory:
+            kept = Path(directory) / 'row.jsonl'
+            done = subprocess.run(
+                [
+                    *(sys.executable, str(ROOT / 'scripts' / 'compile_check.py')),
+                    *program.arguments(point.overrides),
+                    *(f'--topology={topology}', f'--vocab_size={vocabulary}', f'--json={kept}'),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode == 2:
+                raise UserError(done.stderr.strip().removeprefix('error: '))
+            row = json.loads(kept.read_text()) if kept.is_file() else {}
+        fits = row.get('fits')
+        fit = fit and done.returncode == 0 and fits is not False
+        print(f'{point.name}  {_verdict(row, done)}', flush=True)
+    return 0 if fit else 1
+
+
+def outcome(tasks: Sequence[Task], *, refused: int) -> str:
+    """Returns what became of the points, in a line, and below it why some have failed."""
+    finished = sum(task.state == FINISHED for task in tasks)
+    lines = [f'{finished} of {len(tasks)} points are finished' + (f', {refused} were refused' if refused else '')]
+    lines += [f'{task.name} failed {task.attempts} times, {task.error}' for task in tasks if task.state == FAILED]
+    return '\n'.join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of cells in columns: names to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return '\n'.join(
+        '  '.join(
+            cell.ljust(width) if column == 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _verdict(row: dict, done: subprocess.CompletedProcess) -> str:
+    if done.returncode or not row:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return f'could not be compiled: {lines[-1].strip() if lines else f"exit code {done.returncode}"}'
+    if row.get('fits') is False:
+        return f'does not fit: {row["error"]}' if 'error' in row else 'does not fit'
+    used = f'{row["total_bytes"] / 2**30:.2f} GiB a device'
+    if row.get('memory_bytes'):
+        used += f' of {row["memory_bytes"] / 2**30:.2f}'
+    speed = f', {1e3 * row["step_seconds"]:.1f} ms a step estimated' if 'step_seconds' in row else ''
+    return f'{"fits" if row["fits"] else "compiles"}: {used}{speed}'
+
+
+def _vocab_size(point: Point) -> int:
+    from gau.data import tokenizers
+
+    return tokenizers.load(point.config.data.tokenizer).vocab_size
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return '-' if value is None else format(value, form)

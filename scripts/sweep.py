@@ -1,0 +1,90 @@
+"""Runs a sweep: every point that is not finished, on every device of this machine.
+
+    python scripts/sweep.py --config=configs/lm.py:runlocal --sweep=model.chunk_size:16:32,seed:3 --workdir=runs/chunks
+    python scripts/sweep.py --config=FILE --sweep=NAME,seed --dry_run            what it would run and cost
+    python scripts/sweep.py --config=FILE --sweep=NAME --compile_check=v4:2x2x1  whether each point fits
+    python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --point=3   one point, for job arrays
+
+A sweep is a generator `sweep_NAME` of the config program; `seed` is always there, and any field of the config is one:
+`FIELD:VALUE:VALUE`. A comma takes the product, `+` the union. Each point is a run of train.py in DIR/POINT with its
+output in DIR/POINT.log. The same command goes on with what is not finished. Ctrl-C stops all runs, saved.
+
+Exit codes: 0 every point is finished; 1 some are not, for the reasons printed; 2 bad usage, in one line; 130 / 143
+stopped by SIGINT / SIGTERM.
+"""
+
+import _root  # noqa: F401
+from absl import flags
+from ml_collections import config_flags
+
+from gau import cli
+from gau.errors import UserError
+from gau.experiments import plan
+from gau.experiments.sweep import Point, Program, find_points
+
+_SWEEP = flags.DEFINE_string('sweep', None, 'Sweeps: "," product, "+" union; NAME:ARGUMENT, FIELD:VALUE:VALUE.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; each point has its own below it.')
+_PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device and its memory.', lower_bound=1)
+_POINT = flags.DEFINE_integer('point', None, 'Run this point alone, by its number from 0 (see --dry_run).')
+_DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
+_CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run estimates.')
+_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
+_COMPILE_CHECK = flags.DEFINE_string('compile_check', None, 'Compile each point for this topology; run nothing.')
+
+
+def main() -> int:
+    """Runs the sweep, or says what it would be."""
+    if _SWEEP.value is None:
+        raise UserError('--sweep=NAME must be given, for example --sweep=model.chunk_size:64:128,seed:3')
+    program = _program()
+    points = find_points(program, _SWEEP.value)
+    if _POINT.value is not None:
+        if not 0 <= _POINT.value < len(points):
+            raise UserError(f'--point={_POINT.value}: the sweep has points 0 to {len(points) - 1}')
+        chosen = points[_POINT.value]
+        if chosen.config is None:
+            raise UserError(f'--point={_POINT.value} ({chosen.name}) is refused: {chosen.error}')
+    accepted = [point for point in points if point.config is not None]
+    if not accepted:
+        raise UserError(
+            f'--sweep={_SWEEP.value}: every point is refused, the first ({points[0].name}) because {points[0].error}'
+        )
+    print(plan.describe(program, points), flush=True)
+    if _DRY_RUN.value:
+        print('\n' + plan.costs(points, chip=_CHIP.value, utilisation=_UTILISATION.value))
+        return 0
+    if _COMPILE_CHECK.value is not None:
+        return plan.compile_check(program, accepted, _COMPILE_CHECK.value)
+    if _WORKDIR.value is None:
+        raise UserError('--workdir=DIR must be given')
+    return _run(program, points)
+
+
+def _program() -> Program:
+    flag = flags.FLAGS['config']
+    path, _, argument = config_flags.get_config_filename(flag).partition(':')
+    return Program(path, argument, dict(config_flags.get_override_values(flag)))
+
+
+def _run(program: Program, points: list[Point]) -> int:
+    from gau.experiments.devices import find_places
+    from gau.experiments.directory import SweepDirectory
+    from gau.experiments.display import Display
+    from gau.experiments.runner import Runner
+
+    accepted = [point for point in points if point.config is not None]
+    places = find_places(_PER_DEVICE.value)
+    directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, accepted)
+    directory.claim()
+    chosen = accepted if _POINT.value is None else [points[_POINT.value]]
+    with Display(plan.weights(chosen)) as display:
+        runner = Runner(program, chosen, directory, places, tell=display.tell, show=display.show)
+        code = runner.run()
+    refused = len(points) - len(accepted)
+    print(plan.outcome(runner.tasks, refused=refused if _POINT.value is None else 0))
+    return code or int(refused > 0 and _POINT.value is None)
+
+
+if __name__ == '__main__':
+    cli.define_config()
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""Stands in for train.py where a test is of the sweep and not of the run: the same files, flags and exit codes.
+
+A learning rate of 13 fails always, one of 7 the first time, one of 5 is bad input. `FAKE_SECONDS` is a step's time.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from absl import flags
+
+from gau import cli
+from gau.errors import UserError
+from gau.training import workdir as files
+
+cli.define_config()
+flags.DEFINE_string('workdir', None, 'as train.py')
+
+
+def main() -> int:
+    config = cli.load_config()
+    workdir = Path(flags.FLAGS.workdir)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    if config.optimizer.learning_rate == 5:
+        raise UserError('learning rate 5 is bad input')
+    with files.claim(workdir, config):
+        if not (workdir / files.CONFIG).exists():
+            files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
+        (workdir / '.pid').write_text(str(os.getpid()))
+        rows = files.read_metrics(workdir / files.METRICS)
+        starts = workdir / '.starts'
+        starts.write_text(starts.read_text() + 'x' if starts.exists() else 'x')
+        if config.optimizer.learning_rate == 13 or (
+            config.optimizer.learning_rate == 7 and len(starts.read_text()) == 1
+        ):
+            raise RuntimeError('as it should')
+        with (workdir / files.METRICS).open('a') as file:
+            for step in range(len(rows) + 1, config.steps + 1):
+                time.sleep(float(os.environ.get('FAKE_SECONDS', '0')))
+                row = {'step': step, 'split': 'train', 'loss': loss(config, step), 'tokens_per_second': 1000.0}
+                file.write(json.dumps(row) + '\n')
+                file.flush()
+                if stopped:
+                    print(f'saved at step {step}')
+                    return 143
+        final = {'step': config.steps, 'eval': {'valid': {'loss': loss(config, config.steps)}}}
+        files.write_json(workdir / files.FINAL, final)
+    return 0
+
+
+def loss(config, step: int) -> float:
+    return 5 / step + config.model.chunk_size / 100 + config.seed / 1000
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,195 @@
+"""The sweep's command with a stand-in for train.py; with the real one: test_acceptance.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gau.training import workdir as files
+from tests.conftest import ROOT
+
+_FAKED = """
+import runpy, sys
+sys.path.insert(0, 'scripts')
+from pathlib import Path
+sys.argv = ['scripts/sweep.py', *sys.argv[1:]]
+sys.path.insert(0, '.')
+from gau.experiments import runner
+runner.TRAIN = Path('tests/experiments/fake_train.py')
+runpy.run_path('scripts/sweep.py', run_name='__main__')
+"""
+CONFIG = '--config=tests/experiments/program.py'
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, '-c', _FAKED, CONFIG, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, **environment):
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def losses(directory):
+    return {path.parent.name: files.read_json(path)['eval']['valid']['loss'] for path in directory.glob('*/final.json')}
+
+
+def starts(directory):
+    lines = [json.loads(line) for line in (directory / 'attempts.jsonl').read_text().splitlines()]
+    return [line['point'] for line in lines if line['event'] == 'start']
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for_rows(directory, count, runs):
+    def reached():
+        return sum(len(files.read_metrics(path)) >= count for path in directory.glob('*/metrics.jsonl')) >= runs
+
+    wait_for(reached)
+
+
+def test_runs_all_once_and_then_nothing(tmp_path):
+    code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=3')
+    assert code == 0, err
+    assert '4 of 4 points are finished' in out
+    assert losses(tmp_path)['chunk_size_16-seed_1'] == pytest.approx(5 / 12 + 0.16 + 0.001)
+    assert sorted(starts(tmp_path)) == sorted(losses(tmp_path))
+    # The same again, and grown by a seed.
+    code, _, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}')
+    assert (code, len(starts(tmp_path))) == (0, 4), err
+    code, out, err = run('--sweep=chunk_size,seed:3', f'--workdir={tmp_path}', '--per_device=2')
+    assert (code, len(starts(tmp_path))) == (0, 6), err
+
+
+def test_failing_points_are_tried_three_times_and_reported_with_their_last_line(tmp_path):
+    code, out, err = run('--sweep=rate:0.001:13.0:7.0:5.0', f'--workdir={tmp_path}', '--per_device=2')
+    assert code == 1, err
+    assert '2 of 4 points are finished' in out
+    assert 'learning_rate_13 failed 3 times, exit code 1: RuntimeError: as it should' in out
+    # Bad input is not tried again.
+    assert 'learning_rate_5 failed 1 times, exit code 2: error: learning rate 5 is bad input' in out
+    assert starts(tmp_path).count('learning_rate_7') == 2
+
+
+def test_refused_points_keep_the_exit_code_from_0(tmp_path):
+    code, out, err = run('--sweep=heads', f'--workdir={tmp_path}')
+    assert code == 1, err
+    assert 'REFUSED: model.num_heads=5' in out
+    assert '1 of 1 points are finished, 1 were refused' in out
+
+
+def test_a_killed_sweep_and_a_killed_point_go_on_with_the_same_command(tmp_path):
+    arguments = ('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=4')
+    sweep = start(*arguments, FAKE_SECONDS='0.2')
+    wait_for_rows(tmp_path, 2, runs=4)
+    victim = next(tmp_path.glob('*/.pid'))
+    os.kill(int(victim.read_text()), signal.SIGKILL)
+    sweep.kill()
+    sweep.communicate()
+    if sys.platform == 'linux':
+        # Nobody trains on behind the back of the dead.
+        wait_for(
+            lambda: all(
+                'saved at step' in log.read_text() for log in tmp_path.glob('*.log') if log.stem != victim.parent.name
+            )
+        )
+    assert not losses(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert 'resuming at or before step' in out
+    assert len(losses(tmp_path)) == 4
+    for path in tmp_path.glob('*/metrics.jsonl'):
+        assert [row['step'] for row in files.read_metrics(path)] == list(range(1, 13))
+
+
+def test_a_killed_point_is_started_again_by_the_sweep_itself(tmp_path):
+    sweep = start('--sweep=chunk_size', f'--workdir={tmp_path}', '--per_device=2', FAKE_SECONDS='0.1')
+    wait_for_rows(tmp_path, 2, runs=2)
+    os.kill(int((tmp_path / 'chunk_size_16' / '.pid').read_text()), signal.SIGKILL)
+    out, err = sweep.communicate(timeout=600)
+    assert sweep.returncode == 0, err
+    assert 'killed by SIGKILL' in out
+    assert sorted(starts(tmp_path)) == ['chunk_size_16', 'chunk_size_16', 'chunk_size_32']
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_waits_until_all_have_saved(tmp_path, number, code):
+    sweep = start('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2', FAKE_SECONDS='0.2')
+    wait_for_rows(tmp_path, 2, runs=2)
+    sweep.send_signal(number)
+    out, err = sweep.communicate(timeout=600)
+    assert sweep.returncode == code, err
+    assert out.count('stopped, saved at step') == 2
+    assert len(starts(tmp_path)) == 2
+
+
+def test_one_point_by_its_number(tmp_path):
+    for number in (2, 0):
+        code, _, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', f'--point={number}')
+        assert code == 0, err
+    assert sorted(losses(tmp_path)) == ['chunk_size_16-seed_0', 'chunk_size_32-seed_0']
+    for number, hint in ((4, 'points 0 to 3'), (-1, 'points 0 to 3')):
+        code, _, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', f'--point={number}')
+        assert (code, err.count('\n')) == (2, 1)
+        assert hint in err
+    code, _, err = run('--sweep=heads', f'--workdir={tmp_path / "other"}', '--point=1')
+    assert code == 2
+    assert 'does not divide' in err
+
+
+def test_two_sweeps_at_once_in_one_directory_run_nothing_twice(tmp_path):
+    arguments = ('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2')
+    processes = [start(*arguments, FAKE_SECONDS='0.1') for _ in range(2)]
+    for process in processes:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+    for path in tmp_path.glob('*/metrics.jsonl'):
+        assert [row['step'] for row in files.read_metrics(path)] == list(range(1, 13))
+
+
+def test_directories_of_others_are_refused_in_one_line(tmp_path):
+    sweep = tmp_path / 'sweep'
+    assert run('--sweep=chunk_size', f'--workdir={sweep}')[0] == 0
+    before = sorted(tmp_path.rglob('*'))
+    (tmp_path / 'file').write_text('precious')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'notes.txt').write_text('precious')
+    for arguments, hint in (
+        (['--sweep=expansion', f'--workdir={sweep}'], 'its point chunk_size_16 is not in this one'),
+        (['--sweep=chunk_size', '--config.steps=3', f'--workdir={sweep}'], 'steps: 12 -> 3'),
+        (['--sweep=chunk_size', f'--workdir={tmp_path / "file"}'], 'is not a directory'),
+        (['--sweep=chunk_size', f'--workdir={tmp_path / "other"}'], 'holds no sweep'),
+        (['--sweep=chunk_size'], '--workdir=DIR must be given'),
+        ([f'--workdir={sweep}'], '--sweep=NAME must be given'),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err.count('\n')) == (2, 1), err
+        assert hint in err
+    assert (
+        sorted(set(tmp_path.rglob('*')) - {tmp_path / 'file', tmp_path / 'other', tmp_path / 'other/notes.txt'})
+        == before
+    )
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path / "none"}', '--dry_run', '--chip=v4')
+    assert code == 0, err
+    assert 'hours on one TPU v4' in out
+    assert not (tmp_path / 'none').exists()

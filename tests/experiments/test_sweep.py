@@ -1,0 +1,134 @@
+import sys
+
+import pytest
+
+from gau.errors import UserError
+from gau.experiments import plan
+from gau.experiments.sweep import Program, find_points
+from gau.training import workdir
+from gau.training.config import flatten
+from tests.conftest import ROOT
+
+PATH = str(ROOT / 'tests' / 'experiments' / 'program.py')
+PROGRAM = Program(PATH)
+
+
+def names(expression, program=PROGRAM):
+    return [point.name for point in find_points(program, expression)]
+
+
+def test_product_and_union_and_their_order():
+    assert names('chunk_size,seed:2') == [f'chunk_size_{c}-seed_{s}' for c in (16, 32) for s in (0, 1)]
+    assert names('rate:1e-3+expansion,seed:1') == [
+        'learning_rate_0.001-seed_0',
+        'expansion_factor_1-seed_0',
+        'expansion_factor_2-seed_0',
+    ]
+    assert names('optimizer.learning_rate:1e-3:3e-3') == ['learning_rate_0.001', 'learning_rate_0.003']
+
+
+def test_points_are_resolved_with_all_that_they_set():
+    first, *_, last = find_points(PROGRAM, 'chunk_size,expansion,seed:2')
+    assert (first.config.model.chunk_size, first.config.model.expansion_factor, first.config.seed) == (16, 1.0, 0)
+    assert (last.config.model.chunk_size, last.config.model.expansion_factor, last.config.seed) == (32, 2.0, 1)
+    program = Program(PATH, 'context=32', {'steps': 7})
+    (point, _) = find_points(program, 'chunk_size')
+    assert (point.config.data.context, point.config.steps) == (32, 7)
+    (argument, _) = find_points(PROGRAM, 'long')
+    assert argument.config.data.context == 512
+
+
+def test_a_duration_in_another_unit_takes_the_place_of_the_first():
+    (point,) = find_points(PROGRAM, 'tokens:1280')
+    assert (point.config.tokens, point.config.steps) == (1280, None)
+
+
+def test_the_command_line_of_a_point_gives_the_same_config(monkeypatch):
+    from absl import flags
+    from ml_collections import config_flags
+
+    from gau import cli
+
+    program = Program(
+        PATH, 'context=128', {'optimizer.weight_decay_rules': (('kernel', 0.5),), 'data.tokenizer': 'bytes'}
+    )
+    for point in find_points(program, 'long+rate:1e-05,seed:2'):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file('config', None, '', lock_config=True, flag_values=values)
+        # The flags of the fields are made from the command line of the process.
+        monkeypatch.setattr(sys, 'argv', ['train.py', *program.arguments(point.overrides)])
+        values(sys.argv)
+        monkeypatch.setattr(flags, 'FLAGS', values)
+        assert workdir.config_to_dict(cli.load_config()) == workdir.config_to_dict(point.config)
+
+
+def test_confounds_are_shown():
+    text = plan.describe(PROGRAM, find_points(PROGRAM, 'long'))
+    assert 'model.chunk_size: 16 -> 1024' in text
+    assert 'with it' in text
+    assert 'model.relative_bias: toeplitz -> rotary' in text
+
+
+def test_refused_points_are_shown_with_the_reason_and_keep_their_number():
+    points = find_points(PROGRAM, 'heads+rate:1e-3:2e-3')
+    assert points[1].config is None
+    text = plan.describe(PROGRAM, points)
+    assert '  1  num_heads_5  REFUSED: model.num_heads=5, which does not divide' in text
+    table = plan.costs(points, chip='H100', utilisation=0.4)
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == ['0', '2', '3']
+
+
+def test_costs_are_those_of_the_closed_form():
+    (point,) = find_points(PROGRAM, 'rate:1e-3')
+    table = plan.costs([point], chip='v4', utilisation=0.5)
+    from gau.models import counts
+
+    flops = counts.flops_per_token(point.config.model, context=64, vocab_size=260, causal=True)
+    tokens = 12 * 2 * 64
+    assert f'{tokens:,}' in table
+    assert f'{3 * flops * tokens:.3g}' in table
+    assert 'TPU v4' in table
+    with pytest.raises(UserError, match='did you mean "H100"'):
+        plan.costs([point], chip='H1000', utilisation=0.5)
+
+
+BAD = {
+    'chunk_sise': 'no sweep "chunk_sise"; did you mean "chunk_size"',
+    'model.chunk_sise:3': 'did you mean "model.chunk_size"',
+    'model.chunk_size': 'values of model.chunk_size are missing',
+    'seed,seed': 'seed is set twice',
+    'chunk_size+chunk_size': 'point chunk_size_16 is given twice',
+    'chunk_size+seed:1': 'points chunk_size_16 and seed_0 are one and the same run',
+    'seed:1:2': 'seed:1:2 is not what "seed" of',
+    'seed:many': 'seed:many is not what',
+    'not_dicts': 'yields 3, not a dict',
+    'open': 'sets model.gate=None',
+    '': 'no sweep ""',
+}
+
+
+@pytest.mark.parametrize('expression', BAD)
+def test_bad_sweeps_are_user_errors(expression):
+    with pytest.raises(UserError, match=BAD[expression].replace('(', r'\(')):
+        find_points(PROGRAM, expression)
+
+
+def test_a_field_that_does_not_exist_refuses_its_point():
+    (point,) = find_points(PROGRAM, 'unknown')
+    assert 'did you mean "chunk_size"' in point.error
+
+
+def test_the_command_line_and_a_sweep_do_not_set_the_same_field():
+    with pytest.raises(UserError, match=r'model\.chunk_size is set twice'):
+        find_points(Program(PATH, '', {'model.chunk_size': 8}), 'chunk_size')
+
+
+def test_long_names_are_cut_and_stay_distinct():
+    fields = 'model.query_key_dim:16,model.gamma_init:normal,model.branches:both,model.global_reduction:mean'
+    found = names(f'{fields},optimizer.weight_decay:0.01,chunk_size')
+    assert max(map(len, found)) <= 100
+    assert len(set(found)) == 2
+
+
+def test_flatten_is_what_changes_are_told_in():
+    assert flatten({'a': {'b': 1, 'c': {'d': 2}}, 'e': 3}) == {'a.b': 1, 'a.c.d': 2, 'e': 3}
