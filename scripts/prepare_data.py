@@ -27,7 +27,8 @@ _SAMPLE = flags.DEFINE_float('tokenizer_sample_mb', 32.0, 'MB of text to train i
 _SPLITS = flags.DEFINE_list('splits', None, 'Splits to write (default: all the source has)')
 _WORKERS = flags.DEFINE_integer('workers', None, 'Processes (default: one a core)', lower_bound=1)
 # The fields of the data config that speak to sources of text, under their own names.
-_FIELDS = ('text_field', 'text_unit', 'bad_lines', 'valid_source', 'test_source', 'cache_dir', 'tfds_dir')
+_FIELDS = ('text_field', 'text_unit', 'bad_lines', 'special_in_text', 'valid_source', 'test_source')
+_FIELDS += ('cache_dir', 'tfds_dir')
 for _field in _FIELDS:
     flags.DEFINE_string(_field, None, f'As the config field data.{_field}')
 _HOLDOUT = flags.DEFINE_integer('holdout_every', None, 'As the config field data.holdout_every')

@@ -17,6 +17,7 @@ SHUFFLES = ('rows', 'documents', 'none')
 PACKINGS = ('concat', 'first_fit', 'document')
 TEXT_UNITS = ('file', 'line', 'paragraph')
 BAD_LINES = ('error', 'skip')
+SPECIAL_IN_TEXT = ('escape', 'error')
 MASKINGS = ('token', 'whole_word', 'span')
 OBJECTIVES = ('lm', 'mlm')
 
@@ -26,6 +27,7 @@ _SPEAKS_TO = {
     'text_field': ('jsonl', 'tfds'),
     'text_unit': ('text',),
     'bad_lines': ('text', 'jsonl'),
+    'special_in_text': ('embedded', 'text', 'jsonl', 'tfds'),
     'cache_dir': ('text', 'jsonl'),
     'valid_source': ('text', 'jsonl'),
     'test_source': ('text', 'jsonl'),
@@ -33,7 +35,7 @@ _SPEAKS_TO = {
     'tfds_dir': ('tfds',),
 }
 _OF_THE_SOURCE = ('valid_source', 'test_source', 'holdout_every')
-_DEFAULTS = {'text_unit': 'file', 'bad_lines': 'error', 'holdout_every': 50}
+_DEFAULTS = {'text_unit': 'file', 'bad_lines': 'error', 'special_in_text': 'escape', 'holdout_every': 50}
 
 
 def default_config() -> ConfigDict:
@@ -64,6 +66,8 @@ def default_config() -> ConfigDict:
     text_field: of a JSON line or a tfds example (None: `text`, for tfds:pg19 `book_text`).
     text_unit: what is a document in a text file: the `file` (None), a `line`, or a blank-line separated `paragraph`.
     bad_lines: on a document that is not UTF-8, not JSON, or without the field: `error` (None), or `skip` with a count.
+    special_in_text: on text that the tokenizer's model takes for a special token, such as `<mask>`: `escape` (None)
+      encodes it as the model does without that token, `error` names file, text and token.
     valid_source, test_source: text or jsonl files of their own for these splits; text_field, text_unit and bad_lines
       hold for them too. Without a valid_source every holdout_every-th document (None: 50) is held out as `valid`: the
       last one if there are fewer, the tail of a lone one.
@@ -91,6 +95,7 @@ def default_config() -> ConfigDict:
     config.text_field = config_dict.placeholder(str)
     config.text_unit = config_dict.placeholder(str)
     config.bad_lines = config_dict.placeholder(str)
+    config.special_in_text = config_dict.placeholder(str)
     config.valid_source = config_dict.placeholder(str)
     config.test_source = config_dict.placeholder(str)
     config.holdout_every = config_dict.placeholder(int)
@@ -201,6 +206,7 @@ def _resolve_rows(config: ConfigDict, objective: str) -> None:
         ('packing', PACKINGS),
         ('text_unit', TEXT_UNITS),
         ('bad_lines', BAD_LINES),
+        ('special_in_text', SPECIAL_IN_TEXT),
     ):
         if config[field] is not None:
             check_name(f'data.{field}', config[field], options)

@@ -77,14 +77,12 @@ def _filled(documents: Documents, config: ConfigDict, tokenizer: Tokenizer, fram
 
     def columns(length: int) -> examples.Columns:
         table = np.zeros((int(length), 2), np.int32)
-        table[0, examples.INPUTS] = tokenizer.bos_id
-        # No other place may look like the beginning of a document.
-        table[1:, examples.INPUTS] = tokenizer.eos_id
+        table[0, examples.INPUTS] = examples.BEGIN
         return {'tokens': table}
 
     # An epoch goes over into the next without a seam, so the sample goes round.
     dataset = order.repeat(None).map(columns).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    dataset = packing.pack(dataset, config, tokenizer, seed=None, bins=config.batch_size)
+    dataset = packing.pack(dataset, config, seed=None, bins=config.batch_size)
     together = max(packing.BINS, config.batch_size)
     rows = iter(dataset)
     tokens = pieces = 0

@@ -5,7 +5,7 @@ out (blank, or bad under `bad_lines="skip"`). Random access is what makes the gl
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,12 +13,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document as text, or as tokens with the size of the text they came from."""
+    """A document as text, or as tokens with the size of the text they came from.
+
+    Attributes:
+      text, tokens: one of them, tokens int32 or uint16 [tokens].
+      n_bytes, n_words: for tokens, of their text.
+      place: says where the document stands, for error messages.
+      escape: for text, whether what spells a special token of the tokenizer is encoded otherwise (else an error).
+    """
 
     text: str | None = None
     tokens: np.ndarray | None = None
     n_bytes: int = 0
     n_words: int = 0
+    place: Callable[[], str] | None = None
+    escape: bool = True
 
 
 class Documents(Protocol):
@@ -30,16 +39,31 @@ class Documents(Protocol):
 
 
 class Texts:
-    """Documents held in memory."""
+    """Documents held in memory, with their names if they have any."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._texts = texts
+    def __init__(self, texts: Sequence[str], names: Sequence[str] = ()) -> None:
+        self._texts, self._names = texts, names
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Document:
-        return Document(text=self._texts[index])
+        name = self._names[index] if self._names else f'document {index + 1}'
+        return Document(text=self._texts[index], place=lambda: name)
+
+
+class Unescaped:
+    """The same documents, in which text that spells a special token is an error when it is encoded."""
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Document | None:
+        document = self._documents[index]
+        return document and dataclasses.replace(document, escape=False)
 
 
 class Held:
@@ -74,4 +98,4 @@ def hold_out(documents: Documents, *, every: int, split: str) -> Documents:
     cut = len(text) - len(text) // every
     line = text.find('\n', cut)
     cut = line + 1 if 0 <= line < len(text) - 1 else cut
-    return Texts([text[:cut] if split == 'train' else text[cut:]])
+    return Texts([text[:cut] if split == 'train' else text[cut:]], [document.place()] if document.place else [])

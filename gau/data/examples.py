@@ -6,7 +6,8 @@ of them at the same place:
   INPUTS, TARGETS        always;
   WEIGHTS                MLM: 1 where the token is to be predicted;
   BYTES, WORDS           LM evaluation: the document's size, spread evenly over its targets.
-A document begins where the inputs are BOS, which no tokenizer makes of text: borders need no column.
+A document begins where the inputs are BEGIN, which is no id and becomes BOS in the batch: borders need no column of
+their own, and no token can be taken for one.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from gau.data.documents import Document
 from gau.data.tokenizers import Tokenizer
+from gau.errors import UserError
 
 Columns = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -23,13 +25,21 @@ Batch = dict[str, np.ndarray]
 INPUTS, TARGETS = 0, 1
 WEIGHTS = 2
 BYTES, WORDS = 2, 3
+BEGIN = -1
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the tokens of `document`, int32 [tokens], without specials."""
+    """Returns the tokens of `document`, int32 [tokens], without specials.
+
+    Raises:
+      UserError: as `Tokenizer.encode`, with the document's place.
+    """
     if document.tokens is not None:
         return document.tokens
-    return tokenizer.encode(document.text)
+    try:
+        return tokenizer.encode(document.text, escape=document.escape)
+    except UserError as error:
+        raise UserError(f'{document.place()}: {error}' if document.place else str(error)) from error
 
 
 def size(document: Document) -> tuple[int, int]:
@@ -40,20 +50,20 @@ def size(document: Document) -> tuple[int, int]:
 
 
 def framed(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns BOS + tokens + EOS of all documents end to end, int32 [n], and where each BOS and EOS stands, int64."""
+    """Returns BEGIN + tokens + EOS of all documents end to end, int32 [n], and where these stand, int64 [documents]."""
     tokens = [encode(document, tokenizer) for document in documents]
     lengths = np.fromiter((len(part) + 2 for part in tokens), np.int64, len(tokens))
     ends = np.cumsum(lengths)
     starts = ends - lengths
     frame = np.empty(int(ends[-1]), np.int32)
-    frame[starts], frame[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
+    frame[starts], frame[ends - 1] = BEGIN, tokenizer.eos_id
     for part, start in zip(tokens, starts.tolist(), strict=True):
         frame[start + 1 : start + 1 + len(part)] = part
     return frame, starts, ends - 1
 
 
 def lm_columns(tokenizer: Tokenizer, *, sizes: bool = False) -> Callable[[list[Document]], Columns]:
-    """Returns the map for next-token prediction: inputs BOS + tokens, targets tokens + EOS, thus equally long.
+    """Returns the map for next-token prediction: inputs BEGIN + tokens, targets tokens + EOS, thus equally long.
 
     Shifting within the document, before packing, means that a document continued in the next row is fed its true
     previous token there, and that no token is lost or predicted twice.
@@ -80,12 +90,12 @@ def _spread(total: int, n: int) -> np.ndarray:
     return np.diff(np.arange(n + 1, dtype=np.int64) * total // n)
 
 
-def pieces(context: int, bos_id: int) -> Callable[[Columns], list[Columns]]:
+def pieces(context: int) -> Callable[[Columns], list[Columns]]:
     """Returns the map that cuts a group into documents, and these into pieces of at most `context`, none lost."""
 
     def cut(columns: Columns) -> list[Columns]:
         table = columns['tokens']
-        borders = np.flatnonzero(table[:, INPUTS] == bos_id).tolist()
+        borders = np.flatnonzero(table[:, INPUTS] == BEGIN).tolist()
         return [
             {'tokens': table[first : min(first + context, end)]}
             for start, end in zip(borders, [*borders[1:], len(table)], strict=True)
@@ -134,16 +144,17 @@ def finish(
         if padded or not real.all():
             inputs, targets = (np.where(real, ids, tokenizer.pad_id) for ids in (inputs, targets))
         weights = table[..., WEIGHTS] if objective == 'mlm' else real
+        begins = inputs == BEGIN
         out = {
-            'inputs': np.ascontiguousarray(inputs, np.int32),
+            'inputs': np.where(begins, np.int32(tokenizer.bos_id), inputs),
             'targets': np.ascontiguousarray(targets, np.int32),
             'weights': np.ascontiguousarray(weights, np.float32),
         }
         if marked:
-            begins = np.zeros(real.shape, bool)
-            if not config.attend_across_documents:
-                # What packing calls an element is a group (concat) or a piece, so borders are found again.
-                begins = inputs == tokenizer.bos_id
+            if config.attend_across_documents:
+                begins[:] = False
+            else:
+                # What packing calls an element is a group (concat) or a piece.
                 begins[:, 1:] |= np.diff(segment_ids, axis=1) != 0
             out['segment_ids'], out['positions'] = _segments(begins, real)
         if sizes:

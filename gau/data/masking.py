@@ -47,6 +47,7 @@ def mlm_columns(
         random = places[(fate >= config.mask_share) & (fate < config.mask_share + config.random_share)]
         table = np.empty((len(frame), 3), np.int32)
         table[:, INPUTS], table[:, TARGETS], table[:, WEIGHTS] = frame, frame, chosen
+        table[starts, TARGETS] = tokenizer.bos_id
         table[masked, INPUTS] = tokenizer.mask_id
         table[random, INPUTS] = rng.choice(ordinary, len(random))
         return {'tokens': table}

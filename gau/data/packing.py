@@ -6,7 +6,6 @@ import grain
 from ml_collections import ConfigDict
 
 from gau.data import examples
-from gau.data.tokenizers import Tokenizer
 
 # Rows filled together by first-fit packing at least; more rows leave less padding.
 BINS = 64
@@ -15,7 +14,6 @@ BINS = 64
 def pack(
     dataset: grain.IterDataset,
     config: ConfigDict,
-    tokenizer: Tokenizer,
     *,
     seed: int | None,
     bins: int,
@@ -24,7 +22,7 @@ def pack(
     length = {'tokens': config.context}
     if config.packing == 'concat':
         return grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=length)
-    dataset = grain.experimental.FlatMapIterDataset(dataset, _Pieces(examples.pieces(config.context, tokenizer.bos_id)))
+    dataset = grain.experimental.FlatMapIterDataset(dataset, _Pieces(examples.pieces(config.context)))
     if config.packing == 'document':
         return dataset.map(examples.padded_row(config.context))
     return grain.experimental.FirstFitPackIterDataset(

@@ -101,7 +101,7 @@ def _stream(
         masks = _seed(seed, 'masks', source, number)
         dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
         bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', source, number)
-        rows.append(packing.pack(_read(dataset, config), config, tokenizer, seed=bins_seed, bins=stream_rows))
+        rows.append(packing.pack(_read(dataset, config), config, seed=bins_seed, bins=stream_rows))
     dataset = rows[0]
     if len(rows) > 1:
         dataset = grain.IterDataset.mix(rows, [weight for weight, _ in data_config.mixture(config)])
@@ -176,7 +176,7 @@ def eval_iterator(
     ]
 
     def packed(part: grain.MapDataset) -> grain.IterDataset:
-        return packing.pack(_read(part, config), config, tokenizer, seed=None, bins=batch_size)
+        return packing.pack(_read(part, config), config, seed=None, bins=batch_size)
 
     if max_tokens is None:
         dataset = packed(grain.MapDataset.concatenate(columns))

@@ -30,6 +30,8 @@ from gau.data import examples, manifest, shards, sources, tokenizers
 from gau.errors import UserError
 
 _WORK = '.work'
+# What to do with documents that cannot be taken as they are: may change between a kill and going on.
+_POLICIES = ('bad_lines', 'special_in_text')
 _SHARD_BYTES = 64 * 2**20
 _LEAST_SHARDS = 16
 _TRAINED = 'tokenizer.model'
@@ -161,7 +163,7 @@ def _plan(
 ) -> dict[str, Any]:
     options = {
         field: config[field]
-        for field in ('source', 'text_field', 'text_unit', 'bad_lines', 'valid_source', 'test_source', 'holdout_every')
+        for field in ('source', 'text_field', 'text_unit', 'valid_source', 'test_source', 'holdout_every', *_POLICIES)
     }
     if train_tokenizer is None:
         tokenizer = {'fingerprint': tokenizers.load(config.tokenizer).fingerprint}
@@ -208,6 +210,9 @@ def _check_same(plan: dict[str, Any], found: dict[str, Any], output: pathlib.Pat
         here, there = now[key], found.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
             changed = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+            changed = [name for name in changed if key != 'options' or name not in _POLICIES]
+            if not changed:
+                continue
             here, there = ({name: side.get(name) for name in changed} for side in (here, there))
         what = f'{key}: {_short(there)} there, {_short(here)} now'
         raise UserError(f'{output}: holds tokens of another preparation ({what}): choose another directory')

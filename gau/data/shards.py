@@ -14,6 +14,7 @@ import numpy as np
 
 from gau.data import manifest
 from gau.data.documents import Document
+from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
 
 _HEADER = np.dtype('<u8')
@@ -51,14 +52,18 @@ class Shards:
       UserError: the manifest is missing, its tokenizer is another one, a shard is missing or not whole.
     """
 
-    def __init__(self, directory: str, split: str, fingerprint: str) -> None:
+    def __init__(self, directory: str, split: str, tokenizer: Tokenizer) -> None:
         contents = manifest.read(directory)
         made_with = contents['tokenizer']
-        if made_with['fingerprint'] != fingerprint:
+        if made_with['fingerprint'] != tokenizer.fingerprint:
             raise UserError(
                 f'tokens:{directory} was prepared with the tokenizer {made_with["spec"]} ({made_with["fingerprint"]}), '
-                f'data.tokenizer is another one ({fingerprint}): leave data.tokenizer out to use the former'
+                f'data.tokenizer is another one ({tokenizer.fingerprint}): leave data.tokenizer out to use the former'
             )
+        # Earlier versions let text give special ids.
+        safe = 'special_in_text' in contents.get('plan', {}).get('options', {})
+        self._suspected = () if safe else (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+        self._where = f'tokens:{directory}: a document of the split "{split}"'
         self._dtype = np.dtype(contents['dtype']).newbyteorder('<')
         self.totals: dict[str, Any] = contents['splits'][split]
         paths = []
@@ -85,6 +90,12 @@ class Shards:
     def _document(self, record: bytes) -> Document:
         n_bytes, n_words = np.frombuffer(record, _HEADER, count=2).tolist()
         tokens = np.frombuffer(record, self._dtype, offset=2 * _HEADER.itemsize)
+        for special in self._suspected:
+            if (tokens == special).any():
+                raise UserError(
+                    f'{self._where} holds the special id {special}, which an earlier version made of its text: '
+                    'prepare it again, into another directory'
+                )
         return Document(tokens=tokens, n_bytes=n_bytes, n_words=n_words)
 
 

@@ -40,7 +40,8 @@ def open_split(config: ConfigDict, split: str) -> list[Documents]:
         # The same source may stand twice in a mixture, a separate file for all of them only once.
         key = own or number
         if key not in opened:
-            opened[key] = _open_text(config, own) if own else _open(config, source, split)
+            documents = _open_text(config, own) if own else _open(config, source, split)
+            opened[key] = docs.Unescaped(documents) if config.special_in_text == 'error' else documents
     return list(opened.values())
 
 
@@ -65,9 +66,10 @@ def _splits_of(config: ConfigDict, source: str) -> list[str]:
 def _open(config: ConfigDict, source: str, split: str) -> Documents:
     kind = data_config.source_kind(source)
     if kind == 'embedded':
-        return docs.Texts([text for _, text in embedded.split_text(split)])
+        names, texts = zip(*embedded.split_text(split), strict=True)
+        return docs.Texts(texts, names)
     if kind == 'tokens':
-        return Shards(_argument(source), split, tokenizers.load(config.tokenizer).fingerprint)
+        return Shards(_argument(source), split, tokenizers.load(config.tokenizer))
     if kind == 'tfds':
         return tfds_source.TfdsText(_argument(source), split, field=config.text_field, data_dir=config.tfds_dir)
     documents = _open_text(config, source)

@@ -75,16 +75,19 @@ class TextFiles:
         with open(self._paths[number], 'rb') as file:
             file.seek(start)
             raw = file.read(end - start)
+
+        def place() -> str:
+            return f'{self._names[number]}:{_line_number(self._paths[number], start)}'
+
         try:
             text = self._parse(raw)
         except ValueError as error:
-            where = f'{self._names[number]}:{_line_number(self._paths[number], start)}'
             if self._bad == 'error':
-                raise UserError(f'{where}: {error}') from error
-            self._count(index, f'{where}: {error}')
+                raise UserError(f'{place()}: {error}') from error
+            self._count(index, f'{place()}: {error}')
             return None
         # A blank document would only teach to stop at once.
-        return Document(text=text) if text and not text.isspace() else None
+        return Document(text=text, place=place) if text and not text.isspace() else None
 
     def size(self, index: int) -> int:
         """Returns the bytes that document `index` takes in its file, without reading it."""

@@ -77,7 +77,11 @@ class TfdsText:
                 raise UserError(f'tfds:{self._name}: example {index}: not UTF-8: {error.reason}') from error
         if not isinstance(text, str):
             raise UserError(f'tfds:{self._name}: the field "{self._field}" is {type(text).__name__}, not text')
-        return Document(text=text) if text and not text.isspace() else None
+        return (
+            Document(text=text, place=lambda: f'tfds:{self._name}: example {index}')
+            if text and not text.isspace()
+            else None
+        )
 
 
 def _split_names(builder: Any) -> dict[str, str]:

@@ -1,17 +1,20 @@
 """Tokenizers behind one face: bytes, SentencePiece models, Hugging Face `tokenizers` files.
 
-Every one has the four special ids BOS, EOS, PAD and MASK, which never come out of `encode`: those that a model lacks
-are appended after its vocabulary. Whatever text says, it cannot smuggle a special id in.
+Every one has the four special ids BOS, EOS, PAD and MASK: those that a model lacks are appended after its vocabulary.
+Text never gives one of them, even where the model itself would take `<mask>` in a text for its piece of that name.
 """
 
 import abc
 import functools
 import hashlib
+import json
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
+from gau.data.special_pieces import huggingface_without, sentencepiece_without
 from gau.errors import UserError, did_you_mean
 
 _SPECIALS = ('bos', 'eos', 'pad', 'mask')
@@ -42,9 +45,66 @@ class Tokenizer(abc.ABC):
     mask_id: int
     fingerprint: str
 
+    def encode(self, text: str, *, escape: bool = True) -> np.ndarray:
+        """Returns the ids of `text`, int32 [tokens], without specials.
+
+        Characters that the model does not know become its unknown id, lone surrogates `?`.
+
+        Args:
+          text: any.
+          escape: where the model would take a part of the text for a special piece, encode the text as the same model
+            does without that piece.
+
+        Raises:
+          UserError: there is such a part and `escape` is off, or no other encoding; the model has no unknown id.
+        """
+        ids = self._encode(text)
+        if not self._spelt_by_text or not (found := self._special[ids]).any():
+            return ids
+        special = int(ids[found][0])
+        if escape:
+            ids = self._encode_escaped(text)
+            if not self._special[ids].any():
+                return ids
+        way_out = 'has no other encoding' if escape else 'data.special_in_text="escape" encodes it otherwise'
+        piece = self._piece(special)
+        raise UserError(
+            f'the text "{_excerpt(text, piece)}" gives the special token "{piece}" (id {special}) of '
+            f'data.tokenizer="{self.spec}": {way_out}'
+        )
+
     @abc.abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, int32 [tokens], without specials."""
+    def _encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text` by the model itself, int32 [tokens], in which text may give special ids."""
+
+    def _encode_escaped(self, text: str) -> np.ndarray:
+        """Returns the ids by the model without the pieces `_spelt_by_text`."""
+        raise NotImplementedError
+
+    def _piece(self, token: int) -> str:
+        """Returns what the model calls a token."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _special(self) -> np.ndarray:
+        """Bool [vocab_size]: the ids that text must not give."""
+        table = ~self.ordinary
+        table[list(self._unknown())] = False
+        table[[self.bos_id, self.eos_id, self.pad_id, self.mask_id]] = True
+        return table
+
+    @functools.cached_property
+    def _spelt_by_text(self) -> frozenset[int]:
+        """The special ids that the model itself might make of text; mostly none."""
+        return frozenset(np.flatnonzero(self._special).tolist()) & self._from_text()
+
+    def _unknown(self) -> set[int]:
+        """Returns the id of what the model does not know, if it has one."""
+        return set()
+
+    def _from_text(self) -> set[int]:
+        """Returns all the ids that the model itself might make of text."""
+        return set()
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -95,8 +155,7 @@ class Bytes(Tokenizer):
         self.spec = 'bytes'
         self._set_specials(256, {}, b'bytes')
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the UTF-8 bytes of `text`, int32; a lone surrogate (JSON can hold one) becomes `?`."""
+    def _encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode('utf-8', errors='replace'), np.uint8).astype(np.int32)
 
     def _decode(self, ids: list[int]) -> str:
@@ -121,16 +180,38 @@ class SentencePiece(Tokenizer):
             self._model.LoadFromSerializedProto(contents)
         except RuntimeError as error:
             raise UserError(f'data.tokenizer="{self.spec}": not a SentencePiece model: {error}') from error
-        model = self._model
+        model, self._contents = self._model, contents
         self._pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
         present = {'bos': model.bos_id(), 'eos': model.eos_id(), 'pad': model.pad_id()}
         present = {name: token if token >= 0 else None for name, token in present.items()}
         present['mask'] = next((self._pieces.index(name) for name in _NAMES['mask'] if name in self._pieces), None)
         self._set_specials(len(self._pieces), present, contents)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, int32; characters the model does not know become its unknown id."""
+    def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.EncodeAsIds(_encodable(text)), np.int32)
+
+    def _encode_escaped(self, text: str) -> np.ndarray:
+        return np.asarray(self._escaping.EncodeAsIds(_encodable(text)), np.int32)
+
+    @functools.cached_property
+    def _escaping(self) -> Any:
+        import sentencepiece
+
+        # The unknown piece stays what it is.
+        pieces = [token for token in self._spelt_by_text if token != self._model.unk_id()]
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(sentencepiece_without(self._contents, pieces))
+        return model
+
+    def _piece(self, token: int) -> str:
+        return self._pieces[token]
+
+    def _unknown(self) -> set[int]:
+        return {self._model.unk_id()}
+
+    def _from_text(self) -> set[int]:
+        never = self._model.IsControl, self._model.IsUnused
+        return {i for i in range(self.own_size) if not any(kind(i) for kind in never)}
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.DecodeIds(ids)
@@ -149,18 +230,13 @@ class HuggingFace(Tokenizer):
     """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
     def __init__(self, path: str) -> None:
-        import tokenizers
-
         self.spec = f'huggingface:{path}'
         contents = _read(path, self.spec)
         try:
-            self._model = tokenizers.Tokenizer.from_str(contents.decode('utf-8'))
+            self._contents = contents.decode('utf-8')
+            self._model = _huggingface_model(self._contents)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f'data.tokenizer="{self.spec}": not a Hugging Face tokenizer file: {error}') from error
-        self._model.no_truncation()
-        self._model.no_padding()
-        # Text that spells a special token is text.
-        self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         present = {
             name: next((vocabulary[piece] for piece in pieces if piece in vocabulary), None)
@@ -170,9 +246,41 @@ class HuggingFace(Tokenizer):
         # Ids may have gaps, so the largest decides, not the count.
         self._set_specials(max(vocabulary.values()) + 1, present, contents)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, int32, without the specials a post-processor would add."""
-        return np.asarray(self._model.encode(_encodable(text), add_special_tokens=False).ids, np.int32)
+    def _encode(self, text: str) -> np.ndarray:
+        return self._ids(self._model, text)
+
+    def _encode_escaped(self, text: str) -> np.ndarray:
+        return self._ids(self._escaping, text)
+
+    def _ids(self, model: Any, text: str) -> np.ndarray:
+        try:
+            # Without the specials that a post-processor would add.
+            return np.asarray(model.encode(_encodable(text), add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises plain Exception, of a model that has no unknown token
+            unknown = next((word for word in text.split() if not _encodes(model, word)), text)
+            raise UserError(
+                f'the text "{_excerpt(text, unknown)}" cannot be encoded by data.tokenizer="{self.spec}": {error}'
+            ) from error
+
+    @functools.cached_property
+    def _escaping(self) -> Any:
+        return _huggingface_model(
+            huggingface_without(self._contents, {self._piece(token) for token in self._spelt_by_text})
+        )
+
+    def _piece(self, token: int) -> str:
+        return next(piece for piece, found in self._vocabulary.items() if found == token)
+
+    def _unknown(self) -> set[int]:
+        model = json.loads(self._contents)['model']
+        found = model.get('unk_id'), self._vocabulary.get(model.get('unk_token'))
+        return {token for token in found if token is not None}
+
+    def _from_text(self) -> set[int]:
+        # An added token that is special is passed over, unless the model knows its name by itself.
+        added = self._model.get_added_tokens_decoder()
+        plain = {token for token, piece in added.items() if not piece.special}
+        return plain | set(self._model.get_vocab(with_added_tokens=False).values())
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
@@ -189,6 +297,25 @@ class HuggingFace(Tokenizer):
             # WordPiece marks the continuation of a word, the others its beginning (Ġ, Ċ, ĉ: space, newline, tab).
             table[token] = not piece.startswith('##') if continued else piece.startswith(('Ġ', '▁', 'Ċ', 'ĉ', 'č'))
         return table
+
+
+def _huggingface_model(contents: str) -> Any:
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_str(contents)
+    model.no_truncation()
+    model.no_padding()
+    # Text that spells a special token is text.
+    model.encode_special_tokens = True
+    return model
+
+
+def _encodes(model: Any, text: str) -> bool:
+    try:
+        model.encode(text, add_special_tokens=False)
+    except Exception:  # as in HuggingFace._ids
+        return False
+    return True
 
 
 _KINDS = {'bytes': Bytes, 'sentencepiece': SentencePiece, 'huggingface': HuggingFace}
@@ -221,3 +348,9 @@ def _encodable(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode('utf-8', errors='replace').decode('utf-8')
+
+
+def _excerpt(text: str, part: str) -> str:
+    """Returns the surroundings of `part` in the text, or its beginning, on one line."""
+    place = max(text.find(part), 0)
+    return ' '.join(text[max(place - 20, 0) : place + len(part[:40]) + 20].split())

@@ -23,6 +23,8 @@ MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 # (`fork`, too: it is settled when a run begins.)
 RESUMABLE_CHANGES = (
     *('mesh.', 'log.', 'fork', 'model.impl', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
+    # What to do with documents that cannot be taken as they are: a run that meets one can go on without it.
+    *('data.bad_lines', 'data.special_in_text'),
 )
 
 

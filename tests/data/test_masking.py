@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gau.data import masking, pipeline, tokenizers
+from gau.data import examples, masking, pipeline, tokenizers
 from gau.data.documents import Document
 from tests.data.conftest import make_config, make_texts, write_jsonl
 
@@ -71,6 +71,10 @@ def test_what_the_model_sees(by_bytes):
     )
     inputs, targets, weights = table.T
     chosen = weights == 1
+    begins = inputs == examples.BEGIN
+    assert (targets[begins] == by_bytes.bos_id).all()
+    assert begins.sum() == 40
+    inputs = np.where(begins, by_bytes.bos_id, inputs)
     np.testing.assert_array_equal(inputs[~chosen], targets[~chosen])
     assert not np.isin(targets[chosen], [by_bytes.bos_id, by_bytes.eos_id]).any()
     masked = inputs == by_bytes.mask_id

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from gau.data import embedded, manifest, pipeline, prepare, shards, sources
+from gau.data import embedded, manifest, pipeline, prepare, shards, sources, tokenizers
 from gau.errors import UserError
 from tests.data.conftest import make_config, write_jsonl
 
@@ -117,12 +117,12 @@ def test_large_vocabularies_are_stored_whole(tmp_path):
     }
     contents = {
         'format': manifest.FORMAT,
-        'tokenizer': {'spec': 'bytes', 'fingerprint': 'f'},
+        'tokenizer': {'spec': 'bytes', 'fingerprint': tokenizers.load('bytes').fingerprint},
         'dtype': 'int32',
         'splits': {'train': {'shards': [{'file': 'x', 'size': (tmp_path / 'x').stat().st_size, 'documents': 1}]}},
     }
     (tmp_path / manifest.FILE).write_text(json.dumps(contents))
-    (document,) = [shards.Shards(str(tmp_path), 'train', 'f')[0]]
+    (document,) = [shards.Shards(str(tmp_path), 'train', tokenizers.load('bytes'))[0]]
     np.testing.assert_array_equal(document.tokens, tokens)
 
 
