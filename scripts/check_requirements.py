@@ -4,7 +4,10 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from pip._vendor.packaging.requirements import Requirement  # pip is in every environment, packaging is not
+try:
+    from packaging.requirements import Requirement  # every environment that has the requirements has it
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement  # a bare one has pip
 
 
 def main() -> int:

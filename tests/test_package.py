@@ -10,7 +10,7 @@ import tomllib
 import venv
 
 import pytest
-from pip._vendor.packaging.requirements import Requirement
+from packaging.requirements import Requirement
 
 from gau.training.loop import train
 from tests.conftest import ROOT
