@@ -1,0 +1,69 @@
+"""Documents: what they link to, name and command exists, README stays one page, and tables fit a terminal."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+
+from tests.conftest import ROOT
+
+WRITTEN_BY_PROGRAMS = {'tpu_v4_64.md'}
+PAGES = [ROOT / 'README.md', ROOT / 'LOG.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
+# LOG.md speaks of files and commands as they were.
+CURRENT = [page for page in PAGES if page.name != 'LOG.md']
+COMMON_FLAGS = (ROOT / 'gau/cli.py').read_text()
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def commands(page):
+    """Returns the words of every `python FILE ...` in the page's blocks of bash."""
+    blocks = re.findall(r'```bash\n(.*?)```', page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in found if words[:1] == ['python'] and words[1].endswith('.py')]
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize('page', CURRENT, ids=name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)', text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r'`((?:configs|gau|scripts|tests|docs)/[\w./*]+)`', text):
+        assert list(ROOT.glob(path)), path
+
+
+@pytest.mark.parametrize('page', CURRENT, ids=name)
+def test_commands_have_the_flags_and_fields_that_exist(page):
+    for script, *words in commands(page):
+        source = (ROOT / script).read_text()
+        config = None
+        for word in words:
+            if not word.startswith('--'):
+                continue
+            flag, _, value = word[2:].partition('=')
+            if flag == 'config' and value != '...':
+                file, _, argument = value.partition(':')
+                program = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
+                config = program.get_config(argument)
+            elif flag.startswith('config.'):
+                field = config
+                for part in flag.split('.')[1:]:
+                    assert part in field, word
+                    field = field[part]
+            else:
+                assert f"'{flag}'" in source or f"'{flag}'" in COMMON_FLAGS, f'{script} {word}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_tables_fit_a_terminal(page):
+    if page.name not in WRITTEN_BY_PROGRAMS:
+        rows = [line for line in page.read_text().splitlines() if line.startswith('|')]
+        assert [row for row in rows if len(row) > 100] == []
