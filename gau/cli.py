@@ -71,13 +71,20 @@ def processes() -> AbstractContextManager[None]:
     )
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags and runs `main()`; exits with its return value, or with 2 after one line for a UserError."""
+def run(main: Callable[..., int | None], *, arguments: bool = False) -> None:
+    """Parses the flags and runs `main()`; exits with its return value, or with 2 after one line for a UserError.
+
+    Args:
+      main: returns the exit code; None is 0.
+      arguments: whether it takes what is no flag, as a list; else that is bad usage.
+    """
 
     def guarded(argv: Sequence[str]) -> int | None:
         # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
         logging.set_verbosity(logging.ERROR)
         try:
+            if arguments:
+                return main(list(argv[1:]))
             if len(argv) > 1:
                 raise UserError(f'unexpected argument "{argv[1]}": flags are written --name=value')
             return main()

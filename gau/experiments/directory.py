@@ -79,7 +79,11 @@ class SweepDirectory:
                 config = files.config_to_dict(files.read_config(self.workdir(name)))
                 self._check_same(config, name, 'holds a run with another config')
         points = {
-            name: {'overrides': point.overrides, 'config': files.config_to_dict(point.config)}
+            name: {
+                'overrides': point.overrides,
+                'label': point.label,
+                'config': files.config_to_dict(point.config),
+            }
             for name, point in self._points.items()
         }
         if stored.keys() != points.keys():

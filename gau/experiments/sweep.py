@@ -100,12 +100,14 @@ class Point:
     Attributes:
       name: short and stable: it does not depend on what else is swept, and it is the name of the work directory.
       overrides: by field (`model.chunk_size`) or argument (`:context`).
+      label: the name without the seed.
       config: resolved; None if it is refused.
       error: why the config refuses the point, or ''.
     """
 
     name: str
     overrides: Overrides
+    label: str
     config: ConfigDict | None
     error: str = ''
 
@@ -138,7 +140,8 @@ def find_points(program: Program, expression: str) -> list[Point]:
             how = 'is given twice' if seen[name] == overrides else f'names two points, {seen[name]} and {overrides}'
             raise UserError(f'--sweep={expression}: point {name} {how}')
         seen[name] = overrides
-        points.append(_resolve(program, name, overrides))
+        label = '-'.join(name for name, own in parts if own.keys() != {'seed'})
+        points.append(_resolve(program, name, overrides, label or 'base'))
     _check_distinct(points, expression)
     return points
 
@@ -158,11 +161,11 @@ def changes(point: Point, base: dict[str, Any]) -> tuple[list[str], list[str]]:
     return own, followed
 
 
-def _resolve(program: Program, name: str, overrides: Overrides) -> Point:
+def _resolve(program: Program, name: str, overrides: Overrides, label: str) -> Point:
     try:
-        return Point(name, overrides, program.config(overrides))
+        return Point(name, overrides, label, program.config(overrides))
     except UserError as error:
-        return Point(name, overrides, None, str(error))
+        return Point(name, overrides, label, None, str(error))
 
 
 def _check_distinct(points: Sequence[Point], expression: str) -> None:

@@ -230,6 +230,7 @@ class _Loop:
             'eval': {_eval_name(result.split, result.context, self.run.config): result.metrics() for result in results},
             'flops_per_token': self.run.flops_per_token,
             'device': self.run.devices,
+            'data': self.run.data_identity,
             'versions': library_versions(),
         }
         if distributed.is_first():

@@ -1,0 +1,112 @@
+"""The pictures of a report."""
+
+from pathlib import Path
+from typing import Any
+
+from gau.experiments.report import Report, mean_curve
+
+
+def draw(report: Report, stem: Path) -> list[Path]:
+    """Draws what there is to draw, and returns the paths.
+
+    STEM_tokens.png and STEM_time.png: held-out loss, mean and 95 % band; STEM_values.png: the last loss over the swept
+    value, where one field is a number; STEM_speed.png: the last loss over tokens/s, better to the upper right.
+    """
+    paths = []
+    for name, drawn in (
+        ('tokens', _curves(report, column=0, label='tokens')),
+        ('time', _curves(report, column=1, label='seconds of training')),
+        ('values', _values(report)),
+        ('speed', _speed(report)),
+    ):
+        if drawn is not None:
+            paths.append(stem.with_name(f'{stem.name}_{name}.png'))
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(paths[-1], dpi=120, format='png', metadata={'Software': None})
+    return paths
+
+
+def _curves(report: Report, *, column: int, label: str) -> Any:
+    # With two evaluations or fewer, the training loss says more.
+    split = report.options.split
+    if all(len(mean_curve(row, split)) < 3 for row in report.rows):
+        split = 'train'
+    figure, axes = _figure(label, f'{split} loss (nats per token)', report)
+    lowest, early = [], []
+    for row in report.rows:
+        curve = mean_curve(row, split)
+        if not len(curve):
+            continue
+        (line,) = axes.plot(curve[:, column], curve[:, 2], label=_name(row.values))
+        axes.fill_between(curve[:, column], curve[:, 3], curve[:, 4], color=line.get_color(), alpha=0.2, linewidth=0)
+        lowest.append(curve[:, 2].min())
+        early.append(curve[len(curve) // 10, 2])
+    if not lowest:
+        return None
+    # The first steps would flatten all that matters.
+    room = 0.05 * (max(early) - min(lowest)) or 0.1
+    axes.set_ylim(min(lowest) - room, max(early) + room)
+    axes.legend(fontsize=8, title=', '.join(report.rows[0].values), title_fontsize=8)
+    return figure
+
+
+def _values(report: Report) -> Any:
+    numeric = [
+        field
+        for field in report.rows[0].values
+        if all(isinstance(row.values[field], int | float) for row in report.rows)
+        and len({row.values[field] for row in report.rows}) > 1
+    ]
+    if not numeric:
+        return None
+    field = max(numeric, key=lambda name: len({row.values[name] for row in report.rows}))
+    figure, axes = _figure(field, _metric(report), report)
+    lines: dict[str, list] = {}
+    for row in report.rows:
+        rest = {name: value for name, value in row.values.items() if name != field}
+        lines.setdefault(_name(rest), []).append((row.values[field], row.mean.value, row.mean.half or 0.0))
+    for name, points in lines.items():
+        x, y, half = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, yerr=half, marker='o', capsize=3, label=name or None)
+    values = sorted({row.values[field] for row in report.rows})
+    if values[0] > 0 and values[-1] >= 4 * values[0]:
+        axes.set_xscale('log', base=2 if all(isinstance(value, int) for value in values) else 10)
+    axes.set_xticks(values, [f'{value:g}' for value in values])
+    axes.minorticks_off()
+    if any(lines):
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _speed(report: Report) -> Any:
+    rows = [row for row in report.rows if row.speed]
+    if len(rows) < 2:
+        return None
+    figure, axes = _figure('tokens/s', f'{_metric(report)}, better upwards', report)
+    for row in rows:
+        axes.errorbar(row.speed, row.mean.value, yerr=row.mean.half or 0.0, marker='o', capsize=3)
+        axes.annotate(
+            _name(row.values), (row.speed, row.mean.value), xytext=(6, 3), textcoords='offset points', fontsize=8
+        )
+    axes.set_xlim(0, 1.25 * max(row.speed for row in rows))
+    axes.invert_yaxis()
+    return figure
+
+
+def _metric(report: Report) -> str:
+    unit = {'loss': ' (nats per token)'}.get(report.options.metric, '')
+    return f'{report.options.split} {report.options.metric}{unit}'
+
+
+def _name(values: dict[str, Any]) -> str:
+    return ', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values.values())
+
+
+def _figure(xlabel: str, ylabel: str, report: Report) -> tuple[Any, Any]:
+    # The object interface draws without a display and without pyplot's global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.add_subplot(1, 1, 1, xlabel=xlabel, ylabel=ylabel, title=report.options.title)
+    axes.grid(alpha=0.3)
+    return figure, axes

@@ -1,0 +1,207 @@
+"""Finished runs as records: what a report needs of a work directory, and the JSON lines in which it is kept."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from gau.errors import UserError
+from gau.experiments.cost import tokens_per_step
+from gau.experiments.directory import ATTEMPTS, SWEEP
+from gau.training import workdir as files
+from gau.training.config import RESUMABLE_CHANGES, flatten
+
+# Points of a curve that are kept of a run.
+CURVE_POINTS = 60
+# What does not decide what a run computes: how it is stored, looked at, and spread over devices.
+_NOT_MEANT = (*RESUMABLE_CHANGES, 'checkpoint.', 'eval.', 'evaluators.')
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      name: of its directory.
+      label: the name without the seed; of a run outside of a sweep the same as the name.
+      swept: fields of the config that its sweep set, without the seed; None outside of a sweep, or where the sweep set
+        arguments of the program, which are no fields.
+      config: by dotted field.
+      metrics: by split, as in final.json.
+      curves: by split ('train' and the evaluated ones), rows (tokens, seconds of training, loss).
+      facts: command, commits, device, versions, data (identity of each source), tokenizer (fingerprint), tokens,
+        parameters, flops_per_token, tokens_per_second.
+    """
+
+    name: str
+    label: str
+    swept: list[str] | None
+    config: dict[str, Any]
+    metrics: dict[str, dict[str, float | None]]
+    curves: dict[str, list[list[float]]]
+    facts: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Of parameters, order of the data, dropout."""
+        return self.config['seed']
+
+    def meant(self) -> dict[str, Any]:
+        """Returns the fields that decide what the run computes, but for the seed."""
+        return {path: v for path, v in self.config.items() if path != 'seed' and not path.startswith(_NOT_MEANT)}
+
+    def config_hash(self) -> str:
+        """Returns a short hash of these fields: the same for all seeds."""
+        return hashlib.sha256(json.dumps(self.meant(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Returns the finished runs in work directories and directories of sweeps, and the names of the unfinished ones.
+
+    Raises:
+      UserError: a directory holds neither, or one is given twice.
+    """
+    runs, unfinished, seen = [], [], set()
+    for directory in directories:
+        workdirs = [directory] if (directory / files.CONFIG).is_file() else []
+        if (directory / SWEEP).is_file():
+            workdirs = [directory / name for name in files.read_json(directory / SWEEP)['points']]
+        elif not workdirs and directory.is_dir():
+            workdirs = sorted(path.parent for path in directory.glob(f'*/{files.CONFIG}'))
+        if not workdirs:
+            raise UserError(f'{directory} holds neither a run nor a sweep')
+        for workdir in workdirs:
+            if workdir.resolve() in seen:
+                raise UserError(f'{workdir} is given twice')
+            seen.add(workdir.resolve())
+            if (workdir / files.FINAL).is_file():
+                runs.append(read(workdir))
+            else:
+                unfinished.append(workdir.name)
+    return runs, unfinished
+
+
+def read(workdir: Path) -> Run:
+    """Returns the record of a finished run."""
+    config = files.read_config(workdir)
+    final = files.read_json(workdir / files.FINAL)
+    rows = pd.DataFrame(files.read_metrics(workdir / files.METRICS))
+    point, attempts = _of_sweep(workdir)
+    overrides = point.get('overrides', {})
+    fields = [path for path in overrides if path != 'seed']
+    data = dict(final.get('data') or _data_of_checkpoint(workdir))
+    train = rows[rows['split'] == 'train']
+    facts = {
+        'command': _command(attempts[-1]['command']) if attempts else None,
+        'commits': sorted({attempt['commit'] for attempt in attempts if attempt['commit']}),
+        'device': final['device'],
+        'versions': final['versions'],
+        'tokenizer': data.pop('tokenizer', None),
+        'data': {without_place(source): identity for source, identity in data.items()},
+        'tokens': final['step'] * tokens_per_step(config),
+        'parameters': final['parameters'],
+        'flops_per_token': final['flops_per_token'],
+        'tokens_per_second': _median(train.get('tokens_per_second')),
+    }
+    return Run(
+        name=workdir.resolve().name,
+        label=point.get('label', workdir.resolve().name),
+        swept=None if not point or any(path.startswith(':') for path in fields) else fields,
+        config={path: without_place(value) for path, value in flatten(files.config_to_dict(config)).items()},
+        metrics=final['eval'],
+        curves=_curves(rows, tokens_per_step(config)),
+        facts=facts,
+    )
+
+
+def dump(runs: Sequence[Run], header: dict[str, Any]) -> str:
+    """Returns JSON lines: the header with the fields that all configs share, then a line a run."""
+    first = runs[0].config
+    common = {path: value for path, value in first.items() if all(run.config.get(path) == value for run in runs)}
+    lines = [{**header, 'config': common}]
+    for run in runs:
+        own = {path: value for path, value in run.config.items() if path not in common}
+        lines.append(run._replace(config=own)._asdict())
+    return ''.join(json.dumps(line) + '\n' for line in lines)
+
+
+def load(path: Path) -> tuple[list[Run], dict[str, Any]]:
+    """Returns the runs and the header of kept JSON lines.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        common = header.pop('config')
+        return [Run(**{**line, 'config': {**common, **line['config']}}) for line in lines], header
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} cannot be read as the kept runs of a table: {error}') from error
+
+
+def without_place(value: Any) -> Any:
+    """Returns a text with file names in place of absolute paths, and anything else as it is.
+
+    Where the files of a run lay on its machine decides nothing; the data's identity is kept beside it.
+    """
+    return re.sub(r'(^|[:=,\s])/(?:[^/\s,:=]+/)+', r'\1', value) if isinstance(value, str) else value
+
+
+def _command(command: str) -> str:
+    return ' '.join(without_place(part) for part in command.split() if not part.startswith('--workdir='))
+
+
+def _of_sweep(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns what the sweep's directory says of the point: its entry in sweep.json, and how often it was started."""
+    sweep = workdir.resolve().parent
+    if not (sweep / SWEEP).is_file():
+        return {}, []
+    name = workdir.resolve().name
+    point = files.read_json(sweep / SWEEP)['points'].get(name, {})
+    lines = files.read_metrics(sweep / ATTEMPTS)
+    return point, [line for line in lines if line['point'] == name and line['event'] == 'start']
+
+
+def _data_of_checkpoint(workdir: Path) -> dict[str, str]:
+    """Returns the data's identity where final.json does not have it yet: it lies in the checkpoints, too."""
+    for path in sorted(workdir.glob('checkpoints/*/meta/metadata')):
+        return json.loads(path.read_text()).get('data', {})
+    return {}
+
+
+def _curves(rows: pd.DataFrame, step_tokens: int) -> dict[str, list[list[float]]]:
+    """Returns rows (tokens, seconds of training, loss) by split; training is the mean loss over equal spans."""
+    train = rows[rows['split'] == 'train']
+    # The first line has no speed, for its step compiles: the next one's stands in.
+    speed = train['step_seconds'].astype(float).bfill().fillna(0.0)
+    seconds = (np.diff(train['step'], prepend=0) * speed).cumsum()
+    curves = {}
+    for split, own in rows.groupby('split'):
+        own = own[own['loss'].notna()]
+        if split == 'train':
+            # The last line of a span says where it ends.
+            span = np.arange(len(own)) * CURVE_POINTS // max(len(own), CURVE_POINTS)
+            own = own.assign(loss=own.groupby(span)['loss'].transform('mean')).groupby(span).last()
+        at = np.interp(own['step'], train['step'], seconds)
+        curves[split.removeprefix('eval/')] = [
+            [int(step) * step_tokens, round(float(second), 3), round(float(loss), 6)]
+            for step, second, loss in zip(own['step'], at, own['loss'], strict=True)
+        ]
+    return curves
+
+
+def _median(values: pd.Series | None) -> float | None:
+    if values is None or values.dropna().empty:
+        return None
+    return round(float(values.median()), 1)
+
+
+def differing(runs: Iterable[Run]) -> list[str]:
+    """Returns the fields, of those that decide what is computed, in which runs differ; the seed is none of them."""
+    configs = [run.meant() for run in runs]
+    paths = sorted(set().union(*configs))
+    return [path for path in paths if any(config.get(path) != configs[0].get(path) for config in configs)]

@@ -1,0 +1,68 @@
+"""Makes one table of finished runs: Markdown, CSV, kept JSON lines and figures.
+
+    python scripts/report.py runs/chunks                                       rows: what the sweep set, over its seeds
+    python scripts/report.py runs/a runs/b --by=model.name --against=transformer_plus_plus --output=docs/results/models
+    python scripts/report.py --check                                           every table in docs/results
+
+Arguments are work directories of runs or directories of sweeps. Without --output the files are DIR/report.*. --check
+makes the tables again from the kept JSON lines beside them, and ends with 1 if one is another.
+"""
+
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+from gau.errors import UserError
+
+_BY = flags.DEFINE_list('by', [], 'Fields of the config whose values make the rows; default: what the sweep set.')
+_AGAINST = flags.DEFINE_string('against', None, 'Row to compare with: a value of the first field, or FIELD=VALUE,...')
+_BEST = flags.DEFINE_string('best', None, 'Field of which each row takes the best value, such as the learning rate.')
+_SPLIT = flags.DEFINE_string('split', 'valid', 'Evaluated split that the table is about.')
+_METRIC = flags.DEFINE_string('metric', 'loss', 'What of it, as in final.json.')
+_ALLOW = flags.DEFINE_list('allow', [], 'What may differ between the runs: data, tokens.')
+_TITLE = flags.DEFINE_string('title', None, 'Title of the page and the figures; default: the name of the output.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Path without ending; .md, .jsonl, .csv and _*.png are written.')
+_CHECK = flags.DEFINE_boolean('check', False, 'Compare tables with what their kept JSON lines give; write nothing.')
+
+RESULTS = Path(__file__).resolve().parents[1] / 'docs' / 'results'
+
+
+def main(arguments: list[str]) -> int:
+    """Reports, or checks."""
+    if _CHECK.value:
+        return _check([Path(argument) for argument in arguments])
+    if not arguments:
+        raise UserError('no directory is given: python scripts/report.py DIR...')
+    from gau.experiments import publish, runs
+    from gau.experiments.report import Options, make
+
+    directories = [Path(argument) for argument in arguments]
+    found, unfinished = runs.find(directories)
+    stem = Path(_OUTPUT.value) if _OUTPUT.value else directories[0] / 'report'
+    title = _TITLE.value or (stem.name if _OUTPUT.value else directories[0].resolve().name)
+    options = Options(
+        tuple(_BY.value), _AGAINST.value, _BEST.value, _SPLIT.value, _METRIC.value, tuple(_ALLOW.value), title
+    )
+    report = make(found, options)
+    if unfinished:
+        print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
+    print(publish.write(report, found, stem))
+    return 0
+
+
+def _check(paths: list[Path]) -> int:
+    from gau.experiments import publish
+
+    code = 0
+    for path in paths or sorted(RESULTS.glob('*.jsonl')):
+        verdict = publish.check(path)
+        print(f'{path}: {verdict}')
+        code = code or int(verdict != publish.SAME)
+    return code
+
+
+if __name__ == '__main__':
+    cli.run(main, arguments=True)

@@ -1,0 +1,217 @@
+"""Reports of made-up runs, whose numbers are known; of real ones: test_acceptance.py."""
+
+import csv
+import json
+
+import pytest
+
+from gau.errors import UserError
+from gau.experiments import publish, report, runs
+from gau.experiments.report import Options
+from gau.experiments.runs import Run
+from gau.training.config import default_config, flatten
+from gau.training.workdir import config_to_dict
+
+CONFIG = flatten(config_to_dict(default_config()))
+
+
+def made_up(loss, *, seed=0, name=None, tokens=1000, data='embedded', speed=100.0, eval_tokens=500, **fields):
+    config = {**CONFIG, 'seed': seed, **{path.replace('__', '.'): value for path, value in fields.items()}}
+    label = name or '-'.join(map(str, fields.values())) or 'base'
+    return Run(
+        name=f'{label}-seed_{seed}',
+        label=label,
+        swept=[path.replace('__', '.') for path in fields],
+        config=config,
+        metrics={'valid': {'loss': loss, 'perplexity': 2 * loss, 'tokens': eval_tokens}},
+        curves={
+            'valid': [[step * 100, step * 0.5, loss + (10 - step) / 10] for step in (2, 4, 6, 8, 10)],
+            'train': [[1000, 5.0, loss]],
+        },
+        facts={
+            'command': f'python train.py --config.seed={seed}',
+            'commits': ['abc'],
+            'device': '1 x cpu',
+            'versions': {},
+            'tokenizer': 'bytes',
+            'data': {data: 'f00d'},
+            'tokens': tokens,
+            'parameters': 1_500_000,
+            'flops_per_token': 10.0,
+            'tokens_per_second': speed,
+        },
+    )
+
+
+def models(**changes):
+    losses = {'flash': (3.0, 3.1, 3.05), 'transformer_plus_plus': (3.2, 3.28, 3.26)}
+    return [
+        made_up(loss, seed=seed, model__name=model, **changes)
+        for model, own in losses.items()
+        for seed, loss in enumerate(own)
+    ]
+
+
+def test_rows_are_settings_over_their_seeds():
+    made = report.make(models(), Options(against='transformer_plus_plus'))
+    assert made.options.by == ('model.name',)
+    assert [row.values for row in made.rows] == [{'model.name': 'flash'}, {'model.name': 'transformer_plus_plus'}]
+    flash, baseline = made.rows
+    assert flash.mean.value == pytest.approx(3.05)
+    assert flash.against.difference.value == pytest.approx((-0.2 - 0.18 - 0.21) / 3)
+    assert flash.against.p < 0.01
+    assert baseline.against is None
+    assert made.sigma.degrees == 4
+
+
+def test_when_a_row_came_to_the_baselines_loss():
+    made = report.make(models(), Options(against='transformer_plus_plus'))
+    # 0.1967 nats lower at the end, and 0.1 nats a 100 tokens or half a second.
+    tokens, seconds = made.rows[0].reached
+    assert tokens == pytest.approx(1000 - 100 * 0.59 / 3 / 0.1, abs=0.01)
+    assert seconds == pytest.approx(5 - 0.5 * 0.59 / 3 / 0.1, abs=1e-4)
+    assert made.rows[1].reached == (1000, 5)
+    worse = report.make(models(), Options(against='flash'))
+    assert worse.rows[1].reached is None
+
+
+def test_two_fields_are_compared_row_by_row():
+    found = [
+        made_up(loss + seed / 10, seed=seed, model__name=model, data__context=context, tokens=1000)
+        for (model, context), loss in {
+            ('flash', 512): 3.0,
+            ('flash', 1024): 2.9,
+            ('performer', 512): 3.5,
+            ('performer', 1024): 3.6,
+        }.items()
+        for seed in (0, 1)
+    ]
+    made = report.make(found, Options(against='model.name=performer'))
+    differences = {tuple(row.values.values()): row.against and row.against.difference.value for row in made.rows}
+    assert differences[('flash', 512)] == pytest.approx(-0.5)
+    assert differences[('flash', 1024)] == pytest.approx(-0.7)
+    assert differences[('performer', 1024)] is None
+    assert len(made.baselines) == 2
+
+
+def test_each_row_takes_its_best_learning_rate():
+    found = [
+        made_up(loss + seed, seed=seed, model__name=model, optimizer__learning_rate=rate)
+        for (model, rate), loss in {
+            ('flash', 1e-3): 3.2,
+            ('flash', 3e-3): 3.0,
+            ('performer', 1e-3): 3.4,
+            ('performer', 3e-3): 3.9,
+        }.items()
+        for seed in (0, 1)
+    ]
+    made = report.make(found, Options(best='optimizer.learning_rate'))
+    assert [tuple(row.values.values()) for row in made.rows] == [('flash', 3e-3), ('performer', 1e-3)]
+
+
+REFUSED = {
+    'no run': ([], Options(), 'no finished run to report'),
+    'other data': (models() + models(data='other')[:1], Options(), '--allow=data'),
+    'other tokens': (models() + models(tokens=2000)[:1], Options(), '--allow=tokens'),
+    'other held-out text': (models() + models(eval_tokens=900)[:1], Options(), '500 and 900 tokens of valid'),
+    'unknown allowance': (models(), Options(allow=('tokns',)), 'did you mean "tokens"'),
+    'unknown field': (models(), Options(by=('model.nam',)), 'did you mean "model.name"'),
+    'unknown row': (models(), Options(against='flsh'), 'did you mean "flash"'),
+    'against another field': (models(), Options(against='seed=3'), 'seed is not in --by'),
+    'unknown split': (models(), Options(split='vald'), 'did you mean "valid"'),
+    'unknown metric': (models(), Options(metric='accuracy'), '--metric=accuracy'),
+    'mixed row': (models(), Options(by=('data.context',)), 'would mix runs that differ in model.name'),
+    'a seed twice': (models() + models()[:1], Options(), 'two runs of one setting and seed'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused(name):
+    found, options, hint = REFUSED[name]
+    with pytest.raises(UserError, match=hint):
+        report.make(found, options)
+
+
+def test_allowed_when_told():
+    mixed = [made_up(3.0 + seed, seed=seed, model__name='performer', tokens=9) for seed in (0, 1)]
+    made = report.make(models() + mixed, Options(by=('model.name',), allow=('tokens',)))
+    assert len(made.rows) == 3
+
+
+def test_one_seed_has_no_interval_and_no_p(tmp_path):
+    found = [run for run in models() if run.seed == 0]
+    made = report.make(found, Options(against='flash'))
+    text = publish.write(made, found, tmp_path / 'one')
+    assert '3.0000 (n=1)' in text
+    assert 'nothing here says how far chance goes' in text
+    assert made.rows[1].against.p is None
+
+
+@pytest.fixture
+def published(tmp_path):
+    found = [
+        made_up(3 + size / 1000 + seed / 100, seed=seed, speed=1000.0 - size, model__chunk_size=size)
+        for size in (64, 128, 256)
+        for seed in (0, 1, 2)
+    ]
+    made = report.make(found, Options(against='64', title='Chunks'))
+    publish.write(made, found, tmp_path / 'chunks')
+    return tmp_path
+
+
+def test_files_of_a_report(published):
+    names = {path.name for path in published.iterdir()}
+    figures = {f'chunks_{name}.png' for name in ('tokens', 'time', 'values', 'speed')}
+    assert names == figures | {'chunks.md', 'chunks.csv', 'chunks.jsonl'}
+    rows = list(csv.DictReader((published / 'chunks.csv').open()))
+    assert len(rows) == 9
+    for column in ('command', 'commits', 'config_hash', 'data', 'tokenizer', 'device', 'tokens'):
+        assert all(row[column] for row in rows)
+    page = (published / 'chunks.md').read_text()
+    assert page.startswith('# Chunks\n')
+    assert '| 128 ' in page
+    assert 'baseline' in page
+    assert 'Standard deviation between seeds: 0.0100' in page
+
+
+def test_check_finds_what_was_changed(published):
+    kept, page = published / 'chunks.jsonl', published / 'chunks.md'
+    assert publish.check(kept) == publish.SAME
+    # What people write around the marks is theirs, and a report made again leaves it.
+    page.write_text(page.read_text() + '\nWhat it says: smaller is better.\n')
+    assert publish.check(kept) == publish.SAME
+    found, header = runs.load(kept)
+    publish.write(
+        report.make(found, Options(**{**header['report'], 'by': ('model.chunk_size',), 'allow': ()})),
+        found,
+        published / 'chunks',
+    )
+    assert page.read_text().endswith('What it says: smaller is better.\n')
+    page.write_text(page.read_text().replace('0.0100', '0.0101'))
+    assert publish.check(kept) != publish.SAME
+    page.write_text('mine')
+    with pytest.raises(UserError, match='marks are missing'):
+        publish.check(kept)
+    kept.write_text('{')
+    with pytest.raises(UserError, match='cannot be read'):
+        publish.check(kept)
+
+
+def test_kept_lines_give_the_runs_back(tmp_path):
+    found = models()
+    (tmp_path / 'kept.jsonl').write_text(runs.dump(found, {'report': {}}))
+    again, header = runs.load(tmp_path / 'kept.jsonl')
+    assert again == [Run(*json.loads(json.dumps(run))) for run in found]
+    assert header == {'report': {}}
+
+
+def test_places_on_a_machine_are_not_kept():
+    assert runs.without_place('tokens:/home/me/data/wiki_en') == 'tokens:wiki_en'
+    assert runs.without_place('--config.data.source=jsonl:/a/b/*.jsonl') == '--config.data.source=jsonl:*.jsonl'
+    assert runs.without_place('tfds:wiki40b/en') == 'tfds:wiki40b/en'
+    assert runs.without_place('--config=configs/lm.py:data=embedded') == '--config=configs/lm.py:data=embedded'
+
+
+def test_a_directory_without_runs_is_refused(tmp_path):
+    with pytest.raises(UserError, match='neither a run nor a sweep'):
+        runs.find([tmp_path])
