@@ -1,6 +1,9 @@
-"""The one error a user can mend, and the hint that helps to mend it."""
+"""The one error a user can mend, the hint that helps to mend it, and warnings."""
 
 import difflib
+import functools
+import multiprocessing
+import sys
 from collections.abc import Iterable
 
 
@@ -13,3 +16,10 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     options = sorted(str(option) for option in options)
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     return f'; did you mean "{near[0]}"?' if near else f'; choose from {", ".join(options)}'
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Prints one line on stderr, once; the processes that a script has started leave that to the script."""
+    if multiprocessing.parent_process() is None:
+        print(f'warning: {message}', file=sys.stderr)

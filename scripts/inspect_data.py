@@ -16,6 +16,9 @@ _DOCUMENTS = flags.DEFINE_integer('documents', 2000, 'Documents to survey at mos
 _EXAMPLES = flags.DEFINE_integer('examples', 2, 'Rows of the first batch to show', lower_bound=0)
 _CHARACTERS = flags.DEFINE_integer('characters', 1500, 'Of each example, at most', lower_bound=1)
 _PLOT = flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to write (empty: none)')
+_OVERLAP = flags.DEFINE_boolean(
+    'overlap', True, 'Look for the held-out documents among the training documents, all of which are read for that'
+)
 _ROWS = 512
 
 
@@ -42,6 +45,8 @@ def main() -> None:
         print(
             f'the tokenizer changes {found.changed:,} of {kept:,} texts: bits per byte are then not of the whole text'
         )
+    if _OVERLAP.value:
+        _print_overlaps(data)
     print('\ntokens a document')
     print('\n'.join(report.histogram(found.lengths)))
     if _PLOT.value:
@@ -58,6 +63,18 @@ def main() -> None:
     for row in range(min(_EXAMPLES.value, len(batches[0]['inputs']))):
         text = report.render(batches[0], row, tokenizer, objective)
         print(f'\nexample {row + 1}\n{text[: _CHARACTERS.value]}{" ..." if len(text) > _CHARACTERS.value else ""}')
+
+
+def _print_overlaps(data) -> None:
+    for split in sources.splits(data):
+        if split == 'train':
+            continue
+        found = report.overlap(data, split)
+        shown = ', '.join(found.places[:5]) + (f' and {len(found.places) - 5:,} more' if len(found.places) > 5 else '')
+        print(
+            f'held out: {len(found.places):,} of {found.documents:,} documents of {split} stand in train too'
+            + (f': {shown}' if shown else '')
+        )
 
 
 def _batches(config, tokenizer) -> list:

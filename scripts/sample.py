@@ -11,12 +11,12 @@ text. Tokens a second go to stderr at the end (of all blocks of 32 but the first
 import json
 import sys
 import time
-from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
 
 from gau import cli
+from gau.data import plain
 from gau.errors import UserError
 
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
@@ -56,11 +56,7 @@ def _prompt() -> str:
         raise UserError(f'give one of --{given[0]} and --{given[1]}')
     if not flags.FLAGS.prompt_file:
         return flags.FLAGS.prompt or ''
-    path = Path(flags.FLAGS.prompt_file)
-    try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--prompt_file={path}: {error}') from error
+    return plain.read_text(flags.FLAGS.prompt_file)
 
 
 def _line() -> str:

@@ -8,7 +8,7 @@ import os
 
 from ml_collections import ConfigDict, config_dict
 
-from gau.data import manifest
+from gau.data import globs, manifest
 from gau.errors import UserError, did_you_mean
 
 SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture')
@@ -63,7 +63,8 @@ def default_config() -> ConfigDict:
       padded; longer ones in pieces) or `document` (one document, or piece of it, a row). None: `concat` for the
       objective lm, `first_fit` for mlm.
     attend_across_documents: whether attention and positions ignore the borders of documents in a row.
-    text_field: of a JSON line or a tfds example (None: `text`, for tfds:pg19 `book_text`).
+    text_field: of a JSON line or a tfds example, `meta.text` for one within another (None: `text`, for tfds:pg19
+      `book_text`).
     text_unit: what is a document in a text file: the `file` (None), a `line`, or a blank-line separated `paragraph`.
     bad_lines: on a document that is not UTF-8, not JSON, or without the field: `error` (None), or `skip` with a count.
     special_in_text: on text that the tokenizer's model takes for a special token, such as `<mask>`: `escape` (None)
@@ -171,10 +172,10 @@ def _absolute(spec: str) -> str:
         return spec
     if kind not in ('text', 'jsonl'):
         return f'{kind}:{_join(os.getcwd(), rest)}'
-    # A comma cannot be escaped in a list of globs; below such a directory they stay relative.
+    # A comma cannot be escaped in a list of globs; below a directory with one in its name they stay relative.
     if ',' in os.getcwd():
         return spec
-    return f'{kind}:{",".join(_join(glob.escape(os.getcwd()), pattern) for pattern in rest.split(","))}'
+    return f'{kind}:{",".join(_join(glob.escape(os.getcwd()), pattern) for pattern in globs.split(rest))}'
 
 
 def _join(directory: str, path: str) -> str:

@@ -5,8 +5,8 @@ out (blank, or bad under `bad_lines="skip"`). Random access is what makes the gl
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,6 +81,20 @@ class Held:
         if self._split == 'valid':
             return self._documents[index * self._every + self._every - 1]
         return self._documents[index + index // (self._every - 1)]
+
+
+def nested(record: Mapping[str, Any], field: str) -> Any:
+    """Returns the value of a field, or of one below it: `meta.text` is `text` in `meta`, unless a field is called so.
+
+    Raises:
+      KeyError: there is none.
+    """
+    if field in record:
+        return record[field]
+    first, _, rest = field.partition('.')
+    if not rest or first not in record or not hasattr(record[first], 'keys'):
+        raise KeyError(field)
+    return nested(record[first], rest)
 
 
 def hold_out(documents: Documents, *, every: int, split: str) -> Documents:

@@ -1,11 +1,16 @@
 """What a model will be fed, in numbers and in words a person can read."""
 
 import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from gau.data import examples, sources
+from gau.data.documents import Document, Documents
 from gau.data.tokenizers import Tokenizer
 
 
@@ -55,6 +60,60 @@ def survey(config: ConfigDict, split: str, tokenizer: Tokenizer, *, at_most: int
     total = sum(len(documents) for documents in opened)
     left_out = surveyed - len(lengths)
     return Survey(total, surveyed, left_out, np.array(lengths, np.int64), n_bytes, n_words, changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """Held-out documents that stand in training too, word for word.
+
+    Attributes:
+      documents: held-out documents that were compared.
+      places: where those stand that training has too.
+    """
+
+    documents: int
+    places: list[str]
+
+
+def overlap(config: ConfigDict, split: str) -> Overlap:
+    """Compares the documents of a held-out split with all training documents; text is compared with text only.
+
+    Raises:
+      UserError: as `sources.open_split`.
+    """
+    held: dict[bytes, list[str]] = {}
+    compared = 0
+    for documents in sources.open_split(config, split):
+        for index, document in _present(documents):
+            place = document.place() if document.place else f'document {index + 1}'
+            held.setdefault(_digest(document), []).append(place)
+            compared += 1
+    opened = sources.open_split(config, 'train')
+    found = {}
+    # Silent unless it takes a while.
+    with tqdm(total=sum(map(len, opened)), desc=f'looking for {split}', unit=' documents', delay=2, leave=False) as bar:
+        for documents in opened:
+            for _, document in _present(documents, bar.update):
+                digest = _digest(document)
+                if digest in held:
+                    found[digest] = held[digest]
+    return Overlap(compared, [place for places in found.values() for place in places])
+
+
+def _present(documents: Documents, passed: Callable[[int], Any] = lambda _: None) -> Iterator[tuple[int, Document]]:
+    for index in range(len(documents)):
+        document = documents[index]
+        passed(1)
+        if document is not None:
+            yield index, document
+
+
+def _digest(document: Document) -> bytes:
+    if document.tokens is not None:
+        contents = b't' + np.ascontiguousarray(document.tokens, np.int32).tobytes()
+    else:
+        contents = document.text.strip().encode('utf-8', errors='replace')
+    return hashlib.blake2b(contents, digest_size=16).digest()
 
 
 def histogram(lengths: np.ndarray, *, width: int = 40) -> list[str]:

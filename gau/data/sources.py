@@ -3,16 +3,17 @@
 import functools
 import hashlib
 import json
+import os
 
 from ml_collections import ConfigDict
 
 from gau.data import config as data_config
 from gau.data import documents as docs
-from gau.data import embedded, manifest, textfiles, tfds_source, tokenizers
+from gau.data import embedded, globs, manifest, textfiles, tfds_source, tokenizers
 from gau.data.documents import Documents
 from gau.data.shards import Shards
 from gau.data.textfiles import TextFiles
-from gau.errors import UserError, did_you_mean
+from gau.errors import UserError, did_you_mean, warn
 
 
 def splits(config: ConfigDict) -> list[str]:
@@ -30,7 +31,7 @@ def open_split(config: ConfigDict, split: str) -> list[Documents]:
     The `valid_source` or `test_source` of several text sources is opened once, so the list may then be shorter.
 
     Raises:
-      UserError: no such split; missing, empty or broken files.
+      UserError: no such split; missing, empty or broken files; a held-out split without any text.
     """
     if split not in splits(config):
         raise UserError(f'data.source="{config.source}" has no split "{split}"{did_you_mean(split, splits(config))}')
@@ -42,14 +43,45 @@ def open_split(config: ConfigDict, split: str) -> list[Documents]:
         if key not in opened:
             documents = _open_text(config, own) if own else _open(config, source, split)
             opened[key] = docs.Unescaped(documents) if config.special_in_text == 'error' else documents
+    if split == 'train':
+        _warn_of_shared_files(config)
+    elif not any(document is not None for documents in opened.values() for document in documents):
+        raise UserError(
+            f'the split "{split}" has no text to evaluate, for {_separate_of(config, split) or config.source} gives it '
+            f'{sum(map(len, opened.values()))} documents, all of them blank or left out'
+        )
     return list(opened.values())
+
+
+def _warn_of_shared_files(config: ConfigDict) -> None:
+    """Says which files of their own the held-out splits have in common with the training documents."""
+    trained: dict[str, str] | None = None
+    for split in ('valid', 'test'):
+        own = _separate_of(config, split)
+        if own is None:
+            continue
+        if trained is None:
+            texts = [source for source in data_config.sources(config) if _is_text(source)]
+            trained = {os.path.realpath(name): name for source in texts for name in globs.expand(_argument(source))}
+        shared = [name for name in globs.expand(_argument(own)) if os.path.realpath(name) in trained]
+        if shared:
+            warn(
+                f'data.{split}_source: {len(shared)} of its files are in data.source too ({shared[0]}), '
+                'so its loss is that of text trained on'
+            )
 
 
 def _separate(config: ConfigDict, source: str, split: str) -> str | None:
     """Returns the source of its own that a text source has for `split`, if any."""
-    if data_config.source_kind(source) not in ('text', 'jsonl'):
-        return None
+    return _separate_of(config, split) if _is_text(source) else None
+
+
+def _separate_of(config: ConfigDict, split: str) -> str | None:
     return {'valid': config.valid_source, 'test': config.test_source}.get(split)
+
+
+def _is_text(source: str) -> bool:
+    return data_config.source_kind(source) in ('text', 'jsonl')
 
 
 def _splits_of(config: ConfigDict, source: str) -> list[str]:
@@ -80,7 +112,7 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
 
 def text_files(config: ConfigDict) -> list[list[str | int]]:
     """Returns name, size and time of every text file behind the config: equal means the same documents."""
-    texts = [source for source in _named(config) if data_config.source_kind(source) in ('text', 'jsonl')]
+    texts = [source for source in _named(config) if _is_text(source)]
     return [entry for source in texts for entry in textfiles.identity(_argument(source))]
 
 
@@ -117,13 +149,13 @@ def _argument(source: str) -> str:
 
 
 def _open_text(config: ConfigDict, source: str) -> TextFiles:
-    kind, globs = data_config.source_kind(source), _argument(source)
+    kind = data_config.source_kind(source)
     unit = 'json' if kind == 'jsonl' else config.text_unit or 'file'
     field = (config.text_field or 'text') if kind == 'jsonl' else None
-    return _text_files(globs, unit, field, config.bad_lines, config.cache_dir)
+    return _text_files(_argument(source), unit, field, config.bad_lines, config.cache_dir)
 
 
 @functools.lru_cache(maxsize=16)
-def _text_files(globs: str, unit: str, field: str | None, bad: str, cache_dir: str | None) -> TextFiles:
+def _text_files(files: str, unit: str, field: str | None, bad: str, cache_dir: str | None) -> TextFiles:
     """Training and its held-out documents come from one scan."""
-    return TextFiles(globs, unit=unit, field=field, bad=bad, cache_dir=cache_dir)
+    return TextFiles(files, unit=unit, field=field, bad=bad, cache_dir=cache_dir)

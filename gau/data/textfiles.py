@@ -6,26 +6,19 @@ be entered in the middle, so they are decompressed once into the cache directory
 file's size or date; the global shuffle and the exact resume then work as for plain files.
 """
 
-import bz2
 import codecs
-import glob
-import gzip
-import hashlib
 import json
-import lzma
 import os
 import pathlib
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from typing import IO
+from collections.abc import Iterator
 
 import numpy as np
-from absl import logging
 
-from gau.data.documents import Document
-from gau.errors import UserError
+from gau.data import globs as file_globs
+from gau.data import plain
+from gau.data.documents import Document, nested
+from gau.errors import UserError, warn
 
 _BLOCK = 1 << 24
 # Larger files keep their index in the cache directory.
@@ -33,6 +26,8 @@ _LARGE = 1 << 26
 # A document is tokenized whole, so one this long costs more than a gigabyte for a moment.
 _LONGEST_DOCUMENT = 1 << 26
 _BOM = codecs.BOM_UTF8
+_LEAVE_OUT = 'data.bad_lines="skip" leaves such documents out'
+_NUL = 'a NUL byte, which text has none of'
 
 
 class TextFiles:
@@ -52,14 +47,14 @@ class TextFiles:
     def __init__(self, globs: str, *, unit: str, field: str | None, bad: str, cache_dir: str | None) -> None:
         self._unit, self._field, self._bad = unit, field, bad
         self._cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self._names = _expand(globs)
-        self._paths = [_plain(name, self._cache) for name in self._names]
+        self._names = file_globs.expand(globs)
+        self._paths = [plain.plain(name, self._cache) for name in self._names]
         self._spans = [self._index(name, path) for name, path in zip(self._names, self._paths, strict=True)]
         self._ends = np.cumsum([len(spans) for spans in self._spans])
         self.skipped: set[int] = set()
         self._lock = threading.Lock()
         if not len(self):
-            raise UserError(f'{globs}: no document in {len(self._names)} files')
+            raise UserError(f'{globs}: no document in {len(self._names)} files, all of them are empty')
         # A misnamed field shows in the first documents: say so now, not in the middle of an epoch.
         for first in [0, *self._ends[:-1]][:100]:
             if first < len(self):
@@ -83,7 +78,7 @@ class TextFiles:
             text = self._parse(raw)
         except ValueError as error:
             if self._bad == 'error':
-                raise UserError(f'{place()}: {error}') from error
+                raise UserError(f'{place()}: {error}; {_LEAVE_OUT}') from error
             self._count(index, f'{place()}: {error}')
             return None
         # A blank document would only teach to stop at once.
@@ -101,6 +96,8 @@ class TextFiles:
             text = raw.decode('utf-8')
         except UnicodeDecodeError as error:
             raise ValueError(f'not UTF-8: {error.reason} (byte 0x{raw[error.start]:02x})') from error
+        if b'\0' in raw:
+            raise ValueError(_NUL)
         if self._unit == 'line':
             return text.removesuffix('\r')
         if self._unit != 'json' or not text.strip():
@@ -108,14 +105,18 @@ class TextFiles:
         try:
             record = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f'not JSON: {error}') from error
+            raise ValueError(f'not JSON, of which one object a line is expected: {error}') from error
         if not isinstance(record, dict):
-            raise ValueError(f'a JSON object is expected, not {type(record).__name__}')
-        if self._field not in record:
-            raise ValueError(f'no field "{self._field}" (data.text_field) among {", ".join(sorted(record)) or "none"}')
-        if not isinstance(record[self._field], str):
-            raise ValueError(f'the field "{self._field}" is {type(record[self._field]).__name__}, not text')
-        return record[self._field]
+            raise ValueError(f'one JSON object a line is expected, not {type(record).__name__}')
+        try:
+            value = nested(record, self._field)
+        except KeyError as error:
+            raise ValueError(
+                f'no field "{self._field}" (data.text_field) among {", ".join(sorted(record)) or "none"}'
+            ) from error
+        if not isinstance(value, str):
+            raise ValueError(f'the field "{self._field}" is {type(value).__name__}, not text')
+        return value
 
     def _count(self, index: int, message: str) -> None:
         with self._lock:
@@ -124,33 +125,29 @@ class TextFiles:
             count = len(self.skipped)
         # At 1, 2, 4, 8, ...: every one would drown the log of a bad file.
         if new and count & (count - 1) == 0:
-            logging.warning('%s: skipped, %d so far', message, count)
+            warn(f'{message}: skipped, {count} so far')
 
     def _index(self, name: str, path: pathlib.Path) -> np.ndarray:
         """Returns where the documents of a file begin and end, int64 [documents, 2]."""
         try:
             size = path.stat().st_size
             if size == 0:
-                return self._empty(name)
+                warn(f'{name}: the file is empty')
+                return np.zeros((0, 2), np.int64)
+            plain.check_text(name, path)
             if size < _LARGE:
                 return self._scan(name, path)
-            kept = self._cache / f'{_key(path)}-{self._unit}-{self._bad}.npy'
+            kept = self._cache / f'{plain.key(path)}-{self._unit}-{self._bad}.npy'
             if not kept.exists():
                 spans = self._scan(name, path)
-                _write_atomically(kept, lambda file: np.save(file, spans))
+                plain.write_atomically(kept, lambda file: np.save(file, spans))
             return np.load(kept, mmap_mode='r')
         except OSError as error:
             raise UserError(f'{error.filename or name}: {error.strerror or error}') from error
 
-    def _empty(self, name: str) -> np.ndarray:
-        if self._bad == 'error':
-            raise UserError(f'{name}: the file is empty')
-        logging.warning('%s: skipped, the file is empty', name)
-        return np.zeros((0, 2), np.int64)
-
     def _scan(self, name: str, path: pathlib.Path) -> np.ndarray:
         if self._bad == 'error':
-            _check_utf8(name, path)
+            _check_bytes(name, path)
         with open(path, 'rb') as file:
             start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
         if self._unit == 'file':
@@ -168,7 +165,9 @@ class TextFiles:
 
 def identity(globs: str) -> list[list[str | int]]:
     """Returns name, size and modification time (ns) of every file that matches: equal means the same documents."""
-    return [[name, status.st_size, status.st_mtime_ns] for name in _expand(globs) for status in [os.stat(name)]]
+    return [
+        [name, status.st_size, status.st_mtime_ns] for name in file_globs.expand(globs) for status in [os.stat(name)]
+    ]
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -176,20 +175,8 @@ def default_cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'gau'
 
 
-def _expand(globs: str) -> list[str]:
-    names = []
-    for pattern in globs.split(','):
-        found = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
-        if not found:
-            hint = (
-                f', which is a directory: say which files, as in "{pattern}/**/*.txt"' if os.path.isdir(pattern) else ''
-            )
-            raise UserError(f'data: no file matches "{pattern}"{hint}')
-        names += found
-    return names
-
-
-def _check_utf8(name: str, path: pathlib.Path) -> None:
+def _check_bytes(name: str, path: pathlib.Path) -> None:
+    """Raises UserError with the line of the first byte that is no text in UTF-8."""
     decoder = codecs.getincrementaldecoder('utf-8')()
     before = 0
     with open(path, 'rb') as file:
@@ -202,8 +189,10 @@ def _check_utf8(name: str, path: pathlib.Path) -> None:
                 offset = before + len(block) - len(error.object) + error.start
                 where = f'{name}:{_line_number(path, offset)}'
                 raise UserError(
-                    f'{where}: not UTF-8: {error.reason} (byte 0x{error.object[error.start]:02x})'
+                    f'{where}: not UTF-8: {error.reason} (byte 0x{error.object[error.start]:02x}); {_LEAVE_OUT}'
                 ) from error
+            if (offset := block.find(0)) >= 0:
+                raise UserError(f'{name}:{_line_number(path, before + offset)}: {_NUL}; {_LEAVE_OUT}')
             if not block:
                 return
             before += len(block)
@@ -247,56 +236,3 @@ def _line_number(path: pathlib.Path, offset: int) -> int:
             number += block.count(b'\n')
             offset -= len(block)
     return number
-
-
-def _plain(name: str, cache: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the file's plain contents, decompressed into the cache if need be."""
-    path = pathlib.Path(name)
-    opener = _opener(path)
-    if opener is None:
-        return path
-    plain = cache / f'{_key(path)}-{path.stem}'
-    if not plain.exists():
-        logging.info('decompressing %s once, to %s', name, plain)
-
-        def copy(out: IO[bytes]) -> None:
-            try:
-                with opener(path) as source:
-                    shutil.copyfileobj(source, out, _BLOCK)
-            except Exception as error:  # every compression has its own error types
-                raise UserError(f'{name}: cannot decompress: {error}') from error
-
-        _write_atomically(plain, copy)
-    return plain
-
-
-def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], IO[bytes]] | None:
-    if path.suffix == '.zst':
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(f'{path}: .zst needs the package zstandard: pip install zstandard') from error
-        return lambda name: zstandard.open(name, 'rb')
-    return {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(path.suffix)
-
-
-def _key(path: pathlib.Path) -> str:
-    status = path.stat()
-    identity = f'{path.resolve()}|{status.st_size}|{status.st_mtime_ns}'
-    return hashlib.sha256(identity.encode()).hexdigest()[:20]
-
-
-def _write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Writes beside `path` and renames: a file with the final name is whole."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix='.part-', delete=False)  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f'data.cache_dir: cannot write to {path.parent}: {error.strerror}') from error
-    try:
-        with file:
-            write(file)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise

@@ -6,7 +6,7 @@ runs the data set's own building code and may ask a server.
 
 from typing import Any
 
-from gau.data.documents import Document
+from gau.data.documents import Document, nested
 from gau.errors import UserError, did_you_mean
 
 # Where the text is not in a field called `text`.
@@ -53,10 +53,12 @@ class TfdsText:
         self._name = name
         self._field = field or _FIELDS.get(name.partition('/')[0].partition(':')[0], 'text')
         features = builder.info.features
-        if self._field not in features:
+        try:
+            nested(features, self._field)
+        except KeyError as error:
             raise UserError(
                 f'tfds:{name} has no field "{self._field}" (data.text_field){did_you_mean(self._field, features)}'
-            )
+            ) from error
         try:
             self._examples = builder.as_data_source(split=_split_names(builder)[split])
         except NotImplementedError as error:
@@ -69,7 +71,7 @@ class TfdsText:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Document | None:
-        text = self._examples[index][self._field]
+        text = nested(self._examples[index], self._field)
         if isinstance(text, bytes):
             try:
                 text = text.decode('utf-8')

@@ -81,6 +81,7 @@ class Run:
         for split in self.config.eval.splits:
             if split not in known:
                 raise UserError(f'eval.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}')
+            sources.open_split(data, split)
         for context in self.config.eval.contexts:
             meshes.check_batch(self.mesh, batch_size=rows, context=context, model=self.config.model)
             tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
