@@ -64,6 +64,7 @@ def test_commands_have_the_flags_and_fields_that_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
 def test_tables_fit_a_terminal(page):
-    if page.name not in WRITTEN_BY_PROGRAMS:
+    # Tables of results are made by scripts/report.py and have as many columns as the experiment.
+    if page.name not in WRITTEN_BY_PROGRAMS and page.parent.name != 'results':
         rows = [line for line in page.read_text().splitlines() if line.startswith('|')]
         assert [row for row in rows if len(row) > 100] == []

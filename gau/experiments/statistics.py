@@ -24,14 +24,14 @@ class Mean(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        """Returns e.g. `3.630 ± 0.004 (n=3)`, with as many digits as the interval is worth."""
+        """Returns e.g. `3.6301 ± 0.0041 (n=3)`, with as many digits as the interval is worth, three at least."""
         return self.format('')
 
     def format(self, sign: str) -> str:
         """Returns the same; with `sign` '+' positive values carry it."""
         if self.half is None:
             return f'{self.value:{sign}.4f} (n={self.n})'
-        digits = 4 if self.half == 0 else min(max(1 - math.floor(math.log10(self.half)), 1), 6)
+        digits = 4 if self.half == 0 else min(max(1 - math.floor(math.log10(self.half)), 3), 6)
         return f'{self.value:{sign}.{digits}f} ± {self.half:.{digits}f} (n={self.n})'
 
 

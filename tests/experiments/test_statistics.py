@@ -51,5 +51,5 @@ def test_holm():
 
 def test_digits_follow_the_interval():
     assert str(statistics.Mean(3.63012, 0.00412, 3)) == '3.6301 ± 0.0041 (n=3)'
-    assert str(statistics.Mean(3.63012, 0.412, 3)) == '3.63 ± 0.41 (n=3)'
+    assert str(statistics.Mean(3.63012, 0.412, 3)) == '3.630 ± 0.412 (n=3)'
     assert statistics.Mean(0.5, None, 1).format('+') == '+0.5000 (n=1)'

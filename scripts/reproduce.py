@@ -1,0 +1,95 @@
+"""Makes a table of the paper's experiments from nothing but the data: prepares, sweeps, reports.
+
+    python scripts/reproduce.py branches --budget=tiny              minutes on two CPU cores: shows that it works
+    python scripts/reproduce.py branches --budget=small --source='jsonl:wiki/*.jsonl.gz' --per_device=4
+    python scripts/reproduce.py branches --budget=paper --dry_run   what it would run and cost
+
+Tables are the programs in configs/paper, whose docstrings say what each asks. What is done is not done again: the same
+command goes on. The steps are commands of their own and are printed as they are run.
+"""
+
+import importlib
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+from gau.errors import UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / 'configs' / 'paper'
+
+_BUDGET = flags.DEFINE_enum(
+    'budget', 'tiny', ['tiny', 'small', 'paper'], 'How much is run, see configs/paper/budgets.py.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; default: runs/TABLE_BUDGET.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Path of the table without ending; default: WORKDIR/report.')
+_SOURCE = flags.DEFINE_string('source', None, 'Text to prepare as the data of the budget, if they are not there yet.')
+_TOKENIZER = flags.DEFINE_string(
+    'tokenizer', None, 'To prepare it with; default: a SentencePiece model of 32,000, trained.'
+)
+_PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device, see scripts/sweep.py.', lower_bound=1)
+_DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
+
+
+def main(arguments: list[str]) -> int:
+    """Makes one table."""
+    names = {path.stem for path in PROGRAMS.glob('*.py')} - {'__init__', 'budgets'}
+    if len(arguments) != 1:
+        raise UserError(f'want one table: {", ".join(sorted(names))}')
+    (name,) = arguments
+    if name not in names:
+        raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
+    module = importlib.import_module(f'configs.paper.{name}')
+    table = module.TABLE
+    budget = _BUDGET.value
+    workdir = _WORKDIR.value or f'runs/{name}_{budget}'
+    program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
+    if _DRY_RUN.value:
+        return _run('sweep.py', *program, '--dry_run')
+    _prepare(module.get_config(f'budget={budget}').data.source, budget)
+    code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
+    if code:
+        return code
+    output = _OUTPUT.value or f'{workdir}/report'
+    report = [f'--{flag}={value}' for flag, value in table.report.items()]
+    return _run('report.py', workdir, f'--title={table.title}', f'--output={output}', *report)
+
+
+def _prepare(source: str, budget: str) -> None:
+    """Prepares the data that the budget reads, unless they are there or need no preparing.
+
+    Raises:
+      UserError: they are not, and no text is given.
+    """
+    kind, _, directory = source.partition(':')
+    if kind != 'tokens' or (Path(directory) / 'manifest.json').is_file():
+        return
+    if _SOURCE.value is None:
+        raise UserError(
+            f'--budget={budget} reads {directory}, which is not there: give the text to prepare it from, as '
+            '--source=jsonl:GLOB, text:GLOB or tfds:NAME'
+        )
+    tokenizer = f'--tokenizer={_TOKENIZER.value}' if _TOKENIZER.value else '--train_tokenizer=32000'
+    code = _run('prepare_data.py', f'--source={_SOURCE.value}', tokenizer, f'--output={directory}')
+    if code:
+        sys.exit(code)
+
+
+def _run(script: str, *arguments: str) -> int:
+    """Runs a script of this directory; Ctrl-C reaches it by itself, and it says in its exit code how it ended."""
+    print('$ python ' + ' '.join(map(shlex.quote, (f'scripts/{script}', *arguments))), flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / 'scripts' / script), *arguments])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+if __name__ == '__main__':
+    cli.run(main, arguments=True)

@@ -1,0 +1,104 @@
+"""The paper's named experiments: every point of every budget is accepted, and one of them is made from nothing."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from configs.paper import budgets
+from gau.experiments import publish
+from gau.experiments.report import LABEL
+from gau.experiments.sweep import Program, find_points
+from gau.training.config import flatten
+from tests.conftest import ROOT
+
+TABLES = sorted({path.stem for path in (ROOT / 'configs' / 'paper').glob('*.py')} - {'__init__', 'budgets'})
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, 'scripts/reproduce.py', *arguments],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('budget', budgets.BUDGETS)
+@pytest.mark.parametrize('name', TABLES)
+def test_every_point_is_accepted_and_has_its_row(name, budget):
+    table = importlib.import_module(f'configs.paper.{name}').TABLE
+    # The prepared data need not be here.
+    program = Program(str(ROOT / 'configs' / 'paper' / f'{name}.py'), f'budget={budget},data=embedded')
+    points = find_points(program, table.sweep(budget))
+    assert [point.error for point in points if point.config is None] == []
+    fields = flatten(points[0].config.to_dict())
+    by = table.report['by'].split(',')
+    assert all(field in fields or field == LABEL for field in by)
+
+    def row(point):
+        flat = flatten(point.config.to_dict())
+        return tuple(str(point.label if field == LABEL else flat[field]) for field in by)
+
+    # A row holds nothing but the seeds of one setting.
+    rows = {}
+    for point in points:
+        settings = point.config.copy_and_resolve_references()
+        settings.seed = 0
+        rows.setdefault(row(point), set()).add(settings.to_json())
+    assert all(len(settings) == 1 for settings in rows.values())
+    if 'against' in table.report:
+        wanted = dict(part.split('=') if '=' in part else (by[0], part) for part in table.report['against'].split(','))
+        assert any(all(dict(zip(by, found, strict=True))[f] == value for f, value in wanted.items()) for found in rows)
+
+
+def test_seeds_see_the_same_number_of_tokens_whatever_the_context():
+    program = importlib.import_module('configs.paper.chunk_size')
+    for budget, context, tokens in (
+        ('small', 1024, 65_536),
+        ('small', 8192, 65_536),
+        ('tiny', 256, 512),
+        ('tiny', 512, 512),
+    ):
+        assert program.get_config(f'budget={budget},context={context}').data.batch_size * context == tokens
+
+
+BAD = {
+    'no table': ([], 'want one table: branches, chunk_size'),
+    'unknown table': (['branchs'], 'did you mean "branches"'),
+    'unknown budget': (['branches', '--budget=large'], 'large'),
+    'no data': (['branches', '--budget=small'], '--source=jsonl:GLOB'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line_and_code_2(name):
+    arguments, hint = BAD[name]
+    if name == 'no data' and (ROOT / 'data' / 'wiki_en').exists():
+        pytest.skip('the data are there')
+    code, _, err = run(*arguments)
+    assert (code, err.count('\n')) == (2, 1), err
+    assert hint in err
+
+
+@pytest.mark.slow
+def test_a_table_is_made_from_nothing(tmp_path):
+    stem = tmp_path / 'tables' / 'branches'
+    code, out, err = run('branches', '--budget=tiny', f'--workdir={tmp_path / "runs"}', f'--output={stem}')
+    assert code == 0, out + err
+    page = stem.with_suffix('.md').read_text()
+    assert page.startswith('# Branches of mixed chunk attention\n')
+    for branches in ('both', 'local', 'global'):
+        assert f'| {branches} ' in page
+    assert 'baseline' in page
+    assert '±' in page
+    assert publish.check(stem.with_suffix('.jsonl')) == publish.SAME
+    # Made again, nothing is run.
+    code, out, _ = run('branches', '--budget=tiny', f'--workdir={tmp_path / "runs"}', f'--output={stem}')
+    assert code == 0
+    assert 'started on' not in out
