@@ -39,6 +39,13 @@ def identity(directory: str | os.PathLike[str]) -> str:
     return hashlib.sha256(json.dumps(read(directory), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def contents(directory: str | os.PathLike[str]) -> str:
+    """Returns a hash of what the shards in `directory` hold, whatever they were made of. Raises as `read`."""
+    found = read(directory)
+    held = [found['tokenizer']['fingerprint'], found['dtype'], found['splits']]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def tokenizer_spec(directory: str | os.PathLike[str]) -> str:
     """Returns the `data.tokenizer` that the shards in `directory` were made with, its file being the copy there."""
     kind, colon, name = read(directory)['tokenizer']['spec'].partition(':')

@@ -144,6 +144,16 @@ def _identity_of(config: ConfigDict, source: str) -> str:
     return f'{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}'
 
 
+def contents(config: ConfigDict, source: str) -> str:
+    """Returns what `source` holds, as `identity` does, but without a word of where it lies or when it came there.
+
+    Of text files it is sizes, the last parts of names, and samples of what is in them. Raises as `identity`.
+    """
+    if data_config.source_kind(source) == 'tokens':
+        return manifest.contents(_argument(source))
+    return textfiles.contents(_argument(source)) if _is_text(source) else _identity_of(config, source)
+
+
 def _argument(source: str) -> str:
     return source.partition(':')[2]
 

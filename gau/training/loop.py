@@ -70,8 +70,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             config.fork = files.read_config(workdir).fork
         else:
             config.fork = distributed.of_first(config.fork or '') or None
-            if first:
-                files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
+        if first:
+            files.keep_config(workdir, config)
         config_tree = files.config_to_dict(config)
         saved = Checkpoints(workdir, config.checkpoint)
         stack.callback(saved.close)

@@ -79,7 +79,8 @@ def first_state(run: Run, saved: Checkpoints, iterator: Streams) -> tuple[TrainS
     parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
     changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
     # The iterator's position means something only in the same data in the same order.
-    same_data = not any(path.startswith(('data.', 'seed:', 'objective:')) for path in changed)
+    changed = [line for line in changed if line.startswith(('data.', 'seed:', 'objective:'))]
+    same_data = not changed or files.only_moved(parent_workdir, run.config, changed)
     parent = Checkpoints(parent_workdir)
     try:
         state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)

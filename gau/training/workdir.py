@@ -10,10 +10,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gau.data import places
 from gau.errors import UserError
 from gau.training.config import default_config, differences, resolve, with_new_fields
 
 CONFIG = 'config.json'
+DATA = 'data.json'
 METRICS = 'metrics.jsonl'
 DROPPED = 'metrics.dropped.jsonl'
 EVAL = 'eval.jsonl'
@@ -102,7 +104,7 @@ def _holds_this_run(workdir: Path, config: ConfigDict) -> bool:
     if (workdir / CONFIG).exists():
         stored = read_config(workdir)
         changed = differences(config_to_dict(stored), config_to_dict(config))
-        if changed:
+        if changed and not only_moved(workdir, config, changed):
             raise UserError(
                 f'--workdir={workdir} holds a run with another config ({"; ".join(changed)}): '
                 f'resume with the same config, or start another work directory with --fork={workdir}'
@@ -111,6 +113,35 @@ def _holds_this_run(workdir: Path, config: ConfigDict) -> bool:
     if workdir.is_dir() and any(not entry.name.startswith('.') for entry in workdir.iterdir()):
         raise UserError(f'--workdir={workdir} is not empty and holds no run ({CONFIG} is missing): choose another')
     return False
+
+
+def only_moved(workdir: Path, config: ConfigDict, changed: list[str]) -> bool:
+    """Returns whether `changed`, from `differences`, is only where the run's data lies, and the data is the same."""
+    place = tuple(f'data.{field}: ' for field in places.FIELDS)
+    if not all(line.startswith(place) for line in changed) or not (workdir / DATA).exists():
+        return False
+    return places.are_same(read_json(workdir / DATA), config.data)
+
+
+def keep_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes the run's config, and what its data is, unless both are there already; its data may have moved."""
+    wanted = config_to_dict(config)
+    found = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else wanted
+    there = {field: wanted['data'][field] for field in places.FIELDS}
+    kept = found | {'data': found['data'] | there}
+    if kept != found or not (workdir / CONFIG).exists():
+        write_json(workdir / CONFIG, kept)
+    if kept != found or not (workdir / DATA).exists():
+        write_json(workdir / DATA, places.record(config.data, workdir))
+
+
+def with_data_found(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """Returns the config of the run in `workdir` with its data where it is now, if the project has moved."""
+    if not (workdir / DATA).exists():
+        return config
+    config = config.copy_and_resolve_references()
+    config.data = places.found_again(read_json(workdir / DATA), config.data, workdir)
+    return config
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
