@@ -18,6 +18,12 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else f'; choose from {", ".join(options)}'
 
 
+def check_name(field: str, value: str, options: tuple[str, ...]) -> None:
+    """Raises a UserError with the nearest right name if `value` is none of `options`."""
+    if value not in options:
+        raise UserError(f'{field}="{value}" is unknown{did_you_mean(value, options)}')
+
+
 @functools.cache
 def warn(message: str) -> None:
     """Prints one line on stderr, once; the processes that a script has started leave that to the script."""

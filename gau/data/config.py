@@ -9,7 +9,7 @@ import os
 from ml_collections import ConfigDict, config_dict
 
 from gau.data import globs, manifest
-from gau.errors import UserError, did_you_mean
+from gau.errors import UserError, check_name, did_you_mean
 
 SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture')
 TOKENIZERS = ('bytes', 'sentencepiece:', 'huggingface:')
@@ -21,16 +21,16 @@ SPECIAL_IN_TEXT = ('escape', 'error')
 MASKINGS = ('token', 'whole_word', 'span')
 OBJECTIVES = ('lm', 'mlm')
 
-# Which kinds of source a field speaks to; it must be None everywhere else, so that nothing is silently ignored.
-# Those of the source speak to data.source alone, the others to valid_source and test_source too.
-_SPEAKS_TO = {
+# The kinds of source that a field is an option of; it must be None beside all others, so that nothing is silently
+# ignored. Those of the source are options of data.source alone, the others of valid_source and test_source too.
+_OPTIONS_OF = {
     'text_field': ('jsonl', 'tfds'),
     'text_unit': ('text',),
     'bad_lines': ('text', 'jsonl'),
     'special_in_text': ('embedded', 'text', 'jsonl', 'tfds'),
     'cache_dir': ('text', 'jsonl'),
-    'valid_source': ('text', 'jsonl'),
-    'test_source': ('text', 'jsonl'),
+    'valid_source': ('text', 'jsonl', 'tokens'),
+    'test_source': ('text', 'jsonl', 'tokens'),
     'holdout_every': ('text', 'jsonl'),
     'tfds_dir': ('tfds',),
 }
@@ -69,9 +69,12 @@ def default_config() -> ConfigDict:
     bad_lines: on a document that is not UTF-8, not JSON, or without the field: `error` (None), or `skip` with a count.
     special_in_text: on text that the tokenizer's model takes for a special token, such as `<mask>`: `escape` (None)
       encodes it as the model does without that token, `error` names file, text and token.
-    valid_source, test_source: text or jsonl files of their own for these splits; text_field, text_unit and bad_lines
-      hold for them too. Without a valid_source every holdout_every-th document (None: 50) is held out as `valid`: the
-      last one if there are fewer, the tail of a lone one.
+    valid_source, test_source: sources of their own for these splits; text_field, text_unit and bad_lines hold for them
+      too. Of text and jsonl files it is all documents; of `tokens:DIR` the split of that name, or all if it has none.
+      In a mixture they take the place of what its text and jsonl sources hold out, or if it has none of these, of
+      what the prepared ones do.
+    holdout_every: without a valid_source every so-many-th document (None: 50) of text is held out as `valid`: the
+      last one if there are fewer, the tail of a lone one. 0: none, and there is no such split.
     cache_dir: for the decompressed copies of compressed files and the line indices of large ones (None:
       $XDG_CACHE_HOME/gau or ~/.cache/gau).
     tfds_dir: the data_dir of tfds (None: tfds's own default).
@@ -135,18 +138,19 @@ def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
     separate = {
         source_kind(config[field], f'data.{field}') for field in ('valid_source', 'test_source') if config[field]
     }
-    for field, speaks_to in _SPEAKS_TO.items():
+    for field, owners in _OPTIONS_OF.items():
         kinds = own if field in _OF_THE_SOURCE else own | separate
-        if not kinds.isdisjoint(speaks_to):
+        if not kinds.isdisjoint(owners):
             if config[field] is None and field in _DEFAULTS and not _replaced(config, field):
                 config[field] = _DEFAULTS[field]
         elif config[field] is not None:
             raise UserError(
-                f'data.{field} speaks to {" and ".join(speaks_to)} sources only, data.source is "{config.source}"'
+                f'data.{field}={config[field]} does nothing with data.source="{config.source}": leave it out, it is an '
+                f'option of {" and ".join(owners)} sources'
             )
     for field in ('valid_source', 'test_source'):
-        if config[field] is not None and source_kind(config[field], f'data.{field}') not in ('text', 'jsonl'):
-            raise UserError(f'data.{field}="{config[field]}" must be text:GLOB or jsonl:GLOB')
+        if config[field] is not None and source_kind(config[field], f'data.{field}') not in _OPTIONS_OF[field]:
+            raise UserError(f'data.{field}="{config[field]}" must be text:GLOB, jsonl:GLOB or tokens:DIR')
     if _replaced(config, 'holdout_every') and config.holdout_every is not None:
         raise UserError('data.holdout_every has no use beside data.valid_source: give one of them')
     _resolve_tokenizer(config)
@@ -222,8 +226,8 @@ def _resolve_rows(config: ConfigDict, objective: str) -> None:
             raise UserError(f'data.{field}={config[field]} must be at least {least}')
     if config.batch_size % config.streams:
         raise UserError(f'data.batch_size={config.batch_size} must be a multiple of data.streams={config.streams}')
-    if config.holdout_every is not None and config.holdout_every < 2:
-        raise UserError(f'data.holdout_every={config.holdout_every} must be at least 2, to leave something to train on')
+    if config.holdout_every is not None and config.holdout_every < 2 and config.holdout_every != 0:
+        raise UserError(f'data.holdout_every={config.holdout_every} must be at least 2, or 0 to hold nothing out')
     if config.packing == 'document' and config.attend_across_documents:
         raise UserError('data.attend_across_documents=True has no meaning with data.packing="document": one a row')
     if config.shuffle == 'rows':
@@ -239,7 +243,7 @@ def _resolve_mlm(mlm: ConfigDict, objective: str) -> None:
     if objective != 'mlm':
         changed = [field for field, value in _default_mlm().items() if mlm[field] != value]
         if changed:
-            raise UserError(f'data.mlm.{changed[0]} speaks to the objective mlm only, not to {objective}')
+            raise UserError(f'data.mlm.{changed[0]} does nothing for the objective {objective}: leave it out')
         return
     check_name('data.mlm.masking', mlm.masking, MASKINGS)
     if not 0 < mlm.rate <= 1:
@@ -300,9 +304,3 @@ def _check_prefix(field: str, value: str, options: tuple[str, ...]) -> str:
     if colon and not rest:
         raise UserError(f'{field}="{value}" lacks what stands behind the colon')
     return kind
-
-
-def check_name(field: str, value: str, options: tuple[str, ...]) -> None:
-    """Raises a UserError with the nearest right name if `value` is none of `options`."""
-    if value not in options:
-        raise UserError(f'{field}="{value}" is unknown{did_you_mean(value, options)}')

@@ -52,6 +52,21 @@ class Texts:
         return Document(text=self._texts[index], place=lambda: name)
 
 
+class Joined:
+    """Several sequences of documents end to end."""
+
+    def __init__(self, parts: Sequence[Documents]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Document | None:
+        number = int(np.searchsorted(self._ends, index, side='right'))
+        return self._parts[number][index - (int(self._ends[number - 1]) if number else 0)]
+
+
 class Unescaped:
     """The same documents, in which text that spells a special token is an error when it is encoded."""
 

@@ -38,10 +38,10 @@ def open_split(config: ConfigDict, split: str) -> list[Documents]:
     opened = {}
     for number, source in enumerate(data_config.sources(config)):
         own = _separate(config, source, split)
-        # The same source may stand twice in a mixture, a separate file for all of them only once.
+        # The same source may stand twice in a mixture, a separate one for all of them only once.
         key = own or number
         if key not in opened:
-            documents = _open_text(config, own) if own else _open(config, source, split)
+            documents = _open_whole(config, own, split) if own else _open(config, source, split)
             opened[key] = docs.Unescaped(documents) if config.special_in_text == 'error' else documents
     if split == 'train':
         _warn_of_shared_files(config)
@@ -58,7 +58,7 @@ def _warn_of_shared_files(config: ConfigDict) -> None:
     trained: dict[str, str] | None = None
     for split in ('valid', 'test'):
         own = _separate_of(config, split)
-        if own is None:
+        if own is None or not _is_text(own):
             continue
         if trained is None:
             texts = [source for source in data_config.sources(config) if _is_text(source)]
@@ -72,8 +72,9 @@ def _warn_of_shared_files(config: ConfigDict) -> None:
 
 
 def _separate(config: ConfigDict, source: str, split: str) -> str | None:
-    """Returns the source of its own that a text source has for `split`, if any."""
-    return _separate_of(config, split) if _is_text(source) else None
+    """Returns the source of its own that takes the place of what `source` has for `split`, if any."""
+    kinds = ('text', 'jsonl') if any(map(_is_text, data_config.sources(config))) else ('tokens',)
+    return _separate_of(config, split) if data_config.source_kind(source) in kinds else None
 
 
 def _separate_of(config: ConfigDict, split: str) -> str | None:
@@ -87,12 +88,14 @@ def _is_text(source: str) -> bool:
 def _splits_of(config: ConfigDict, source: str) -> list[str]:
     kind = data_config.source_kind(source)
     if kind == 'embedded':
-        return list(embedded.SPLITS)
-    if kind == 'tokens':
-        return list(manifest.read(_argument(source))['splits'])
-    if kind == 'tfds':
-        return tfds_source.splits(_argument(source), config.tfds_dir)
-    return ['train', 'valid', *(['test'] if config.test_source else [])]
+        own = list(embedded.SPLITS)
+    elif kind == 'tokens':
+        own = list(manifest.read(_argument(source))['splits'])
+    elif kind == 'tfds':
+        own = tfds_source.splits(_argument(source), config.tfds_dir)
+    else:
+        own = ['train', *(['valid'] if config.holdout_every else [])]
+    return own + [split for split in ('valid', 'test') if split not in own and _separate(config, source, split)]
 
 
 def _open(config: ConfigDict, source: str, split: str) -> Documents:
@@ -105,9 +108,17 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
     if kind == 'tfds':
         return tfds_source.TfdsText(_argument(source), split, field=config.text_field, data_dir=config.tfds_dir)
     documents = _open_text(config, source)
-    if config.valid_source:
-        return documents
-    return docs.hold_out(documents, every=config.holdout_every, split=split)
+    return docs.hold_out(documents, every=config.holdout_every, split=split) if config.holdout_every else documents
+
+
+def _open_whole(config: ConfigDict, source: str, split: str) -> Documents:
+    """Opens a source that stands for one split alone."""
+    if data_config.source_kind(source) != 'tokens':
+        return _open_text(config, source)
+    found = list(manifest.read(_argument(source))['splits'])
+    if split in found:
+        return _open(config, source, split)
+    return docs.Joined([_open(config, source, part) for part in found])
 
 
 def text_files(config: ConfigDict) -> list[list[str | int]]:
