@@ -1,16 +1,19 @@
 """How every entry point starts: flags and config parsed, user errors as one line and exit code 2."""
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gau.errors import UserError, did_you_mean
 from gau.training import config as training_config
-from gau.training import durations
+from gau.training import durations, workdir
 
 
 def define_config(required: bool = True) -> None:
@@ -29,10 +32,13 @@ def load_config() -> ConfigDict:
     Raises:
       UserError: an unknown name, a wrong combination or a number out of range.
     """
-    config = flags.FLAGS.config
-    overrides = set(config_flags.get_override_values(flags.FLAGS['config']))
-    durations.keep_given_units(config, overrides)
-    return training_config.resolve(config)
+    durations.keep_given_units(flags.FLAGS.config, set(overrides()))
+    return training_config.resolve(flags.FLAGS.config)
+
+
+def overrides() -> dict[str, Any]:
+    """Returns the values of the `--config.field=value` on the command line, by the field's path."""
+    return dict(config_flags.get_override_values(flags.FLAGS['config']))
 
 
 def define_processes() -> None:
@@ -71,12 +77,14 @@ def processes() -> AbstractContextManager[None]:
     )
 
 
-def run(main: Callable[..., int | None], *, arguments: bool = False) -> None:
+def run(main: Callable[..., int | None], *, arguments: bool = False, stored_config: bool = False) -> None:
     """Parses the flags and runs `main()`; exits with its return value, or with 2 after one line for a UserError.
 
     Args:
       main: returns the exit code; None is 0.
       arguments: whether it takes what is no flag, as a list; else that is bad usage.
+      stored_config: whether `--config.field=value` changes the config of the run in `--workdir`; main finds it in
+        `flags.FLAGS.config`.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
@@ -91,21 +99,45 @@ def run(main: Callable[..., int | None], *, arguments: bool = False) -> None:
         except UserError as error:
             return _complain(error)
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, stored_config=stored_config))
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
+    stored = None
     try:
+        if stored_config:
+            stored = _stored_config(argv)
+            config_flags.DEFINE_config_dict('config', stored, 'Changes of the config of the run.', lock_config=True)
         rest = flags.FLAGS(argv)
         if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
             # A config file that is not there is reported only when its fields are asked for.
             flags.FLAGS['config'].value.to_dict()
         return rest
     except Exception as error:
-        sys.exit(_complain(_explain(error, argv)))
+        sys.exit(_complain(_explain(error, argv, stored)))
 
 
-def _explain(error: BaseException, argv: Sequence[str]) -> str:
+def _stored_config(argv: Sequence[str]) -> ConfigDict:
+    """Returns the config of the run in `--workdir`, which must be known before its fields can be flags."""
+    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+        match = re.fullmatch(r'--?workdir(?:=(.*))?', argument)
+        if match:
+            config = workdir.read_config(Path(following if match[1] is None else match[1]))
+            _type_nones(config, training_config.default_config())
+            return config
+    return ConfigDict()  # Absl says what is missing.
+
+
+def _type_nones(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Gives fields that are None, in place, the types that they have in `defaults`: JSON keeps none for them."""
+    for field, value in config.items():
+        if field in defaults and isinstance(value, ConfigDict) and isinstance(defaults[field], ConfigDict):
+            _type_nones(value, defaults[field])
+        elif field in defaults and value is None:
+            config[field] = defaults.get_ref(field)
+
+
+def _explain(error: BaseException, argv: Sequence[str], stored: ConfigDict | None) -> str:
     """One line for whatever flag parsing raised; a UserError raised inside the config program speaks for itself."""
     cause: BaseException | None = error
     while cause is not None:
@@ -113,7 +145,7 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, AttributeError | KeyError):
-        return _explain_unknown_field(argv) or str(error)
+        return _explain_unknown_field(argv, stored) or str(error)
     text = str(error).replace('\\n', '\n')
     if isinstance(error, OSError) and 'Failed loading config file' in text:
         name = next((argument for argument in argv if argument.startswith('--config=')), '--config')
@@ -128,12 +160,12 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
     return text
 
 
-def _explain_unknown_field(argv: Sequence[str]) -> str | None:
+def _explain_unknown_field(argv: Sequence[str], stored: ConfigDict | None) -> str | None:
     """Finds the first --config.a.b whose path does not exist and names the nearest that does."""
     file = next((argument.partition('=')[2] for argument in argv if argument.startswith('--config=')), None)
-    if file is None:
+    config = stored if file is None else flags.FLAGS['config'].parser.parse(file)
+    if config is None:
         return None
-    config = flags.FLAGS['config'].parser.parse(file)
     for argument in argv:
         match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
         section = config

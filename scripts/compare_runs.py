@@ -12,9 +12,8 @@ from pathlib import Path
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, plots
 from gau.errors import UserError
-from gau.training import plots
 from gau.training.workdir import METRICS, read_metrics
 
 _WORKDIRS = flags.DEFINE_list('workdirs', None, 'Directories of the runs, comma separated.', required=True)

@@ -18,13 +18,14 @@ PROMPT = 'def read_lines(path):\n    """'
 def main() -> None:
     """Prints the sample and the five lines."""
     from gau.data import embedded
-    from gau.training import evaluate, sampling
+    from gau.sampling import generation
+    from gau.training.load import load_run
 
     workdir = Path(flags.FLAGS.workdir)
-    run, params, step = evaluate.load_run(workdir)
+    run, params, step = load_run(workdir)
     result = json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
     parameters = json.loads((workdir / 'final.json').read_text())['parameters']
-    written = sampling.sample(
+    written = generation.sample(
         run.model,
         params,
         run.tokenizer.encode(PROMPT),

@@ -40,9 +40,9 @@ def main() -> None:
     if not 0 < flags.FLAGS.top_p <= 1:
         raise UserError(f'--top_p={flags.FLAGS.top_p} is no probability above 0')
     from gau.models import decoding
-    from gau.training import evaluate
+    from gau.training.load import load_run
 
-    run, params, _ = evaluate.load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
+    run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
     decoding.check(run.model)
     if not flags.FLAGS.interactive:
         return _write(run, params, prompt)
@@ -70,18 +70,18 @@ def _write(run, params, prompt: str) -> None:
     """Prints the continuations of one prompt."""
     import numpy as np
 
-    from gau.training import sampling
-    from gau.training.text_stream import TextStream
+    from gau.sampling import generation
+    from gau.sampling.detokenizer import Detokenizer
 
     tokens = np.concatenate([[run.tokenizer.bos_id], run.tokenizer.encode(prompt)]).astype(np.int32)
     num, live = flags.FLAGS.num, flags.FLAGS.num == 1 and not flags.FLAGS.json
-    streams = [TextStream(run.tokenizer, before=tokens[1:], stop=flags.FLAGS.stop) for _ in range(num)]
-    blocks = sampling.generate(
+    texts = [Detokenizer(run.tokenizer, before=tokens[1:], stop=flags.FLAGS.stop) for _ in range(num)]
+    blocks = generation.generate(
         run.model,
         params,
         [tokens] * num,
         max_tokens=flags.FLAGS.max_tokens,
-        drawing=sampling.Drawing(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p),
+        sampling=generation.SamplingParams(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p),
         seed=flags.FLAGS.seed,
     )
     if live:
@@ -92,19 +92,19 @@ def _write(run, params, prompt: str) -> None:
             counted, seconds = counted + block.size, time.perf_counter() - started
         else:
             first, started = block.size, time.perf_counter()
-        for stream, row in zip(streams, block, strict=True):
-            text = stream.push(row)
+        for text, row in zip(texts, block, strict=True):
+            new = text.push(row)
             if live:
-                print(text, end='', flush=True)
-        if all(stream.finished for stream in streams):
+                print(new, end='', flush=True)
+        if all(text.finished for text in texts):
             break
-    for stream in streams:
-        text = stream.close()
+    for text in texts:
+        rest = text.close()
         if flags.FLAGS.json:
-            record = {'prompt': prompt, 'text': stream.text, 'tokens': stream.tokens, 'finished': stream.finished}
+            record = {'prompt': prompt, 'text': text.text, 'tokens': text.tokens, 'finished': text.finished}
             print(json.dumps(record, ensure_ascii=False))
         else:
-            print(text if live else prompt + stream.text)
+            print(rest if live else prompt + text.text)
     # The first block waits for the prompt and the compiler; speed is that of the others, if there are any.
     about = ''
     if not counted:

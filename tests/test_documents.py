@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from gau.training import config as training_config
 from tests.conftest import ROOT
 
 WRITTEN_BY_PROGRAMS = {'tpu_v4_64.md'}
@@ -44,7 +45,7 @@ def test_links_and_named_files_exist(page):
 def test_commands_have_the_flags_and_fields_that_exist(page):
     for script, *words in commands(page):
         source = (ROOT / script).read_text()
-        config = None
+        config = training_config.default_config()
         for word in words:
             if not word.startswith('--'):
                 continue

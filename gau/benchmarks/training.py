@@ -23,7 +23,7 @@ from gau.errors import UserError
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training import step
-from gau.training.evaluation import put_batch
+from gau.training.batches import put_batch
 from gau.training.setup import Run
 
 Result = dict[str, Any]

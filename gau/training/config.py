@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from gau.data import config as data_config
 from gau.errors import UserError, did_you_mean
+from gau.evaluation import registry as evaluator_types
 from gau.models import config as model_config
 from gau.training import durations
 
@@ -49,9 +50,13 @@ def default_config() -> ConfigDict:
       accumulation_steps: micro-batches a step; the gradient is that of the whole batch.
     checkpoint: every_steps, _tokens, _epochs, _percent; keep_last: newest ones kept; keep_every: steps whose multiples
       are kept for good (None: none). The last step is always saved.
-    eval: every_steps, _tokens, _epochs, _percent; splits: evaluated each time and at the end; contexts: lengths besides
-      data.context (evaluated at the end only); max_tokens: of each split (None: all of it); batch_size: rows at
+    eval: what every evaluator does, unless its own entry says otherwise.
+      every_steps, _tokens, _epochs, _percent: how often; at the end always. splits: of the data; contexts: lengths
+      besides data.context (at the end only); max_tokens: of each split (None: all of it); batch_size: rows at
       data.context, other contexts keep its tokens (None: data.batch_size).
+    evaluators: NAME: {type, ...}; type is a file of gau/evaluation/ or `module:Class`, and the entry may have every
+      field of `eval` and the evaluator's own options. Rows in metrics.jsonl are named NAME/SPLIT. (In a config program:
+      `config.evaluators.books = {'type': 'whole_documents', 'every_percent': 25}`.)
     log: every_steps: distance of the train lines in metrics.jsonl.
     mesh: sizes of the axes data, fsdp, tensor, sequence; one may be -1, "the devices left over".
     """
@@ -90,6 +95,7 @@ def default_config() -> ConfigDict:
     evaluation.contexts = ()
     evaluation.max_tokens = config_dict.placeholder(int)
     evaluation.batch_size = config_dict.placeholder(int)
+    config.evaluators = ConfigDict({'eval': {'type': 'perplexity_by_position'}})
 
     config.log = ConfigDict({'every_steps': 10})
     config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
@@ -117,9 +123,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
     _check_ranges(config)
-    for section in ('checkpoint', 'eval'):
-        unit = durations.given_unit(config[section], 'every_', where=f'{section}.')
-        _check_positive(f'{section}.every_{unit}', config[section][f'every_{unit}'])
+    _check_every('checkpoint', config.checkpoint)
+    _check_evaluators(config)
     config.data = data_config.resolve(config.data, objective=config.objective)
     if config.data.batch_size % optimizer.accumulation_steps:
         raise UserError(
@@ -133,15 +138,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def _check_ranges(config: ConfigDict) -> None:
     positive = ['steps', 'tokens', 'epochs', 'log.every_steps', 'optimizer.accumulation_steps', 'optimizer.eps']
     positive += ['optimizer.learning_rate', 'checkpoint.keep_last', 'checkpoint.keep_every']
-    positive += ['eval.batch_size', 'eval.max_tokens']
     if config.optimizer.clip != 'none':
         positive.append('optimizer.clip_norm')
     for path in positive:
         _check_positive(path, _field(config, path))
-    for context in config.eval.contexts:
-        _check_positive('eval.contexts', context)
-    if not config.eval.splits:
-        raise UserError('eval.splits=() names no split to evaluate')
     for path, low, high in (
         ('seed', 0, 2**31 - 1),
         ('optimizer.final_fraction', 0, 1),
@@ -151,6 +151,42 @@ def _check_ranges(config: ConfigDict) -> None:
     ):
         if not low <= _field(config, path) <= high:
             raise UserError(f'{path}={_field(config, path)} must lie in {low}..{high}')
+
+
+def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the entries of `config.evaluators` by name, each with what it leaves to `config.eval` filled in."""
+    entries = {}
+    for name, entry in config.evaluators.items():
+        # A duration stands in one unit: an entry's own takes the place of the shared one, whatever its unit.
+        own_duration = any(field.startswith('every_') for field in entry)
+        shared = {field: x for field, x in config.eval.items() if not (own_duration and field.startswith('every_'))}
+        entries[name] = ConfigDict({**shared, **entry})
+    return entries
+
+
+def _check_evaluators(config: ConfigDict) -> None:
+    for name, entry in {'': config.eval, **evaluators(config)}.items():
+        where = f'evaluators.{name}' if name else 'eval'
+        if name == 'train' or '/' in name:
+            raise UserError(f'{where}: an evaluator cannot be named "{name}": its rows are named NAME/SPLIT')
+        if name:
+            if not isinstance(entry.get('type'), str):
+                raise UserError(
+                    f'{where} lacks its type: one of {", ".join(evaluator_types.types())} or "module:Class"'
+                )
+            evaluator_types.check_type(f'{where}.type', entry.type)
+        _check_every(where, entry)
+        for field in ('max_tokens', 'batch_size'):
+            _check_positive(f'{where}.{field}', entry[field])
+        for context in entry.contexts:
+            _check_positive(f'{where}.contexts', context)
+        if not entry.splits:
+            raise UserError(f'{where}.splits=() names no split to evaluate')
+
+
+def _check_every(where: str, section: ConfigDict) -> None:
+    unit = durations.given_unit(section, 'every_', where=f'{where}.')
+    _check_positive(f'{where}.every_{unit}', section[f'every_{unit}'])
 
 
 def _field(config: ConfigDict, path: str) -> Any:
@@ -183,8 +219,9 @@ def with_new_fields(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[st
     """Returns a config (nested dict) with the fields that only `defaults` has added at their values there."""
     whole = {key: stored.get(key, value) for key, value in defaults.items()} | stored
     return {
+        # Which evaluators there are is one value.
         key: with_new_fields(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and key != 'evaluators'
         else value
         for key, value in whole.items()
     }

@@ -1,135 +1,101 @@
-"""Evaluation of a work directory: any checkpoint, split and context length, with the evaluator that training uses."""
+"""Evaluation of a work directory: any checkpoint, split, context length and text, with the evaluators of training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from gau.errors import UserError
-from gau.models.implementations import Target, why_not
+from gau.errors import UserError, did_you_mean
+from gau.evaluation import registry
+from gau.evaluation.evaluator import Case, Evaluator, Metrics
 from gau.training import distributed
 from gau.training import workdir as files
-from gau.training.checkpoints import Checkpoints
-from gau.training.config import resolve
-from gau.training.evaluation import Result
-from gau.training.plots import plot_loss_by_position
-from gau.training.setup import Run, use_compilation_cache
-from gau.training.stream import StreamEvaluator
+from gau.training.load import load_run, with_changes
 
-
-def load_run(workdir: str | Path, *, step: int | None = None) -> tuple[Run, Any, int]:
-    """Opens a work directory for reading.
-
-    Args:
-      workdir: directory of a run.
-      step: checkpoint to load; None means the newest.
-
-    Returns:
-      The run, the checkpoint's parameters and its step.
-
-    Raises:
-      UserError: no run there, no such checkpoint, or a damaged one.
-    """
-    workdir = Path(workdir)
-    config = files.read_config(workdir)
-    # Whatever mesh trained it, the parameters are divided over the devices at hand.
-    config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})
-    use_compilation_cache()
-    config = resolve(config)
-    # Nor is it a reason not to read that the chosen implementation is not for the chip at hand.
-    if config.model.impl != 'auto' and why_not(config.model.impl, config.model, Target.of_device(jax.devices()[0])):
-        config.model.impl = 'auto'
-    run = Run.from_config(config)
-    saved = Checkpoints(workdir)
-    try:
-        steps = saved.steps()
-    finally:
-        saved.close()
-    if not steps:
-        raise UserError(f'{saved.directory} has no checkpoint yet')
-    if step is not None and step not in steps:
-        raise UserError(f'{saved.directory} has no checkpoint of step {step}; it has {steps}')
-    chosen = steps[-1] if step is None else step
-    return run, saved.restore_params(run.abstract_params, step=chosen), chosen
+Measured = dict[Evaluator, dict[Case, Metrics]]
 
 
 def evaluate(
     workdir: str | Path,
     *,
     step: int | None = None,
+    evaluators: Sequence[str] | None = None,
     contexts: Sequence[int] | None = None,
     splits: Sequence[str] | None = None,
     max_tokens: int | None = None,
-    stream: bool = False,
-) -> list[Result]:
-    """Evaluates a checkpoint, prints tables, appends to DIR/eval.jsonl and draws the loss by position.
+    config: ConfigDict | None = None,
+    changed: Mapping[str, Any] | None = None,
+) -> Measured:
+    """Evaluates a checkpoint, prints tables, appends to DIR/eval.jsonl and draws figures into DIR/plots/.
 
     With several processes all of them call it, and the first prints and writes.
 
     Args:
       workdir: directory of a run.
       step: checkpoint to load; None means the newest.
-      contexts: context lengths; None means the config's.
-      splits: data splits; None means the config's `eval.splits`.
+      evaluators: names of the config's entries, or types that need no entry; None means all entries.
+      contexts: context lengths; None means the config's `data.context`.
+      splits: data splits; None means the config's.
       max_tokens: tokens of each split to use; None means the config's.
-      stream: whether to read whole texts with the state carried along (`gau.training.stream`): once to their ends, and
-        once for each of `contexts`, after so many tokens of which the state is forgotten.
+      config: the run's config with other fields of `data`, `eval`, `evaluators`; None means as it is.
+      changed: with `config`, the fields that were changed and their values, by path; also written into DIR/eval.jsonl.
 
     Raises:
-      UserError: see `load_run`; an unknown split; or `stream` and a model without a state of constant size, or more
-        than one process.
+      UserError: see `load_run`, `with_changes` and the evaluators; an unknown evaluator or split.
     """
     workdir = Path(workdir)
-    if stream and jax.process_count() > 1:
-        raise UserError('--stream reads with one process: start it without others, or with --distributed=off')
     with distributed.together():
-        run, params, step = load_run(workdir, step=step)
-    # The table and the files are the first process's.
-    say = print if distributed.is_first() else lambda *_: None
-    if max_tokens is not None:
-        run.config.eval.max_tokens = max_tokens
-    evaluator = StreamEvaluator(run.config, run.model, run.tokenizer) if stream else run.evaluator()
-    contexts = [*([None] if stream else []), *(contexts or [run.config.data.context])]
-    results = []
-    say(f'{workdir} at step {step}: {run.config.model.name} ({run.config.model.size}), {run.config.data.tokenizer}')
-    say(f'{"split":10} {"context":>8} {"tokens":>12} {"loss":>9} {"perplexity":>11} {"bits/byte":>10}')
+        config = with_changes(files.read_config(workdir) if config is None else config, changed or {})
+        _choose(config, evaluators)
+        for section in (config.eval, *config.evaluators.values()):
+            for field, value in (('splits', splits), ('max_tokens', max_tokens)):
+                if value is not None and (section is config.eval or field in section):
+                    section[field] = tuple(value) if field == 'splits' else value
+        run, params, step = load_run(workdir, step=step, config=config)
+        measured: Measured = {evaluator: {} for evaluator in run.evaluators()}
+        for evaluator in measured:
+            Evaluator.check(evaluator)
+    first = distributed.is_first()
+    if first:
+        model, data = run.config.model, run.config.data
+        print(f'{workdir} at step {step}: {model.name} ({model.size}), {data.source}, {data.tokenizer}')
     with run.context():
-        for split in splits or run.config.eval.splits:
-            for context in contexts:
-                result = evaluator(params, split=split, context=context)
-                metrics = result.metrics()
-                say(
-                    f'{split:10} {context or "text":>8} {metrics["tokens"]:12,} {_number(metrics["loss"], 9)} '
-                    f'{_number(metrics["perplexity"], 11)} {_number(metrics["bits_per_byte"], 10)}'
-                )
-                results.append(result)
-    if not distributed.is_first():
-        return results
-    with (workdir / files.EVAL).open('a') as file:
-        for result in results:
-            by_position = [
-                dict(zip(('first', 'last', 'loss', 'tokens'), row, strict=True)) for row in result.by_position()
-            ]
-            name = f'{"stream" if stream else "eval"}/{result.split}'
-            row = {'step': step, 'split': name, **result.metrics(), 'loss_by_position': by_position}
-            file.write(json.dumps(row) + '\n')
-    _print_by_position(results)
-    path = workdir / 'plots' / f'{"stream_" if stream else ""}loss_by_position_step_{step}.png'
-    plot_loss_by_position(results, path, title=f'{workdir.name} at step {step}')
-    print(f'written: {workdir / files.EVAL}, {path}')
-    return results
+        for evaluator, cases in measured.items():
+            for case in evaluator.cases(contexts or [run.config.data.context]):
+                cases[case] = dict(evaluator.measure(params, case))
+            if first:
+                print(f'\n{evaluator.table(cases)}')
+    if first:
+        _write(workdir, step, measured, dict(changed or {}))
+    return measured
 
 
-def _number(value: float | None, width: int) -> str:
-    return f'{value:{width}.4f}' if value is not None else f'{"-":>{width}}'
+def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> None:
+    """Leaves only the chosen entries in the config, in place; a type that no entry is named after becomes one."""
+    if evaluators is None:
+        return
+    entries, types = config.evaluators, registry.types()
+    for name in evaluators:
+        if name not in entries and name not in types:
+            known = [*entries, *types]
+            raise UserError(f'--evaluators: unknown "{name}"{did_you_mean(name, known)}; known: {", ".join(known)}')
+    with config.unlocked():
+        config.evaluators = ConfigDict({name: entries.get(name) or {'type': name} for name in evaluators})
 
 
-def _print_by_position(results: Sequence[Result]) -> None:
-    print(f'\n{"loss at context":16}' + ''.join(f' {result.split[:6]:>6}@{result.context:<6}' for result in results))
-    columns = [{(first, last): loss for first, last, loss, _ in result.by_position()} for result in results]
-    for first, last in sorted({key for column in columns for key in column}):
-        name = str(first) if first == last else f'{first}-{last}'
-        print(f'{name:16}' + ''.join(f' {_number(column.get((first, last)), 13)}' for column in columns))
+def _write(workdir: Path, step: int, measured: Measured, changed: Mapping[str, Any]) -> None:
+    written = [workdir / files.EVAL]
+    with written[0].open('a') as file:
+        for evaluator, cases in measured.items():
+            for case, metrics in cases.items():
+                # Which text it was is told where it is not the run's own.
+                row = {'step': step, 'split': f'{evaluator.name}/{case.split}', **metrics}
+                file.write(json.dumps(row | ({'config': changed} if changed else {})) + '\n')
+    for evaluator, cases in measured.items():
+        if evaluator.figure:
+            path = workdir / 'plots' / f'{evaluator.figure_name}_step_{step}.png'
+            evaluator.draw(cases, path, title=f'{workdir.name} at step {step}')
+            written.append(path)
+    print('\nwritten: ' + ', '.join(map(str, written)))

@@ -12,18 +12,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from gau import plots
 from gau.data import pipeline
 from gau.data.streams import Streams
+from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.training import distributed
 from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.batches import local_rows, put_batch
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import library_versions, resolve
-from gau.training.evaluation import Result
 from gau.training.interruption import Interrupted, Interruption
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
-from gau.training.plots import plot_loss, plot_loss_by_position
 from gau.training.setup import Run, use_compilation_cache
 from gau.training.start import claim, first_state, pin_fork
 from gau.training.step import TrainState
@@ -132,35 +132,31 @@ class _Loop:
         self.stop, self.config_tree = stop, config_tree
         self.step = int(state.step)
         self.train_step = run.train_step()
-        self.evaluator = run.evaluator()
+        self.evaluators = [(evaluator, run.evaluated_every(evaluator)) for evaluator in run.evaluators()]
         self.batch_sharding = meshes.batch_sharding(run.mesh)
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = Clock(self.step)
         self.last_metrics: dict[str, Any] = {}
-        self.reported = {
-            (row['step'], row['split'].removeprefix('eval/')) for row in writer.kept if row['split'].startswith('eval/')
-        }
+        self.reported = {(row['step'], row['split']) for row in writer.kept if row['split'] != 'train'}
 
     def run_to(self, total_steps: int) -> None:
         save_every = max(self.run.steps('checkpoint', 'every_'), 1)
-        eval_every = max(self.run.steps('eval', 'every_'), 1)
-        if 0 < self.step < total_steps and self.step % eval_every == 0:
+        if 0 < self.step < total_steps:
             # A signal may have cut short the evaluation of the step that it saved.
-            self.evaluate()
+            self.evaluate(self.due())
         while self.step < total_steps:
             self.state, metrics = self.train_step(self.state, self.next_batch())
             self.step += 1
             self.settle()
             self.stop.poll()
             self.in_flight = (self.step, metrics)
-            due_eval = self.step % eval_every == 0 and self.step < total_steps
+            due = self.due() if self.step < total_steps else []
             due_save = self.step % save_every == 0 or self.step == total_steps
-            if due_eval or due_save or self.stop:
+            if due or due_save or self.stop:
                 # What the files say must never be older than a checkpoint, or a killed run would lose lines for good.
                 self.settle()
                 with self.clock.paused():
-                    if due_eval:
-                        self.evaluate()
+                    self.evaluate(due)
                     if due_save or self.stop:
                         identity = self.run.data_identity
                         self.saved.save(self.step, self.state, self.iterator, config=self.config_tree, data=identity)
@@ -198,27 +194,33 @@ class _Loop:
             self.last_metrics = metrics
             self.writer.write(step, 'train', {**metrics, **speed, 'mfu': mfu})
 
-    def evaluate(self, contexts: Sequence[int] = ()) -> list[Result]:
-        """Evaluates every configured split at the config's context and the given ones; a signal cuts it short.
+    def due(self) -> list[Evaluator]:
+        """Returns the evaluators whose turn it is at this step."""
+        return [evaluator for evaluator, every in self.evaluators if self.step % every == 0]
+
+    def evaluate(self, evaluators: Sequence[Evaluator], *, final: bool = False) -> dict[Evaluator, dict[Case, Metrics]]:
+        """Evaluates every split at the run's context, and at the end at the others too; a signal cuts it short.
 
         What metrics.jsonl has of this step already is not evaluated again.
         """
-        results = []
-        for context in (self.run.config.data.context, *contexts):
-            for split in self.run.config.eval.splits:
-                if (self.step, _eval_name(split, context, self.run.config)) in self.reported:
+        measured = {evaluator: {} for evaluator in evaluators}
+        for evaluator in evaluators:
+            for case in evaluator.cases((self.run.config.data.context, *(evaluator.entry.contexts if final else ()))):
+                name = f'{evaluator.name}/{case.name}'
+                if (self.step, name) in self.reported:
                     continue
-                result = self.evaluator(self.state.params, split=split, context=context, cancelled=self.stop.poll)
-                if result is None:
-                    return results
-                self._report(result)
-                results.append(result)
-        return results
+                try:
+                    metrics = dict(evaluator.measure(self.state.params, case, cancelled=self.stop.poll))
+                except Cancelled:
+                    return measured
+                self._report(name, metrics, evaluator.headline)
+                measured[evaluator][case] = metrics
+        return measured
 
     def finish(self, workdir: Path) -> dict[str, Any]:
         """Evaluates the last state at every context, and writes final.json and the plots."""
         self.settle()
-        results = self.evaluate(self.run.config.eval.contexts)
+        measured = self.evaluate([evaluator for evaluator, _ in self.evaluators], final=True)
         if self.stop:
             self._leave()
         self.saved.wait()
@@ -227,7 +229,12 @@ class _Loop:
             'step': self.step,
             'parameters': count_parameters(self.state.params),
             'train': self.last_metrics or next((row for row in rows[::-1] if row['split'] == 'train'), {}),
-            'eval': {_eval_name(result.split, result.context, self.run.config): result.metrics() for result in results},
+            'eval': {
+                # Those of the evaluator `eval` are named by the split alone.
+                f'{evaluator.name}/{case.name}'.removeprefix('eval/'): _scalars(metrics)
+                for evaluator, cases in measured.items()
+                for case, metrics in cases.items()
+            },
             'flops_per_token': self.run.flops_per_token,
             'device': self.run.devices,
             'data': self.run.data_identity,
@@ -235,19 +242,20 @@ class _Loop:
         }
         if distributed.is_first():
             title = f'{self.run.config.model.name} ({self.run.config.model.size}) on {self.run.config.data.source}'
-            plot_loss(rows, workdir / 'plots' / 'loss.png', title=title)
-            plot_loss_by_position(results, workdir / 'plots' / 'loss_by_position.png', title=title)
+            plots.plot_loss(rows, workdir / 'plots' / 'loss.png', title=title)
+            for evaluator, cases in measured.items():
+                if evaluator.figure and cases:
+                    evaluator.draw(cases, workdir / 'plots' / f'{evaluator.figure_name}.png', title=title)
             files.write_json(workdir / files.FINAL, final)
         return final
 
-    def _report(self, result: Result) -> None:
-        metrics = result.metrics()
-        name = _eval_name(result.split, result.context, self.run.config)
+    def _report(self, name: str, metrics: Metrics, headline: Sequence[str]) -> None:
         self.reported.add((self.step, name))
-        self.writer.write(self.step, f'eval/{name}', metrics)
-        if metrics['loss'] is not None:
-            bits = f', {metrics["bits_per_byte"]:.4f} bits per byte' if metrics['bits_per_byte'] is not None else ''
-            self.progress.say(f'step {self.step}  eval/{name}  loss {metrics["loss"]:.4f}{bits}')
+        self.writer.write(self.step, name, _scalars(metrics))
+        values = {metric.replace('_', ' '): metrics.get(metric) for metric in headline}
+        said = [f'{metric} {value:.4f}' for metric, value in values.items() if value is not None]
+        if said:
+            self.progress.say(f'step {self.step}  {name}  {", ".join(said)}')
 
     def _diagnose(self, step: int, loss: float, norms: np.ndarray) -> str:
         leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
@@ -263,5 +271,5 @@ class _Loop:
         )
 
 
-def _eval_name(split: str, context: int, config: ConfigDict) -> str:
-    return split if context == config.data.context else f'{split}_{context}'
+def _scalars(metrics: Metrics) -> Metrics:
+    return {metric: value for metric, value in metrics.items() if is_scalar(value)}

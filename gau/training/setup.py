@@ -17,12 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau.data import pipeline, sources, tokenizers
-from gau.errors import UserError, did_you_mean
+from gau.errors import UserError
+from gau.evaluation import registry as evaluator_types
+from gau.evaluation.evaluator import Evaluator
 from gau.models import counts, registry
 from gau.models.implementations import Target, compiler_options
 from gau.training import checkpoints, durations, step
+from gau.training import config as training_config
 from gau.training import mesh as meshes
-from gau.training.evaluation import Evaluator
+from gau.training.batches import put_batch
 from gau.training.optimizer import make_optimizer, make_schedule
 from gau.training.throughput import training_mfu
 from gau.training.traced import activations
@@ -72,22 +75,21 @@ class Run:
         """Finds what would go wrong in training only later.
 
         Raises:
-          UserError: the batch does not divide over the mesh, the schedule is impossible, a split does not exist, or the
-            model cannot be evaluated at a context.
+          UserError: the batch does not divide over the mesh, the schedule is impossible, or what an evaluator says.
         """
-        data, rows = self.config.data, self.config.data.batch_size // self.config.optimizer.accumulation_steps
-        meshes.check_batch(self.mesh, batch_size=rows, context=data.context, model=self.config.model)
-        known = sources.splits(data)
-        for split in self.config.eval.splits:
-            if split not in known:
-                raise UserError(f'eval.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}')
-            sources.open_split(data, split)
-        for context in self.config.eval.contexts:
-            meshes.check_batch(self.mesh, batch_size=rows, context=context, model=self.config.model)
-            tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
-            batch = {'inputs': tokens, 'targets': tokens}
-            jax.eval_shape(step.make_eval_step(self.model), nn.unbox(self._boxed_params), batch)
+        self.check_batch(self.config.data.batch_size // self.config.optimizer.accumulation_steps)
+        for evaluator in self.evaluators():
+            evaluator.check()
         _ = self.abstract_state
+
+    def check_batch(self, rows: int, context: int | None = None) -> None:
+        """Raises UserError unless [rows, context] arrays divide over the mesh; None means the config's context."""
+        context = context or self.config.data.context
+        meshes.check_batch(self.mesh, batch_size=rows, context=context, model=self.config.model)
+
+    def put_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Makes global arrays of a whole batch, which every process has."""
+        return put_batch(batch, meshes.batch_sharding(self.mesh))
 
     @property
     def devices(self) -> str:
@@ -115,14 +117,21 @@ class Run:
         return pipeline.places_per_epoch(self.config.data, self.tokenizer, self.config.objective)
 
     def steps(self, section: str = '', stem: str = '') -> int:
-        """Returns a duration of the config in steps: the run's own, or e.g. `steps('eval', 'every_')`."""
+        """Returns a duration of the config in steps: the run's own, or e.g. `steps('optimizer', 'warmup_')`."""
+        return self._in_steps(self.config[section] if section else self.config, stem, section)
+
+    def evaluated_every(self, evaluator: Evaluator) -> int:
+        """Returns how many steps lie between two of its evaluations."""
+        return max(self._in_steps(evaluator.entry, 'every_', f'evaluators.{evaluator.name}'), 1)
+
+    def _in_steps(self, section: ConfigDict, stem: str, path: str) -> int:
         return durations.in_steps(
-            self.config[section] if section else self.config,
+            section,
             stem,
-            where=f'{section}.' if section else '',
+            where=f'{path}.' if path else '',
             tokens_per_step=self.tokens_per_step,
             tokens_per_epoch=lambda: self._tokens_per_epoch,
-            total_steps=self.total_steps if section else None,
+            total_steps=self.total_steps if path else None,
         )
 
     @cached_property
@@ -225,9 +234,16 @@ class Run:
             compiler_options=compiler_options(self.model.config.impl),
         )
 
-    def evaluator(self) -> Evaluator:
-        """Returns the evaluator of this config."""
-        return Evaluator(self.config, step.make_eval_step(self.model), self.tokenizer, self.mesh)
+    def evaluators(self) -> list[Evaluator]:
+        """Returns the evaluators of the config's entries.
+
+        Raises:
+          UserError: a type that cannot be imported, or what an evaluator says of its entry and this run.
+        """
+        return [
+            evaluator_types.find(f'evaluators.{name}.type', entry.type)(self, name, entry)
+            for name, entry in training_config.evaluators(self.config).items()
+        ]
 
     def context(self) -> 'MeshContext':
         """Context in which the run's functions are traced and called: the mesh and the logical axis rules."""

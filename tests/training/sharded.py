@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from gau.data import pipeline
 from gau.training import config as training_config
 from gau.training import mesh as meshes
-from gau.training.evaluation import put_batch
+from gau.training.batches import put_batch
 from gau.training.setup import Run
 from tests.training.tiny import tiny_config
 

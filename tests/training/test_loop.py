@@ -10,7 +10,7 @@ import pytest
 from gau.errors import UserError
 from gau.models import implementations
 from gau.training import loop, workdir
-from gau.training.evaluate import load_run
+from gau.training.load import load_run
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
 
@@ -213,8 +213,8 @@ def test_signal_during_evaluation_saves_and_goes_on_there(two_splits, tmp_path, 
     config, straight = two_splits
     original = loop._Loop._report
 
-    def interrupt_after_the_first_split(self, result):
-        original(self, result)
+    def interrupt_after_the_first_split(self, *args):
+        original(self, *args)
         if self.step == step:
             signal.raise_signal(signal.SIGTERM)
 

@@ -186,13 +186,13 @@ def test_evaluation_on_any_number_of_processes_and_devices(alone, tmp_path):
         arguments = ['eval.py', f'--workdir={tmp_path / "run"}', '--max_tokens=500', '--contexts=64,128']
         results = run(*arguments, devices=devices, count=count)
         assert_done(results)
-        assert 'bits/byte' in results[0][1]
-        assert all('bits/byte' not in out for _, out, _ in results[1:])
+        assert 'bits per byte' in results[0][1]
+        assert all('bits per byte' not in out for _, out, _ in results[1:])
     rows = workdir.read_metrics(tmp_path / 'run' / 'eval.jsonl')
     assert len(rows) == 6
     for row in rows:
         assert row['loss'] == pytest.approx(rows[row['context'] // 64 - 1]['loss'], rel=1e-5)
-    results = run(*arguments, '--stream', devices=1, count=2)
+    results = run(*arguments, '--evaluators=whole_documents', devices=1, count=2)
     assert [code for code, _, _ in results] == [2, 2]
     assert '--distributed=off' in results[0][2]
 

@@ -41,7 +41,7 @@ def test_another_mesh_is_the_same_run(tmp_path):
 
 @pytest.mark.parametrize(
     ('field', 'changed'),
-    [('data.streams', 2), ('data.shuffle_window', 4096), ('model.chunk_size', 8), ('eval', None), ('data.mlm', None)],
+    [('data.streams', 2), ('data.shuffle_window', 4096), ('model.chunk_size', 8), ('eval', None), ('evaluators', None)],
 )
 def test_a_run_from_before_a_field_existed_has_its_default(tmp_path, field, changed):
     # Fields whose default stands in default_config, is decided by other fields, or is a section.

@@ -12,8 +12,8 @@ UNFINISHED = 3
 OVERLAP = 4
 
 
-class TextStream:
-    """Text of one continuation, bit by bit.
+class Detokenizer:
+    """Text of one continuation, bit by bit (incremental detokenization).
 
     Attributes:
       text: what has been handed out.

@@ -1,11 +1,11 @@
-"""sample.py and eval.py --stream as a user calls them."""
+"""scripts/sample.py as a user calls it."""
 
 import json
 import subprocess
 
 import pytest
 
-from gau.training import evaluate, loop
+from gau.training import loop
 from tests.training.test_commands import TINY, run, start
 from tests.training.tiny import tiny_config
 
@@ -60,17 +60,8 @@ def test_interactive_writes_each_line_on_by_the_same_seed(trained):
     assert err.count(' tokens/s over ') == 2
 
 
-def test_whole_texts_with_the_state_carried(trained):
-    results = evaluate.evaluate(trained, stream=True, contexts=[16], max_tokens=400)
-    assert [result.tokens for result in results] == [400] * 2
-    assert results[0].context > results[1].context == 16
-    rows = [json.loads(line) for line in (trained / 'eval.jsonl').read_text().splitlines()]
-    assert [row['split'] for row in rows] == ['stream/valid'] * 2
-    assert all(row['bits_per_byte'] > 0 for row in rows)
-
-
 @pytest.mark.slow
-def test_sampling_and_streaming_of_a_run(tmp_path):
+def test_the_seed_decides_what_is_written(tmp_path):
     code, _, err = run('train.py', *TINY, f'--workdir={tmp_path}')
     assert code == 0, err
     sample = ['scripts/sample.py', f'--workdir={tmp_path}', '--prompt=dé', '--max_tokens=50', '--seed=3']
@@ -83,9 +74,3 @@ def test_sampling_and_streaming_of_a_run(tmp_path):
     assert first['prompt'] + first['text'] + '\n' == text
     assert first['text'] != second['text']
     assert run(*sample, '--json', '--num=2')[1] == lines
-    code, out, err = run('eval.py', f'--workdir={tmp_path}', '--stream', '--contexts=32', '--max_tokens=400')
-    assert code == 0, err
-    rows = [json.loads(line) for line in (tmp_path / 'eval.jsonl').read_text().splitlines()]
-    assert [row['split'] for row in rows] == ['stream/valid'] * 2
-    assert rows[0]['context'] > rows[1]['context'] == 32
-    assert out.count('valid') >= 2

@@ -1,4 +1,4 @@
-"""Text from a causal model: the prompt is read in parallel, then a jitted loop on the device draws block after block.
+"""Text from a causal model: prefill of the prompt, then a jitted loop on the device decodes block after block.
 
 The host sees the tokens once a block and turns them into text; nothing else travels between host and device.
 """
@@ -16,11 +16,11 @@ import numpy as np
 from gau.models import decoding
 
 # Tokens drawn between two looks of the host: large enough to hide the call, small enough to read along.
-STREAM_BLOCK = 32
+BLOCK = 32
 
 
-class Drawing(NamedTuple):
-    """How a token is drawn.
+class SamplingParams(NamedTuple):
+    """How a token is drawn from the model's distribution.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token each time.
@@ -33,20 +33,20 @@ class Drawing(NamedTuple):
     top_p: float = 1.0
 
 
-def drawn_logits(logits_BV: jax.Array, drawing: Drawing) -> jax.Array:
+def drawn_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Returns the logits to draw from, [B, V]: divided by the temperature, -inf where top_k or top_p rule a token out.
 
     top_p looks at the probabilities that temperature and top_k leave. The likeliest token always stays.
     """
-    logits_BV = logits_BV / (drawing.temperature or 1.0)
-    if drawing.top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(drawing.top_k, logits_BV.shape[-1]))[0][:, -1:]
+    logits_BV = logits_BV / (sampling.temperature or 1.0)
+    if sampling.top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
-    if drawing.top_p < 1:
+    if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # Kept: tokens before which less than top_p has been reached.
-        kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < drawing.top_p
+        kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
         kept_BV = kept_BV.at[:, 0].set(True)
         least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
@@ -59,15 +59,15 @@ def _prefill(model: nn.Module, params: Any, state: Any, tokens_BN: jax.Array, le
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2, 3))
-def _draw_block(model, params, state, logits_BV, key_B, drawing: Drawing, block: int, first):
+def _draw_block(model, params, state, logits_BV, key_B, sampling: SamplingParams, block: int, first):
     """Draws `block` tokens a row and reads them; returns them, [block, B], with state and logits to go on from."""
 
     def body(carry, number):
         state, logits_BV = carry
-        if drawing.temperature:
+        if sampling.temperature:
             # Every row has draws of its own, whatever the other rows are.
             keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
-            tokens_B = jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, drawing))
+            tokens_B = jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, sampling))
         else:
             tokens_B = jnp.argmax(logits_BV, axis=-1)
         tokens_B = tokens_B.astype(jnp.int32)
@@ -84,20 +84,20 @@ def generate(
     prompts: Sequence[np.ndarray],
     *,
     max_tokens: int,
-    drawing: Drawing,
+    sampling: SamplingParams,
     seed: int,
-    block: int = STREAM_BLOCK,
+    block: int = BLOCK,
 ) -> Iterator[np.ndarray]:
     """Continues prompts, all at once, without an end of its own: the caller stops at what it takes for the end.
 
-    Row b draws from the stream (seed, b): it is the same text alone and beside others, up to rounding.
+    Row b draws with the key (seed, b): it is the same text alone and beside others, up to rounding.
 
     Args:
       model: a causal LanguageModel.
       params: its parameters.
       prompts: int32 [n] tokens each, of any lengths, at least one (BOS).
       max_tokens: tokens to add.
-      drawing: how tokens are drawn.
+      sampling: how tokens are drawn.
       seed: of the draws.
       block: tokens drawn between two results.
 
@@ -121,7 +121,7 @@ def generate(
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     for first in range(0, max_tokens, block):
         # Always whole blocks, so that one program serves; what is drawn past the end (and past the capacity) is cut.
-        tokens_NB, state, logits_BV = _draw_block(model, params, state, logits_BV, key_B, drawing, block, first)
+        tokens_NB, state, logits_BV = _draw_block(model, params, state, logits_BV, key_B, sampling, block, first)
         yield np.asarray(tokens_NB).T[:, : max_tokens - first]
 
 
@@ -152,6 +152,6 @@ def sample(
       int32 [num, max_tokens].
     """
     prompts = [np.concatenate([[bos_id], prompt]).astype(np.int32)] * num
-    drawing = Drawing(temperature)
-    blocks = generate(model, params, prompts, max_tokens=max_tokens, drawing=drawing, seed=seed, block=max_tokens)
+    sampling = SamplingParams(temperature)
+    blocks = generate(model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, block=max_tokens)
     return np.concatenate(list(blocks), axis=1)

@@ -1,0 +1,222 @@
+"""What every evaluator is: a class that goes over splits of the data and yields (metric, value) pairs.
+
+A new one is one file with a class as below, and an entry `config.evaluators.NAME = {'type': ..., ...}` where `type` is
+the file's name here, or `module:Class` for a class anywhere else. Fields that an entry does not give are those of
+`config.eval`. In metrics.jsonl and eval.jsonl its rows are named NAME/SPLIT.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gau.data import pipeline, sources
+from gau.data.pipeline import Batch
+from gau.errors import UserError, did_you_mean
+
+Metrics = Mapping[str, Any]
+# Keys of an evaluation batch that the model has no use for.
+HOST_ONLY = ('target_bytes', 'target_words')
+
+
+class Run(Protocol):
+    """What an evaluator asks of a run (`gau.training.setup.Run`)."""
+
+    config: ConfigDict
+    tokenizer: Any
+    mesh: Mesh
+    model: Any
+    abstract_params: Any
+
+    def put_batch(self, batch: Batch) -> dict[str, jax.Array]:
+        """Makes global arrays of a whole batch."""
+
+    def check_batch(self, rows: int, context: int) -> None:
+        """Raises UserError unless [rows, context] arrays divide over the mesh."""
+
+
+class Case(NamedTuple):
+    """One measurement: a split at a context length; `name` tells it from the evaluator's others."""
+
+    name: str
+    split: str
+    context: int | None
+
+
+class Cancelled(Exception):
+    """A signal asked to stop during an evaluation."""
+
+
+class Evaluator:
+    """Measures parameters on splits of the data.
+
+    Attributes:
+      options: fields of its own that an entry may have, with their defaults.
+      headline: metrics that training says aloud. columns: those that `table` has; none: all that are numbers.
+      figure: file name of its figure, without suffix; None draws none.
+    """
+
+    options: ClassVar[Mapping[str, Any]] = {}
+    headline: ClassVar[Sequence[str]] = ()
+    columns: ClassVar[Sequence[str]] = ()
+    figure: ClassVar[str | None] = None
+
+    def __init__(self, run: Run, name: str, entry: ConfigDict):
+        """Takes the run, the entry's name, and the entry with what it leaves to `config.eval` filled in.
+
+        Raises:
+          UserError: a field that neither the evaluator nor `config.eval` has, or a run that it cannot measure.
+        """
+        known = {'type', *run.config.eval.keys(), *self.options}
+        for field in entry:
+            if field not in known:
+                raise UserError(
+                    f'evaluators.{name}.{field} is unknown to the evaluator {entry.type}{did_you_mean(field, known)}'
+                )
+        self.run, self.name = run, name
+        self.entry = ConfigDict({**self.options, **entry})
+
+    @property
+    def figure_name(self) -> str:
+        """The figure's file name for this entry, without suffix: `figure` for the entry `eval`, else NAME_`figure`."""
+        return self.figure if self.name == 'eval' else f'{self.name}_{self.figure}'
+
+    def cases(self, contexts: Sequence[int]) -> list[Case]:
+        """Returns what is measured: every split at every context.
+
+        A case at the run's own context is named after its split, one at another context SPLIT_CONTEXT.
+        """
+        own = self.run.config.data.context
+        return [
+            Case(split if context == own else f'{split}_{context}', split, context)
+            for context in dict.fromkeys(contexts)
+            for split in self.entry.splits
+        ]
+
+    def check(self) -> None:
+        """Finds what would go wrong only in the middle of a run.
+
+        Raises:
+          UserError: a split does not exist or has no text, or the model cannot be evaluated at a context.
+        """
+        data = self.run.config.data
+        known = sources.splits(data)
+        for split in self.entry.splits:
+            if split not in known:
+                raise UserError(
+                    f'evaluators.{self.name}.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}'
+                )
+            sources.open_split(data, split)
+
+    def measure(
+        self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, Any]]:
+        """Yields (metric, value): numbers, None for what is undefined, or what JSON can hold.
+
+        Args:
+          params: the model's parameters, unboxed.
+          case: one of `cases`.
+          cancelled: asked before every batch, in every process.
+
+        Raises:
+          UserError: see `gau.data.pipeline.eval_iterator`.
+          Cancelled: `cancelled` said True.
+        """
+        raise NotImplementedError
+
+    def draw(self, measured: Mapping[Case, Metrics], path: Path, *, title: str) -> None:
+        """Draws `figure` into `path`, from the metrics of every case."""
+        raise NotImplementedError
+
+    def table(self, measured: Mapping[Case, Metrics]) -> str:
+        """Returns the metrics of every case as text, a line each."""
+        names = self.columns or [name for name, value in next(iter(measured.values())).items() if is_scalar(value)]
+        titles = [name.replace('_', ' ') for name in names]
+        widths = [max(len(title), 9) for title in titles]
+        lines = [[f'{"":20}', *(f'{title:>{width}}' for title, width in zip(titles, widths, strict=True))]]
+        for case, metrics in measured.items():
+            cells = (f'{_text(metrics.get(name)):>{width}}' for name, width in zip(names, widths, strict=True))
+            lines.append([f'{self.name}/{case.name:{19 - len(self.name)}}', *cells])
+        return '\n'.join(' '.join(line) for line in lines)
+
+
+def is_scalar(value: Any) -> bool:
+    """Returns whether a metric's value stands in metrics.jsonl and final.json, too: a number or null."""
+    return value is None or isinstance(value, int | float)
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return '-'
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
+
+
+class BatchEvaluator(Evaluator):
+    """An evaluator of the batches of a split: what the device computes for each is summed up on the host."""
+
+    def outputs(self, params: Any, batch: Mapping[str, jax.Array]) -> Any:
+        """Returns what the host is to see of a batch: arrays, or a tree of them. Traced, on the device."""
+        raise NotImplementedError
+
+    def batches(self, params: Any, case: Case, cancelled: Callable[[], bool]) -> Iterator[tuple[Batch, Any]]:
+        """Yields every batch of the case with its outputs, on the host; the device works on the next one meanwhile.
+
+        All batches are whole, the last one filled up with rows of weight 0. Every process sees all of them.
+
+        Raises:
+          Cancelled: `cancelled` said True.
+        """
+        config = self.run.config
+        rows = self._rows(case.context)
+        self.run.check_batch(rows, case.context)
+        iterator = pipeline.eval_iterator(
+            config.data,
+            split=case.split,
+            context=case.context,
+            batch_size=rows,
+            objective=config.objective,
+            tokenizer=self.run.tokenizer,
+            max_tokens=self.entry.max_tokens,
+        )
+        in_flight = None
+        for batch in iterator:
+            if cancelled():
+                raise Cancelled
+            dispatched = self._outputs(params, self.run.put_batch(on_device(batch)))
+            if in_flight is not None:
+                yield in_flight[0], jax.tree.map(np.asarray, in_flight[1])
+            in_flight = batch, dispatched
+        if in_flight is not None:
+            yield in_flight[0], jax.tree.map(np.asarray, in_flight[1])
+
+    def check(self) -> None:
+        """Traces the outputs at every context, beside what every evaluator checks."""
+        super().check()
+        config = self.run.config
+        for context in {config.data.context, *self.entry.contexts}:
+            self.run.check_batch(self._rows(context), context)
+            if context != config.data.context:
+                tokens = jax.ShapeDtypeStruct((1, context), np.int32)
+                jax.eval_shape(self.outputs, self.run.abstract_params, {'inputs': tokens, 'targets': tokens})
+
+    def _rows(self, context: int) -> int:
+        """Rows a batch: at the run's context as many as a training step holds at once, elsewhere as many tokens."""
+        config, mesh = self.run.config, self.run.mesh
+        rows = self.entry.batch_size or config.data.batch_size // config.optimizer.accumulation_steps
+        divisor = mesh.shape['data'] * mesh.shape['fsdp']
+        return max(rows * config.data.context // context // divisor, 1) * divisor
+
+    @cached_property
+    def _outputs(self) -> Callable[[Any, Any], Any]:
+        # Every process gets the outputs of all rows, and takes the same sums in the same order, however many there are.
+        return jax.jit(self.outputs, out_shardings=NamedSharding(self.run.mesh, PartitionSpec()))
+
+
+def on_device(batch: Batch) -> Batch:
+    """Returns the part of an evaluation batch that the model has a use for."""
+    return {key: x for key, x in batch.items() if key not in HOST_ONLY}

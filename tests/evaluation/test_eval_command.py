@@ -1,0 +1,116 @@
+"""eval.py as a user calls it: the run's own evaluators, others, and text that the run was not trained beside."""
+
+import json
+import shutil
+import types
+
+import pytest
+
+from gau.errors import UserError
+from gau.training import evaluate, loop, workdir
+from gau.training.load import load_run
+from tests.training.test_commands import run
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp('eval') / 'trained'
+    loop.train(tiny_config(), path)
+    return path
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / 'eval.jsonl').read_text().splitlines()]
+
+
+def test_the_evaluators_of_training_on_the_same_checkpoint(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / 'run')
+    evaluate.evaluate(path)
+    (row,) = rows(path)
+    assert (row['step'], row['split']) == (6, 'eval/valid')
+    (in_training,) = [
+        row for row in workdir.read_metrics(path / 'metrics.jsonl') if (row['step'], row['split']) == (6, 'eval/valid')
+    ]
+    by_position = row.pop('loss_by_position')
+    assert row == in_training
+    assert sum(part['tokens'] for part in by_position) == row['tokens']
+    assert by_position[0].keys() == {'first', 'last', 'loss', 'tokens'}
+
+
+def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys):
+    path = shutil.copytree(trained, tmp_path / 'run')
+    evaluate.evaluate(path, evaluators=['whole_documents'], contexts=[16], max_tokens=400)
+    carried, forgotten = rows(path)
+    assert carried['split'] == forgotten['split'] == 'whole_documents/valid'
+    assert carried['context'] > forgotten['context'] == 16
+    assert carried['tokens'] == forgotten['tokens'] == 400
+    assert all(row['bits_per_byte'] > 0 for row in (carried, forgotten))
+    assert (path / 'plots' / 'whole_documents_loss_by_position_step_6.png').is_file()
+    assert 'whole_documents/valid_16' in capsys.readouterr().out
+    with pytest.raises(UserError, match='did you mean "whole_documents"'):
+        evaluate.evaluate(path, evaluators=['whole_document'])
+
+
+def test_text_that_it_was_not_trained_beside(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / 'run')
+    texts = ['Zoë — 漢字', 'a second text']
+    (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    source = f'--config.data.source=jsonl:{tmp_path}/texts.jsonl'
+    valid = f'--config.data.valid_source=jsonl:{tmp_path}/texts.jsonl'
+    code, out, err = run('eval.py', f'--workdir={path}', source, valid, '--contexts=16,24', '--max_tokens=500')
+    assert code == 0, err
+    found = rows(path)
+    assert [row['bytes'] for row in found] == [sum(len(text.encode()) for text in texts)] * 2
+    assert [row['context'] for row in found] == [16, 24]
+    assert found[0]['config']['data.source'] == f'jsonl:{tmp_path}/texts.jsonl'
+    assert all(len(line) <= 100 for line in out.splitlines()[1:] if not line.startswith('written'))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--max_tokens=-5'], '--max_tokens'),
+        (['--contexts=0'], '--contexts=0'),
+        (['--config.data.sourse=x'], 'did you mean "source"'),
+        (['--config.optimizer.learning_rate=1'], 'what can be changed is data, eval, evaluators'),
+        (['--config.data.source=text:no_such_file.txt'], 'no_such_file.txt'),
+        (['--evaluators=perplexities'], 'did you mean "perplexity"'),
+        (['--stream'], 'stream'),
+    ],
+)
+def test_bad_input_is_one_line(trained, arguments, message):
+    code, _, err = run('eval.py', f'--workdir={trained}', *arguments)
+    assert code == 2, err
+    assert message in err
+    assert err.count('\n') == 1
+    assert err.startswith('error: ')
+    assert not (trained / 'eval.jsonl').exists()
+
+
+class Shifted(types.SimpleNamespace):
+    """Bytes under another fingerprint, moved up by `by` in the vocabulary."""
+
+    def __init__(self, by):
+        from gau.data.tokenizers import load
+
+        own = load('bytes')
+        specials = {name: getattr(own, name) for name in ('vocab_size', 'bos_id', 'eos_id', 'pad_id', 'mask_id')}
+        super().__init__(**specials, ordinary=own.ordinary, spec=f'shifted:{by}', fingerprint=f'shifted {by}')
+        self.encode = lambda text: (own.encode(text) + by) % 256
+        self.decode = lambda ids: own.decode([(int(i) - by) % 256 if i < 256 else i for i in ids])
+
+
+@pytest.mark.parametrize('by', [0, 1])
+def test_another_tokenizer_is_refused_unless_it_has_the_same_vocabulary(trained, monkeypatch, by):
+    from gau.training import setup
+
+    monkeypatch.setattr(setup.tokenizers, 'load', {'bytes': setup.tokenizers.load('bytes'), 'shifted': Shifted(by)}.get)
+    config = workdir.read_config(trained)
+    monkeypatch.setattr('gau.training.load.resolve', lambda config: config)
+    config.data.tokenizer = 'shifted'
+    if by:
+        with pytest.raises(UserError, match=r'shifted:1 .*is not the tokenizer that the checkpoint was trained with'):
+            load_run(trained, config=config)
+    else:
+        assert load_run(trained, config=config)[2] == 6
