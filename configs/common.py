@@ -84,9 +84,8 @@ def run_local(config: ConfigDict, given: Sequence[str] = ()) -> ConfigDict:
     if 'tokenizer' not in given:
         # Bytes, or that of the prepared tokens put in the corpus's place.
         config.data.tokenizer = None
-    architecture = ARCHITECTURES.get(config.model.name)
-    if architecture is not None and architecture.defaults.get('chunk_size'):
-        config.model.chunk_size = 32  # several chunks in a text, or the global branch would have nothing to do
+    if config.model.name in ARCHITECTURES:
+        config.model.update(ARCHITECTURES[config.model.name].attention.laptop)
     config.model.dtype = 'float32'
     config.data.batch_size = 4
     config.mesh.data = 1  # four rows do not divide over every machine's devices

@@ -4,9 +4,12 @@
     python scripts/describe.py --config=configs/lm.py:size=base --models=flash,flash_quad,transformer_plus_plus
 
 The first form takes the config's model apart; the second sets models of the config's size side by side, each with its
-own defaults. FLOPs and memory are per token: FLOPs of the forward pass (a training step is three times that), memory is
-what is kept for the backward pass; `gau.models.counts` says exactly what is counted. Nothing is built, without JAX.
+own defaults. `--fields` prints what there is to set of the config's model. FLOPs and memory are per token: FLOPs of the
+forward pass (a training step is three times that), memory is what is saved for the backward pass;
+`gau.models.counts` says exactly what is counted. Nothing is built, without JAX.
 """
+
+import textwrap
 
 import _root  # noqa: F401
 from absl import flags
@@ -15,11 +18,14 @@ from ml_collections import ConfigDict
 from gau import cli
 from gau.errors import UserError, did_you_mean
 from gau.models import counts
+from gau.models.architectures import ARCHITECTURES
 from gau.models.config import default_config, resolve
+from gau.models.fields import check_choice
 from gau.training.config import OBJECTIVES
 
 _CONTEXTS = flags.DEFINE_list('contexts', None, 'Context lengths; default: data.context of the config.')
 _MODELS = flags.DEFINE_list('models', None, 'Models to set side by side, by name.')
+_FIELDS = flags.DEFINE_boolean('fields', False, "The fields of the config's model, and what they mean.")
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
 
 
@@ -34,10 +40,24 @@ def main() -> None:
         raise UserError(f'objective={config.objective} does not exist{did_you_mean(config.objective, OBJECTIVES)}')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
-    if _MODELS.value is None:
+    if _FIELDS.value:
+        print(explain(config.model.name))
+    elif _MODELS.value is None:
         print(describe(config.model, **options))
     else:
         print(compare([_named(name, config.model.size) for name in _MODELS.value], **options))
+
+
+def explain(name: str) -> str:
+    """Returns the fields of a model: values, default and meaning."""
+    check_choice('model.name', name, ARCHITECTURES)
+    lines = []
+    for field, declared in sorted(ARCHITECTURES[name].fields.items()):
+        values = ' | '.join(declared.choices) or declared.kind.__name__
+        default = '' if declared.default is None else f', default {declared.default}'
+        text = textwrap.fill(declared.doc, _MAX_WIDTH, initial_indent='    ', subsequent_indent='    ')
+        lines.append(f'model.{field}: {values}{default}\n{text}')
+    return '\n'.join(lines)
 
 
 def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: list[int]) -> str:

@@ -48,12 +48,6 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
-def with_bias(output):
-    """What a layer adds to the residual stream, from the pair that it returns."""
-    y_BND, bias_D = output
-    return y_BND + bias_D.astype(y_BND.dtype)
-
-
 def max_error(x, y):
     """Largest difference between two trees, relative to the largest number in the second tree; NaN if any is NaN."""
     x, y = jax.tree.leaves(x), jax.tree.leaves(y)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
-from gau.models.config import ENUMS
+from gau.models.fields import COMMON
 
 TABLE = Table(
     'Norms in FLASH',
@@ -31,11 +31,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep_norm() -> Iterator[Overrides]:
     """Every norm there is."""
-    for norm in ENUMS['norm']:
+    for norm in COMMON['norm'].choices:
         yield {'model.norm': norm}
 
 
 def sweep_placement() -> Iterator[Overrides]:
     """Every place there is for it."""
-    for placement in ENUMS['norm_placement']:
+    for placement in COMMON['norm_placement'].choices:
         yield {'model.norm_placement': placement}

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from gau.errors import UserError, did_you_mean
 from gau.models import counts
 from gau.models.architectures import ARCHITECTURES, SIZES
-from gau.models.config import ENUMS, default_config, resolve
+from gau.models.config import declared_fields, default_config, resolve
 from gau.training.config import OBJECTIVES
 
 # Kinds of measurement, and how many forward passes one step's matrix products amount to.
@@ -138,7 +138,7 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
     for impl in [given['impl']] if 'impl' in given else impls:
         spec = Spec(model, impl, given.get('remat', remat), given.get('layer_stack', layer_stack), int(steps))
         for name in ('impl', 'remat', 'layer_stack'):
-            _check_choice(f'--models={text}: {name}', getattr(spec, name), ENUMS[name])
+            _check_choice(f'--models={text}: {name}', getattr(spec, name), declared_fields()[name].choices)
         specs.append(spec)
     return specs
 

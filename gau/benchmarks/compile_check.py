@@ -18,7 +18,7 @@ from gau.benchmarks.hlo import Collective, Program
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
 from gau.models import registry
-from gau.models.implementations import Target as Implementing
+from gau.models.target import Target as Implementing
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training.durations import UNITS
@@ -194,7 +194,7 @@ def _about(run: Run, target: Target) -> Row:
         'batch_size': config.data.batch_size,
         'layer_stack': config.model.layer_stack,
         'remat': config.model.remat,
-        'impl': run.model.config.impl,
+        'impl': run.model.implementation.attention,
         'topology': target.name,
         'device': target.devices[0].device_kind,
         'mesh': dict(run.mesh.shape),

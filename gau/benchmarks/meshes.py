@@ -88,7 +88,7 @@ def train_over(config: ConfigDict, shapes: Sequence[tuple[int, ...]], *, steps: 
         tokens = config.data.batch_size * config.data.context
         stats: dict[str, Any] = jax.devices()[0].memory_stats() or {}
         yield Steps(
-            *(shape, run.model.config.impl, tuple(losses), parameter_norm),
+            *(shape, run.model.implementation.attention, tuple(losses), parameter_norm),
             *(1000 * median, tokens / median, stats.get('peak_bytes_in_use')),
         )
         del state, batches

@@ -116,7 +116,7 @@ def _run(cell: Cell, result: Result) -> Run:
         tokens=cell.batch_size * cell.context,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.abstract_params)),
         flops_per_token=run.flops_per_token,
-        impl_chosen=model.config.impl,
+        impl_chosen=model.implementation.attention,
     )
     return run
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import RulesFallback
 from jax import Array
 
-from gau.ops.decoding import Continuation
+from gau.ops.decoding import DecodePosition
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -21,18 +21,18 @@ class TokenInfo(NamedTuple):
       segment_ids_BN: documents and padding (see gau.ops), or None.
       positions_BN: position of each token in its document, [B, N] or [1, N].
       rope: for every width in use, the cosines and sines of `gau.ops.positions.rope_table`.
-      at: where a block of tokens stands in texts that are read bit by bit; the layers then keep their state in the
-        collection 'cache' (`gau.layers.state`). None where whole texts are read at once.
+      decode: where a block of tokens stands in sequences that are decoded; the layers then have their state in the
+        collection 'cache' (`gau.layers.state`). None where whole sequences are computed at once.
     """
 
     segment_ids_BN: Array | None
     positions_BN: Array
     rope: dict[int, tuple[Array, Array]]
-    at: Continuation | None = None
+    decode: DecodePosition | None = None
 
 
 def param_dtype(dtype) -> jnp.dtype:
-    """Returns the type parameters are kept in: float32, or float64 where the computation is in float64."""
+    """Returns the type of parameters: float32, or float64 where the computation is in float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -57,11 +57,10 @@ class Linear(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Array, *, add_bias: bool = True) -> Array | tuple[Array, Array]:
-        """Maps [..., D...] to [..., F...]; without `add_bias` returns x W and b, for an op that adds b itself."""
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., D...] to [..., F...]."""
         kernel, bias = self._parameters(x)
-        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.in_axes))
-        return y + bias.astype(self.dtype) if add_bias else (y, bias)
+        return jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.in_axes)) + bias.astype(self.dtype)
 
     def _parameters(self, x: Array) -> tuple[Array, Array]:
         inputs = x.shape[x.ndim - len(self.in_axes) :]
@@ -73,7 +72,7 @@ class Linear(nn.Module):
 
 
 class Weights(Linear):
-    """The parameters of a `Linear` without its product, for one product with the weights of several."""
+    """The parameters of a `Linear` without its matmul, for an op that has a matmul or adds the bias itself."""
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -82,15 +81,11 @@ class Weights(Linear):
 
 
 class Temperature(nn.Module):
-    """Multiplies queries, and with them q.k, by one learned scalar that starts at 1 ('learned'), or not ('none')."""
-
-    kind: str
+    """Multiplies queries, and with them q.k, by one learned scalar that starts at 1."""
 
     @nn.compact
     def __call__(self, q: Array) -> Array:
-        """Returns q, heated."""
-        if self.kind == 'none':
-            return q
+        """Returns q, scaled."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ())
         return q * self.param('scale', init, (), param_dtype(q.dtype)).astype(q.dtype)
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from gau.layers.common import Linear, constrain
+from gau.layers.common import Linear, TokenInfo, constrain
 
 # kind: (activation, whether a second projection is multiplied by it)
 KINDS = {
@@ -15,7 +15,7 @@ KINDS = {
 
 
 class FeedForward(nn.Module):
-    """act(x W1) W2, or gated (act(x W1) * x W3) W2, with biases; [B, N, D] to [B, N, D] and a bias [D] to add.
+    """act(x W1) W2, or gated (act(x W1) * x W3) W2, with biases; [B, N, D] to [B, N, D].
 
     Attributes:
       kind: 'gelu', 'geglu' or 'swiglu'.
@@ -28,12 +28,12 @@ class FeedForward(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x_BND: Array) -> tuple[Array, Array]:
-        """Applies the layer to normalised inputs; returns the output [B, N, D] without its bias, and the bias [D]."""
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
+        """Applies the layer to normalised inputs."""
+        del tokens  # Every token by itself.
         activation, gated = KINDS[self.kind]
         features, axes = ((2, self.hidden_dim), (None, 'expanded')) if gated else ((self.hidden_dim,), ('expanded',))
         h = Linear(features, ('embed',), axes, self.dtype, name='in')(x_BND)
         h_BNE = activation(h[:, :, 0]) * h[:, :, 1] if gated else activation(h)
         h_BNE = constrain(h_BNE, 'batch', 'length', 'act_expanded')
-        project = Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')
-        return project(h_BNE, add_bias=False)
+        return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(h_BNE)

@@ -14,8 +14,7 @@ class RelativeBias(nn.Module):
     """A bias b[q, k] that depends on k - q alone, one for every head (docs/paper.md section 2).
 
     Attributes:
-      kind: 'toeplitz', a table of 2 * length - 1 numbers; 'rotary', two vectors `a` and `c` rotated by position; or
-        'none'.
+      kind: 'toeplitz', a table of 2 * length - 1 numbers; or 'rotary', two vectors `a` and `c` rotated by position.
       num_heads: H.
       length: longest distance + 1 that the table serves.
       width: S, even, of the vectors of the rotary form.
@@ -29,16 +28,14 @@ class RelativeBias(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns the bias of every distance k - q between n positions, [H, 2 n - 1], float32 or wider; or None.
+    def __call__(self, n: int, queries_BT: Array | None = None) -> Array:
+        """Returns the bias of every distance k - q between n positions, [H, 2 n - 1], float32 or wider.
 
         With the positions of queries, [B, T], their rows of the matrix that it is: [H, B, T, n].
 
         Raises:
           UserError: kind 'toeplitz' and n above `length`.
         """
-        if self.kind == 'none':
-            return None
         dtype = param_dtype(self.dtype)
         if self.kind == 'toeplitz':
             if n > self.length:

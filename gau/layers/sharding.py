@@ -1,6 +1,6 @@
 """An op on every device's own part of its arrays, where a mesh is set: for what the compiler cannot partition well.
 
-The compiler cuts products and sums by itself (`gau.layers.common.constrain` says how). Sums that run along a sharded
+The compiler cuts matmuls and sums by itself (`gau.layers.common.constrain` says how). Sums that run along a sharded
 sequence it would gather, and kernels it does not understand; those run inside `jax.shard_map`.
 """
 
@@ -104,6 +104,13 @@ def parts_of(name: str) -> int:
     if not _cut_by_rules():
         return 1
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _mesh_axes(name))
+
+
+def devices_together() -> int:
+    """Returns how many devices have an array together: those of the mesh, but one inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # The size is 0 where no mesh is set.
+    return 1 if AxisType.Manual in mesh.axis_types else max(1, mesh.size)
 
 
 def _cut_by_rules() -> bool:

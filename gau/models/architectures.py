@@ -1,106 +1,57 @@
-"""The models by name, and the sizes: tables without code. A new architecture is a new entry here.
+"""The models by name, and the sizes: a new architecture is a new entry here."""
 
-An entry says what a block is made of and gives the default of every field that means something for the model; a field
-without a default does not apply to it and is refused where somebody sets it.
-"""
-
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-# Fields of every model. None: depends on size, causality or context, filled by `resolve`.
-_COMMON = {
-    'num_layers': None,
-    'model_dim': None,
-    'norm_placement': 'pre',
-    'absolute_position': 'sinusoid',
-    'rope': 'rotary',
-    'dropout_rate': 0.0,
-    'dtype': 'bfloat16',
-    'layer_stack': 'unrolled',
-    'remat': 'none',
-    'impl': 'auto',
-    'vocab_loss_slice': 4096,
-}
-_GAU = _COMMON | {
-    'norm': 'scale_norm',
-    'expansion_factor': 2.0,
-    'query_key_dim': 128,
-    'num_heads': 1,
-    'head_decay': 0.0,
-    'gate': 'silu',
-    'gamma_init': None,
-    'attention_function': 'relu2',
-    'normalizer': None,
-    'normalizer_length': 512,
-    'temperature': 'none',
-    'relative_bias': None,
-    'relative_bias_length': None,
-}
-_CHUNKED = {'chunk_size': 256, 'branches': 'both', 'global_reduction': 'mean'}
-_TRANSFORMER = _COMMON | {
-    'norm': 'layer_norm',
-    'num_heads': None,
-    'head_decay': 0.0,
-    'head_dim': None,
-    'gate': 'none',
-    'feed_forward': 'geglu',
-    'feed_forward_dim': None,
-}
-_SOFTMAX = {
-    'attention_function': 'softmax',
-    'normalizer': None,
-    'normalizer_length': 512,
-    'temperature': 'none',
-    'relative_bias': 'none',
-    'relative_bias_length': None,
-}
-_FUSED = ('cudnn', 'xla', 'reference')
+from gau.models.attentions.combiner import Combiner
+from gau.models.attentions.linformer import Linformer
+from gau.models.attentions.mixed_chunk import MixedChunk, MultiHeadMixedChunk
+from gau.models.attentions.performer import Performer
+from gau.models.attentions.quadratic import MultiHeadQuadratic, Quadratic
+from gau.models.attentions.record import Attention
+from gau.models.families.gated_unit import GatedUnit
+from gau.models.families.record import Family
+from gau.models.families.transformer import Transformer
+from gau.models.fields import COMMON, Field, with_defaults
 
 
 class Architecture(NamedTuple):
-    """One model.
+    """One model: an attention in the layers of a family.
 
     Attributes:
-      family: 'gau' (one unit a block) or 'transformer' (attention and feed-forward a block).
-      attention: 'quadratic', 'mixed_chunk', 'performer', 'linformer' or 'combiner'.
-      defaults: default of every field that applies.
-      impls: implementations its attention has, fastest first: 'auto' takes the first that works (`implementations`).
-      not_causal: None, or why the model cannot be causal.
+      family: record of the layers around the attention.
+      attention: record of the attention.
+      defaults: defaults of the model that differ from those of the records.
     """
 
-    family: str
-    attention: str
-    defaults: dict[str, Any]
-    impls: tuple[str, ...] = ('xla', 'reference')
-    not_causal: str | None = None
+    family: Family
+    attention: Attention
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def not_causal(self) -> str | None:
+        """None, or why the model cannot be causal."""
+        return self.attention.not_causal
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Every field that applies to the model, with its default; the others are refused where somebody sets them."""
+        return with_defaults({**COMMON, **self.family.fields, **self.attention.fields}, **self.defaults)
 
 
-ARCHITECTURES = MappingProxyType(
-    {
-        'flash_quad': Architecture('gau', 'quadratic', _GAU, impls=('triton', 'xla', 'reference')),
-        'flash': Architecture('gau', 'mixed_chunk', _GAU | _CHUNKED, impls=('triton', 'xla', 'reference')),
-        'transformer': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu', 'rope': 'none'}, _FUSED
-        ),
-        'transformer_plus': Architecture(
-            'transformer', 'quadratic', _TRANSFORMER | _SOFTMAX | {'feed_forward': 'gelu'}, _FUSED
-        ),
-        'transformer_plus_plus': Architecture('transformer', 'quadratic', _TRANSFORMER | _SOFTMAX, _FUSED),
-        'mc_transformer_plus_plus': Architecture(
-            'transformer', 'mixed_chunk', _TRANSFORMER | _SOFTMAX | _CHUNKED | {'gamma_init': None}
-        ),
-        'performer': Architecture(
-            'transformer', 'performer', _TRANSFORMER | {'feature_map': 'relu', 'num_features': 256}
-        ),
-        'linformer': Architecture(
-            'transformer',
-            'linformer',
-            _TRANSFORMER | {'projection_rank': None, 'projection_length': None},
-            not_causal='it mixes the whole sequence into every slot that a token attends to; train it as mlm',
-        ),
-        'combiner': Architecture('transformer', 'combiner', _TRANSFORMER | {'chunk_size': None}, impls=('reference',)),
-    }
-)
+# A dict, not a view: `ARCHITECTURES['name'] = Architecture(...)` registers a model from anywhere.
+ARCHITECTURES = {
+    'flash_quad': Architecture(GatedUnit(), Quadratic()),
+    'flash': Architecture(GatedUnit(), MixedChunk()),
+    'transformer': Architecture(Transformer(), MultiHeadQuadratic(), {'feed_forward': 'gelu', 'rope': 'none'}),
+    'transformer_plus': Architecture(Transformer(), MultiHeadQuadratic(), {'feed_forward': 'gelu'}),
+    'transformer_plus_plus': Architecture(Transformer(), MultiHeadQuadratic()),
+    'mc_transformer_plus_plus': Architecture(Transformer(), MultiHeadMixedChunk()),
+    'performer': Architecture(Transformer(), Performer()),
+    'linformer': Architecture(Transformer(), Linformer()),
+    'combiner': Architecture(Transformer(), Combiner()),
+}
 
 
 class Size(NamedTuple):
@@ -118,8 +69,6 @@ class Size(NamedTuple):
     gau_layers: int
     parameters: dict[str, int]
 
-
-HEAD_DIM = 64
 
 SIZES = MappingProxyType(
     {

@@ -1,6 +1,6 @@
-"""Causal models that read and write token by token: the state, `prefill` for a prompt, `step` for one token.
+"""Decoding of causal models: the state, `prefill` for a prompt, `step` for one token.
 
-The state is a plain tree of arrays (nested dicts, all zeros at the start of a text), so it can be saved, copied and
+The state is a plain tree of arrays (nested dicts, all zeros at the start of a sequence), so it can be saved, copied and
 cut by rows:
 
     position                            int32 [B], tokens that each row has read
@@ -24,55 +24,47 @@ from jax import Array
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.language_model import LanguageModel
-from gau.ops.decoding import Continuation
+from gau.ops.decoding import DecodePosition
 
 State = dict[str, Any]
 
-# Tokens of a prompt that are read at once: memory does not grow with the prompt, and matrices are large enough.
+# Tokens of a prompt that are prefilled at once: memory does not grow with the prompt, and matrices are large enough.
 PREFILL_BLOCK = 512
 
 
 def keeps_all_tokens(model: LanguageModel) -> bool:
-    """Returns whether the state grows with the text (keys and values of every token), so that it needs a capacity."""
-    return ARCHITECTURES[model.config.name].attention == 'quadratic'
+    """Returns whether the state has keys and values of every token, so that it needs a capacity."""
+    return ARCHITECTURES[model.config.name].attention.keeps_all_tokens
 
 
 def check(model: LanguageModel, *, capacity: int | None = None) -> None:
     """Says in one line what cannot be decoded.
 
     Raises:
-      UserError: a bidirectional model; Combiner; the normaliser 'paper' over the whole text; a capacity beyond the
-        table of relative positions.
+      UserError: a bidirectional model; an attention that has no state, or none in this config; a capacity beyond the
+        longest sequence that it can decode.
     """
-    config = model.config
-    quadratic = keeps_all_tokens(model)
+    attention = ARCHITECTURES[model.config.name].attention
     if not model.causal:
-        raise UserError('a masked language model does not write text: its tokens see later ones')
-    if config.name == 'combiner':
+        raise UserError('a masked language model cannot be decoded: its tokens see later ones')
+    reason = attention.refuses_decoding(model.config)
+    if reason is not None:
+        raise UserError(reason)
+    longest = attention.longest_decoded(model.config)
+    if capacity is not None and longest is not None and capacity > longest:
         raise UserError(
-            'combiner cannot be decoded: a summary of its columns is weighted by the mean of all their queries, so '
-            'each new row changes the weights of all earlier tokens, and the state would be the whole text'
-        )
-    if quadratic and config.normalizer == 'paper':
-        raise UserError(
-            'model.normalizer=paper cannot be decoded: it divides by the length of the whole text, so every token '
-            'would change what was written before; train with fixed, visible or su'
-        )
-    table = config.relative_bias_length if quadratic and config.relative_bias == 'toeplitz' else None
-    if capacity is not None and table is not None and capacity > table:
-        raise UserError(
-            f'this model has relative positions for {table} tokens (relative_bias_length); prompt and text together '
-            f'would be {capacity}'
+            f'this model has relative positions for {longest} tokens (relative_bias_length); prompt and continuation '
+            f'together would be {capacity}'
         )
 
 
 def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = None) -> State:
-    """Returns the state of texts that have not begun.
+    """Returns the state before the first token.
 
     Args:
       model: a causal model.
       batch_size: B.
-      capacity: M, most tokens of a text; for models that keep all tokens, others take no notice of the length.
+      capacity: M, most tokens of a sequence, for models that keep all tokens; the state of others has one size.
 
     Raises:
       UserError: see `check`; or a model that keeps all tokens and no capacity.
@@ -84,8 +76,8 @@ def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = 
     def read():
         tokens_B1, length_B = jnp.zeros((batch_size, 1), jnp.int32), jnp.zeros(batch_size, jnp.int32)
         params = model.init(jax.random.key(0), tokens_B1)['params']
-        at = Continuation(length_B, length_B, capacity)
-        cache = model.apply({'params': params}, tokens_B1, at, method='extend', mutable=['cache'])[1]['cache']
+        position = DecodePosition(length_B, length_B, capacity)
+        cache = model.apply({'params': params}, tokens_B1, position, method='extend', mutable=['cache'])[1]['cache']
         return {'position': length_B, **cache}
 
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read))
@@ -98,8 +90,10 @@ def extend(model: LanguageModel, params: Any, state: State, tokens_BT: Array, le
       What the output layer reads, [B, T, D], meaningless at padding; and the new state.
     """
     layers = {name: leaf for name, leaf in state.items() if name != 'position'}
-    at = Continuation(state['position'], length_B)
-    h_BTD, new = model.apply({'params': params, 'cache': layers}, tokens_BT, at, method='extend', mutable=['cache'])
+    position = DecodePosition(state['position'], length_B)
+    h_BTD, new = model.apply(
+        {'params': params, 'cache': layers}, tokens_BT, position, method='extend', mutable=['cache']
+    )
     return h_BTD, {'position': state['position'] + length_B, **new['cache']}
 
 
@@ -126,7 +120,7 @@ def prefill(
     Args:
       model: a causal model.
       params: its parameters.
-      state: from `init_state`, or of texts to go on in.
+      state: from `init_state`, or of sequences to go on with.
       tokens_BN: prompts, padded on the right.
       length_B: int32, tokens of each prompt, 1..N (0 leaves the row's state alone; its logits say nothing).
       block: tokens at a time; memory grows with it and not with N.
@@ -166,11 +160,6 @@ def map_rows(function, *states: State, stacked: bool) -> State:
         return jnp.moveaxis(function(*(jnp.moveaxis(leaf, axis, 0) for leaf in leaves)), 0, axis)
 
     return jax.tree_util.tree_map_with_path(one, *states)
-
-
-def repeat_rows(state: State, num: int, *, stacked: bool) -> State:
-    """Returns a state with every row `num` times in a row: one prompt, several continuations."""
-    return map_rows(lambda x: jnp.repeat(x, num, axis=0), state, stacked=stacked)
 
 
 def state_bytes(state: State) -> int:

@@ -1,20 +1,24 @@
 """The language model around the blocks: tied embedding, positions, the stack of layers, the head and its loss."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
+from gau.layers.fused_norm import FusedScaleNorm, Residual
 from gau.layers.norm import Norm
 from gau.layers.positions import ScaledSinusoid
-from gau.layers.sharding import parts_of, sum_over_mesh
+from gau.layers.sharding import devices_together, parts_of, sum_over_mesh
 from gau.models.architectures import ARCHITECTURES
-from gau.models.blocks import Block, first_stream
-from gau.models.config import head_dim_at
+from gau.models.blocks import Block
+from gau.models.fused_block import FusedBlock, first_residual
+from gau.models.target import Implementation
 from gau.ops.cross_entropy import output_logits, sliced_cross_entropy, weighted_cross_entropy
-from gau.ops.decoding import Continuation
-from gau.ops.kernels.launch import available, interpreted
+from gau.ops.decoding import DecodePosition
+from gau.ops.kernels.cross_entropy import slice_loss
 from gau.ops.masks import clear_padding
 from gau.ops.positions import rope_table
 
@@ -49,8 +53,8 @@ class Embedding(nn.Module):
 class LanguageModel(nn.Module):
     """Any model of the registry, causal (LM) or bidirectional (MLM).
 
-    `extend` reads on in texts that have begun (`gau.models.decoding`); `__call__`, `token_losses`,
-    `weighted_loss` and `hidden` read whole texts and take:
+    `extend` is decoding (`gau.models.decoding`); `__call__`, `token_losses`,
+    `weighted_loss` and `hidden` take whole sequences:
       tokens_BN: integer tokens in [0, V).
       segment_ids_BN: integers; 0 is padding, a positive number names the token's document, and documents do not see
         each other. None: all one document.
@@ -58,28 +62,30 @@ class LanguageModel(nn.Module):
       deterministic: False turns dropout on, which draws from the 'dropout' stream.
 
     Attributes:
-      config: resolved model config (`gau.models.config.resolve`) with a concrete `impl` (`registry.build`), frozen.
+      config: resolved model config (`gau.models.config.resolve`), frozen.
       vocab_size: V.
       causal: whether later tokens are hidden.
+      implementation: what it is built with (`registry.build`).
     """
 
-    config: object
+    config: Any
     vocab_size: int
     causal: bool
+    implementation: Implementation
 
     def setup(self):
         """Makes the parts: `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...) and `final_norm`."""
-        config = self.config
+        config, fused = self.config, self.implementation.norm == 'triton'
         self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)
         if config.norm_placement == 'pre':
-            self.final_norm = Norm(config.norm, config.dtype, config.impl)
+            self.final_norm = (FusedScaleNorm if fused else Norm)(config.norm, config.model_dim, config.dtype)
         self.dropout = nn.Dropout(config.dropout_rate)
         scan = config.layer_stack == 'scan'
-        block = Block
+        block = FusedBlock if fused else Block
         if config.remat != 'none':
-            # Static argument 3 is `deterministic` (self, stream and tokens come before it).
+            # Static argument 3 is `deterministic` (self, x and tokens come before it).
             policy = REMAT_POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not scan, static_argnums=(3,))
         if scan:
@@ -91,9 +97,9 @@ class LanguageModel(nn.Module):
                 length=config.num_layers,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            self.blocks = stack(config, 0, self.causal)
+            self.blocks = stack(config, 0, self.causal, self.implementation)
         else:
-            self.blocks = [block(config, layer, self.causal) for layer in range(config.num_layers)]
+            self.blocks = [block(config, layer, self.causal, self.implementation) for layer in range(config.num_layers)]
 
     def __call__(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
         """Returns logits [B, N, V], float32 (float64 where the model computes in it)."""
@@ -124,14 +130,13 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
-        impl = self.config.impl
-        kernels = impl == 'triton' or (impl == 'cudnn' and available() and not interpreted())
 
         def loss(*operands, alone):
             return weighted_cross_entropy(
                 *operands,
                 positions_per_slice=self.config.vocab_loss_slice,
-                impl='triton' if kernels and alone else 'xla',
+                devices=devices_together(),
+                slice_loss=slice_loss(self.implementation.loss if alone else 'xla', self.vocab_size),
             )
 
         operands = h_BND, self.embedding.rows(), targets_BN, weights_BN
@@ -150,20 +155,22 @@ class LanguageModel(nn.Module):
             tokens_BN, TokenInfo(segment_ids_BN, positions_BN, self._rope_tables(positions_BN)), deterministic
         )
 
-    def extend(self, tokens_BT: Array, at: Continuation) -> Array:
-        """Reads on in texts whose beginnings are summed up in the collection 'cache' (see `gau.models.decoding`).
+    def extend(self, tokens_BT: Array, position: DecodePosition) -> Array:
+        """Goes on with sequences whose beginnings are summed up in the collection 'cache' (`gau.models.decoding`).
 
         Args:
-          tokens_BT: the next tokens of each row's text, padded on the right.
-          at: where they stand, and how many of them are the row's.
+          tokens_BT: the next tokens of each row's sequence, padded on the right.
+          position: where they stand, and how many of them are the row's.
 
         Returns:
           What the output layer reads, [B, T, D] in the compute type; meaningless at padding.
         """
         n = tokens_BT.shape[1]
-        positions_BT = at.positions_BT(n)
+        positions_BT = position.positions_BT(n)
         return self._stack(
-            tokens_BT, TokenInfo(at.real_BT(n), positions_BT, self._rope_tables(positions_BT), at), deterministic=True
+            tokens_BT,
+            TokenInfo(position.real_BT(n), positions_BT, self._rope_tables(positions_BT), position),
+            deterministic=True,
         )
 
     def logits(self, h_BND: Array) -> Array:
@@ -173,7 +180,9 @@ class LanguageModel(nn.Module):
     def losses(self, h_BND: Array, targets_BN: Array) -> Array:
         """Returns -log p(target) in nats for what `hidden` or `extend` returned, [B, N], float32 (float64)."""
         return sliced_cross_entropy(
-            h_BND, self.embedding.rows(), targets_BN, positions_per_slice=self.config.vocab_loss_slice
+            *(h_BND, self.embedding.rows(), targets_BN),
+            positions_per_slice=self.config.vocab_loss_slice,
+            devices=devices_together(),
         )
 
     def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:
@@ -188,18 +197,19 @@ class LanguageModel(nn.Module):
             x_BND = x_BND + self.position(tokens.positions_BN, config.model_dim)
         x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)
         x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
-        stream = first_stream(x_BND, config)
+        x = x_BND
+        if self.implementation.norm == 'triton' and tokens.decode is None:
+            x = first_residual(x_BND, config.dtype)
         for block in [self.blocks] if config.layer_stack == 'scan' else self.blocks:
-            stream, _ = block(stream, tokens, deterministic)
-        return self.final_norm(stream, tokens)[1] if config.norm_placement == 'pre' else stream.x_BND
+            x, _ = block(x, tokens, deterministic)
+        if isinstance(x, Residual):
+            return self.final_norm.of_residual(x)[1]
+        return self.final_norm(x) if config.norm_placement == 'pre' else x
 
     def _rope_tables(self, positions_BN: Array) -> dict[int, tuple[Array, Array]]:
         """Cosines and sines for every width that the layers rotate, computed once."""
         config = self.config
         if config.rope == 'none':
             return {}
-        if ARCHITECTURES[config.name].family == 'gau':
-            widths = {config.query_key_dim}
-        else:
-            widths = {head_dim_at(config, layer) for layer in range(config.num_layers)}
+        widths = ARCHITECTURES[config.name].family.rope_widths(config)
         return {width: rope_table(positions_BN, width, dtype=jnp.dtype(config.dtype)) for width in sorted(widths)}

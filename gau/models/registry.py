@@ -3,8 +3,9 @@
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from gau.models.implementations import Target, select_implementation
+from gau.models.implementations import settle
 from gau.models.language_model import LanguageModel
+from gau.models.target import Target
 
 
 def build(config: ConfigDict, *, vocab_size: int, causal: bool, target: Target | None = None) -> LanguageModel:
@@ -14,13 +15,11 @@ def build(config: ConfigDict, *, vocab_size: int, causal: bool, target: Target |
       config: resolved model config (`gau.models.config.resolve`, with the same `causal`).
       vocab_size: V.
       causal: True for a language model, False for a masked one.
-      target: what it will run on; None means the device that JAX computes on by default. The model's `config.impl` is
-        the implementation that works there (`gau.models.implementations`), never 'auto'.
+      target: what it will run on; None means the device that JAX computes on by default. The model's `implementation`
+        is what works there (`gau.models.implementations`).
 
     Raises:
       UserError: the config asks for an implementation that does not work on the target.
     """
     target = Target.of_device(jax.devices()[0]) if target is None else target
-    config = ConfigDict(config)
-    config.impl = select_implementation(config, target=target)
-    return LanguageModel(FrozenConfigDict(config), vocab_size, causal)
+    return LanguageModel(FrozenConfigDict(config), vocab_size, causal, settle(config, target=target))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Up to this many chunks the states are one product with a G x G matrix (measured faster than cumsum and scan);
+# Up to this many chunks the states are one matmul with a G x G matrix (measured faster than cumsum and scan);
 # beyond, a scan over groups of this many chunks keeps the cost linear in the length.
 GROUP = 256
 # Logarithm of the factor of a sum over nothing: below every other, and finite, so that no difference is NaN.
@@ -61,11 +61,11 @@ def first_and_last_document(ids_BGC: Array) -> tuple[Array, Array]:
 
 
 def relative_weights(sees: Array, log_scale: Array | None, dtype) -> tuple[Array, Array | None]:
-    """Returns the weights [..., T] of things summed up, 0 where not seen, over the largest, and its logarithm [...].
+    """Returns the weights [..., M] of things summed up, 0 where not seen, over the largest, and its logarithm [...].
 
     Args:
-      sees: bool [..., T].
-      log_scale: logarithms of the weights, [..., T] or what broadcasts to it; None: they are all 1.
+      sees: bool [..., M].
+      log_scale: logarithms of the weights, [..., M] or what broadcasts to it; None: they are all 1.
       dtype: type of the weights.
     """
     if log_scale is None:
@@ -78,7 +78,7 @@ def add_scaled(x: Array, log_x: Array | None, y: Array, log_y: Array | None) -> 
     """Returns x exp(log_x) + y exp(log_y) over the larger of both factors, and its logarithm.
 
     Args:
-      x: [..., A, B].
+      x: [..., S, E].
       log_x: [...]; None, as `log_y` then is: both factors are 1.
       y: as x.
       log_y: as `log_x`.
@@ -144,7 +144,7 @@ def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC, *, 
 def _open_at_start(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG, *, sequence_axis, backwards):
     """The document at the head of this device's chunks, summed over the devices before it that have it at their tail.
 
-    Every device gathers one state, count and document of every other: P S E numbers, whatever the length.
+    Every device gathers one state, count and document of every other: A S E numbers, whatever the length.
 
     Returns:
       The state [B, S, E], its count [B], its document [B] (0: none) and the logarithm of its factor [B] or None.
@@ -155,13 +155,13 @@ def _open_at_start(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG, *, sequence_ax
     at_tail_BG = (tail_BG == tail_B[:, None]) & (tail_BG > 0)
     w_BG, log_B = relative_weights(at_tail_BG, log_scale_BG, kv_BGSE.dtype)
     own = (jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE), (at_tail_BG * n_BG).sum(-1), tail_B, log_B)
-    kv_BPSE, n_BP, tail_BP, log_BP = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis, axis=1), own)
+    kv_BASE, n_BA, tail_BA, log_BA = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis, axis=1), own)
 
-    device, here = jnp.arange(tail_BP.shape[1]), jax.lax.axis_index(sequence_axis)
-    earlier_P = device > here if backwards else device < here
-    sees_BP = earlier_P & (tail_BP == head_B[:, None]) & (head_B > 0)[:, None]
-    w_BP, log_B = relative_weights(sees_BP, log_BP, kv_BGSE.dtype)
-    return jnp.einsum('BP,BPSE->BSE', w_BP, kv_BPSE), (sees_BP * n_BP).sum(-1), head_B, log_B
+    device, here = jnp.arange(tail_BA.shape[1]), jax.lax.axis_index(sequence_axis)
+    earlier_A = device > here if backwards else device < here
+    sees_BA = earlier_A & (tail_BA == head_B[:, None]) & (head_B > 0)[:, None]
+    w_BA, log_B = relative_weights(sees_BA, log_BA, kv_BGSE.dtype)
+    return jnp.einsum('BA,BASE->BSE', w_BA, kv_BASE), (sees_BA * n_BA).sum(-1), head_B, log_B
 
 
 def _add_open(state_BGSE, count_BG, log_BG, head_BG, open_kv_BSE, open_n_B, open_id_B, open_log_B):
@@ -176,17 +176,17 @@ def _add_open(state_BGSE, count_BG, log_BG, head_BG, open_kv_BSE, open_n_B, open
 def _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
     """M[g] = sum over h < g of kv[h] where the document at h's tail is the one at g's head; the counts likewise."""
     g = jnp.arange(head_BG.shape[1])
-    w_BGH = (g[:, None] > g) & (head_BG[:, :, None] == tail_BG[:, None, :]) & (head_BG > 0)[:, :, None]
-    ones_BGH = w_BGH.astype(kv_BGSE.dtype)
+    w_BGI = (g[:, None] > g) & (head_BG[:, :, None] == tail_BG[:, None, :]) & (head_BG > 0)[:, :, None]
+    ones_BGI = w_BGI.astype(kv_BGSE.dtype)
     log_scale_B1G = None if log_scale_BG is None else log_scale_BG[:, None]
-    w_BGH, log_scale_BG = relative_weights(w_BGH, log_scale_B1G, kv_BGSE.dtype)
-    if ones_BGH.shape[0] == 1:
-        count_BG = jnp.einsum('GH,BH->BG', ones_BGH[0], n_BG)
+    w_BGI, log_scale_BG = relative_weights(w_BGI, log_scale_B1G, kv_BGSE.dtype)
+    if ones_BGI.shape[0] == 1:
+        count_BG = jnp.einsum('GI,BI->BG', ones_BGI[0], n_BG)
     else:
-        count_BG = jnp.einsum('BGH,BH->BG', ones_BGH, n_BG)
-    if w_BGH.shape[0] == 1:
-        return jnp.einsum('GH,BHSE->BGSE', w_BGH[0], kv_BGSE), count_BG, log_scale_BG
-    return jnp.einsum('BGH,BHSE->BGSE', w_BGH, kv_BGSE), count_BG, log_scale_BG
+        count_BG = jnp.einsum('BGI,BI->BG', ones_BGI, n_BG)
+    if w_BGI.shape[0] == 1:
+        return jnp.einsum('GI,BISE->BGSE', w_BGI[0], kv_BGSE), count_BG, log_scale_BG
+    return jnp.einsum('BGI,BISE->BGSE', w_BGI, kv_BGSE), count_BG, log_scale_BG
 
 
 def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
@@ -207,13 +207,13 @@ def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
         last_B = first_and_last_document(tail_BG)[1]
         last_B = jnp.where(last_B > 0, last_B, open_id_B)
         same_BG = (tail_BG == last_B[:, None]) & (tail_BG > 0)
-        kept_B = last_B == open_id_B
+        same_B = last_B == open_id_B
         w_BG, new_log_B = relative_weights(same_BG, log_scale_BG, kv_BGSE.dtype)
-        old_kv_BSE = kept_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE
-        old_log_B = None if open_log_B is None else jnp.where(kept_B, open_log_B, LOWEST)
+        old_kv_BSE = same_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE
+        old_log_B = None if open_log_B is None else jnp.where(same_B, open_log_B, LOWEST)
         new_kv_BSE = jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE)
         open_kv_BSE, new_log_B = add_scaled(old_kv_BSE, old_log_B, new_kv_BSE, new_log_B)
-        open_n_B = kept_B * open_n_B + (same_BG * n_BG).sum(-1)
+        open_n_B = same_B * open_n_B + (same_BG * n_BG).sum(-1)
         return (open_kv_BSE, open_n_B, last_B, new_log_B), state
 
     start_log_B = None if log_scale_BG is None else jnp.full_like(log_scale_BG[:, 0], LOWEST)

@@ -47,7 +47,7 @@ def combiner_attention(
     size, scale = ids.shape[2], q.shape[-1] ** -0.5
 
     row_mask = visibility_mask(ids, ids, n=size, m=size, causal=causal)
-    scores = [jnp.einsum('BGCK,BGTK->BGCT', q, k, preferred_element_type=dtype) * scale]
+    scores = [jnp.einsum('BGCK,BGMK->BGCM', q, k, preferred_element_type=dtype) * scale]
     masks = [jnp.broadcast_to(row_mask, scores[0].shape)]
     values = [v]
 
@@ -60,7 +60,7 @@ def combiner_attention(
         documents.append((tail_BG, in_tail_BGC))
     for document_BG, sees_BGC in documents:
         key, value, exists_BGC = _column_summaries(q, k, v, ids, document_BG, scale=scale, causal=causal)
-        scores.append(jnp.einsum('BGCK,BGTK->BGCT', q, key, preferred_element_type=dtype) * scale)
+        scores.append(jnp.einsum('BGCK,BGMK->BGCM', q, key, preferred_element_type=dtype) * scale)
         masks.append(jnp.broadcast_to(sees_BGC[..., :, None] & exists_BGC[..., None, :], scores[0].shape))
         values.append(value)
 
@@ -73,16 +73,16 @@ def _column_summaries(q, k, v, ids_BGC, document_BG, *, scale, causal):
     """Returns key and value of every row's C column summaries, [B, G, C, K], and whether the columns hold anything."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     rows = jnp.arange(ids_BGC.shape[1])
-    other_GH = rows[:, None] > rows if causal else rows[:, None] != rows
+    other_GI = rows[:, None] > rows if causal else rows[:, None] != rows
     # member[g, c, h]: the token in row h and column c belongs to the summary of column c that row g reads.
-    ids_B1CH = ids_BGC.swapaxes(1, 2)[:, None]
-    member_BGCH = (ids_B1CH == document_BG[:, :, None, None]) & (ids_B1CH > 0) & other_GH[:, None]
-    member_BGCH = jnp.broadcast_to(member_BGCH, (q.shape[0], *member_BGCH.shape[1:]))
-    weights = member_BGCH / jnp.maximum(member_BGCH.sum(-1, keepdims=True), 1)
+    ids_B1CI = ids_BGC.swapaxes(1, 2)[:, None]
+    member_BGCI = (ids_B1CI == document_BG[:, :, None, None]) & (ids_B1CI > 0) & other_GI[:, None]
+    member_BGCI = jnp.broadcast_to(member_BGCI, (q.shape[0], *member_BGCI.shape[1:]))
+    weights = member_BGCI / jnp.maximum(member_BGCI.sum(-1, keepdims=True), 1)
     weights = weights.astype(q.dtype)
     mean_q, mean_k = (
-        jnp.einsum('BGCH,BHCK->BGCK', weights, x, preferred_element_type=dtype).astype(x.dtype) for x in (q, k)
+        jnp.einsum('BGCI,BICK->BGCK', weights, x, preferred_element_type=dtype).astype(x.dtype) for x in (q, k)
     )
-    scores_BGCH = jnp.einsum('BGCK,BHCK->BGCH', mean_q, k, preferred_element_type=dtype) * scale
-    weights = masked_softmax(scores_BGCH, member_BGCH).astype(v.dtype)
-    return mean_k, jnp.einsum('BGCH,BHCK->BGCK', weights, v), member_BGCH.any(-1)
+    scores_BGCI = jnp.einsum('BGCK,BICK->BGCI', mean_q, k, preferred_element_type=dtype) * scale
+    weights = masked_softmax(scores_BGCI, member_BGCI).astype(v.dtype)
+    return mean_k, jnp.einsum('BGCI,BICK->BGCK', weights, v), member_BGCI.any(-1)

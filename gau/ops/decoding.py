@@ -1,6 +1,6 @@
 """The recurrent forms of causal attention: a state, a block of new tokens in, their outputs and the new state out.
 
-A text is read in blocks of T tokens, T = 1 when it is being written. Every row of the batch has a position of its own,
+A sequence is decoded in blocks of T tokens: a prompt in large ones, then T = 1. Every row has a position of its own,
 `start`, and takes the first `length` tokens of the block (0..T); the rest of the row is padding, which changes nothing.
 The states, for one head (H goes after B):
 
@@ -10,7 +10,7 @@ The states, for one head (H goes after B):
     linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
                    the sum is to be multiplied by exp of it
 
-All are zeros at the start of a text. What stands in them beyond a row's position is never read. With blocks of any
+All are zeros at the start of a sequence. What stands in them beyond a row's position is never read. With blocks of any
 lengths the outputs are those of the parallel form (docs/paper.md section 3: one S x E state, at most one chunk of K
 and V).
 """
@@ -24,6 +24,7 @@ from jax import Array
 from gau.ops.chunk_states import LOWEST, add_scaled, into_chunks, relative_weights
 from gau.ops.linear_attention import quotient
 from gau.ops.masks import clear_padding
+from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring, attention_weights
 
 State = dict[str, Array]
@@ -31,11 +32,11 @@ State = dict[str, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Continuation:
+class DecodePosition:
     """Where the tokens of a block stand.
 
     Attributes:
-      start_B: int32, tokens that each row has read before.
+      start_B: int32, tokens of each row before the block.
       length_B: int32, tokens of the block that are the row's, the first ones.
       capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
     """
@@ -49,7 +50,7 @@ class Continuation:
         return (jnp.arange(n) < self.length_B[:, None]).astype(jnp.int32)
 
     def positions_BT(self, n: int) -> Array:
-        """Returns the position of each token of the block in its row's text, int32 [B, n]."""
+        """Returns the position of each token of the block in its row's sequence, int32 [B, n]."""
         return self.start_B[:, None] + jnp.arange(n)
 
 
@@ -59,21 +60,21 @@ def quadratic_block(
     v_BTE: Array,
     state: State,
     *,
-    at: Continuation,
+    position: DecodePosition,
     scoring: Scoring,
     bias_BTM: Array | None = None,
 ) -> tuple[Array, State]:
-    """Reads a block with quadratic attention: the keys and values are kept, M of them at most.
+    """Decodes a block with quadratic attention: keys and values are the state, M of them at most.
 
-    A token beyond the M-th cannot be kept; its output is NaN, so that an overrun is not mistaken for text.
+    A token beyond the M-th has no place in the state; its output is NaN, so that an overrun is noticed.
 
     Args:
       q_BTS: queries.
       k_BTS: keys.
       v_BTE: values.
       state: `k` and `v` (module docstring).
-      at: where the tokens stand.
-      scoring: attention function and normaliser; not 'paper', whose n is the length of a text that is not over yet.
+      position: where the tokens stand.
+      scoring: attention function and normaliser; not 'paper', whose n is the length of a sequence that is not over yet.
       bias_BTM: relative bias between the block's tokens and all M places, or None.
 
     Returns:
@@ -83,11 +84,13 @@ def quadratic_block(
       ValueError: the normaliser is 'paper'.
     """
     if scoring.normalizer == 'paper':
-        raise ValueError('the length of a text that is being written is not known')
+        raise ValueError(
+            'normalizer=paper needs the length of the whole sequence, which is not known while it is decoded'
+        )
     t = q_BTS.shape[1]
     capacity = state['k'].shape[1]
-    positions_BT = at.positions_BT(t)
-    places_BT = jnp.where(at.real_BT(t) > 0, positions_BT, capacity)
+    positions_BT = position.positions_BT(t)
+    places_BT = jnp.where(position.real_BT(t) > 0, positions_BT, capacity)
     rows_B1 = jnp.arange(q_BTS.shape[0])[:, None]
     k_BMS, v_BME = (state[name].at[rows_B1, places_BT].set(x, mode='drop') for name, x in (('k', k_BTS), ('v', v_BTE)))
     mask_BTM = jnp.arange(capacity) <= positions_BT[..., None]
@@ -103,9 +106,9 @@ def linear_block(
     key_log_scale_BT: Array | None,
     state: State,
     *,
-    at: Continuation,
+    position: DecodePosition,
 ) -> tuple[Array, State]:
-    """Reads a block with Performer's linear attention: `gau.ops.linear_attention`, one sum carried on.
+    """Decodes a block with Performer's linear attention: `gau.ops.linear_attention`, one sum carried on.
 
     Args:
       q_BTF: features phi(q), non-negative.
@@ -114,30 +117,30 @@ def linear_block(
       key_log_scale_BT: the logarithm of each key's factor, or None.
       state: `sum` and, with factors, `log_scale` (module docstring); the value of 1 beside the others sums up to the
         denominator.
-      at: where the tokens stand.
+      position: where the tokens stand.
 
     Returns:
       Outputs [B, T, K] in the dtype of v, meaningless at padding, and the new state.
     """
     t = q_BTF.shape[1]
-    real_BT, dtype = at.real_BT(t), state['sum'].dtype
+    real_BT, dtype = position.real_BT(t), state['sum'].dtype
     ones_BT1 = jnp.ones((*v_BTK.shape[:2], 1), dtype)
     v_BTL = clear_padding(jnp.concatenate([v_BTK.astype(dtype), ones_BT1], axis=-1), real_BT)
     q_BTF, k_BTF = q_BTF.astype(dtype), clear_padding(k_BTF.astype(dtype), real_BT)
-    sees_BTT = jnp.tril(jnp.ones((t, t), bool)) & (real_BT > 0)[:, None]
-    log_scale_B1T = log_scale_B = log_scale_BT = None
+    sees_BTM = jnp.tril(jnp.ones((t, t), bool)) & (real_BT > 0)[:, None]
+    log_scale_B1M = log_scale_B = log_scale_BT = None
     if key_log_scale_BT is not None:
-        log_scale_B1T = key_log_scale_BT[:, None]
-        log_scale_B = jnp.where(at.start_B > 0, state['log_scale'], LOWEST)
+        log_scale_B1M = key_log_scale_BT[:, None]
+        log_scale_B = jnp.where(position.start_B > 0, state['log_scale'], LOWEST)
         log_scale_BT = jnp.broadcast_to(log_scale_B[:, None], key_log_scale_BT.shape)
 
-    # Every sum comes over the largest factor in it. A query's is cancelled by the quotient; the state's is kept.
-    weights_BTT, top_BT = relative_weights(sees_BTT, log_scale_B1T, dtype)
-    a_BTT = jnp.where(sees_BTT, jnp.einsum('BTF,BUF->BTU', q_BTF, k_BTF) * weights_BTT, 0)
-    near_BT1L, far_BT1L = (a_BTT @ v_BTL)[:, :, None], (q_BTF @ state['sum'])[:, :, None]
+    # Every sum comes over the largest factor in it. A query's is cancelled by the quotient; the state's stays.
+    weights_BTM, top_BT = relative_weights(sees_BTM, log_scale_B1M, dtype)
+    a_BTM = jnp.where(sees_BTM, jnp.einsum('BTF,BMF->BTM', q_BTF, k_BTF) * weights_BTM, 0)
+    near_BT1L, far_BT1L = (a_BTM @ v_BTL)[:, :, None], (q_BTF @ state['sum'])[:, :, None]
     o_BT1L, _ = add_scaled(near_BT1L, top_BT, far_BT1L, log_scale_BT)
-    weights_B1T, top_B1 = relative_weights((real_BT > 0)[:, None], log_scale_B1T, dtype)
-    kv_BFL = jnp.einsum('BTF,BTL->BFL', k_BTF * weights_B1T[:, 0, :, None], v_BTL)
+    weights_B1M, top_B1 = relative_weights((real_BT > 0)[:, None], log_scale_B1M, dtype)
+    kv_BFL = jnp.einsum('BTF,BTL->BFL', k_BTF * weights_B1M[:, 0, :, None], v_BTL)
     sum_BFL, log_scale_B = add_scaled(state['sum'], log_scale_B, kv_BFL, None if top_B1 is None else top_B1[:, 0])
     new = {'sum': sum_BFL} if log_scale_B is None else {'sum': sum_BFL, 'log_scale': log_scale_B}
     return quotient(o_BT1L[:, :, 0]).astype(v_BTK.dtype), new
@@ -151,39 +154,33 @@ def mixed_chunk_block(
     v_BTE: Array,
     state: State,
     *,
-    at: Continuation,
-    chunk_size: int,
-    scoring: Scoring,
+    position: DecodePosition,
+    spec: ChunkSpec,
     bias_CC: Array | None = None,
-    branches: str = 'both',
-    global_reduction: str = 'mean',
 ) -> tuple[Array, State]:
-    """Reads a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
+    """Decodes a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
 
     Args:
-      q_BTS: queries of the local branch (not read if branches is 'global').
+      q_BTS: queries of the local branch (not read where there is none).
       k_BTS: keys of the local branch.
-      q_lin_BTS: queries of the global branch (not read if branches is 'local').
+      q_lin_BTS: queries of the global branch (not read where there is none).
       k_lin_BTS: keys of the global branch.
       v_BTE: values of both.
       state: `v`; with a local branch `k`; with a global branch `k_lin` and `sum` (module docstring).
-      at: where the tokens stand.
-      chunk_size: C.
-      scoring: attention function and normaliser of the local branch.
+      position: where the tokens stand.
+      spec: chunk size, branches and so on, causal.
       bias_CC: relative bias inside a chunk; for a block of one token its row [B, 1, C]; or None.
-      branches: 'both', 'local' or 'global'.
-      global_reduction: 'mean' or 'sum'.
 
     Returns:
       Outputs [B, T, E] in the dtype of v, meaningless at padding, and the new state.
     """
     new = {'v': v_BTE}
-    if branches != 'global':
+    if spec.has_local:
         new['k'] = k_BTS
-    if branches != 'local':
+    if spec.has_global:
         new['k_lin'] = k_lin_BTS
-    read = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
-    return read(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC, global_reduction == 'mean')
+    decode = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
+    return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
 
 
 def _weights_of_state(q_lin: Array, count: Array, mean: bool, dtype) -> Array:
@@ -192,28 +189,29 @@ def _weights_of_state(q_lin: Array, count: Array, mean: bool, dtype) -> Array:
     return q_lin.astype(dtype) * scale[..., None]
 
 
-def _one_token(q_B1S, q_lin_B1S, new, state, at, chunk_size, scoring, bias_B1C, mean):
+def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
     """The token joins its chunk, looks at it and at the state; a chunk that is full now goes into the state."""
-    offset_B = at.start_B % chunk_size
+    chunk_size = spec.chunk_size
+    offset_B = position.start_B % chunk_size
     rows_B = jnp.arange(offset_B.shape[0])
-    place_B = jnp.where(at.length_B > 0, offset_B, chunk_size)
+    place_B = jnp.where(position.length_B > 0, offset_B, chunk_size)
     state = state | {name: state[name].at[rows_B, place_B].set(x[:, 0], mode='drop') for name, x in new.items()}
     v_BCE = state['v']
 
-    # As in the parallel form one matrix product serves both branches.
+    # As in the parallel form one matmul serves both branches.
     left, right = [], []
     if 'k' in state:
         mask_B1C = (jnp.arange(chunk_size) <= offset_B[:, None])[:, None]
         a_B1C = attention_weights(
-            q_B1S, state['k'], scoring=scoring, sequence_length=chunk_size, mask=mask_B1C, bias=bias_B1C
+            q_B1S, state['k'], scoring=spec.scoring, sequence_length=chunk_size, mask=mask_B1C, bias=bias_B1C
         )
         left.append(a_B1C)
         right.append(v_BCE)
     if 'sum' in state:
         total_BSE = state['sum']
-        left.append(_weights_of_state(q_lin_B1S, (at.start_B - offset_B)[:, None], mean, total_BSE.dtype))
+        left.append(_weights_of_state(q_lin_B1S, (position.start_B - offset_B)[:, None], spec.mean, total_BSE.dtype))
         right.append(total_BSE)
-        full_B = offset_B + at.length_B == chunk_size
+        full_B = offset_B + position.length_B == chunk_size
 
         def folded(total_BSE):
             k_BCS = jnp.where(full_B[:, None, None], state['k_lin'], 0)
@@ -226,13 +224,13 @@ def _one_token(q_B1S, q_lin_B1S, new, state, at, chunk_size, scoring, bias_B1C, 
     return o_B1E, state
 
 
-def _whole_chunks(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC, mean):
+def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
     """The current chunk and the block, laid end to end from the start of that chunk, as chunks."""
-    t = q_BTS.shape[1]
-    offset_B = at.start_B % chunk_size
+    t, chunk_size = q_BTS.shape[1], spec.chunk_size
+    offset_B = position.start_B % chunk_size
     # One chunk more than the block fills: it begins somewhere inside the first.
     chunks = 1 + -(-t // chunk_size)
-    real_BN = jnp.arange(chunks * chunk_size) < (offset_B + at.length_B)[:, None]
+    real_BN = jnp.arange(chunks * chunk_size) < (offset_B + position.length_B)[:, None]
 
     def laid_out(chunk_BCS, block_BTS):
         x_BNS = jnp.pad(chunk_BCS, ((0, 0), (0, (chunks - 1) * chunk_size), (0, 0)))
@@ -250,11 +248,11 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC
         q_BGCS = into_chunks(laid_out(nothing_BCS, q_BTS), chunk_size)
         left.append(
             attention_weights(
-                q_BGCS, split['k'], scoring=scoring, sequence_length=chunk_size, mask=mask_BGCC, bias=bias_CC
+                q_BGCS, split['k'], scoring=spec.scoring, sequence_length=chunk_size, mask=mask_BGCC, bias=bias_CC
             )
         )
         right.append(v_BGCE)
-    complete_B = (offset_B + at.length_B) // chunk_size
+    complete_B = (offset_B + position.length_B) // chunk_size
     new_state = {}
     if 'k_lin' in split:
         dtype = state['sum'].dtype
@@ -262,9 +260,9 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, at, chunk_size, scoring, bias_CC
         # before[g]: the state as chunk g finds it.
         sums_BGSE = jnp.cumsum(jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1), axis=1)
         before_BGSE = sums_BGSE[:, :-1]
-        count_BG = (at.start_B - offset_B)[:, None] + jnp.arange(chunks) * chunk_size
+        count_BG = (position.start_B - offset_B)[:, None] + jnp.arange(chunks) * chunk_size
         q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
-        left.append(_weights_of_state(q_lin_BGCS, count_BG[..., None], mean, dtype))
+        left.append(_weights_of_state(q_lin_BGCS, count_BG[..., None], spec.mean, dtype))
         right.append(before_BGSE)
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
     dtype = v_BGCE.dtype

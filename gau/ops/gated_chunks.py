@@ -8,7 +8,7 @@ k v^T over the tokens outside it that its queries may see. `gau.ops.kernels.gate
 
 from jax import Array
 
-from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
 from gau.ops.scores import Scoring
@@ -48,11 +48,8 @@ def gated_mixed_chunk(
     u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
     return u_BNE * mixed_chunk_attention(
         *(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE),
-        chunk_size=chunk_size,
-        scoring=scoring,
-        causal=causal,
+        spec=ChunkSpec(chunk_size, scoring, causal, global_reduction=global_reduction),
         segment_ids_BN=segment_ids_BN,
         bias_CC=None if bias_P is None else bias_matrix(bias_P, size, size),
-        global_reduction=global_reduction,
         impl='reference',
     )

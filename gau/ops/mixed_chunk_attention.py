@@ -8,6 +8,7 @@ causal (so the first chunk gets exactly 0). No token of another document enters 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,44 @@ from jax import Array
 from gau.ops.chunk_states import into_chunks, states_of_other_chunks
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.scores import Scoring, attention_weights
-from gau.ops.tracing import traced_once
+from gau.ops.tracing import choose, traced_once
 
 
-@traced_once('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl', 'sequence_axis')
+class ChunkSpec(NamedTuple):
+    """Which mixed chunk attention.
+
+    Attributes:
+      chunk_size: C.
+      scoring: attention function and normaliser of the local branch. The normaliser 'paper' divides by C also where a
+        sequence is shorter, so that padding changes nothing.
+      causal: whether later tokens are hidden.
+      branches: 'both', 'local' or 'global'.
+      global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
+    """
+
+    chunk_size: int
+    scoring: Scoring
+    causal: bool
+    branches: str = 'both'
+    global_reduction: str = 'mean'
+
+    @property
+    def has_local(self) -> bool:
+        """Whether tokens attend to their chunk."""
+        return choose(self.branches, {'both': True, 'local': True, 'global': False})
+
+    @property
+    def has_global(self) -> bool:
+        """Whether tokens attend to other chunks."""
+        return choose(self.branches, {'both': True, 'local': False, 'global': True})
+
+    @property
+    def mean(self) -> bool:
+        """Whether the global branch divides by the number of tokens."""
+        return choose(self.global_reduction, {'mean': True, 'sum': False})
+
+
+@traced_once('spec', 'impl', 'sequence_axis')
 def mixed_chunk_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -27,32 +62,23 @@ def mixed_chunk_attention(
     k_lin_BNS: Array,
     v_BNE: Array,
     *,
-    chunk_size: int,
-    scoring: Scoring,
-    causal: bool,
+    spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_CC: Array | None = None,
-    branches: str = 'both',
-    global_reduction: str = 'mean',
     impl: str = 'xla',
     sequence_axis: str | None = None,
 ) -> Array:
     """Returns V_quad + V_lin for one head.
 
     Args:
-      q_BNS: queries of the local branch (not read if branches is 'global').
+      q_BNS: queries of the local branch (not read where there is none).
       k_BNS: keys of the local branch.
-      q_lin_BNS: queries of the global branch (not read if branches is 'local').
+      q_lin_BNS: queries of the global branch (not read where there is none).
       k_lin_BNS: keys of the global branch.
       v_BNE: values of both.
-      chunk_size: C. N need not be a multiple of it: the last chunk is padded here. The normaliser 'paper' divides by
-        it also where a sequence is shorter, so that padding changes nothing.
-      scoring: attention function and normaliser of the local branch.
-      causal: whether later tokens are hidden.
+      spec: chunk size, branches and so on. N need not be a multiple of the chunk: the last one is padded here.
       segment_ids_BN: documents and padding, or None.
       bias_CC: relative position bias inside a chunk, at least [min(N, C), min(N, C)], or None.
-      branches: 'both', 'local' or 'global'.
-      global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
       impl: 'reference' is a masked N x N form, right for any layout of segments; 'xla' is linear in N and asks that
         documents are contiguous.
       sequence_axis: mesh axis over whose devices the tokens are spread in order and in whole chunks, where this runs
@@ -61,95 +87,72 @@ def mixed_chunk_attention(
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.
+
+    Raises:
+      ValueError: an unknown `impl`, branch or reduction.
     """
-    tensors = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
-    attend = _reference if impl == 'reference' else functools.partial(_chunked, sequence_axis=sequence_axis)
-    o_BNE = attend(
-        *tensors,
-        chunk_size=chunk_size,
-        scoring=scoring,
-        causal=causal,
-        segment_ids_BN=segment_ids_BN,
-        bias_CC=bias_CC,
-        local_branch=branches != 'global',
-        global_branch=branches != 'local',
-        mean=global_reduction == 'mean',
-    )
-    return clear_padding(o_BNE, segment_ids_BN)
+    arrays = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
+    chunked = functools.partial(_chunked, sequence_axis=sequence_axis)
+    attend = choose(impl, {'reference': _reference, 'xla': chunked})
+    return clear_padding(attend(*arrays, spec, segment_ids_BN, bias_CC), segment_ids_BN)
 
 
-def _reference(
-    q, k, q_lin, k_lin, v, *, chunk_size, scoring, causal, segment_ids_BN, bias_CC, local_branch, global_branch, mean
-):
+def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
     """Both branches as masked N x N matrices."""
-    n = v.shape[1]
+    n, causal = v.shape[1], spec.causal
     index = jnp.arange(n)
-    chunk = index // chunk_size
+    chunk = index // spec.chunk_size
     visible_BNN = visibility_mask(segment_ids_BN, segment_ids_BN, n=n, m=n, causal=False)
     visible_BNN = jnp.ones((1, n, n), bool) if visible_BNN is None else visible_BNN
     o_BNE = jnp.zeros(v.shape, v.dtype)
-    if local_branch:
+    if spec.has_local:
         mask_BNN = visible_BNN & (chunk[:, None] == chunk)
         if causal:
             mask_BNN &= index[:, None] >= index
         bias_NN = None
         if bias_CC is not None:
-            within = index % chunk_size
+            within = index % spec.chunk_size
             bias_NN = bias_CC[within[:, None], within]
-        a_BNN = attention_weights(q, k, scoring=scoring, sequence_length=chunk_size, mask=mask_BNN, bias=bias_NN)
+        fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
+        a_BNN = attention_weights(q, k, mask=mask_BNN, bias=bias_NN, **fields)
         o_BNE += a_BNN.astype(v.dtype) @ v
-    if global_branch:
+    if spec.has_global:
         mask_BNN = visible_BNN & (chunk[:, None] > chunk) if causal else visible_BNN
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         a_BNN = jnp.einsum('BNS,BMS->BNM', q_lin, k_lin, preferred_element_type=dtype)
-        if mean:
+        if spec.mean:
             a_BNN /= jnp.maximum(mask_BNN.sum(-1, keepdims=True), 1)
         o_BNE += jnp.where(mask_BNN, a_BNN, 0).astype(v.dtype) @ v
     return o_BNE
 
 
-def _chunked(
-    q,
-    k,
-    q_lin,
-    k_lin,
-    v,
-    *,
-    chunk_size,
-    scoring,
-    causal,
-    segment_ids_BN,
-    bias_CC,
-    local_branch,
-    global_branch,
-    mean,
-    sequence_axis,
-):
+def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_axis):
     """The linear form: chunks attend within themselves and read one state each of what lies outside."""
-    n = v.shape[1]
-    size = min(chunk_size, n)
+    n, causal, mean = v.shape[1], spec.causal, spec.mean
+    size = min(spec.chunk_size, n)
     if segment_ids_BN is None and n % size and not causal:
         segment_ids_BN = jnp.ones((1, n), jnp.int32)  # The zeros that fill the last chunk must be seen by nobody.
     ids_BGC = None if segment_ids_BN is None else into_chunks(segment_ids_BN, size)
     q, k, q_lin, k_lin, v_BGCE = (into_chunks(x, size) for x in (q, k, q_lin, k_lin, v))
     groups = v_BGCE.shape[1]
 
-    # Everything a chunk attends to is gathered as pairs (weights on the left, what they weigh on the right).
+    # All that a chunk attends to is collected as pairs of weights and what they weigh.
     a_BGCC = None
     pairs = []
     o_BGCE = 0
     same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
-    if local_branch:
+    if spec.has_local:
         mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
         bias = None if bias_CC is None else bias_CC[:size, :size]
-        a_BGCC = attention_weights(q, k, scoring=scoring, sequence_length=chunk_size, mask=mask, bias=bias)
-    if global_branch and not causal and ids_BGC is None:
+        fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
+        a_BGCC = attention_weights(q, k, mask=mask, bias=bias, **fields)
+    if spec.has_global and not causal and ids_BGC is None:
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         kv_BSE = jnp.einsum('BGCS,BGCE->BSE', k_lin, v_BGCE, preferred_element_type=dtype)
         if sequence_axis is not None:
             kv_BSE, n = jax.lax.psum((kv_BSE, n), sequence_axis)
         o_BGCE = jnp.einsum('BGCS,BSE->BGCE', q_lin, (kv_BSE / n if mean else kv_BSE).astype(v.dtype))
-    elif global_branch and (groups > 1 or not causal or sequence_axis is not None):
+    elif spec.has_global and (groups > 1 or not causal or sequence_axis is not None):
         one_document = jnp.ones((1, groups, size), jnp.int32)
         seen = states_of_other_chunks(
             *(k_lin, v_BGCE, one_document if ids_BGC is None else ids_BGC), causal=causal, sequence_axis=sequence_axis
@@ -161,17 +164,17 @@ def _chunked(
         scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1, 0)
         q_lin = q_lin.astype(dtype) * scale_BGC[..., None]
         if not causal:
-            in_chunk = jnp.einsum('BGCS,BGKS->BGCK', q_lin.astype(v.dtype), k_lin, preferred_element_type=dtype)
+            in_chunk = jnp.einsum('BGCS,BGMS->BGCM', q_lin.astype(v.dtype), k_lin, preferred_element_type=dtype)
             in_chunk = jnp.where(same_BGCC, in_chunk, 0)
             a_BGCC = in_chunk if a_BGCC is None else a_BGCC + in_chunk
         pairs = [(jnp.where(s.sees_BGC[..., None], q_lin, 0), s.state_BGSE) for s in seen]
     if a_BGCC is not None:
         pairs.insert(0, (a_BGCC, v_BGCE))
     if pairs:
-        # One matrix product, [A, Q_lin] [V; M], instead of one each: measured 2 % of a training step.
+        # One matmul, [A, Q_lin] [V; M], instead of one each: measured 2 % of a training step.
         left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in pairs], axis=-1)
         right = jnp.concatenate([value.astype(v.dtype) for _, value in pairs], axis=-2)
         o_BGCE += left @ right
-    elif not global_branch or causal:
+    elif not spec.has_global or causal:
         o_BGCE = jnp.zeros_like(v_BGCE)
     return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, : v.shape[1]]

@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gated_quadratic import gated_relu2_attention
-from gau.ops.kernels.quadratic import Tokens, describe_tokens, relu2_attention
 from gau.ops.masks import clear_padding, document_length, visibility_mask
 from gau.ops.positions import bias_matrix
-from gau.ops.scores import Scoring, attention_weights
-from gau.ops.tracing import traced_once
+from gau.ops.scores import Scoring
+from gau.ops.tracing import choose, traced_once
 
 QUERY_BLOCK = 512
 
@@ -38,13 +36,16 @@ def quadratic_attention(
       segment_ids_BN: documents and padding, or None.
       bias_P: relative position bias by distance k - q, [2 N - 1] (`gau.ops.positions`), or None.
       impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
-        the backward pass, so that memory grows with N and not with its square; 'triton' does so in kernels, for relu2.
+        the backward pass, so that memory grows with N and not with its square.
       sequence_axis: mesh axis over whose devices the tokens are spread in order, where this runs inside
         `jax.shard_map`; N is then the tokens of one device, but for `bias_P`. Keys and values of all devices are
-        gathered. Not with 'triton'.
+        gathered.
 
     Returns:
       [B, N, E] in the dtype of v; zeros at padding.
+
+    Raises:
+      ValueError: an unknown `impl`.
     """
     n = q_BNS.shape[1]
     q_BNS, k_BMS, v_BME = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
@@ -54,33 +55,29 @@ def quadratic_attention(
             lambda x: jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True), (k_BMS, v_BME, ids_BM)
         )
         offset = n * jax.lax.axis_index(sequence_axis)
-    m = k_BMS.shape[1]
+    m, dtype = k_BMS.shape[1], jnp.promote_types(q_BNS.dtype, jnp.float32)
     if segment_ids_BN is None:
         length_BN1 = jnp.full((1, n, 1), m, jnp.int32)
     else:
         length_BN1 = document_length(segment_ids_BN, ids_BM)[..., None]
 
-    if impl == 'triton':
-        tokens = _tokens_for_kernels(q_BNS, segment_ids_BN, length_BN1[..., 0], scoring=scoring, causal=causal)
-        bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-        return clear_padding(relu2_attention(q_BNS, k_BMS, v_BME, bias_P, tokens, causal), segment_ids_BN)
-
     def attend(q_BnS, ids_Bn, length_Bn1, first):
-        bias_nM = None if bias_P is None else bias_matrix(bias_P, q_BnS.shape[1], m, first=offset + first)
-        mask_BnM = visibility_mask(ids_Bn, ids_BM, n=q_BnS.shape[1], m=m, causal=causal, first_query=offset + first)
-        a_BnM = attention_weights(
-            q_BnS, k_BMS, scoring=scoring, sequence_length=length_Bn1, mask=mask_BnM, bias=bias_nM
-        )
+        """A V with A = f(q k^T / n + b), of these queries with all keys."""
+        _, rows, width = q_BnS.shape
+        mask_BnM = visibility_mask(ids_Bn, ids_BM, n=rows, m=m, causal=causal, first_query=offset + first)
+        s_BnM = jnp.einsum('BNS,BMS->BNM', q_BnS, k_BMS, preferred_element_type=dtype)
+        b_nM = 0.0 if bias_P is None else bias_matrix(bias_P, rows, m, first=offset + first).astype(dtype)
+        x_BnM = scoring.normalise(s_BnM, width=width, sequence_length=length_Bn1, mask=mask_BnM) + b_nM
+        a_BnM = scoring.activate(x_BnM, mask_BnM)
         return a_BnM.astype(v_BME.dtype) @ v_BME
 
-    if impl == 'reference' or n <= 2 * QUERY_BLOCK:
+    if choose(impl, {'reference': True, 'xla': n <= 2 * QUERY_BLOCK}):
         o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, 0)
     else:
         o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1)
     return clear_padding(o_BNE, segment_ids_BN)
 
 
-@traced_once('scoring', 'causal', 'impl')
 def gated_quadratic_attention(
     p_BNW: Array,
     bias_2E: Array,
@@ -91,29 +88,21 @@ def gated_quadratic_attention(
     causal: bool,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    impl: str = 'triton',
 ) -> Array:
-    """Returns silu(u) * quadratic_attention(q, k, silu(v)) for [u, v] = p + bias, one head.
+    """Returns silu(u) * quadratic_attention(q, k, silu(v)) for [u, v] = p + bias, one head; the kernels' reference.
 
     Args:
       p_BNW: projections of the gate in the first E columns, of the values in the next E; finite at padding. Columns
         after these, of another reader, get a gradient of zeros.
       bias_2E: bias of gate and values.
       q_BNS: and k_BNS, scoring, causal, segment_ids_BN, bias_P: see `quadratic_attention`.
-      impl: 'reference' is that function between plain silu and product; 'triton' one operation of kernels, for relu2.
 
     Returns:
       [B, N, E] in the dtype of p; zeros at padding.
     """
-    if impl == 'reference':
-        u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
-        fields = {'scoring': scoring, 'causal': causal, 'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
-        return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, **fields)
-    q_BNS, k_BNS = clear_padding(q_BNS, segment_ids_BN), clear_padding(k_BNS, segment_ids_BN)
-    length_BN = q_BNS.shape[1] if segment_ids_BN is None else document_length(segment_ids_BN)
-    tokens = _tokens_for_kernels(q_BNS, segment_ids_BN, length_BN, scoring=scoring, causal=causal)
-    bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-    return gated_relu2_attention(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
+    u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
+    fields = {'scoring': scoring, 'causal': causal, 'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
+    return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, **fields)
 
 
 def gate_and_values(p_BNW: Array, bias_2E: Array) -> tuple[Array, Array]:
@@ -121,13 +110,6 @@ def gate_and_values(p_BNW: Array, bias_2E: Array) -> tuple[Array, Array]:
     uv_BN2E = p_BNW[..., : bias_2E.size].reshape(*p_BNW.shape[:2], *bias_2E.shape)
     u_BNE, v_BNE = jnp.moveaxis(jax.nn.silu(uv_BN2E + bias_2E.astype(p_BNW.dtype)), 2, 0)
     return u_BNE, v_BNE
-
-
-def _tokens_for_kernels(q_BNS, segment_ids_BN, length, *, scoring, causal) -> Tokens:
-    *shape, width = q_BNS.shape
-    ids_BN = None if segment_ids_BN is None else jnp.broadcast_to(segment_ids_BN, shape)
-    fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': width}
-    return describe_tokens(ids_BN, tuple(shape), **fields)
 
 
 def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):

@@ -2,7 +2,7 @@
 
     z = silu(Z)      y[role] = rope(z * gamma[role] + beta[role])
 
-Z is the projection X Wz before its bias and silu; where one product makes it with those of U and V, they share a
+Z is the projection X Wz before its bias and silu; where one matmul makes it with those of U and V, they share a
 buffer. FLASH-Quad has the roles q and k, FLASH those and two more for its linear attention.
 `gau.ops.kernels.queries_keys` is the fast path.
 """

@@ -49,7 +49,7 @@ ATTENTION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Scoring(NamedTuple):
-    """How q.k becomes a weight: f((q.k) / n + b), with what is n.
+    """How q.k becomes a weight: A = f(q.k / n + b), with what is n.
 
     Attributes:
       function: 'softmax' or a key of ATTENTION_FUNCTIONS.
@@ -66,6 +66,42 @@ class Scoring(NamedTuple):
     normalizer: str | None = 'paper'
     length: int = 512
 
+    def normalise(self, scores: Array, *, width: int, sequence_length: int | Array, mask: Array | None) -> Array:
+        """Returns q.k / n, of the shape of the scores q.k, [..., N, M], float32 or float64.
+
+        Args:
+          scores: q.k.
+          width: S.
+          sequence_length: n of 'paper', a number or an array that broadcasts to [..., N, 1].
+          mask: bool, broadcasts to [..., N, M]; None: every query sees every key.
+        """
+        if self.function == 'softmax' or self.normalizer == 'su':
+            return scores * width**-0.5
+        if self.normalizer == 'visible':
+            return scores / visible_keys(scores, mask)
+        if self.normalizer == 'fixed':
+            return scores / self.length
+        return scores / jnp.maximum(jnp.asarray(sequence_length, scores.dtype), 1)
+
+    def activate(self, x: Array, mask: Array | None) -> Array:
+        """Returns f(x) where the mask allows and exactly 0 elsewhere, [..., N, M].
+
+        The mask goes on after the function, for not every f(0) is 0; softmax is the exception: it is masked before, and
+        a query that sees no key gets a row of zeros.
+        """
+        if self.function == 'softmax':
+            return masked_softmax(x, mask)
+        weights = ATTENTION_FUNCTIONS[self.function](x)
+        if self.normalizer == 'su':
+            weights = weights / visible_keys(x, mask)
+        return weights if mask is None else jnp.where(mask, weights, 0)
+
+
+def visible_keys(scores: Array, mask: Array | None) -> Array:
+    """Returns how many keys each query sees, at least 1, [..., N, 1] in the dtype of the scores [..., N, M]."""
+    visible = scores.shape[-1] if mask is None else mask.sum(-1, keepdims=True)
+    return jnp.maximum(jnp.asarray(visible, scores.dtype), 1)
+
 
 def attention_weights(
     q: Array,
@@ -78,8 +114,7 @@ def attention_weights(
 ) -> Array:
     """Returns the attention matrix A = f(q k^T / n + b) where `mask` allows and exactly 0 elsewhere.
 
-    The mask goes on after the function, for not every f(0) is 0; softmax is the exception: it is masked before, and a
-    query that sees no key gets a row of zeros. The bias stands outside the division (docs/paper.md section 1).
+    The bias stands outside the division (docs/paper.md section 1).
 
     Args:
       q: queries [..., N, S].
@@ -95,23 +130,8 @@ def attention_weights(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum('...NS,...MS->...NM', q, k, preferred_element_type=dtype)
     bias = 0.0 if bias is None else bias.astype(dtype)
-    if scoring.function == 'softmax':
-        scores = scores * q.shape[-1] ** -0.5 + bias
-        return masked_softmax(scores, mask)
-
-    function = ATTENTION_FUNCTIONS[scoring.function]
-    if scoring.normalizer in ('visible', 'su'):
-        visible = k.shape[-2] if mask is None else mask.sum(-1, keepdims=True)
-        visible = jnp.maximum(jnp.asarray(visible, dtype), 1)
-    if scoring.normalizer == 'su':
-        weights = function(scores * q.shape[-1] ** -0.5 + bias) / visible
-    elif scoring.normalizer == 'visible':
-        weights = function(scores / visible + bias)
-    elif scoring.normalizer == 'fixed':
-        weights = function(scores / scoring.length + bias)
-    else:
-        weights = function(scores / jnp.maximum(jnp.asarray(sequence_length, dtype), 1) + bias)
-    return weights if mask is None else jnp.where(mask, weights, 0)
+    x = scoring.normalise(scores, width=q.shape[-1], sequence_length=sequence_length, mask=mask) + bias
+    return scoring.activate(x, mask)
 
 
 def masked_softmax(scores: Array, mask: Array | None) -> Array:

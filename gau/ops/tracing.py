@@ -1,4 +1,4 @@
-"""How an op is traced."""
+"""How an op is traced, and how it chooses among its implementations."""
 
 import functools
 from collections.abc import Callable
@@ -17,3 +17,14 @@ def traced_once(*static: str) -> Callable[[Callable[..., Any]], Any]:
       static: the keyword arguments that are no arrays.
     """
     return functools.partial(jax.jit, static_argnames=static)
+
+
+def choose(name: str, options: dict[str, Any]) -> Any:
+    """Returns options[name].
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    if name not in options:
+        raise ValueError(f'{name!r} does not exist; choose from {", ".join(options)}')
+    return options[name]

@@ -12,7 +12,8 @@ from gau.data import config as data_config
 from gau.data import tokenizers
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
-from gau.models.implementations import Target, why_not
+from gau.models.implementations import lacks
+from gau.models.target import Target
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
 from gau.training.config import resolve
@@ -49,7 +50,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict
     use_compilation_cache()
     config = resolve(config)
     # Nor is it a reason not to read that the chosen implementation is not for the chip at hand.
-    if config.model.impl != 'auto' and why_not(config.model.impl, config.model, Target.of_device(jax.devices()[0])):
+    if lacks(config.model, Target.of_device(jax.devices()[0])):
         config.model.impl = 'auto'
     run = Run.from_config(config)
     saved = Checkpoints(workdir)

@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         stack.callback(progress.close)
         progress.say(
             f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
-            f'{run.devices}, attention: {run.model.config.impl}, {origin}'
+            f'{run.devices}, attention: {run.model.implementation.attention}, {origin}'
         )
         if iterator.rows_read > len(iterator.rows):
             progress.say(

@@ -118,10 +118,11 @@ def check_batch(mesh: Mesh, *, batch_size: int, context: int, model: ConfigDict)
         raise UserError(f'a batch of {batch_size} sequences does not divide over mesh data x fsdp = {rows}')
     if context % shards:
         raise UserError(f'data.context={context} does not divide over mesh.sequence={shards}')
-    if ARCHITECTURES[model.name].attention == 'mixed_chunk' and shards > 1 and context // shards % model.chunk_size:
+    multiple = ARCHITECTURES[model.name].attention.shard_multiple(model)
+    if shards > 1 and context // shards % multiple:
         raise UserError(
-            f'data.context={context} over mesh.sequence={shards} is {context // shards} tokens a device, which is no '
-            f'multiple of model.chunk_size={model.chunk_size}'
+            f'data.context={context} over mesh.sequence={shards} is {context // shards} tokens a device; a device must '
+            f'hold a multiple of {multiple} for {model.name}'
         )
 
 

@@ -21,7 +21,7 @@ from gau.errors import UserError
 from gau.evaluation import registry as evaluator_types
 from gau.evaluation.evaluator import Evaluator
 from gau.models import counts, registry
-from gau.models.implementations import Target, compiler_options
+from gau.models.target import Target
 from gau.training import checkpoints, durations, step
 from gau.training import config as training_config
 from gau.training import mesh as meshes
@@ -231,7 +231,7 @@ class Run:
             train_step,
             donate_argnums=0,
             out_shardings=(shardings, metrics),
-            compiler_options=compiler_options(self.model.config.impl),
+            compiler_options=dict(self.model.implementation.compiler_options),
         )
 
     def evaluators(self) -> list[Evaluator]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from gau.layers.sharding import attention_over_mesh
-from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
 from gau.training.mesh import AXIS_RULES, MESH_AXES
@@ -51,11 +51,12 @@ def difference(shape, heads, op, causal, segments) -> float:
     options = {'scoring': Scoring('relu2', 'paper'), 'causal': causal, 'impl': 'xla'}
     if op == 'mixed_chunk':
         operands, bias, multiple = (q, k, q_lin, k_lin, v), draw(heads, C, C), C
+        spec = ChunkSpec(C, Scoring('relu2', 'paper'), causal)
 
         def attend(*x, segment_ids_BN, sequence_axis):
             *x, bias = x
             return mixed_chunk_attention(
-                *x, bias_CC=bias, chunk_size=C, segment_ids_BN=segment_ids_BN, sequence_axis=sequence_axis, **options
+                *x, bias_CC=bias, spec=spec, segment_ids_BN=segment_ids_BN, sequence_axis=sequence_axis
             )
     else:
         operands, bias, multiple = (q, k, v), draw(heads, 2 * N - 1), 1

@@ -14,8 +14,9 @@ import pytest
 
 from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.layers.mixed_chunk import MixedChunkCore
 from gau.ops.positions import bias_matrix, rope_table, toeplitz_bias
-from tests.numerics import normal, random_like, with_bias
+from tests.numerics import normal, random_like
 
 torch = pytest.importorskip('torch', reason='the oracle needs torch, which is no requirement of this repository')
 if 'rotary_embedding_torch' not in sys.modules:
@@ -40,15 +41,17 @@ class Rotation:
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_unit_equals_flash_pytorch(causal):
-    module = GatedAttentionUnit(
-        expanded_dim=2 * D,
-        query_key_dim=S,
+    core = MixedChunkCore(
         causal=causal,
+        impl='xla',
+        dtype='float64',
+        width=S,
+        relative_bias='toeplitz',
+        relative_bias_length=C,
         chunk_size=C,
         global_reduction='sum' if causal else 'mean',
-        relative_bias_length=C,
-        dtype='float64',
     )
+    module = GatedAttentionUnit(core, expanded_dim=2 * D, query_key_dim=S, dtype='float64')
     positions = jnp.arange(N)[None]
     info = TokenInfo(None, positions, {S: rope_table(positions, S, dtype=jnp.float64)})
     x = normal(1, 2, N, D)
@@ -87,4 +90,4 @@ def test_unit_equals_flash_pytorch(causal):
         theirs.qk_offset_scale.gamma.copy_(ours['gamma'])
         theirs.qk_offset_scale.beta.copy_(ours['beta'])
         expected = theirs(torch.tensor(np.asarray(x))).numpy() - np.asarray(x)
-    np.testing.assert_allclose(with_bias(module.apply({'params': params}, x, info)), expected, atol=1e-12)
+    np.testing.assert_allclose(module.apply({'params': params}, x, info), expected, atol=1e-12)

@@ -9,18 +9,21 @@ import pytest
 
 from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.layers.mixed_chunk import MixedChunkCore
+from gau.layers.quadratic import QuadraticCore
 from gau.ops.positions import rope_table
 from gau.ops.scores import Scoring
-from tests.numerics import LAYOUTS, finite_difference, normal, random_like, with_bias
+from tests.numerics import LAYOUTS, finite_difference, normal, random_like
 from tests.ops import oracle
 
 N, D, E, S, C = 24, 6, 8, 4, 5
 POSITIONS = np.arange(N) % 17
 
 
-def unit(**fields):
-    defaults = {'expanded_dim': E, 'query_key_dim': S, 'causal': True, 'relative_bias_length': N, 'dtype': 'float64'}
-    return GatedAttentionUnit(**(defaults | fields))
+def unit(gate='silu', core=QuadraticCore, **fields):
+    defaults = {'causal': True, 'impl': 'xla', 'dtype': 'float64', 'width': S}
+    defaults |= {'relative_bias': 'toeplitz', 'relative_bias_length': N}
+    return GatedAttentionUnit(core(**(defaults | fields)), expanded_dim=E, query_key_dim=S, gate=gate, dtype='float64')
 
 
 def info(ids=None):
@@ -30,7 +33,7 @@ def info(ids=None):
 
 
 def apply(module, params, x, tokens):
-    return with_bias(module.apply({'params': params}, x, tokens))
+    return module.apply({'params': params}, x, tokens)
 
 
 def parameters(module, seed=0):
@@ -42,7 +45,7 @@ def numpy(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-CHUNKS = {'chunk_size': C, 'relative_bias_length': C}
+CHUNKS = {'core': MixedChunkCore, 'chunk_size': C, 'relative_bias_length': C}
 ROTARY = {'scoring': Scoring('relu2', 'fixed', 9), 'relative_bias': 'rotary'}
 SOFTMAX_SUM = CHUNKS | {'scoring': Scoring('softmax', None), 'global_reduction': 'sum'}
 FORMS = {

@@ -8,12 +8,13 @@ import pytest
 from gau.errors import UserError
 from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.layers.quadratic import QuadraticCore
 from gau.models.architectures import ARCHITECTURES
-from gau.models.config import ENUMS
+from gau.models.config import declared_fields
 from gau.ops.positions import rope_table
 from gau.ops.scores import Scoring
 from tests.models.tiny import CONTEXT, VOCAB, apply, make, tiny_config, tokens
-from tests.numerics import max_error, normal, random_like, with_bias
+from tests.numerics import max_error, normal, random_like
 
 GAU_OPTIONS = [
     *({'attention_function': name} for name in ('softmax', 'laplace', 'softplus2', 'smooth_relu2')),
@@ -97,20 +98,23 @@ def test_the_option_changes_the_computation(name, option):
 def test_every_choice_of_the_model_is_tried_above():
     # Tried means: on a model whose default it is not. Exempt is only what is the default wherever the field applies.
     bases = {name: tiny_config(name, 'mlm' if ARCHITECTURES[name].not_causal else 'lm') for name, _ in OPTIONS}
-    for field in set(ENUMS) - {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init'}:
+    choices = {name: field.choices for name, field in declared_fields().items() if field.choices}
+    for field in set(choices) - {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init'}:
         tried = {option[field] for name, option in OPTIONS if field in option and option[field] != bases[name][field]}
         defaults = {base[field] for base in bases.values()} - {None}
-        required = set(ENUMS[field]) - (defaults if len(defaults) == 1 else set())
+        required = set(choices[field]) - (defaults if len(defaults) == 1 else set())
         assert required <= tried, field
 
 
-def output_at_start(**fields):
+def output_at_start(relative_bias, gamma_init):
     """Largest output of a causal GAU of the base size, at its initial parameters, on N(0, 1) inputs."""
     positions = jnp.arange(64)[None]
     info = TokenInfo(None, positions, {128: rope_table(positions, 128)})
-    unit = GatedAttentionUnit(1536, 128, True, scoring=Scoring('relu2', 'fixed', 512), **fields)
+    scoring = Scoring('relu2', 'fixed', 512)
+    core = QuadraticCore(True, 'xla', 'float32', scoring=scoring, relative_bias=relative_bias)
+    unit = GatedAttentionUnit(core, 1536, 128, gamma_init=gamma_init)
     x = normal(0, 1, 64, 768).astype(jnp.float32)
-    return jnp.abs(jax.jit(lambda x: with_bias(unit.init_with_output(jax.random.key(0), x, info)[0]))(x)).max()
+    return jnp.abs(jax.jit(lambda x: unit.init_with_output(jax.random.key(0), x, info)[0])(x)).max()
 
 
 def test_gamma_starts_so_that_the_layer_lives():

@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES, SIZES
-from gau.models.config import COUNTS, ENUMS, default_config, heads_at, resolve
+from gau.models.config import declared_fields, default_config, resolve
+from gau.models.widths import heads_at
 from tests.models.tiny import CASES
 
 
@@ -32,14 +33,15 @@ def test_resolving_fills_what_applies_and_is_idempotent(name, objective, size):
     # At other contexts a resolved config keeps its shapes (evaluation does that).
     assert resolve(once, causal=objective == 'lm', context=64) == once
     for field in default_config():
-        assert field in ('name', 'size') or once[field] is None or field in ARCHITECTURES[name].defaults
+        assert field in ('name', 'size') or once[field] is None or field in ARCHITECTURES[name].fields
 
 
 def test_every_field_is_documented_and_belongs_to_a_model():
-    fields = set(default_config()) - {'name', 'size'}
-    assert fields == {field for architecture in ARCHITECTURES.values() for field in architecture.defaults}
-    assert all(f'      {field}: ' in default_config.__doc__ for field in fields)
-    assert set(ENUMS) | set(COUNTS) <= fields
+    assert set(default_config()) == {'name', 'size', *declared_fields()}
+    for field in declared_fields().values():
+        assert field.doc.endswith('.')
+        assert field.default is None or isinstance(field.default, field.kind)
+        assert not field.choices or field.default in (None, *field.choices)
 
 
 def test_defaults_are_the_papers():

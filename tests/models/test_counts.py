@@ -64,9 +64,9 @@ def test_parameters_are_those_of_the_built_models():
 def test_flops_are_those_xla_counts(name):
     # Bidirectional, so that the reference computes exactly what is counted; wide, so that matrix products dominate.
     # Chunked attention is compared in its chunked form: the reference is quadratic.
-    chunked = ARCHITECTURES[name].attention in ('mixed_chunk', 'performer', 'linformer')
+    chunked = name in ('flash', 'mc_transformer_plus_plus', 'performer', 'linformer')
     fields = {'impl': 'xla' if chunked else 'reference', 'dtype': 'float32', 'num_layers': 1, 'model_dim': 256}
-    if 'chunk_size' in ARCHITECTURES[name].defaults:
+    if 'chunk_size' in ARCHITECTURES[name].fields:
         fields['chunk_size'] = 64
     context, vocab_size = 256, 512
     config = named(name, 'tiny', 'mlm', context, **fields)

@@ -160,7 +160,7 @@ def test_copies_of_a_row_continue_alike(fields):
     prefill, step = functions(model)
     tokens_BN = tiny.tokens(2, N)
     _logits_BV, state = prefill(params, decoding.init_state(model, batch_size=2), tokens_BN, jnp.array([9, 24]))
-    three = decoding.repeat_rows(state, 3, stacked='layer_stack' in fields)
+    three = decoding.map_rows(lambda x: jnp.repeat(x, 3, axis=0), state, stacked='layer_stack' in fields)
     assert np.array_equal(three['position'], [9, 9, 9, 24, 24, 24])
     assert decoding.state_bytes(three) == 3 * decoding.state_bytes(state)
     one, _ = step(params, state, jnp.array([3, 4]))
@@ -209,9 +209,9 @@ def test_past_the_capacity_is_nan_and_not_text():
 @pytest.mark.parametrize(
     ('name', 'objective', 'fields', 'capacity', 'message'),
     [
-        ('flash', 'mlm', {}, None, 'masked language model'),
+        ('flash', 'mlm', {}, None, 'masked language model cannot be decoded'),
         ('combiner', 'lm', {}, None, 'weighted by the mean of all their queries'),
-        ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole text'),
+        ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole sequence'),
         ('flash_quad', 'lm', {}, 25, 'relative positions for 24 tokens'),
         ('transformer', 'lm', {}, None, 'needs a capacity'),
     ],

@@ -31,6 +31,13 @@ def test_models_stand_side_by_side():
     assert rows['transformer_plus_plus'] == '109,644,289'
 
 
+def test_fields_are_explained():
+    result = run('--config=configs/lm.py:model=performer', '--fields')
+    assert result.returncode == 0, result.stderr
+    assert 'model.feature_map: relu | favor, default relu\n' in result.stdout
+    assert 'chunk_size' not in result.stdout
+
+
 @pytest.mark.parametrize(('argument', 'message'), [
     ('--models=flsh', 'did you mean "flash"'),
     ('--models=linformer', 'cannot be a causal language model'),

@@ -1,58 +1,80 @@
 import functools
+import os
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from ml_collections import FrozenConfigDict
 
 from gau.errors import UserError
-from gau.layers import attention
-from gau.models import implementations
+from gau.layers import quadratic
 from gau.models.architectures import ARCHITECTURES
-from gau.models.config import ENUMS
-from gau.models.implementations import Target, select_implementation
+from gau.models.attentions.mixed_chunk import MixedChunk
+from gau.models.attentions.record import Needs
+from gau.models.config import declared_fields
+from gau.models.implementations import settle
 from gau.models.registry import build
+from gau.models.target import Implementation, Target
+from gau.ops.cross_entropy import REFERENCE
+from gau.ops.kernels.cross_entropy import FUSED as FUSED_LOSS
+from gau.ops.kernels.cross_entropy import slice_loss
 from tests.models.tiny import CAUSAL, apply, make, tiny_config, tokens
 from tests.numerics import LAYOUTS, max_error
 
-CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('gpu', (9, 0))
+CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('gpu', (9, 0), triton=True)
+INTERPRETER = Target('cpu', triton=True, interpreted=True)
 
 
 @pytest.mark.parametrize('name', CAUSAL)
 def test_auto_on_a_cpu_is_xla_where_there_is_one(name):
     config = tiny_config(name)
     assert config.impl == 'auto'
-    expected = 'reference' if name == 'combiner' else 'xla'
-    assert select_implementation(config, target=CPU) == expected
-    model = build(config, vocab_size=3, causal=True)
-    assert model.config.impl == expected
+    expected = Implementation('reference' if name == 'combiner' else 'xla')
+    assert settle(config, target=CPU) == expected
+    assert build(config, vocab_size=3, causal=True, target=CPU).implementation == expected
     assert config.impl == 'auto', 'the config itself says what was asked for'
 
 
 def test_what_was_chosen_is_taken():
-    assert select_implementation(tiny_config('flash', impl='reference'), target=CPU) == 'reference'
+    assert settle(tiny_config('flash', impl='reference'), target=CPU).attention == 'reference'
 
 
 def test_auto_takes_the_first_that_works_and_a_choice_that_does_not_is_refused(monkeypatch):
-    def fast(config, target):
+    def lacks(config, target):
         return None if target.compute_capability == (9, 0) else f'a Hopper GPU, this is {target.platform}'
 
-    monkeypatch.setitem(implementations.WHY_NOT, 'fast', fast)
-    architecture = ARCHITECTURES['flash']
-    table = dict(ARCHITECTURES) | {'flash': architecture._replace(impls=('fast', *architecture.impls))}
-    monkeypatch.setattr(implementations, 'ARCHITECTURES', table)
+    class Fast(MixedChunk):
+        implementations = {'fast': Needs(lacks)} | MixedChunk.implementations
+
+    monkeypatch.setitem(ARCHITECTURES, 'flash', ARCHITECTURES['flash']._replace(attention=Fast()))
     config = tiny_config('flash')
-    assert select_implementation(config, target=HOPPER) == 'fast'
-    assert select_implementation(config, target=TPU) == 'xla'
+    assert settle(config, target=HOPPER).attention == 'fast'
+    assert settle(config, target=TPU).attention == 'xla'
     config.impl = 'fast'
     with pytest.raises(UserError, match=r'^model.impl=fast needs a Hopper GPU, this is tpu$'):
-        select_implementation(config, target=TPU)
+        settle(config, target=TPU)
 
 
-def test_every_implementation_has_an_entry_and_works_somewhere():
-    named = {impl for architecture in ARCHITECTURES.values() for impl in architecture.impls}
-    assert named == set(implementations.WHY_NOT) == set(ENUMS['impl']) - {'auto'}
+def test_an_unknown_implementation_is_refused_wherever_it_is_named():
+    config = tiny_config('flash')
+    config.impl = 'xal'
+    with pytest.raises(
+        UserError, match=r'^model.impl=xal does not exist for flash; choose from triton, xla, reference$'
+    ):
+        settle(config, target=CPU)
+    model, params = make('flash', num_layers=1)
+    for name in ('flash', 'flash_quad', 'performer', 'linformer'):
+        model, params = make(name, 'mlm', num_layers=1)
+        wrong = model.clone(implementation=Implementation('xal'))
+        with pytest.raises(ValueError, match="'xal' does not exist; choose from reference, xla"):
+            wrong.apply({'params': params}, tokens())
+    with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, triton"):
+        slice_loss('xal', 11)
+
+
+def test_every_choice_of_impl_is_some_records():
+    named = {impl for architecture in ARCHITECTURES.values() for impl in architecture.attention.implementations}
+    assert named == set(declared_fields()['impl'].choices) - {'auto'} == {'triton', 'cudnn', 'xla', 'reference'}
 
 
 @pytest.mark.parametrize(('attributes', 'expected'), [
@@ -62,11 +84,12 @@ def test_every_implementation_has_an_entry_and_works_somewhere():
     ({'platform': 'tpu'}, Target('tpu', None, 2)),
 ], ids=str)  # fmt: skip
 def test_target_of_a_device(attributes, expected):
-    assert Target.of_device(SimpleNamespace(**attributes), sequence_shards=2) == expected
+    assert Target.of_device(SimpleNamespace(**attributes), sequence_shards=2)[:3] == expected[:3]
 
 
 def test_the_default_target_is_the_device_at_hand():
-    assert Target.of_device(jax.devices()[0]) == CPU
+    assert Target.of_device(jax.devices()[0])[:3] == CPU[:3]
+    assert Target.of_device(jax.devices()[0]).interpreted == (os.environ.get('TRITON_INTERPRET') == '1')
 
 
 FUSED = {'dtype': 'bfloat16', 'model_dim': 32}
@@ -75,8 +98,8 @@ FUSED = {'dtype': 'bfloat16', 'model_dim': 32}
 @pytest.mark.parametrize('name', ['transformer', 'transformer_plus', 'transformer_plus_plus'])
 def test_softmax_attention_on_a_gpu_is_cudnn(name):
     for fields in ({}, {'temperature': 'learned'}, {'num_heads': 4}):
-        assert select_implementation(tiny_config(name, **FUSED, **fields), target=HOPPER) == 'cudnn'
-    assert select_implementation(tiny_config(name, **FUSED), target=TPU) == 'xla'
+        assert settle(tiny_config(name, **FUSED, **fields), target=HOPPER).attention == 'cudnn'
+    assert settle(tiny_config(name, **FUSED), target=TPU).attention == 'xla'
 
 
 @pytest.mark.parametrize(('fields', 'target', 'reason'), [
@@ -94,44 +117,64 @@ def test_softmax_attention_on_a_gpu_is_cudnn(name):
 ], ids=str)  # fmt: skip
 def test_where_cudnn_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
     config = tiny_config('transformer_plus_plus', **FUSED | fields)
-    assert select_implementation(config, target=target) == 'xla'
+    assert settle(config, target=target).attention == 'xla'
     config.impl = 'cudnn'
     with pytest.raises(UserError) as error:
-        select_implementation(config, target=target)
+        settle(config, target=target)
     assert str(error.value) == f'model.impl=cudnn needs {reason}'
 
 
 @pytest.mark.parametrize('name', ['flash', 'flash_quad'])
-def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(monkeypatch, name):
-    monkeypatch.setattr(implementations, 'available', lambda: True)
+def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
     config, fused = tiny_config(name, dtype='bfloat16'), tiny_config(name, dtype='float32', impl='triton')
-    monkeypatch.setenv('TRITON_INTERPRET', '0')
-    assert select_implementation(tiny_config(name, dtype='float32'), target=HOPPER) == 'xla'
-    assert select_implementation(fused, target=HOPPER) == 'triton'
-    assert select_implementation(config, target=HOPPER) == 'triton'
-    assert select_implementation(config, target=CPU) == 'xla'
+    assert settle(tiny_config(name, dtype='float32'), target=HOPPER).attention == 'xla'
+    assert settle(fused, target=HOPPER).attention == 'triton'
+    assert settle(config, target=HOPPER).attention == 'triton'
+    assert settle(config, target=CPU).attention == 'xla'
     with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is cpu$'):
-        select_implementation(fused, target=CPU)
-    monkeypatch.setenv('TRITON_INTERPRET', '1')
-    assert select_implementation(config, target=HOPPER) == 'xla'
-    assert select_implementation(config, target=CPU) == 'xla'
-    assert select_implementation(fused, target=CPU) == 'triton'
+        settle(fused, target=CPU)
+    with pytest.raises(
+        UserError, match=r'^model.impl=triton needs jax-triton \(pip install -r requirements-gpu.txt\)$'
+    ):
+        settle(fused, target=HOPPER._replace(triton=False))
+    assert settle(config, target=HOPPER._replace(interpreted=True)).attention == 'xla'
+    assert settle(config, target=INTERPRETER).attention == 'xla'
+    assert settle(fused, target=INTERPRETER).attention == 'triton'
+    with pytest.raises(UserError, match=r'^model.impl=triton needs triton \(pip install -r requirements-test.txt\)$'):
+        settle(fused, target=INTERPRETER._replace(triton=False))
     with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is tpu$'):
-        select_implementation(fused, target=TPU)
+        settle(fused, target=TPU._replace(interpreted=True))
+
+
+def test_norm_and_loss_follow_the_attention():
+    fused = {'dtype': 'bfloat16'}
+    whole = settle(tiny_config('flash', **fused), target=HOPPER)
+    assert whole[:3] == ('triton', 'triton', 'triton')
+    for fields in ({'norm': 'layer_norm'}, {'norm_placement': 'post'}):
+        assert settle(tiny_config('flash', **fused, **fields), target=HOPPER)[:3] == ('triton', 'xla', 'triton')
+    # Without a gate only the attention has kernels.
+    assert settle(tiny_config('flash_quad', **fused, gate='none'), target=HOPPER)[:3] == ('triton', 'xla', 'triton')
+    softmax = tiny_config('transformer', **fused, model_dim=32)
+    assert settle(softmax, target=HOPPER) == Implementation('cudnn', loss='triton')
+    assert settle(softmax, target=HOPPER._replace(triton=False)) == Implementation('cudnn')
+    assert slice_loss('triton', 65_536) is FUSED_LOSS
+    assert slice_loss('triton', 65_537) is slice_loss('xla', 11) is REFERENCE
 
 
 @pytest.mark.parametrize('ids', [None, 'packed'])
 def test_the_layer_calls_cudnn_as_it_calls_the_others(monkeypatch, ids):
     """With XLA's attention in cuDNN's place, for there is no GPU here."""
-    stand_in = functools.partial(attention.cudnn_attention, implementation='xla')
-    monkeypatch.setattr(attention, 'cudnn_attention', stand_in)
+    stand_in = functools.partial(quadratic.cudnn_attention, implementation='xla')
+    monkeypatch.setattr(quadratic, 'cudnn_attention', stand_in)
     model, params = make('transformer_plus_plus', model_dim=32, temperature='learned')
-    fused = model.clone(config=FrozenConfigDict(dict(model.config) | {'impl': 'cudnn'}))
+    fused = model.clone(implementation=Implementation('cudnn'))
     ids = None if ids is None else jnp.asarray([LAYOUTS[ids]])
     # jax.nn.dot_product_attention has its scores in float32.
     assert max_error(apply(fused, params, tokens(), ids), apply(model, params, tokens(), ids)) < 1e-5
 
 
 def test_compiler_options_are_some_that_xla_knows():
-    assert jax.jit(lambda x: x + 1, compiler_options=implementations.compiler_options('triton'))(1) == 2
-    assert [impl for impl in implementations.WHY_NOT if implementations.compiler_options(impl)] == ['triton']
+    options = settle(tiny_config('flash', dtype='bfloat16'), target=HOPPER).compiler_options
+    assert options
+    assert jax.jit(lambda x: x + 1, compiler_options=dict(options))(1) == 2
+    assert not settle(tiny_config('flash'), target=CPU).compiler_options

@@ -8,13 +8,14 @@ import optax
 import pytest
 
 from gau.layers.common import TokenInfo
-from gau.models import blocks
+from gau.models.architectures import ARCHITECTURES
 from gau.models.config import default_config, resolve
-from gau.models.parameter_layout import stack_layers, unstack_layers
 from gau.models.registry import build
+from gau.models.target import Implementation
 from gau.ops.positions import rope_table
+from tests.models.layouts import stack_layers, unstack_layers
 from tests.models.tiny import CASES, VOCAB, apply, compile_fast, losses_and_gradients, make, positions_of, tokens
-from tests.numerics import LAYOUTS, max_error, normal, random_like, with_bias
+from tests.numerics import LAYOUTS, max_error, normal, random_like
 
 WEIGHTS = jnp.ones((1, 24))
 IDS = jnp.asarray([LAYOUTS['packed']])
@@ -186,8 +187,10 @@ def test_bfloat16_stays_near_float64(name, context):
         config = default_config()
         config.name, config.size, config.dtype = name, 'tiny', dtype
         config = resolve(config, causal=True, context=context)
-        make_layer = blocks.gated_attention_unit if name.startswith('flash') else blocks.multi_head_attention
-        return make_layer(config, 0, True), config.query_key_dim or config.head_dim
+        family, attention, _ = ARCHITECTURES[name]
+        fields = {'layer': 0, 'causal': True, 'implementation': Implementation('xla'), 'decoding': False}
+        _, module = next(family.layers(config, attention, **fields))
+        return module, config.query_key_dim or config.head_dim
 
     x = normal(0, 1, context, 192).astype(jnp.bfloat16)
     tokens = {}
@@ -199,7 +202,7 @@ def test_bfloat16_stays_near_float64(name, context):
         rope={width: rope_table(jnp.arange(4)[None], width)}))  # fmt: skip
     params = jax.tree.map(lambda p: p.astype(jnp.float32), random_like(shapes['params'], 0, scale=0.05))
     exact, rounded = (
-        with_bias(jax.jit(layer(dtype)[0].apply)({'params': params}, x.astype(dtype), tokens[dtype]))
+        jax.jit(layer(dtype)[0].apply)({'params': params}, x.astype(dtype), tokens[dtype])
         for dtype in ('float64', 'bfloat16')
     )
     assert rounded.dtype == jnp.bfloat16

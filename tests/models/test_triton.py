@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from gau.models.parameter_layout import stack_layers, unstack_layers
 from tests.conftest import PLATFORM
+from tests.models.layouts import stack_layers, unstack_layers
 from tests.models.tiny import (
     compile_fast,
     expect_padding_to_reach_nothing,

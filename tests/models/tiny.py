@@ -8,8 +8,9 @@ import numpy as np
 
 from gau.layers.common import TokenInfo
 from gau.models.architectures import ARCHITECTURES
-from gau.models.blocks import Block, first_stream
+from gau.models.blocks import Block
 from gau.models.config import default_config, resolve
+from gau.models.fused_block import FusedBlock, first_residual
 from gau.models.registry import build
 from tests.numerics import max_error, normal, random_like
 
@@ -31,13 +32,13 @@ def tiny_config(name, objective='lm', *, context=CONTEXT, **fields):
     """A resolved config of two narrow layers in float64."""
     config = default_config()
     config.name = name
-    applicable = ARCHITECTURES[name].defaults
+    applicable = ARCHITECTURES[name].fields
     small = {
         'num_layers': 2,
         'model_dim': 8,
         'query_key_dim': 4,
         'chunk_size': 5,
-        'num_heads': 2 if ARCHITECTURES[name].family == 'transformer' else 1,
+        'num_heads': 2 if 'head_dim' in applicable else 1,
         'projection_rank': 3,
         'vocab_loss_slice': 7,
         'dtype': 'float64',
@@ -99,12 +100,14 @@ def expect_padding_to_reach_nothing(model, params, ids_BN):
     """Whatever numbers stand at padding in the stream before a block: layers before it leave any there, but no NaN."""
     positions_BN = positions_of(ids_BN)
     rope = model.apply({'params': params}, positions_BN, method='_rope_tables')
-    token_info, block = TokenInfo(ids_BN, positions_BN, rope), Block(model.config, 0, model.causal)
+    fused, token_info = model.implementation.norm == 'triton', TokenInfo(ids_BN, positions_BN, rope)
+    block = (FusedBlock if fused else Block)(model.config, 0, model.causal, model.implementation)
     padding, dtype = ids_BN[..., None] == 0, model.config.dtype
 
     def loss(variables, x_BND, bias_D):
-        stream, _ = block.apply({'params': variables}, start._replace(x_BND=x_BND, bias_D=bias_D), token_info, True)
-        total_BND = stream.x_BND if stream.bias_D is None else stream.x_BND + stream.bias_D
+        x = first_residual(x_BND, dtype)._replace(bias_D=bias_D) if fused else x_BND
+        x, _ = block.apply({'params': variables}, x, token_info, True)
+        total_BND = x.x_BND + x.bias_D if fused else x
         return (jnp.where(padding, 0, total_BND) ** 2).sum(), total_BND
 
     def run(x_BND):
@@ -113,8 +116,7 @@ def expect_padding_to_reach_nothing(model, params, ids_BN):
     differentiated = compile_fast(jax.value_and_grad(loss, range(2), has_aux=True))
     shape = (*ids_BN.shape, model.config.model_dim)
     x_BND, other_BND = normal(0, *shape), 100 * normal(1, *shape)
-    start = first_stream(x_BND, model.config)
-    bias_D = None if start.bias_D is None else normal(2, shape[-1]).astype(start.bias_D.dtype)
+    bias_D = normal(2, shape[-1]).astype(jnp.promote_types(dtype, 'float32')) if fused else None
     (value, total_BND), gradients = run(x_BND)
     found = run(jnp.where(padding, other_BND, x_BND))
     assert np.isfinite(found[0][1]).all()

@@ -7,6 +7,7 @@ import pytest
 
 from gau.ops import cross_entropy as module
 from gau.ops.cross_entropy import cross_entropy, sliced_cross_entropy, weighted_cross_entropy
+from gau.ops.kernels.cross_entropy import FUSED, slice_loss
 from tests.numerics import max_error, normal
 
 B, N, D, V = 2, 11, 4, 7
@@ -58,7 +59,7 @@ def test_large_logits_are_computed_again_and_small_ones_are_kept(monkeypatch):
         return max(x.size for x in leaves)
 
     assert kept() >= B * N * V
-    monkeypatch.setattr(module, 'KEPT_LOGITS', B * N * V - 1)
+    monkeypatch.setattr(module, 'SAVED_LOGITS', B * N * V - 1)
     assert kept() < B * N * V
 
 
@@ -68,7 +69,7 @@ def test_the_bound_on_logits_changes_no_number(monkeypatch, limit, kept):
     targets = jnp.asarray(np.random.default_rng(2).integers(0, V, (B, N)))
     run = jax.value_and_grad(lambda h, e, f: (f(h, e, targets) ** 2).sum(), (0, 1))
     monkeypatch.setattr(module, 'MAX_LOGITS', limit)
-    monkeypatch.setattr(module, 'KEPT_LOGITS', kept)
+    monkeypatch.setattr(module, 'SAVED_LOGITS', kept)
     sliced = run(h, embedding, lambda *x: sliced_cross_entropy(*x, positions_per_slice=100))
     assert max_error(sliced, run(h, embedding, cross_entropy)) < 1e-13
 
@@ -173,7 +174,7 @@ def test_the_kernels_logits_are_nearer_than_those_of_a_rounded_embedding():
     weights = jnp.ones((B, N), jnp.float32)
 
     def run(h, embedding, impl):
-        f = functools.partial(weighted_cross_entropy, positions_per_slice=4, impl=impl)
+        f = functools.partial(weighted_cross_entropy, positions_per_slice=4, slice_loss=slice_loss(impl, v))
         return jax.value_and_grad(lambda *x: f(*x, targets, weights), (0, 1))(h, embedding)
 
     exact = run(h.astype('float64'), embedding.astype('float64'), 'xla')
@@ -196,7 +197,7 @@ def test_what_no_float16_holds_is_a_large_number_and_not_infinite(where):
     h, embedding = (factor * x for factor, x in zip(factors, (h, embedding), strict=True))
     h, embedding = h.astype(jnp.bfloat16), embedding.astype(jnp.float32)
     targets, weights = jnp.zeros((B, N), int), jnp.ones((B, N), jnp.float32)
-    loss = functools.partial(weighted_cross_entropy, positions_per_slice=4, impl='triton')
+    loss = functools.partial(weighted_cross_entropy, positions_per_slice=4, slice_loss=FUSED)
     value, gradients = jax.value_and_grad(loss, (0, 1))(h, embedding, targets, weights)
     assert np.isfinite(value)
     assert all(np.isfinite(np.asarray(x, 'float64')).all() for x in gradients)

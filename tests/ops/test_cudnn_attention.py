@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.models.implementations import Target
 from gau.models.registry import build
+from gau.models.target import Target
 from gau.ops.kernels.cudnn_attention import cudnn_attention, document_columns
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
@@ -114,9 +114,9 @@ def test_a_model_on_a_gpu_takes_it_and_has_the_same_gradients():
     ids = jnp.asarray([LAYOUTS['packed'], LAYOUTS['holes']])
     weights = (ids > 0).astype('float32')
     fused = build(config, vocab_size=11, causal=True)
-    assert fused.config.impl == 'cudnn'
+    assert fused.implementation.attention == 'cudnn'
     plain = build(config, vocab_size=11, causal=True, target=Target('cpu'))
-    assert plain.config.impl == 'xla'
+    assert plain.implementation.attention == 'xla'
     params = random_like(jax.eval_shape(plain.init, jax.random.key(0), tokens)['params'], 0, scale=0.1)
 
     def gradient(model):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from gau.ops import chunk_states
-from gau.ops.mixed_chunk_attention import mixed_chunk_attention
+from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
@@ -25,12 +25,11 @@ def inputs(n=N, s=S, e=E, batch=1, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl'))
-def apply(arrays, bias, ids=None, *, chunk_size=C, scoring=Scoring(), causal=True, **options):  # noqa: B008
+def apply(arrays, bias, ids=None, *, chunk_size=C, scoring=Scoring(), causal=True, impl='xla', **more):  # noqa: B008
     if ids is not None:
         ids = jnp.broadcast_to(jnp.asarray(ids), arrays[0].shape[:2])
-    return mixed_chunk_attention(
-        *arrays, chunk_size=chunk_size, scoring=scoring, causal=causal, segment_ids_BN=ids, bias_CC=bias, **options
-    )
+    spec = ChunkSpec(chunk_size, scoring, causal, **more)
+    return mixed_chunk_attention(*arrays, spec=spec, segment_ids_BN=ids, bias_CC=bias, impl=impl)
 
 
 @functools.partial(jax.jit, static_argnames=('chunk_size', 'scoring', 'causal', 'branches', 'global_reduction', 'impl'))
@@ -142,8 +141,8 @@ def test_many_chunks_go_by_groups(causal, group, constants):
     x, c = inputs(batch=len(ids)), normal(5, 1, N, E)
 
     def loss(x, impl):
-        options = {'chunk_size': 2, 'causal': causal, 'branches': 'global', 'global_reduction': 'sum', 'impl': impl}
-        y = mixed_chunk_attention(*x, scoring=Scoring(), segment_ids_BN=jnp.asarray(ids), **options)
+        spec = ChunkSpec(2, Scoring(), causal, branches='global', global_reduction='sum')
+        y = mixed_chunk_attention(*x, spec=spec, segment_ids_BN=jnp.asarray(ids), impl=impl)
         return (y * c).sum(), y
 
     reference, fast = (

@@ -116,7 +116,7 @@ def test_an_implementation_for_another_chip_is_refused_in_training_and_replaced_
     with pytest.raises(UserError, match=r'model.impl=xla needs a GPU, this is cpu'):
         loop.train(tiny_config(model__impl='xla'), path)
     run, _, step = load_run(path)
-    assert (run.model.config.impl, step) == ('reference', 6)
+    assert (run.model.implementation.attention, step) == ('reference', 6)
 
 
 def test_signal_saves_and_resumes(finished, tmp_path):

@@ -4,18 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops.cross_entropy import REFERENCE, SliceLoss
 from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.tracing import choose
 
 # A row stands in the registers of one program: 64 numbers for each thread of 32 warps.
 LARGEST_VOCABULARY = 65_536
 # Rows of logits are a multiple of this long. Of other lengths XLA copies them for each product with them, into rows
 # that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
 COLUMNS = 128
-
-
-def padded_vocabulary(embedding_VD: Array) -> Array:
-    """Returns the output matrix with rows of zeros up to a multiple of COLUMNS."""
-    return jnp.pad(embedding_VD, ((0, -len(embedding_VD) % COLUMNS), (0, 0)))
 
 
 def loss_and_gradient(
@@ -52,3 +49,12 @@ def loss_and_gradient(
         BLOCK_V=block_v,
     )
     return nll_BN, dlogits_BNW
+
+
+FUSED = SliceLoss(loss_and_gradient, COLUMNS, half_precision=True)
+
+
+def slice_loss(impl: str, vocab_size: int) -> SliceLoss:
+    """Returns how slices of logits are scored: 'triton' with the kernel, where the vocabulary fits, 'xla' without."""
+    fits = vocab_size <= LARGEST_VOCABULARY
+    return choose(impl, {'xla': REFERENCE, 'triton': FUSED if fits else REFERENCE})

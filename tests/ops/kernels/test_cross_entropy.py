@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.cross_entropy import loss_and_gradient, weighted_cross_entropy
+from gau.ops.cross_entropy import loss_and_gradient, padded_vocabulary, weighted_cross_entropy
 from gau.ops.kernels import cross_entropy as fused
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
@@ -16,11 +16,11 @@ from tests.ops.kernels.conftest import DTYPES, TOLERANCE
 @pytest.mark.parametrize(('vocab', 'rows'), [(50, 128), (128, 128), (129, 256)])
 def test_products_have_whole_rows_of_the_matrix_units(vocab, rows):
     e = jnp.ones((vocab, 4))
-    padded = fused.padded_vocabulary(e)
+    padded = padded_vocabulary(e, fused.COLUMNS)
     assert padded.shape == (rows, 4)
     assert padded.sum() == e.sum()
     operands = jnp.ones((2, 3, 4)), e, jnp.zeros((2, 3), int), jnp.ones((2, 3))
-    loss = functools.partial(weighted_cross_entropy, positions_per_slice=2, impl='triton')
+    loss = functools.partial(weighted_cross_entropy, positions_per_slice=2, slice_loss=fused.FUSED)
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*operands))
     products = [line for line in text.splitlines() if 'dot_general' in line]
     assert len(products) == 3
@@ -37,7 +37,7 @@ def test_loss_and_gradient(dtype, shape, vocab, more):
     logits = jnp.asarray(30 * generator.standard_normal((*shape, vocab)))
     targets = jnp.asarray(generator.integers(0, vocab, shape))
     weights = jnp.asarray(generator.standard_normal(shape)).at[0, 0].set(0)
-    expected = loss_and_gradient(logits, targets, weights, dtype='float64')
+    expected = loss_and_gradient(logits, targets, weights, vocab_size=vocab, dtype='float64')
     wide = jnp.pad(logits, ((0, 0), (0, 0), (0, more)), constant_values=jnp.nan).astype('float32')
     expected = expected[0], jnp.pad(expected[1], ((0, 0), (0, 0), (0, more)))
     results = fused.loss_and_gradient(wide, targets, weights.astype('float32'), vocab_size=vocab, dtype=dtype)

@@ -1,7 +1,5 @@
 """The kernels of quadratic attention against the reference in float64 (see test_gated_chunks)."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expe
 OPS = {
     'reference': {
         'plain': reference.quadratic_attention,
-        'gated': partial(reference.gated_quadratic_attention, impl='reference'),
+        'gated': reference.gated_quadratic_attention,
     },
     'triton': {'plain': host.quadratic_attention, 'gated': gated_quadratic.gated_quadratic_attention},
 }

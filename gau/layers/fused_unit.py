@@ -1,0 +1,107 @@
+"""The gated attention unit in kernels, for a GPU: the parameters and the results of `GatedAttentionUnit`, one head.
+
+U, V and Z come from one matmul where no device has a part of them; bias, silu, scale, offset and RoPE of the queries
+and keys are one kernel, and activations, attention and gate another operation (`gau.ops.kernels`). The bias of the last
+projection may be left to the kernel of the next norm (`gau.layers.fused_norm`).
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from gau.layers.common import TokenInfo, Weights
+from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
+from gau.layers.sharding import over_mesh, parts_of
+from gau.ops.kernels.queries_keys import queries_and_keys
+
+
+class FusedGatedAttentionUnit(GatedAttentionUnit):
+    """GAU(x) of whole sequences, gated, with one head; `core.gated` is the operation."""
+
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
+        """Applies the unit to normalised inputs."""
+        y_BND, bias_D = self.without_bias(x_BND, tokens)
+        return y_BND + bias_D.astype(y_BND.dtype)
+
+    @nn.compact
+    def without_bias(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
+        """Returns GAU(x) less its last bias, [B, N, D], and this bias [D]."""
+        e, s = self.expanded_dim, self.query_key_dim
+        uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
+        z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
+        scale_offset = self.scale_offset(FusedScaleOffset)
+        if parts_of('act_expanded') == 1:
+            # One matmul: its gradient for x needs no second pass to add two of them up.
+            joined_DW = jnp.concatenate([uv_D2E.reshape(len(uv_D2E), -1), z_DS], axis=1)
+            queries_keys, p = scale_offset(x_BND @ joined_DW, bias_S, tokens)
+        else:
+            # U and V are cut over devices, Z is not.
+            queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S, tokens)
+            p = jnp.tensordot(x_BND, uv_D2E, axes=1)
+        o_BNE = self.attend(p, bias_2E, queries_keys, tokens)
+        out_ED, bias_D = Weights((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
+        return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
+
+    def attend(self, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo) -> Array:
+        """Returns U * (A V), [B, N, E], on every device for its own sequences and its own part of E.
+
+        Args:
+          p: projections [B, N, W] with those of gate and values in the first 2 E columns; or [B, N, 2, E].
+          bias_2E: their bias.
+          queries_keys: arrays [B, N, S].
+          tokens: what the layers of one call share.
+        """
+        bias_HP = self.core.bias_of_sequence(p.shape[1])
+
+        def op(p, *operands, sequence_axis):
+            del sequence_axis  # Tokens stay whole: see token_multiple.
+            *arrays, bias_P, segment_ids_BN = operands
+            p_BNW = p.reshape(*p.shape[:2], -1)
+            return self.core.gated(p_BNW, *arrays, bias_P=bias_P, segment_ids_BN=segment_ids_BN)
+
+        q_BNS, *others = queries_keys
+        by_token = ('batch', 'length', None)
+        columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
+        return over_mesh(
+            op,
+            *(p, bias_2E, self.core.scaled(q_BNS), *others),
+            None if bias_HP is None else bias_HP[0],
+            tokens.segment_ids_BN,
+            axes=[
+                ('batch', 'length', *columns),
+                (None, columns[-1]),
+                *[by_token] * len(queries_keys),
+                (None,),
+                ('batch', 'length'),
+            ],
+            result_like=0,
+            result_axes=('batch', 'length', columns[-1]),
+            token_multiple=None,
+        )
+
+
+class FusedScaleOffset(ScaleOffset):
+    """A `ScaleOffset` of one head, with the bias and silu before it in the same kernel."""
+
+    @nn.compact
+    def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[tuple[Array, ...], Array]:
+        """Maps a projection, the last S columns of p, to R arrays [B, N, S]; and returns p to go on with.
+
+        See `gau.ops.kernels.queries_keys`.
+        """
+        gamma_RS, beta_RS = (parameter[:, 0] for parameter in self.parameters(bias_S.size))
+        table = tokens.rope[bias_S.size] if self.rope else (None, None)
+
+        def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
+            del sequence_axis  # Every token by itself.
+            table = None if cos_BNh is None else (cos_BNh, sin_BNh)
+            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
+
+        by_token = ('batch', 'length', None)
+        return over_mesh(
+            op,
+            *(p_BNW, bias_S, gamma_RS, beta_RS, *table),
+            axes=[by_token, (None,), (None, None), (None, None), by_token, by_token],
+            result_like=0,
+            token_multiple=1,
+        )

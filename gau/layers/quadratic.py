@@ -1,0 +1,106 @@
+"""Quadratic attention as a core: relu^2 in FLASH-Quad, softmax in the Transformers (docs/paper.md section 1)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+from jax import Array
+
+from gau.layers.common import Temperature, TokenInfo
+from gau.layers.core import AttentionCore
+from gau.layers.positions import RelativeBias
+from gau.layers.sharding import attention_over_mesh
+from gau.layers.state import quadratic_with_state
+from gau.ops.kernels import gated_quadratic, quadratic
+from gau.ops.kernels.cudnn_attention import cudnn_attention
+from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.scores import Scoring
+
+
+class QuadraticCore(AttentionCore):
+    """A V with A = f(Q K^T / n + b): every query against every key that it sees.
+
+    Attributes:
+      num_heads: H.
+      width: S, of queries and keys.
+      scoring: attention function f and normaliser n.
+      temperature: 'learned' multiplies q.k by one learned number, 'none' does not.
+      relative_bias: b: 'toeplitz', 'rotary' or 'none'.
+      relative_bias_length: positions that the Toeplitz table serves.
+    """
+
+    num_heads: int = 1
+    width: int = 128
+    scoring: Scoring = Scoring()
+    temperature: str = 'none'
+    relative_bias: str = 'none'
+    relative_bias_length: int = 512
+
+    def setup(self):
+        """Makes the parts with parameters."""
+        if self.temperature == 'learned':
+            self.temperature_layer = Temperature(name='temperature')
+        if self.relative_bias != 'none':
+            shape = self.num_heads, self.relative_bias_length, self.width
+            self.bias_layer = RelativeBias(self.relative_bias, *shape, self.dtype, name='relative_bias')
+
+    @nn.compact
+    def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
+        """See the base class."""
+        q_BHNS, k_BHNS = queries_keys
+        q_BHNS = self.scaled(q_BHNS)
+        if tokens.decode is not None:
+            return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens)
+        if self.impl == 'cudnn':
+            q_BNHS, k_BNHS, v_BNHE = (x.swapaxes(1, 2) for x in (q_BHNS, k_BHNS, v_BHNE))
+            o_BNHE = cudnn_attention(q_BNHS, k_BNHS, v_BNHE, causal=self.causal, segment_ids_BN=tokens.segment_ids_BN)
+            return o_BNHE.swapaxes(1, 2)
+
+        def attend(q_BNS, k_BNS, v_BNE, bias_P, *, segment_ids_BN, sequence_axis):
+            arrays = q_BNS, k_BNS, v_BNE
+            fields = {
+                'scoring': self.scoring,
+                'causal': self.causal,
+                'segment_ids_BN': segment_ids_BN,
+                'bias_P': bias_P,
+            }
+            if self.impl == 'triton':
+                return quadratic.quadratic_attention(*arrays, **fields)
+            return quadratic_attention(*arrays, **fields, impl=self.impl, sequence_axis=sequence_axis)
+
+        return attention_over_mesh(
+            attend,
+            *(q_BHNS, k_BHNS, v_BHNE),
+            bias=self.bias(v_BHNE.shape[2]),
+            segment_ids_BN=tokens.segment_ids_BN,
+            token_multiple=1 if self.impl == 'xla' else None,
+        )
+
+    def scaled(self, q: Array) -> Array:
+        """Returns q, and with it q.k, times the learned temperature."""
+        return self.temperature_layer(q) if self.temperature == 'learned' else q
+
+    def bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
+        """Returns b between n positions by distance, [H, 2 n - 1], or the rows of these queries; or None."""
+        return None if self.relative_bias == 'none' else self.bias_layer(n, queries_BT)
+
+    def bias_of_sequence(self, n: int) -> Array | None:
+        """Returns the bias that `gated` takes for n tokens, [H, 2 n - 1], or None."""
+        return self.bias(n)
+
+    def gated(self, p_BNW: Array, bias_2E: Array, *queries_keys: Array, bias_P: Array | None, segment_ids_BN) -> Array:
+        """Returns U * (A V) of one head in kernels, [B, N, E], from the projections of gate and values.
+
+        Args:
+          p_BNW: projections of gate and values, before bias and silu, in the first 2 E columns.
+          bias_2E: their bias.
+          *queries_keys: queries and keys of each of `pairs`, [B, N, S], scaled.
+          bias_P: `bias_of_sequence` of the head, or None.
+          segment_ids_BN: documents and padding, or None.
+        """
+        return gated_quadratic.gated_quadratic_attention(
+            *(p_BNW, bias_2E, *queries_keys),
+            scoring=self.scoring,
+            causal=self.causal,
+            segment_ids_BN=segment_ids_BN,
+            bias_P=bias_P,
+        )

@@ -1,0 +1,125 @@
+"""Mixed chunk attention: FLASH, and MC-TFM++ in a Transformer."""
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.models.attentions.record import ANYWHERE
+from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
+from gau.models.attentions.triton import triton
+from gau.models.costs import Count, Shape, saved
+from gau.models.fields import Filler, choice, count, table, with_defaults
+
+CHUNK_FIELDS = {
+    'chunk_size': count('C, tokens in a chunk.', default=256),
+    'branches': choice(
+        '"local": attention inside chunks; "global": linear attention between them; or both.',
+        *('both', 'local', 'global'),
+        default='both',
+    ),
+    'global_reduction': choice(
+        'What the global branch reads: the mean or the sum over the visible tokens.', 'mean', 'sum', default='mean'
+    ),
+}
+
+
+class MixedChunk(ScoredAttention):
+    """Quadratic attention inside chunks and linear attention between them, in a gated unit."""
+
+    fields = SCORING_FIELDS | CHUNK_FIELDS
+    implementations = table(triton=triton(gate='silu', branches='both'), xla=ANYWHERE, reference=ANYWHERE)
+    laptop = table(chunk_size=32)  # several chunks in a sequence, or the global branch would have nothing to do
+
+    def core(self, config, *, heads, width, causal, impl):
+        """See the base class."""
+        from gau.layers.mixed_chunk import MixedChunkCore
+
+        fields = self.core_fields(config, heads=heads, width=width)
+        return MixedChunkCore(
+            causal=causal,
+            impl=impl,
+            dtype=config.dtype,
+            **fields,
+            pairs=self.pairs(config),
+            chunk_size=config.chunk_size,
+            global_reduction=config.global_reduction or 'mean',
+            parent=None,
+        )
+
+    def pairs(self, config: ConfigDict) -> tuple[str, ...]:
+        """See the base class."""
+        return {'both': ('direct', 'linear'), 'local': ('direct',), 'global': ('linear',)}[config.branches]
+
+    def positions(self, config: ConfigDict, context: int) -> int:
+        """See the base class."""
+        return config.chunk_size
+
+    def void(self, config: ConfigDict) -> dict[str, str]:
+        """See the base class."""
+        void = {}
+        if config.branches == 'global':
+            void |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
+        if config.branches == 'local':
+            void['global_reduction'] = 'branches=local has no global branch'
+        return void | super().void(config)
+
+    def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
+        """See the base class."""
+        for field, declared in CHUNK_FIELDS.items():
+            fill(field, declared.default)
+        super().fill(fill, causal=causal, context=context)
+
+    def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
+        """See the base class."""
+        super().check(config, causal=causal, context=context, chosen=chosen)
+        if not causal or config.chunk_size < context:
+            return
+        alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
+        if config.branches == 'global':
+            raise UserError(f'{alone}: branches=global would see nothing; use a smaller chunk_size or branches=both')
+        if 'global_reduction' in chosen:
+            raise UserError(
+                f'{alone}: global_reduction={config.global_reduction} changes nothing; use a smaller chunk_size'
+            )
+
+    def count(self, config: ConfigDict, shape: Shape, *, causal: bool) -> Count:
+        """See the base class."""
+        c, total = min(config.chunk_size, shape.context), Count()
+        if config.branches != 'global':
+            total += self.count_weights(config, shape, seen=c / 2 if causal else c, matrix=shape.heads * c)
+            total += self.count_scoring(config, shape, positions=c)
+        if config.branches != 'local' and (shape.context > c or not causal):
+            # One k v^T and one q M for every token; a state for every chunk.
+            state = shape.heads * shape.width * shape.value_width
+            total += Count(0, 4 * state, 0) + saved(config, 2 * state / c)
+        return total
+
+    def refuses_decoding(self, config: ConfigDict) -> None:
+        """See the base class."""
+
+    def shard_multiple(self, config: ConfigDict) -> int:
+        """See the base class."""
+        return config.chunk_size
+
+
+class MultiHeadMixedChunk(MixedChunk):
+    """The same in a Transformer, with softmax by default and without a relative bias."""
+
+    fields = with_defaults(MixedChunk.fields, attention_function='softmax', relative_bias='none') | {
+        'gamma_init': choice(
+            'Init of the scale of the linear queries and keys: N(0, 0.02), or ones, the default without local branch.',
+            *('normal', 'ones'),
+        )
+    }
+    implementations = table(xla=ANYWHERE, reference=ANYWHERE)
+
+    def void(self, config: ConfigDict) -> dict[str, str]:
+        """See the base class."""
+        void = super().void(config)
+        if config.branches == 'local':
+            void['gamma_init'] = 'branches=local has no scale-and-offset transforms here'
+        return void
+
+    def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
+        """See the base class."""
+        super().fill(fill, causal=causal, context=context)
+        fill('gamma_init', 'ones' if fill.config.branches == 'global' else 'normal')

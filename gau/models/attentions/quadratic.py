@@ -1,0 +1,92 @@
+"""Quadratic attention: FLASH-Quad, and the Transformers with softmax."""
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.models.attentions.record import ANYWHERE, Needs
+from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
+from gau.models.attentions.triton import triton
+from gau.models.costs import Count, Shape
+from gau.models.fields import Filler, table, with_defaults
+from gau.models.target import Target
+from gau.models.widths import head_dim_at
+
+
+class Quadratic(ScoredAttention):
+    """Every query against every key that it sees, in a gated unit."""
+
+    fields = SCORING_FIELDS
+    implementations = table(triton=triton(attention_function='relu2'), xla=ANYWHERE, reference=ANYWHERE)
+    keeps_all_tokens = True
+
+    def core(self, config, *, heads, width, causal, impl):
+        """See the base class."""
+        from gau.layers.quadratic import QuadraticCore
+
+        fields = self.core_fields(config, heads=heads, width=width)
+        return QuadraticCore(causal=causal, impl=impl, dtype=config.dtype, **fields, parent=None)
+
+    def positions(self, config: ConfigDict, context: int) -> int:
+        """See the base class."""
+        return context
+
+    def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
+        """See the base class."""
+        if causal:
+            fill('normalizer', 'fixed')
+        super().fill(fill, causal=causal, context=context)
+
+    def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
+        """See the base class."""
+        super().check(config, causal=causal, context=context, chosen=chosen)
+        length = config.relative_bias_length
+        if length is not None and length < context:
+            raise UserError(f'model.relative_bias_length={length} is too short for a context of {context}')
+
+    def count(self, config: ConfigDict, shape: Shape, *, causal: bool) -> Count:
+        """See the base class."""
+        context = shape.context
+        # 'auto' may become any of the others, which are all linear in memory when sequences are long.
+        linear = config.impl in ('cudnn', 'triton') or (config.impl != 'reference' and context > 1024)
+        matrix = 0 if linear else shape.heads * context
+        weights = self.count_weights(config, shape, seen=context / 2 if causal else context, matrix=matrix)
+        return weights + self.count_scoring(config, shape, positions=context)
+
+    def refuses_decoding(self, config: ConfigDict) -> str | None:
+        """See the base class."""
+        if config.normalizer == 'paper':
+            return (
+                'model.normalizer=paper cannot be decoded: it divides by the length of the whole sequence, so every '
+                'token would change what was computed before; train with fixed, visible or su'
+            )
+        return None
+
+    def longest_decoded(self, config: ConfigDict) -> int | None:
+        """See the base class."""
+        return config.relative_bias_length
+
+
+def _cudnn(config: ConfigDict, target: Target) -> str | None:
+    if target.platform != 'gpu':
+        return f'a GPU, this is {target.platform}'
+    if target.compute_capability is None or target.compute_capability < (8, 0):
+        return 'an NVIDIA GPU of compute capability 8.0 or newer'
+    for field, value in {'attention_function': 'softmax', 'relative_bias': 'none', 'dtype': 'bfloat16'}.items():
+        if config[field] != value:
+            return f'{field}={value}, not {config[field]}'
+    # As wide as the kernels take them, less the columns that tell documents apart (`ops/kernels/cudnn_attention.py`).
+    widest = (256 if target.compute_capability >= (9, 0) else 128) - 24
+    for layer in range(config.num_layers):
+        width = head_dim_at(config, layer)
+        if width > widest or width % 8:
+            return f'heads of a width that is a multiple of 8 and at most {widest}, not {width}'
+    if target.sequence_shards > 1:
+        return f'whole sequences on each device, not mesh.sequence={target.sequence_shards}'
+    return None
+
+
+class MultiHeadQuadratic(Quadratic):
+    """The same in a Transformer, with softmax by default and without a relative bias."""
+
+    fields = with_defaults(SCORING_FIELDS, attention_function='softmax', relative_bias='none')
+    implementations = table(cudnn=Needs(_cudnn), xla=ANYWHERE, reference=ANYWHERE)

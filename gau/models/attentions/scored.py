@@ -1,0 +1,98 @@
+"""What the attentions with weights f(q.k / n + b) share: quadratic attention, and the local branch of mixed chunk."""
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError
+from gau.models.attentions.record import Attention
+from gau.models.costs import BYTES, Count, Shape, saved
+from gau.models.fields import Filler, choice, count
+
+# Up to here the relative bias of a gated unit is a Toeplitz table, beyond it is rotary (docs/paper.md section 2).
+TOEPLITZ_LIMIT = 512
+
+SCORING_FIELDS = {
+    'attention_function': choice(
+        'f: relu(x)^2 (default of GAUs), softmax (default of Transformers), Laplace, or two smooth forms of relu^2.',
+        *('relu2', 'softmax', 'laplace', 'softplus2', 'smooth_relu2'),
+        default='relu2',
+    ),
+    'normalizer': choice(
+        'n in f(q.k / n + b), not for softmax, which divides by sqrt(S). "paper": length of the sequence (of the '
+        'document, where they are packed; C in chunks). "fixed": `normalizer_length`. "visible": keys that the query '
+        'sees. "su": f(q.k / sqrt(S) + b) / keys that the query sees. Default "paper", but "fixed" for causal '
+        'quadratic attention, where "paper" lets later tokens change what was computed for a prefix.',
+        *('paper', 'fixed', 'visible', 'su'),
+    ),
+    'normalizer_length': count('The constant of normalizer=fixed.', default=512),
+    'temperature': choice('"learned": q.k times one learned number for each layer.', 'learned', 'none', default='none'),
+    'relative_bias': choice(
+        'b: a Toeplitz table, two rotated vectors, or none. Default in GAUs: a table up to 512 positions (in chunks: '
+        'of a chunk), else rotary; in Transformers none.',
+        *('toeplitz', 'rotary', 'none'),
+    ),
+    'relative_bias_length': count('Positions that the table serves; default the context, in chunks C.'),
+}
+
+
+class ScoredAttention(Attention):
+    """Base class of the records."""
+
+    def positions(self, config: ConfigDict, context: int) -> int:
+        """Returns between how many positions there are weights."""
+        raise NotImplementedError
+
+    def void(self, config: ConfigDict) -> dict[str, str]:
+        """See the base class."""
+        void = {}
+        if (config.attention_function or self.fields['attention_function'].default) == 'softmax':
+            void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
+        if config.normalizer not in ('fixed', None):
+            void['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
+        if config.relative_bias not in ('toeplitz', None):
+            void['relative_bias_length'] = f'it is the length of a toeplitz table, and this is {config.relative_bias}'
+        return void
+
+    def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
+        """See the base class."""
+        fill('normalizer', 'paper')
+        if fill.config.normalizer != 'fixed':
+            fill.drop('normalizer_length')
+        positions = self.positions(fill.config, context)
+        by_length = 'toeplitz' if positions <= TOEPLITZ_LIMIT else 'rotary'
+        fill('relative_bias', self.fields['relative_bias'].default or by_length)
+        if fill.config.relative_bias == 'toeplitz':
+            fill('relative_bias_length', positions)
+        else:
+            fill.drop('relative_bias_length')
+
+    def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
+        """See the base class."""
+        # relu^2 of a q.k of order 1e-4 is no signal; the other functions are not 0 at 0 (docs/paper.md 7, trap 2).
+        alone = self.pairs(config) == ('direct',) and config.attention_function == 'relu2'
+        if alone and config.relative_bias == 'none' and config.gamma_init == 'normal':
+            raise UserError(
+                'model.gamma_init=normal without a relative_bias leaves the layer dead; use gamma_init=ones'
+            )
+
+    def core_fields(self, config: ConfigDict, *, heads: int, width: int) -> dict:
+        """Returns the attributes of `gau.layers.quadratic.QuadraticCore` but for those of its base class."""
+        from gau.ops.scores import Scoring
+
+        names = ('temperature', 'relative_bias', 'relative_bias_length')
+        fields = {name: config[name] for name in names if config[name] is not None}
+        if config.attention_function is not None:
+            fields['scoring'] = Scoring(config.attention_function, config.normalizer, config.normalizer_length or 512)
+        return fields | {'num_heads': heads, 'width': width}
+
+    def count_scoring(self, config: ConfigDict, shape: Shape, *, positions: int) -> Count:
+        """The parameters of temperature and relative bias, and the matrix of the bias between `positions`."""
+        numbers = {'toeplitz': 2 * (config.relative_bias_length or 0) - 1, 'rotary': 2 * shape.width}
+        bias = numbers.get(config.relative_bias, 0)
+        # All pairs of positions, over the tokens of one sequence.
+        matrix = (bias > 0) * shape.heads * positions**2 / shape.context * max(4, BYTES[config.dtype])
+        return Count(shape.heads * bias + (config.temperature == 'learned'), 0, matrix)
+
+    def count_weights(self, config: ConfigDict, shape: Shape, *, seen: float, matrix: float) -> Count:
+        """The matmuls of a query with `seen` keys and values, and `matrix` weights that are saved."""
+        flops = 2 * shape.heads * seen * (shape.width + shape.value_width)
+        return Count(0, flops, 0) + saved(config, 0, matrix=matrix)

@@ -1,0 +1,70 @@
+"""What the rest of the house asks of a family of models: the layers around the attention."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from gau.models.attentions.record import Attention
+from gau.models.costs import Count
+from gau.models.fields import Field, Filler
+from gau.models.target import Implementation
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+
+class Family:
+    """The record of a family; subclasses answer.
+
+    Attributes:
+      fields: those of the config that belong to it, beside `gau.models.fields.COMMON`.
+      blocks_for_two_units: blocks that stand against two gated units.
+    """
+
+    fields: Mapping[str, Field] = {}
+    blocks_for_two_units: int = 2
+
+    def layers(
+        self,
+        config: ConfigDict,
+        attention: Attention,
+        *,
+        layer: int,
+        causal: bool,
+        implementation: Implementation,
+        decoding: bool,
+    ) -> Iterator[tuple[str, 'nn.Module']]:
+        """Yields the layers of a block, called with (x_BND, tokens), and the names of their norms.
+
+        Args:
+          config: resolved model config.
+          attention: record of the attention.
+          layer: index of the block from 0.
+          causal: whether later tokens are hidden.
+          implementation: what the model is built with.
+          decoding: whether sequences are decoded: no kernels then.
+        """
+        raise NotImplementedError
+
+    def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:
+        """Returns what a block costs (see `gau.models.counts`)."""
+        raise NotImplementedError
+
+    def rope_widths(self, config: ConfigDict) -> set[int]:
+        """Returns the widths of the queries and keys that its layers rotate."""
+        raise NotImplementedError
+
+    def void(self, config: ConfigDict) -> dict[str, str]:
+        """See `gau.models.attentions.record.Attention.void`."""
+        return {}
+
+    def fill(self, fill: Filler) -> None:
+        """Sets its fields whose defaults depend on others; those of the attention are set."""
+
+    def check(self, config: ConfigDict) -> None:
+        """Raises UserError for a resolved config that does not go together."""
+
+    def leaves_bias_to_norm(self, config: ConfigDict, impl: str) -> bool:
+        """Returns whether an implementation's layers have `without_bias`, for a norm that adds the bias."""
+        return False

@@ -1,0 +1,143 @@
+"""Fields of a model's config: their types, defaults and checks. The record that has a field declares it."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from gau.errors import UserError, did_you_mean
+
+
+class Field(NamedTuple):
+    """One field of the model's config.
+
+    Attributes:
+      kind: type of its values: int, float or str.
+      doc: what it means, for whoever sets it.
+      default: None: it depends on other fields, and a record's `fill` says how.
+      choices: the values of a str.
+      wrong: returns whether a number is out of range, and the range in words.
+    """
+
+    kind: type
+    doc: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    wrong: tuple[Callable[[Any], bool], str] = (lambda value: False, '')
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError if the field `name` cannot have the value."""
+        if self.choices:
+            check_choice(f'model.{name}', value, self.choices)
+        if self.wrong[0](value):
+            raise UserError(f'model.{name} must be {self.wrong[1]}, not {value}')
+
+
+def choice(doc: str, *choices: str, default: str | None = None) -> Field:
+    """Returns a field with a word of `choices` as value."""
+    return Field(str, doc, default, choices)
+
+
+def count(doc: str, *, default: int | None = None) -> Field:
+    """Returns a field with a whole number from 1 on as value."""
+    return Field(int, doc, default, wrong=(lambda value: value < 1, 'at least 1'))
+
+
+def number(doc: str, *, default: float, wrong: Callable[[float], bool], right: str) -> Field:
+    """Returns a field with a number as value; `right` says in words what is not `wrong`."""
+    return Field(float, doc, default, wrong=(wrong, right))
+
+
+def table(**entries: Any) -> Mapping[str, Any]:
+    """Returns a table that cannot be changed."""
+    return MappingProxyType(entries)
+
+
+def with_defaults(fields: Mapping[str, Field], **defaults: Any) -> dict[str, Field]:
+    """Returns the fields with other defaults."""
+    return {**fields, **{name: fields[name]._replace(default=default) for name, default in defaults.items()}}
+
+
+class Filler:
+    """Sets the fields of a config that are open and that its model has.
+
+    Attributes:
+      config: the config.
+      defaults: the default of every field that applies to the model; None where it depends on others.
+      chosen: names of the fields that somebody had set.
+    """
+
+    def __init__(self, config: ConfigDict, defaults: dict[str, Any]):
+        self.config, self.defaults = config, defaults
+        self.chosen = frozenset(field for field in config if config[field] is not None)
+
+    def __call__(self, field: str, value: Any) -> None:
+        """Sets a field, if it applies and is open."""
+        if field in self.defaults and self.config[field] is None:
+            self.config[field] = value
+
+    def drop(self, field: str) -> None:
+        """Takes away a field that has no meaning beside the others."""
+        self.defaults.pop(field, None)
+
+
+def check_choice(what: str, value: Any, choices: Any) -> None:
+    """Raises UserError unless the value is one of the choices."""
+    if value not in choices:
+        raise UserError(f'{what}={value} does not exist{did_you_mean(value, choices)}')
+
+
+# Fields of every model.
+COMMON = {
+    'num_layers': count('Blocks: GAUs, or pairs of attention and feed-forward; by default what `size` says.'),
+    'model_dim': count('D; by default what `size` says.'),
+    'norm': choice('Norm of the layers and before the head.', 'scale_norm', 'layer_norm', 'rms_norm'),
+    'norm_placement': choice(
+        '"pre": x + f(norm(x)), one norm before the head; "post": norm(x + f(x)).', 'pre', 'post', default='pre'
+    ),
+    'absolute_position': choice(
+        'Added to the embedding: a sinusoid scaled by one learned number, or nothing.',
+        *('sinusoid', 'none'),
+        default='sinusoid',
+    ),
+    'rope': choice('Whether queries and keys are rotated by position.', 'rotary', 'none', default='rotary'),
+    'dropout_rate': number(
+        'On embeddings and on what a layer adds to the residual stream.',
+        default=0.0,
+        wrong=lambda value: not 0 <= value < 1,
+        right='in [0, 1)',
+    ),
+    'dtype': choice(
+        'Compute type; float64 is for tests. Parameters are float32 or better.',
+        *('bfloat16', 'float32', 'float64'),
+        default='bfloat16',
+    ),
+    'layer_stack': choice(
+        '"unrolled" is faster, "scan" compiles faster; its layers must be alike.',
+        *('unrolled', 'scan'),
+        default='unrolled',
+    ),
+    'remat': choice(
+        'What a block saves for the backward pass: "none": all of it; "full": its input alone; "dots": the results of '
+        'matmuls; "dots_no_batch": those of matmuls with weights alone.',
+        *('none', 'full', 'dots', 'dots_no_batch'),
+        default='none',
+    ),
+    'impl': Field(
+        str,
+        'Implementation of the attention, one of its record; "auto" takes the fastest that works where the model is '
+        'built (`gau.models.implementations`).',
+        'auto',
+    ),
+    'vocab_loss_slice': count(
+        'Positions of a sequence that the loss scores against the vocabulary at once, at most.', default=4096
+    ),
+    'num_heads': count('H. GAU: 1 by default, divides E. Transformers: D / 64 by default.'),
+    'head_decay': number(
+        'alpha of heads that fall with depth, h(l) = max(1, ceil(H / (1 + alpha l))), l from 0.',
+        default=0.0,
+        wrong=lambda value: not value >= 0,
+        right='at least 0',
+    ),
+}

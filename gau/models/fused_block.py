@@ -1,0 +1,32 @@
+"""The block where a kernel has the residual stream, its norm and the biases of the layers (`gau.layers.fused_norm`)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from gau.layers.common import TokenInfo, constrain, param_dtype
+from gau.layers.fused_norm import FusedScaleNorm, Residual
+from gau.models.blocks import Block
+
+
+class FusedBlock(Block):
+    """A `Block` with norms before its layers, whose stream is a `Residual`; where sequences are decoded, an array."""
+
+    def residual(
+        self, x: Residual | Array, norm_name: str, layer: nn.Module, tokens: TokenInfo, deterministic: bool
+    ) -> Residual | Array:
+        """Returns x + f(norm(x)), the bias of f in the residual's own."""
+        if not isinstance(x, Residual):
+            return super().residual(x, norm_name, layer, tokens, deterministic)
+        norm = FusedScaleNorm(self.config.norm, self.config.model_dim, self.config.dtype, name=norm_name)
+        x, h_BND = norm.of_residual(x)
+        y_BND, bias_D = layer.without_bias(h_BND, tokens)
+        if self.config.dropout_rate and not deterministic:
+            y_BND, bias_D = self.dropout(y_BND + bias_D.astype(y_BND.dtype), deterministic), None
+        x = x.plus(constrain(y_BND, 'batch', 'length', 'act_embed'), bias_D)
+        return x._replace(x_BND=constrain(x.x_BND, 'batch', 'length', 'act_embed'))
+
+
+def first_residual(x_BND: Array, dtype: str) -> Residual:
+    """Returns the stream that starts as x, without biases."""
+    return Residual(x_BND, jnp.zeros(x_BND.shape[-1], param_dtype(dtype)))
