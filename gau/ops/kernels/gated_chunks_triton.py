@@ -1,54 +1,53 @@
-"""Triton kernels of the gated chunk product (`gau.ops.gated_chunks` says what it is, and has the same steps in JAX).
+"""Triton kernels of the gated chunk matmul (`gau.ops.kernels.gated_chunks` says what it is).
 
 What they are for: U, V and what is made of them are [N, E], an order larger than anything else in the layer, and
-reading and writing them is most of what a layer costs beside its matrix products. Kernels read the projections as the
-matrix product left them and add bias and silu themselves. Of what that makes only v is written: it is a factor of three
-products, whose loads and matrix units would else wait for it to be made again in every row of tiles.
+reading and writing them is most of what a layer costs beside its library matmuls. Kernels read the projections as the
+library left them and add bias and silu themselves. Of what that makes only v is written: it is a factor of three
+matmuls, whose loads and matrix units would else wait for it to be made again in every row of tiles.
 
-Letters beside the house's: T = B G chunks of a batch; W columns of the projections p, those of U and V first; F = width
-of the linear queries and keys (S for one direction of the states, 2 S for two), or of what is in their place (C, the
-weights on another chunk, or 0); P parts of a sequence, each with a walk over its chunks that starts from nothing. Every
-size is a compile-time constant; tiles that stick out of an array are masked.
+Letters beside the house's: W columns of the projections p = [U, V, ...]; J directions of the scans over the chunks, 1
+if causal, else 2; F = J S columns of the linear queries and keys, or columns of what stands in their place (C for the
+weights on the other chunk, 0 for nothing); PARTS of a sequence, each with a scan of its own that starts from zero.
+B G is the number of chunks in a batch. Every size is a compile-time constant; what sticks out of an array is masked.
+
+A sequence of two chunks may do without states (`gau.ops.kernels.chunk_pairs`). CROSS_CHUNK says what chunks read:
+
+    0   their states m, with their queries q
+    1   the second chunk reads the first: v of the first stands for m, weights x on it for q
+    2   both chunks read the other one, likewise
+
+Bytes are of size base (E = 1,536, S = 128, C = 256), causal, with 65,536 tokens in bfloat16, every array counted once:
+one of [N, E] has 201 MB, the states m 101 MB, the weights a 34 MB, q, k and the other columns of p 17 MB each. A layer
+moves 3.7 GB, of them 1.0 GB in `gates_triton.gate_gradient_kernel`.
 """
 
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.gates_triton import for_gate, silu, silu_gradient
-from gau.ops.kernels.tiles import put, tile
+from gau.ops.kernels.gates_triton import nonzero_gate, silu, silu_gradient
+from gau.ops.kernels.load_store import load_tile, store_tile
 
 
 @triton.jit
-def _bias(ptr, col, cols: tl.constexpr):
+def _load_bias(ptr, col, cols: tl.constexpr):
     return tl.load(ptr + col, mask=col < cols, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def states_kernel(
-    p_ptr,
-    bias_ptr,
-    k_ptr,
-    keep_ptr,
-    share_ptr,
-    v_ptr,
-    m_ptr,
-    totals_ptr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """m[g] = share * sum of k silu(v)^T over the chunks before g (after g, the second direction), grid [E, P, B D].
+    p_ptr, bias_ptr, k_ptr, carry_mask_ptr, state_scale_ptr, v_ptr, m_ptr, totals_ptr,
+    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """m[g] = state_scale * sum of k silu(v)^T over the chunks before g; in the second direction over those after g.
 
-    One program walks over the chunks of its part with the state [S, BLOCK_E] in registers. Every part starts from zero;
-    where there are several, the state at the end of each is a total, for the caller to carry on to the others.
+    Grid    [E / BLOCK_E, PARTS, B J]
+    Tile    the state [S, BLOCK_E] in registers, through the chunks of a part, BLOCK_C tokens at a time
+    Reads   V, the columns from E to 2 E of p [B, G, C, W]; k [B, G, C, F]; carry_mask and state_scale [B, G, J]
+    Writes  v [B, G, C, E] (the first direction); m [B, G, F, E]; where there are several parts, the state at the end
+            of each, totals [B, PARTS, F, E], for the caller to carry on to the others
+    Bytes   520 MB a layer: V, k, v, m
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -56,10 +55,10 @@ def states_kernel(
     direction = tl.program_id(2) % (F // S)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    bias_v = _bias(bias_ptr + E, e, E)
-    length: tl.constexpr = (G + P - 1) // P
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
+    bias_v = _load_bias(bias_ptr + E, e, E)
+    length: tl.constexpr = tl.cdiv(G, PARTS)
+    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    ends = ((batch * PARTS + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
     for i in range(0, (tl.minimum(first + length, G) - first) * blocks):
@@ -68,104 +67,90 @@ def states_kernel(
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
-            share = tl.load(share_ptr + chunk * (F // S) + direction)
-            put(m_ptr + (chunk * F + direction * S) * E, state * share, s, e, E, S, E)
-            state *= tl.load(keep_ptr + chunk * (F // S) + direction)
-        k = tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        v = silu(tile(p_ptr + chunk * C * W + E, row, e, W, C, E).to(tl.float32) + bias_v).to(k.dtype)
+            state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
+            store_tile(m_ptr + (chunk * F + direction * S) * E, state * state_scale, s, e, E, S, E)
+            state *= tl.load(carry_mask_ptr + chunk * (F // S) + direction)
+        k = load_tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)  # [BC, BS]
+        v = load_tile(p_ptr + chunk * C * W + E, row, e, W, C, E)  # [BC, BE]
+        v = silu(v.to(tl.float32) + bias_v).to(k.dtype)
         if direction == 0:
-            put(v_ptr + chunk * C * E, v, row, e, E, C, E)
+            store_tile(v_ptr + chunk * C * E, v, row, e, E, C, E)
+        # [BS, BC] @ [BC, BE]
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
-    if P > 1:
-        put(totals_ptr + ends, state, s, e, E, S, E)
+    if PARTS > 1:
+        store_tile(totals_ptr + ends, state, s, e, E, S, E)
 
 
 @triton.jit
-def _reading(chunk, F: tl.constexpr, READERS: tl.constexpr):
-    """Returns where a chunk's q are, which chunk's m it reads, and how many columns of q there are.
-
-    READERS is 0 where a chunk reads its own states, 1 where the second chunk reads the first, 2 where both read.
-    """
-    if READERS == 0:
-        reader, read, width = chunk, chunk, F
-    elif READERS == 1:
-        reader, read, width = chunk // 2, chunk - 1, F * (chunk % 2).to(tl.int32)
+def _what_is_read(chunk, F: tl.constexpr, CROSS_CHUNK: tl.constexpr):
+    """Returns where the chunk's queries q are, which chunk's m it reads, and how many columns of q there are."""
+    if CROSS_CHUNK == 0:
+        reader, source, width = chunk, chunk, F
+    elif CROSS_CHUNK == 1:
+        reader, source, width = chunk // 2, chunk - 1, F * (chunk % 2).to(tl.int32)
     else:
-        reader, read, width = chunk, chunk ^ 1, F
-    return reader, read, width
+        reader, source, width = chunk, chunk ^ 1, F
+    return reader, source, width
 
 
 @triton.jit
 def output_kernel(
-    p_ptr,
-    bias_ptr,
-    v_ptr,
-    a_ptr,
-    q_ptr,
-    m_ptr,
-    o_ptr,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    W: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    READERS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """o = silu(u) (a silu(v) + q m), one tile a program, grid [C, E, T].
+    p_ptr, bias_ptr, v_ptr, a_ptr, q_ptr, m_ptr, o_ptr,
+    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """o = silu(U + bias) (a v + q m).
 
-    In texts of two chunks of which READERS read the other one, its silu(v) is their m, and weights x on it their q.
+    Grid    [C / BLOCK_M, E / BLOCK_E, B G]
+    Tile    o [BLOCK_M, BLOCK_E], sums in steps of BLOCK_K
+    Reads   U, the first E columns of p [B, G, C, W]; v [B, G, C, E]; a [B, G, C, C]; q [B, G, C, F]; m [B, G, F, E]
+            (with CROSS_CHUNK 1 q is x [B, C, C], with 2 [B, 2, C, C]; both have v for m)
+    Writes  o [B, G, C, E]
+    Bytes   755 MB a layer: U, v, a, q, m, o
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = tl.program_id(2).to(tl.int64)
-    # Before the products, so that it is there when they are done.
-    u = tile(p_ptr + chunk * C * W, m, e, W, C, E)
+    # Before the matmuls, so that it has arrived when they are done.
+    u = load_tile(p_ptr + chunk * C * W, m, e, W, C, E)  # [BM, BE]
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     end = C
     if CAUSAL:
         end = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, C)
-    # One loop for both products, so that its pipeline fills once.
-    reader, read, width = _reading(chunk, F, READERS)
+    # q m and a v in one loop, so that its pipeline fills once.
+    reader, source, width = _what_is_read(chunk, F, CROSS_CHUNK)
     blocks = tl.cdiv(width, BLOCK_K)
     for i in range(0, blocks + tl.cdiv(end, BLOCK_K)):
         own = i >= blocks
         k = tl.where(own, i - blocks, i) * BLOCK_K + tl.arange(0, BLOCK_K)
         size = tl.where(own, C, F)
         weights_ptr = tl.where(own, a_ptr + chunk * C * C, q_ptr + reader * C * F)
-        weights = tile(weights_ptr, m, k, size, C, size)
-        x = tile(tl.where(own, v_ptr + chunk * C * E, m_ptr + read * F * E), k, e, E, size, E)
+        weights = load_tile(weights_ptr, m, k, size, C, size)  # [BM, BK]
+        x = load_tile(tl.where(own, v_ptr + chunk * C * E, m_ptr + source * F * E), k, e, E, size, E)  # [BK, BE]
+        # [BM, BK] @ [BK, BE]
         mixed = tl.dot(weights, x, mixed, input_precision=PRECISION)
-    gate = silu(for_gate(u.to(tl.float32) + _bias(bias_ptr, e, E)))
-    put(o_ptr + chunk * C * E, mixed * gate, m, e, E, C, E)
+    gate = silu(nonzero_gate(u.to(tl.float32) + _load_bias(bias_ptr, e, E)))
+    store_tile(o_ptr + chunk * C * E, mixed * gate, m, e, E, C, E)
 
 
 @triton.jit
 def states_gradient_kernel(
-    q_ptr,
-    dmixed_ptr,
-    keep_ptr,
-    share_ptr,
-    dkv_ptr,
-    totals_ptr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """dkv[g] = sum of share q dmixed^T over the chunks that see g, the gradient of what g adds, grid [E, P, B D].
+    q_ptr, dmixed_ptr, carry_mask_ptr, state_scale_ptr, dkv_ptr, totals_ptr,
+    G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dkv[g] = sum of state_scale q dmixed^T over the chunks that see g: the gradient of k silu(v)^T of chunk g.
 
-    The mirror of `states_kernel`: it walks against the states' direction. The share of the chunk that is being added
-    stands apart from the state until the next one, so that sums in the matrix units need no factor.
+    The mirror of `states_kernel`: each scan goes against the direction of the states. The scale of the chunk that is
+    being added is kept apart from the state until the next chunk, so that sums in the matrix units need no factor.
+
+    Grid    [E / BLOCK_E, PARTS, B J]
+    Tile    the state [S, BLOCK_E] in registers, through the chunks of a part, BLOCK_C tokens at a time
+    Reads   q [B, G, C, F]; dmixed [B, G, C, E], the gradient of a v + q m; carry_mask and state_scale [B, G, J]
+    Writes  dkv [B, G, F, E]; where there are several parts, the state at the end of each, totals [B, PARTS, F, E]
+    Bytes   319 MB a layer: q, dmixed, dkv
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -173,129 +158,89 @@ def states_gradient_kernel(
     direction = tl.program_id(2) % (F // S)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    length: tl.constexpr = (G + P - 1) // P
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    ends = ((batch * P + part).to(tl.int64) * F + direction * S) * E
+    length: tl.constexpr = tl.cdiv(G, PARTS)
+    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    ends = ((batch * PARTS + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
     count = tl.minimum(first + length, G) - first
-    share = 1.0
+    state_scale = 1.0
     for i in range(0, count * blocks):
         step = first + count - 1 - i // blocks
         g = tl.where(direction == 0, step, G - 1 - step)
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
         if i % blocks == 0:
-            state *= share
-            put(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
-            share = tl.load(share_ptr + chunk * (F // S) + direction)
-            state *= tl.load(keep_ptr + chunk * (F // S) + direction) / share
-        q = tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)
-        dmixed = tile(dmixed_ptr + chunk * C * E, row, e, E, C, E)
+            state *= state_scale
+            store_tile(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
+            state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
+            state *= tl.load(carry_mask_ptr + chunk * (F // S) + direction) / state_scale
+        q = load_tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)  # [BC, BS]
+        dmixed = load_tile(dmixed_ptr + chunk * C * E, row, e, E, C, E)  # [BC, BE]
+        # [BS, BC] @ [BC, BE]
         state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
-    if P > 1:
-        put(totals_ptr + ends, state * share, s, e, E, S, E)
+    if PARTS > 1:
+        store_tile(totals_ptr + ends, state * state_scale, s, e, E, S, E)
 
 
 @triton.jit
 def value_and_weight_gradient_kernel(
-    p_ptr,
-    bias_ptr,
-    v_ptr,
-    a_ptr,
-    kt_ptr,
-    m_ptr,
-    dmixed_ptr,
-    dkv_ptr,
-    unused_ptr,
-    dp_ptr,
-    dbias_ptr,
-    da_ptr,
-    dq_ptr,
-    dk_ptr,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    W: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    READERS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SIDE: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """The gradients of v, in the buffer that has du already, and of a, q and k; one tile of one of them a program.
+    p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, unused_ptr,
+    dp_ptr, dbias_ptr, da_ptr, dq_ptr, dk_ptr,
+    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the values and of all their weights; a program has one tile of one of them.
 
-        dv = (a^T dmixed + kt^T dkv) silu'      da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T
+        da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T      dV = (a^T dmixed + kt^T dkv) silu'(V + bias)
 
-    Grid [tiles of a chunk: C x C, C x F once or twice, and C x E; T]. All of a chunk's programs run at about the same
-    time, so that what several of them read comes from memory once. With READERS (see `output_kernel`) m is v, kt is x
-    of the chunk that reads, dkv its dmixed, dq is dx, and there is no dk.
+    Grid    [tiles of da, then of dq, of dk (CROSS_CHUNK 0 only) and of dV; B G]. All programs of a chunk run at about
+            the same time, so that what several of them read comes from memory once.
+    Tile    [SIDE, SIDE] of da, dq and dk, sums in steps of INNER; [BLOCK_M, BLOCK_E] of dV, sums in steps of BLOCK_K
+    Reads   V, the columns from E to 2 E of p [B, G, C, W]; v and dmixed [B, G, C, E]; a [B, G, C, C]; kt = k^T
+            [B, G, F, C]; m and dkv [B, G, F, E]. With CROSS_CHUNK kt is x of the chunk that reads, m is v and dkv is
+            dmixed of that chunk.
+    Writes  da [B, G, C, C]; dq and dk [B, G, C, F]; with CROSS_CHUNK dq is dx and there is no dk. The columns from E on
+            of dp [B, G, C, W]: dV, then zeros in those of others; dp holds dU already (it takes over the buffer of
+            `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
+    Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp
     """
-    across: tl.constexpr = (C + SIDE - 1) // SIDE
-    across_f: tl.constexpr = (F + SIDE - 1) // SIDE
-    squares: tl.constexpr = across * (across + across_f * (2 if READERS == 0 else 1))
-    down: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
-    across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    across: tl.constexpr = tl.cdiv(C, SIDE)
+    across_f: tl.constexpr = tl.cdiv(F, SIDE)
+    squares: tl.constexpr = across * (across + across_f * (2 if CROSS_CHUNK == 0 else 1))
     number = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
     if number < across * across:
-        row = number // across
+        row, col = number // across, number % across
         end = E
         if CAUSAL:
             # Above the diagonal are zeros.
-            end = tl.where(number % across <= row, E, 0)
-        col = number % across
+            end = tl.where(col <= row, E, 0)
         dmixed_ptr, v_ptr, da_ptr = dmixed_ptr + chunk * C * E, v_ptr + chunk * C * E, da_ptr + chunk * C * C
-        _product(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, PRECISION, SIDE, INNER)
+        _store_matmul(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, PRECISION, SIDE, INNER)
     elif number < across * (across + across_f):
         number -= across * across
         row, col = number // across_f, number % across_f
-        reader, read, width = _reading(chunk, F, READERS)
+        reader, source, width = _what_is_read(chunk, F, CROSS_CHUNK)
         # The first of two chunks may read nothing, and then has no place in dq.
         if width > 0:
-            dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + read * F * E, dq_ptr + reader * C * F
-            _product(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+            dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + source * F * E, dq_ptr + reader * C * F
+            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
     elif number < squares:
         number -= across * (across + across_f)
         row, col = number // across_f, number % across_f
         v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        _product(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
     else:
-        number -= squares
-        m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
-        e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
-        x = tile(p_ptr + chunk * C * W + E, m, e, W, C, E)
-        dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-        begin = 0
-        if CAUSAL:
-            begin = (number % down) * BLOCK_M
-        # What was made of these values outside this chunk, and within it, in one loop.
-        reader, source, width = chunk, chunk, F
-        if READERS > 0:
-            source = chunk ^ 1
-            reader, _, width = _reading(source, F, READERS)
-        blocks = tl.cdiv(width, BLOCK_K)
-        for i in range(0, blocks + tl.cdiv(C - begin, BLOCK_K)):
-            own = i >= blocks
-            c = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
-            rows = tl.where(own, C, F)
-            weights = tile(tl.where(own, a_ptr + chunk * C * C, kt_ptr + reader * F * C), c, m, C, rows, C)
-            made = tile(tl.where(own, dmixed_ptr + chunk * C * E, dkv_ptr + source * F * E), c, e, E, rows, E)
-            dv = tl.dot(tl.trans(weights), made, dv, input_precision=PRECISION)
-        dv *= silu_gradient(x.to(tl.float32) + _bias(bias_ptr + E, e, E))
-        put(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
-        tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
-        # The columns of another reader.
-        for start in range((number // down) * BLOCK_E, W - 2 * E, across_e * BLOCK_E):
-            w = 2 * E + start + tl.arange(0, BLOCK_E)
-            put(dp_ptr + chunk * C * W, tl.zeros((BLOCK_M, BLOCK_E), tl.float32), m, w, W, C, W)
+        _store_value_gradient(
+            p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
+            C, F, E, W, CAUSAL, CROSS_CHUNK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_E,
+        )  # fmt: skip
 
 
 @triton.jit
-def _product(
+def _store_matmul(
     x_ptr, y_ptr, z_ptr, row, col, end,
     ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
     PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
@@ -306,7 +251,49 @@ def _product(
     z = tl.zeros((SIDE, SIDE), tl.float32)
     for start in range(0, end, INNER):
         e = start + tl.arange(0, INNER)
-        x = tile(x_ptr, i, e, E, ROWS, E)
-        y = tile(y_ptr, j, e, E, COLS, E)
+        x = load_tile(x_ptr, i, e, E, ROWS, E)  # [SIDE, INNER]
+        y = load_tile(y_ptr, j, e, E, COLS, E)  # [SIDE, INNER]
+        # [SIDE, INNER] @ [INNER, SIDE]
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
-    put(z_ptr, z, i, j, COLS, ROWS, COLS)
+    store_tile(z_ptr, z, i, j, COLS, ROWS, COLS)
+
+
+@triton.jit
+def _store_value_gradient(
+    p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number, chunk,
+    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Stores tile `number` of dV of a chunk, its sum over tokens, and zeros in the columns of p that others read."""
+    down: tl.constexpr = tl.cdiv(C, BLOCK_M)
+    across_e: tl.constexpr = tl.cdiv(E, BLOCK_E)
+    m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
+    x = load_tile(p_ptr + chunk * C * W + E, m, e, W, C, E)  # [BM, BE]
+    dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    begin = 0
+    if CAUSAL:
+        begin = (number % down) * BLOCK_M
+    # What others made of these values, and what their own chunk made, in one loop.
+    reader, source, width = chunk, chunk, F
+    if CROSS_CHUNK > 0:
+        source = chunk ^ 1
+        reader, _, width = _what_is_read(source, F, CROSS_CHUNK)
+    blocks = tl.cdiv(width, BLOCK_K)
+    for i in range(0, blocks + tl.cdiv(C - begin, BLOCK_K)):
+        own = i >= blocks
+        c = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
+        rows = tl.where(own, C, F)
+        weights_ptr = tl.where(own, a_ptr + chunk * C * C, kt_ptr + reader * F * C)
+        weights = load_tile(weights_ptr, c, m, C, rows, C)  # [BK, BM]
+        made_ptr = tl.where(own, dmixed_ptr + chunk * C * E, dkv_ptr + source * F * E)
+        made = load_tile(made_ptr, c, e, E, rows, E)  # [BK, BE]
+        # [BM, BK] @ [BK, BE]
+        dv = tl.dot(tl.trans(weights), made, dv, input_precision=PRECISION)
+    dv *= silu_gradient(x.to(tl.float32) + _load_bias(bias_ptr + E, e, E))
+    store_tile(dp_ptr + chunk * C * W + E, dv, m, e, W, C, E)
+    tl.store(dbias_ptr + (chunk * down + number % down) * E + e, tl.sum(dv, axis=0), mask=e < E)
+    for start in range((number // down) * BLOCK_E, W - 2 * E, across_e * BLOCK_E):
+        w = 2 * E + start + tl.arange(0, BLOCK_E)
+        store_tile(dp_ptr + chunk * C * W, tl.zeros((BLOCK_M, BLOCK_E), tl.float32), m, w, W, C, W)

@@ -1,12 +1,11 @@
-"""Quadratic attention with relu^2, its activations and its gate in one operation on a GPU.
+"""FLASH-Quad's attention with its activations and its gate on a GPU: the fast path of `gated_quadratic_attention`.
 
     [u, v] = silu(p + bias)       o = u * (A v)
 
-The products are those of `gau.ops.kernels.quadratic`; here is what lies around them, [N, E] and as large as the
-projections: one pass before the products and one after them, each way. Kernels make them and not the compiler. Forwards
-it would hand values over in the order of the projections, in which no range of tokens is one piece of memory, so that
-every product would get a copy; backwards it would make several passes. Kept are the projections, queries, keys, v and
-o.
+The matmuls are those of `gau.ops.kernels.quadratic`. Here is what lies around them, [N, E] and as large as the
+projections: one pass before the matmuls and one after them, each way. Kernels do it and not the compiler. Forwards the
+compiler would lay values out as the projections are, where no range of tokens is one piece of memory, so that every
+matmul would get a copy; backwards it would make several passes. Saved are the projections, queries, keys, v and o.
 """
 
 import functools
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gates import TILE, gate_gradients, launch_over_tiles, values
+from gau.ops.kernels.gates import gate_gradients, launch_over_tiles, values
 from gau.ops.kernels.quadratic import (
     Tokens,
     attend,
@@ -24,6 +23,7 @@ from gau.ops.kernels.quadratic import (
     no_gradient,
     tokens_of_sequences,
 )
+from gau.ops.kernels.tile_sizes import GATES, cdiv
 from gau.ops.masks import clear_padding
 from gau.ops.scores import Scoring
 from gau.ops.tracing import traced_once
@@ -85,7 +85,7 @@ def _backward(causal, residuals, do_BNE):
     dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, bias_P, tokens, causal)
     outputs = [
         jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
-        jax.ShapeDtypeStruct((batch * -(-n // TILE[0]), bias_2E.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((batch * cdiv(n, GATES.block_n), bias_2E.shape[1]), jnp.float32),
     ]
     inputs, fields = (p_BNW, bias_2E, half_dp, *_pieces(dv)), {'overwrite': {2: 0}} | _grouping(n)
     dp_BNW, dbias_v = launch_over_tiles(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
@@ -105,4 +105,4 @@ def _grouping(n: int) -> dict[str, int]:
     """Returns the constants that say which piece a token is in."""
     bounds = list(groups(n))
     # A lone group may end in the middle of a tile.
-    return {'GROUPS': len(bounds), 'LENGTH': -(-bounds[0][1] // TILE[0]) * TILE[0]}
+    return {'GROUPS': len(bounds), 'LENGTH': cdiv(bounds[0][1], GATES.block_n) * GATES.block_n}

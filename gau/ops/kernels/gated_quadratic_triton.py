@@ -1,57 +1,74 @@
-"""Triton kernels of what is [N, E] around the products of gated quadratic attention. Grids are [E, N, B].
+"""Triton kernels of what is [N, E] around the matmuls of gated quadratic attention.
 
-What the products make, a v and the gradient of v, comes in pieces, one for each group of blocks
-(`gau.ops.kernels.quadratic`): [B, rows, E], up to eight of them. A kernel that reads them reads all at once.
+What the matmuls make, a v and the gradient of v, comes in pieces, one for each group of blocks
+(`gau.ops.kernels.quadratic`): [B, rows, E], up to eight of them. A kernel that reads them gets all eight pointers.
 """
 
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.gates_triton import for_gate, place, projection, silu, silu_gradient
-from gau.ops.kernels.tiles import put
+from gau.ops.kernels.gates_triton import load_biased, nonzero_gate, silu, silu_gradient, tile_of_program
+from gau.ops.kernels.load_store import store_tile
 
 
 @triton.jit
-def _join(
+def _load_from_pieces(
     pieces, row, col, b,
-    n: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Loads a tile from the piece of its group; no piece has the tokens of others, no tile those of two groups."""
+    """Loads a tile from the piece of its group; groups have LENGTH tokens, so that no tile lies in two of them."""
     tl.static_assert(LENGTH % BLOCK_N == 0)
     g = tl.program_id(1) * BLOCK_N // LENGTH
     piece = pieces[0]
     for other in tl.static_range(1, COUNT):
         piece = tl.where(g == other, pieces[other], piece)
-    offsets = (b * tl.minimum(LENGTH, n - g * LENGTH) - g * LENGTH + row)[:, None] * E + col[None, :]
-    return tl.load(piece + offsets, mask=(row < n)[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
+    offsets = (b * tl.minimum(LENGTH, N - g * LENGTH) - g * LENGTH + row)[:, None] * E + col[None, :]
+    return tl.load(piece + offsets, mask=(row < N)[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def output_kernel(
     p_ptr, bias_ptr, av0, av1, av2, av3, av4, av5, av6, av7, o_ptr,
-    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """o = silu(u) (a v)."""
-    row, col, b = place(BLOCK_N, BLOCK_E)
-    av = _join((av0, av1, av2, av3, av4, av5, av6, av7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    gate = silu(for_gate(projection(p_ptr, bias_ptr, 0, row, col, b, n, E, W)))
-    put(o_ptr + b * n * E, gate * av, row, col, E, n, E)
+    """o = silu(U + bias) (a v).
+
+    Grid    [E / BLOCK_E, N / BLOCK_N, B]
+    Tile    o [BLOCK_N, BLOCK_E]
+    Reads   U, the first E columns of p [B, N, W]; the pieces of a v
+    Writes  o [B, N, E]
+    Bytes   3 arrays of [N, E] a layer
+    """
+    row, col, b = tile_of_program(BLOCK_N, BLOCK_E)
+    pieces = (av0, av1, av2, av3, av4, av5, av6, av7)
+    av = _load_from_pieces(pieces, row, col, b, N, E, LENGTH, GROUPS, BLOCK_N)  # [BN, BE]
+    gate = silu(nonzero_gate(load_biased(p_ptr, bias_ptr, 0, row, col, b, N, E, W)))  # [BN, BE]
+    store_tile(o_ptr + b * N * E, gate * av, row, col, E, N, E)
 
 
 @triton.jit
 def value_gradient_kernel(
     p_ptr, bias_ptr, unused_ptr, dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7, dp_ptr, dbias_ptr,
-    n: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, W: tl.constexpr, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what v is made of, in its columns of dp, which has that of u; and zeros for another reader's."""
-    row, col, b = place(BLOCK_N, BLOCK_E)
-    dv = _join((dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7), row, col, b, n, E, LENGTH, GROUPS, BLOCK_N)
-    dv *= silu_gradient(projection(p_ptr, bias_ptr, 1, row, col, b, n, E, W))
-    put(dp_ptr + b * n * W + E, dv, row, col, W, n, E)
+    """dV = dv silu'(V + bias) and its sum over tokens; zeros for the columns of p that others read.
+
+    Grid    [E / BLOCK_E, N / BLOCK_N, B]
+    Tile    dV [BLOCK_N, BLOCK_E]
+    Reads   V, the columns from E to 2 E of p [B, N, W]; the pieces of dv
+    Writes  the columns from E on of dp [B, N, W], which holds dU already (dp takes over the buffer of `unused_ptr`);
+            the sums over the tokens of a tile, dbias [B N / BLOCK_N, E]
+    Bytes   3 arrays of [N, E] a layer
+    """
+    row, col, b = tile_of_program(BLOCK_N, BLOCK_E)
+    pieces = (dv0, dv1, dv2, dv3, dv4, dv5, dv6, dv7)
+    dv = _load_from_pieces(pieces, row, col, b, N, E, LENGTH, GROUPS, BLOCK_N)  # [BN, BE]
+    dv *= silu_gradient(load_biased(p_ptr, bias_ptr, 1, row, col, b, N, E, W))
+    store_tile(dp_ptr + b * N * W + E, dv, row, col, W, N, E)
     tiles = b * tl.num_programs(1) + tl.program_id(1)
     tl.store(dbias_ptr + tiles * E + col, tl.sum(dv, 0), mask=col < E)
     for start in range(tl.program_id(0) * BLOCK_E, W - 2 * E, tl.num_programs(0) * BLOCK_E):
         rest = 2 * E + start + tl.arange(0, BLOCK_E)
-        put(dp_ptr + b * n * W, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), row, rest, W, n, W)
+        store_tile(dp_ptr + b * N * W, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), row, rest, W, N, W)

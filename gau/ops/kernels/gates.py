@@ -1,4 +1,4 @@
-"""Values of gated attention, and its gate backwards, on a GPU: what FLASH and FLASH-Quad have in common."""
+"""Values of gated attention, and the gradient of its gate, on a GPU: what FLASH and FLASH-Quad have in common."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.launch import launch
-
-# Tokens and columns of a tile, and warps; and tokens of a program of the gate's gradient.
-TILE, SPAN = (16, 128, 4), 128
+from gau.ops.kernels.tile_sizes import GATES, cdiv
 
 
 def launch_over_tiles(
@@ -25,22 +23,21 @@ def launch_over_tiles(
     """Runs kernel(p, bias, *more, *outputs), one tile of [N, E] a program, grid [E, N, B]; see `launch`."""
     batch, n, stride = p_BNW.shape
     width = bias_2E.shape[1]
-    tokens, columns, num_warps = TILE
     return launch(
         kernel,
         p_BNW,
         bias_2E,
         *more,
         outputs=outputs,
-        grid=(-(-width // columns), -(-n // tokens), batch),
-        num_warps=num_warps,
-        num_stages=1,
+        grid=(cdiv(width, GATES.block_e), cdiv(n, GATES.block_n), batch),
+        num_warps=GATES.num_warps,
+        num_stages=GATES.num_stages,
         overwrite=overwrite,
-        n=n,
+        N=n,
         E=width,
         W=stride,
-        BLOCK_N=tokens,
-        BLOCK_E=columns,
+        BLOCK_N=GATES.block_n,
+        BLOCK_E=GATES.block_e,
         **constants,
     )
 
@@ -64,7 +61,7 @@ def gate_gradients(
       p_BNW: projections of the gate in the first E columns.
       bias_2E: bias of gate and values.
       do_BNE: gradient of o.
-      o_BNE: o itself; u of 0 is taken for 1e-20 (`gates_triton.for_gate`).
+      o_BNE: o itself; u of 0 is taken for 1e-20 (`gates_triton.nonzero_gate`).
       tokens_first: whether the gradient of x is to be [N, B, E].
 
     Returns:
@@ -73,8 +70,7 @@ def gate_gradients(
     from gau.ops.kernels.gates_triton import gate_gradient_kernel
 
     batch, n, width = o_BNE.shape
-    tokens, columns, num_warps = TILE
-    down = -(-n // SPAN)
+    spans = cdiv(n, GATES.span)
     shape = (n, batch, width) if tokens_first else o_BNE.shape
     dp_BNW, dx, dbias = launch(
         gate_gradient_kernel,
@@ -85,18 +81,18 @@ def gate_gradients(
         outputs=[
             jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
             jax.ShapeDtypeStruct(shape, o_BNE.dtype),
-            jax.ShapeDtypeStruct((batch * down, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch * spans, width), jnp.float32),
         ],
-        grid=(-(-width // columns) * down, batch),
-        num_warps=num_warps,
-        num_stages=1,
+        grid=(cdiv(width, GATES.block_e) * spans, batch),
+        num_warps=GATES.num_warps,
+        num_stages=GATES.num_stages,
         B=batch,
-        n=n,
+        N=n,
         E=width,
         W=p_BNW.shape[-1],
         TOKENS_FIRST=tokens_first,
-        SPAN=SPAN,
-        BLOCK_N=tokens,
-        BLOCK_E=columns,
+        SPAN=GATES.span,
+        BLOCK_N=GATES.block_n,
+        BLOCK_E=GATES.block_e,
     )
     return dp_BNW, dbias.sum(0), dx

@@ -1,8 +1,8 @@
 """Quadratic attention with relu^2 on a GPU, a block of queries or keys at a time: memory grows with N, not with N^2.
 
-The matrix products are the library's: [n, m] weights times [m, E] values run at nearly the peak of the chip. The
-kernels make the weights of a block from q.k without writing scores down, in the backward pass together with the
-gradient of the scores.
+The large matmuls are the library's: [n, m] weights times [m, E] values run at nearly the peak of the chip. The kernels
+make the weights of a block from q.k without writing scores down, in the backward pass together with the gradient of the
+scores.
 """
 
 import functools
@@ -14,46 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.kernels import tile_sizes
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.tile_sizes import WeightsTiles, cdiv, fit, power_of_two
 from gau.ops.masks import clear_padding, document_length, visible_keys
 from gau.ops.scores import Scoring
 from gau.ops.tracing import traced_once
 
-# Queries (backwards: keys) whose weights exist at once are an eighth of the text, within these bounds. Blocks come in
-# at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
+# The queries (backwards: keys) whose weights exist at once are an eighth of the sequence, within these bounds. Blocks
+# come in at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
 GROUPS = 8
 SMALLEST_BLOCK, LARGEST_BLOCK = 256, 1024
 
 
-class Tiles(NamedTuple):
-    """Sides of each kernel's tile, its warps and pipeline stages, and then the programs it has at least.
-
-    A program goes with its queries through a part of the keys, or with a tile of weights through a part of the batch;
-    for more programs there are more parts. A tile of the gradient has no more rows than columns.
-    """
-
-    weights: tuple[int, int, int, int, int]
-    gradient: tuple[int, int, int, int, int]
-
-
-TILES = {
-    'bfloat16': Tiles((64, 64, 4, 2, 1024), (64, 64, 4, 3, 264)),
-    # Exact float32 products have no matrix units: small tiles, for proofs rather than for speed.
-    'float32': Tiles((32, 32, 4, 1, 528), (32, 32, 4, 1, 528)),
-}
-
-
 class Tokens(NamedTuple):
-    """What is known of the tokens before any attention.
+    """What is known of the tokens before any attention: the normaliser as two factors, and the documents.
 
     Attributes:
-      scale_BN: factor on q.k of a query, before the bias; float32.
-      after_BN: factor on a query's weights; float32.
+      score_scale_BN: factor on q.k of a query, before the bias; float32.
+      weight_scale_BN: factor on a query's weights; float32.
       ids_BN: segment ids, int32; None for one document without padding.
     """
 
-    scale_BN: Array
-    after_BN: Array
+    score_scale_BN: Array
+    weight_scale_BN: Array
     ids_BN: Array | None
 
 
@@ -122,7 +106,7 @@ def quadratic_attention(
 def relu2_attention(
     q_BNS: Array, k_BNS: Array, v_BNE: Array, bias_P: Array | None, tokens: Tokens, causal: bool
 ) -> Array:
-    """Returns A v with A = relu(q.k * scale + bias)^2 * after where the key is seen, else 0; [B, N, E].
+    """Returns A v with A = relu(q.k * score_scale + bias)^2 * weight_scale where the key is seen, else 0; [B, N, E].
 
     Args:
       q_BNS: queries, bfloat16 or float32 as k and v are.
@@ -155,7 +139,7 @@ def attend(q_BNS: Array, k_BNS: Array, v_NBE: Array, bias_P: Array | None, token
 
     Args:
       q_BNS: and k_BNS, bias_P, tokens, causal: see there.
-      v_NBE: values, tokens first: those of a group's keys are then one piece of memory, which products read in place.
+      v_NBE: values, tokens first: those of a group's keys are then one piece of memory, which matmuls read in place.
     """
 
     def block(v_MBE, first, size):
@@ -199,7 +183,7 @@ def attention_gradients(
             v = jax.lax.dynamic_slice_in_dim(v_NBE, first, size, axis=0)
             da = jnp.einsum('NBE,MBE->BNM', do_nBE, v)
             where = q_BNS, k_BNS, bias_P, tokens, (start, first)
-            a, ds, db = _weights_and_gradient(*where, da, causal=causal, again=True)
+            a, ds, db = _weights_and_gradient(*where, da, causal=causal, recompute=True)
             if dbias_P is not None:
                 dbias_P = _add(dbias_P, db, da.shape[1], start - first)
             dq += jnp.einsum('BNM,BMS->BNS', ds, k, preferred_element_type=jnp.float32)
@@ -219,7 +203,7 @@ def attention_gradients(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def relu2_weights(q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> Array:
-    """Returns A of `relu2_attention`, [B, N, N] in the type of q: for short texts, such as the chunks of a long one."""
+    """Returns A of `relu2_attention`, [B, N, N] in the type of q: for short sequences, such as chunks."""
     return _weights(q_BNS, k_BNS, bias_P, tokens, (0, 0), (q_BNS.shape[1],) * 2, causal=causal)
 
 
@@ -229,7 +213,7 @@ def _weights_forward(q_BNS, k_BNS, bias_P, tokens, causal):
 
 def _weights_backward(causal, residuals, da_BNN):
     q_BNS, k_BNS, bias_P, tokens = residuals
-    fields = {'causal': causal, 'again': False}
+    fields = {'causal': causal, 'recompute': False}
     _, ds_BNN, dbias_P = _weights_and_gradient(q_BNS, k_BNS, bias_P, tokens, (0, 0), da_BNN, **fields)
     dq_BNS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BNN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BNN, q_BNS)
     return dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
@@ -241,25 +225,25 @@ relu2_weights.defvjp(_weights_forward, _weights_backward)
 def no_gradient(tokens: Tokens) -> Tokens:
     """Returns zeros in the place of a gradient."""
     zeros = None if tokens.ids_BN is None else np.zeros(tokens.ids_BN.shape, jax.dtypes.float0)
-    return Tokens(jnp.zeros_like(tokens.scale_BN), jnp.zeros_like(tokens.after_BN), zeros)
+    return Tokens(jnp.zeros_like(tokens.score_scale_BN), jnp.zeros_like(tokens.weight_scale_BN), zeros)
 
 
 def groups(n: int) -> Iterator[tuple[int, int, int]]:
     """Yields (first token, end, tokens of a block) of every group of blocks."""
-    size = min(max(-(-n // GROUPS // 128) * 128, SMALLEST_BLOCK), LARGEST_BLOCK)
-    length = size * -(-n // size // GROUPS)
+    size = min(max(cdiv(n, 128 * GROUPS) * 128, SMALLEST_BLOCK), LARGEST_BLOCK)
+    length = size * cdiv(n, size * GROUPS)
     for begin in range(0, n, length):
         yield begin, min(begin + length, n), size
 
 
 def _over_blocks(block: Callable[..., Any], carry: Any, begin: int, stop: int, size: int) -> tuple[Any, Any]:
     """Runs block(carry, first, size) over [begin, stop) in a scan and joins results [B, size, ...] along the tokens."""
-    whole, results = (stop - begin) // size, []
-    if whole > 1:
-        firsts = begin + size * jnp.arange(whole)
+    full_blocks, results = (stop - begin) // size, []
+    if full_blocks > 1:
+        firsts = begin + size * jnp.arange(full_blocks)
         carry, stacked = jax.lax.scan(lambda carry, first: block(carry, first, size), carry, firsts)
         results.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1]), stacked))
-        begin += whole * size
+        begin += full_blocks * size
     for first in range(begin, stop, size):
         carry, result = block(carry, first, min(size, stop - first))
         results.append(result)
@@ -273,18 +257,19 @@ def _add(sums_P: Array, diagonals: Array, n: int, offset: int | Array) -> Array:
     return sums_P + jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(sums_P), diagonals, at, axis=0)
 
 
-def _sum_diagonals(tiles_TUW: Array, height: int, n: int, m: int) -> Array:
+def _sum_diagonals(tile_sums: Array, height: int, n: int, m: int) -> Array:
     """Returns sums[d + n - 1] of all x[i, j] with j - i = d of an array x [n, m], without a scatter.
 
     Args:
-      tiles_TUW: sums along the diagonals of the tiles of x: of the distances j - i inside a tile from -W / 2 on.
-      height: rows of a tile, at most W / 2, which are its columns.
+      tile_sums: sums along the diagonals of the tiles of x, [tiles of n, tiles of m, 2 width]: of the distances j - i
+        inside a tile from -width on.
+      height: rows of a tile, at most its columns, `width`.
       n: rows of x.
       m: columns of x.
     """
-    rows, half = tiles_TUW.shape[0], tiles_TUW.shape[2] // 2
+    rows, half = tile_sums.shape[0], tile_sums.shape[2] // 2
     # Along a row of tiles, what is before the diagonal of one lies upon what is after that of the tile to its left.
-    before, after = (x.reshape(rows, -1) for x in (tiles_TUW[..., :half], tiles_TUW[..., half:]))
+    before, after = (x.reshape(rows, -1) for x in (tile_sums[..., :half], tile_sums[..., half:]))
     lines = jnp.pad(before, ((0, 0), (0, half))) + jnp.pad(after, ((0, 0), (half, 0)))
     # The rows, last first, are written one after the other with zeros between and read again in shorter rows.
     lines = jnp.pad(lines[::-1], ((0, 0), (0, rows * height)))
@@ -293,22 +278,24 @@ def _sum_diagonals(tiles_TUW: Array, height: int, n: int, m: int) -> Array:
     return lines.reshape(-1)[: rows * width].reshape(rows, width).sum(0)[first : first + n + m - 1]
 
 
-def _launch(kernel, tiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, causal, **fields) -> list[Array]:
+def _launch(
+    kernel, tiles: WeightsTiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, causal, **fields
+) -> list[Array]:
     """Runs a kernel on the block of `shape` (n, m) whose first query and first key are `firsts`."""
     firsts = jnp.stack([jnp.asarray(first, jnp.int32) for first in firsts])
     return launch(
         kernel,
         q,
         k,
-        # What is not there a kernel does not read.
-        tokens.scale_BN if bias_P is None else bias_P,
-        tokens.scale_BN,
-        tokens.after_BN,
+        # A stand-in for what is None: the kernel does not read it.
+        tokens.score_scale_BN if bias_P is None else bias_P,
+        tokens.score_scale_BN,
+        tokens.weight_scale_BN,
         firsts if tokens.ids_BN is None else tokens.ids_BN,
         firsts,
         *more,
-        num_warps=tiles[2],
-        num_stages=tiles[3],
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         N=q.shape[1],
         S=q.shape[2],
         n=shape[0],
@@ -317,51 +304,46 @@ def _launch(kernel, tiles, q, k, bias_P, tokens: Tokens, firsts, shape, *more, c
         BIAS=bias_P is not None,
         DOCUMENTS=tokens.ids_BN is not None,
         PRECISION='ieee',
-        BLOCK_M=tiles[0],
-        BLOCK_N=tiles[1],
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
         BLOCK_S=power_of_two(q.shape[2]),
         **fields,
     )
-
-
-def _fit(tiles: tuple[int, ...], n: int, m: int) -> tuple[tuple[int, ...], int, int]:
-    """Returns the tiles, smaller where [n, m] is, and how many there are of n and of m."""
-    width = min(tiles[1], power_of_two(m))
-    height = min(tiles[0], power_of_two(n))
-    return (height, width, *tiles[2:]), -(-n // height), -(-m // width)
 
 
 def _weights(q, k, bias_P, tokens, firsts, shape, *, causal) -> Array:
     """Returns the weights of a block of `shape` (n, m) from the first query and the first key of `firsts` on."""
     from gau.ops.kernels.quadratic_triton import weights_kernel
 
-    a = jax.ShapeDtypeStruct((q.shape[0], *shape), q.dtype)
-    tiles, down, across = _fit(TILES[str(q.dtype)].weights, *shape)
-    grid = min(across, -(-tiles[4] // (down * q.shape[0]))), down, q.shape[0]
+    (n, m), batch = shape, q.shape[0]
+    a = jax.ShapeDtypeStruct((batch, n, m), q.dtype)
+    tiles = fit(tile_sizes.WEIGHTS[str(q.dtype)], block_m=n, block_n=m)
+    across, down = cdiv(m, tiles.block_n), cdiv(n, tiles.block_m)
+    grid = min(across, cdiv(tiles.min_programs, down * batch)), down, batch
     return _launch(weights_kernel, tiles, q, k, bias_P, tokens, firsts, shape, outputs=[a], grid=grid, causal=causal)[0]
 
 
-def _weights_and_gradient(q, k, bias_P, tokens, firsts, da, *, causal, again: bool) -> tuple[Array, ...]:
-    """Returns the weights if `again`, the gradient of q.k, and that of the bias by j - i, summed over texts."""
+def _weights_and_gradient(q, k, bias_P, tokens, firsts, da, *, causal, recompute: bool) -> tuple[Array, ...]:
+    """Returns the weights if `recompute`, the gradient of q.k, and that of the bias by j - i, summed over sequences."""
     from gau.ops.kernels.quadratic_triton import weights_gradient_kernel
 
     batch, n, m = da.shape
-    rows, *others = TILES[str(q.dtype)].gradient
     # No more rows than columns.
-    tiles, down, across = _fit((min(rows, power_of_two(m)), *others), n, m)
-    parts = min(batch, -(-tiles[4] // (across * down)))
+    tiles = fit(tile_sizes.WEIGHTS_GRADIENT[str(q.dtype)], block_m=min(n, m), block_n=m)
+    across, down = cdiv(m, tiles.block_n), cdiv(n, tiles.block_m)
+    parts = min(batch, cdiv(tiles.min_programs, across * down))
     like, missing = jax.ShapeDtypeStruct(da.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
-    db = missing if bias_P is None else jax.ShapeDtypeStruct((parts, down, across, 2 * tiles[1]), jnp.float32)
+    db = missing if bias_P is None else jax.ShapeDtypeStruct((parts, down, across, 2 * tiles.block_n), jnp.float32)
     fields = {
         'B': batch,
-        'outputs': [like if again else missing, like, db],
+        'outputs': [like if recompute else missing, like, db],
         'grid': (across, down, parts),
         'causal': causal,
-        'AGAIN': again,
+        'RECOMPUTE': recompute,
     }
     operands = q, k, bias_P, tokens, firsts, (n, m), da
     a, ds, db = _launch(weights_gradient_kernel, tiles, *operands, **fields)
     if bias_P is None:
         return a, ds, None
     # The compiler would make these sums again in the norm that gradients are clipped by, in a single block of threads.
-    return a, ds, jax.lax.optimization_barrier(_sum_diagonals(db.sum(0), tiles[0], n, m))
+    return a, ds, jax.lax.optimization_barrier(_sum_diagonals(db.sum(0), tiles.block_m, n, m))

@@ -1,45 +1,50 @@
 """Triton kernels of quadratic attention with relu^2: from q.k to a block of weights, and back from their gradient.
 
-The block [n, m] of the attention matrix is all of it that exists; `firsts` are the places of its first query and its
-first key among the N tokens, offset is their difference. w holds the bias of all distances k - q from -(N - 1) to
-N - 1. Sizes are compile-time constants; tiles that stick out are masked.
+The block [n, m] is all of the attention matrix [N, N] that exists at once. `firsts` are the places of its first query
+and its first key among the N tokens, offset is their difference. `bias` has a number for each distance k - q from
+-(N - 1) to N - 1. Sizes are compile-time constants; what sticks out of an array is masked.
+
+Bytes are of size base (S = 128) with 65,536 tokens in bfloat16, causal, all blocks of a layer together: in sequences of
+8,192 tokens a has 604 MB in groups of blocks (`gau.ops.kernels.quadratic`), in chunks of 256 it has 34 MB. Queries and
+keys, 17 MB each, are read again for every tile, from the cache.
 """
 
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.tiles import put, tile, within
+from gau.ops.kernels.load_store import in_bounds, load_tile, store_tile
 
 
 @triton.jit
-def _shift(
-    w_ptr, offset, i, j,
+def _bias_and_mask(
+    bias_ptr, offset, i, j,
     ROWS: tl.constexpr, COLS: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Returns what is added to the scores of all texts: the bias, and -inf where none lets the query see the key."""
+    """Returns what is added to scaled scores in every sequence: the bias, and -inf where no query may see the key."""
     distance = j[None, :] - i[:, None] - offset
-    seen = within(i, ROWS)[:, None] & within(j, COLS)[None, :]
+    seen = in_bounds(i, ROWS)[:, None] & in_bounds(j, COLS)[None, :]
     shift = tl.zeros(distance.shape, tl.float32)
     if BIAS:
-        shift = tl.load(w_ptr + distance + N - 1, mask=seen, other=0.0)
+        shift = tl.load(bias_ptr + distance + N - 1, mask=seen, other=0.0)
     if CAUSAL:
         seen = seen & (distance <= 0)
     return tl.where(seen, shift, -float('inf'))
 
 
 @triton.jit
-def _roots(
+def _relu_scores(
     q, k, ids_ptr, scale, shift, i, j, query, key,
     ROWS: tl.constexpr, COLS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns relu(q.k * scale + shift), 0 where the document hides the key; `ids_ptr` is that of the text."""
+    """Returns relu(q.k * scale + shift), 0 where documents hide the key; `ids_ptr` is that of the sequence."""
+    # [BM, BS] @ [BS, BN]
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + shift
-    # The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would be one that sees nothing.
+    # The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would look like one that sees nothing.
     r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DOCUMENTS:
-        query_ids = tl.load(ids_ptr + query + i, mask=within(i, ROWS), other=0)
-        key_ids = tl.load(ids_ptr + key + j, mask=within(j, COLS), other=0)
-        # Padding is a document that no query is of, so that one comparison is enough.
+        query_ids = tl.load(ids_ptr + query + i, mask=in_bounds(i, ROWS), other=0)
+        key_ids = tl.load(ids_ptr + key + j, mask=in_bounds(j, COLS), other=0)
+        # No query has the id -1, so that one comparison hides padding as well.
         key_ids = tl.where(key_ids > 0, key_ids, -1)
         r = tl.where(query_ids[:, None] == key_ids[None, :], r, 0.0)
     return r
@@ -47,15 +52,22 @@ def _roots(
 
 @triton.jit
 def weights_kernel(
-    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, ids_ptr, firsts_ptr, a_ptr,
+    q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, a_ptr,
     n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """a = relu(q.k * scale + w)^2 * after, grid [parts, n, B].
+    """a = relu(q.k * score_scale + bias)^2 * weight_scale.
 
-    A program keeps its queries and goes through a part of the keys: reading both for every tile takes longer than to
-    gather the bias again.
+    A program keeps its queries and goes through a part of the keys: to read both for every tile would take longer than
+    to gather the bias again.
+
+    Grid    [parts of the keys, n / BLOCK_M, B]
+    Tile    a [BLOCK_M, BLOCK_N], all of S at once
+    Reads   q and k [B, N, S], bias [2 N - 1] if BIAS, score_scale and weight_scale [B, N], segment ids [B, N] if
+            DOCUMENTS, firsts [2]
+    Writes  a [B, n, m], zeros included
+    Bytes   a once: 604 MB a layer, or 34 MB in chunks
     """
     ROWS: tl.constexpr = None if n % BLOCK_M == 0 else n
     COLS: tl.constexpr = None if m % BLOCK_N == 0 else m
@@ -65,37 +77,43 @@ def weights_kernel(
     i, j, s = first_i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     a_ptr += b * n * m
-    q = tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)
-    scale = tl.load(scale_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
-    after = tl.load(after_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
-    tiles = (m + BLOCK_N - 1) // BLOCK_N
+    q = load_tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
+    scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+    weight_scale = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+    tiles = tl.cdiv(m, BLOCK_N)
     seen = tiles
     if CAUSAL:
         seen = tl.maximum(tl.minimum((first_i + BLOCK_M - 1 + query - key) // BLOCK_N + 1, tiles), 0)
     for number in range(part, seen, parts):
         keys = number * BLOCK_N + j
-        shift = _shift(w_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
-        k = tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)
-        r = _roots(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
-        put(a_ptr, r * (r * after), i, keys, m, ROWS, COLS)
-    # The first of its tiles that no query sees.
+        shift = _bias_and_mask(bias_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
+        k = load_tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)  # [BN, BS]
+        r = _relu_scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
+        store_tile(a_ptr, r * (r * weight_scale), i, keys, m, ROWS, COLS)
+    # From the first of its tiles that no query sees.
     hidden = part + tl.maximum(seen - part + parts - 1, 0) // parts * parts
     for number in range(hidden, tiles, parts):
-        put(a_ptr, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), i, number * BLOCK_N + j, m, ROWS, COLS)
+        store_tile(a_ptr, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), i, number * BLOCK_N + j, m, ROWS, COLS)
 
 
 @triton.jit
 def weights_gradient_kernel(
-    q_ptr, k_ptr, w_ptr, scale_ptr, after_ptr, ids_ptr, firsts_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
+    q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """ds = gradient of q.k, db = that of the bias along the diagonals of the tile, and a once more if AGAIN.
+    """ds = da 2 r weight_scale score_scale with r = relu(...) of `weights_kernel`, the gradient of q.k; db; and a.
 
-    Grid [m, n, parts]. A program has one tile and goes through a part of the batch, so that db stays in registers.
-    db[part, n tile, m tile] has 2 BLOCK_N sums over a part of the batch, of the distances j - i inside the tile from
-    -BLOCK_N; BLOCK_M is at most BLOCK_N.
+    A program has one tile and goes through a part of the batch, so that db stays in registers: the gradient of the
+    bias, da 2 r weight_scale, summed along the diagonals of the tile and over its part of the batch.
+
+    Grid    [m / BLOCK_N, n / BLOCK_M, parts of the batch]
+    Tile    ds [BLOCK_M, BLOCK_N], all of S at once; BLOCK_M is at most BLOCK_N
+    Reads   what `weights_kernel` reads, and da [B, n, m]
+    Writes  ds [B, n, m]; a [B, n, m] if RECOMPUTE; db [parts, n / BLOCK_M, m / BLOCK_N, 2 BLOCK_N] if BIAS: sums for
+            the distances j - i inside the tile, from -BLOCK_N on
+    Bytes   as large as a: da, ds and, if RECOMPUTE, a: 1.8 GB a layer, or 67 MB in chunks, which do not recompute
     """
     tl.static_assert(BLOCK_M <= BLOCK_N)
     ROWS: tl.constexpr = None if n % BLOCK_M == 0 else n
@@ -106,39 +124,40 @@ def weights_gradient_kernel(
     part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     offset = query - key
-    texts = (B - part + parts - 1) // parts
+    sequences = tl.cdiv(B - part, parts)
     if CAUSAL and first_j > first_i + BLOCK_M - 1 + offset:
-        for number in range(0, texts):
+        for number in range(0, sequences):
             block, zeros = (part + number * parts) * n * m, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if AGAIN:
-                put(a_ptr + block, zeros, i, j, m, ROWS, COLS)
-            put(ds_ptr + block, zeros, i, j, m, ROWS, COLS)
-        # That was all: Triton has no return in a branch.
-        texts = texts * 0
-    shift = _shift(w_ptr, offset, i, j, ROWS, COLS, N, CAUSAL, BIAS)
+            if RECOMPUTE:
+                store_tile(a_ptr + block, zeros, i, j, m, ROWS, COLS)
+            store_tile(ds_ptr + block, zeros, i, j, m, ROWS, COLS)
+        # Done: Triton has no return in a branch.
+        sequences = sequences * 0
+    shift = _bias_and_mask(bias_ptr, offset, i, j, ROWS, COLS, N, CAUSAL, BIAS)
     half_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for number in range(0, texts):
+    for number in range(0, sequences):
         b = part + number * parts
         block = b * n * m
-        # Before the product, which hides how long it takes.
-        da = tile(da_ptr + block, i, j, m, ROWS, COLS)
-        scale = tl.load(scale_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None]
-        q = tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)
-        k = tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)
-        r = _roots(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
-        after_r = tl.load(after_ptr + b * N + query + i, mask=within(i, ROWS), other=0.0)[:, None] * r
-        half_slope = da.to(tl.float32) * after_r
-        if AGAIN:
-            put(a_ptr + block, r * after_r, i, j, m, ROWS, COLS)
-        put(ds_ptr + block, half_slope * (2 * scale), i, j, m, ROWS, COLS)
+        # Loaded before the matmul, which hides how long that takes.
+        da = load_tile(da_ptr + block, i, j, m, ROWS, COLS)  # [BM, BN]
+        scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+        q = load_tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
+        k = load_tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)  # [BN, BS]
+        r = _relu_scores(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
+        scaled_r = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None] * r
+        half_slope = da.to(tl.float32) * scaled_r
+        if RECOMPUTE:
+            store_tile(a_ptr + block, r * scaled_r, i, j, m, ROWS, COLS)
+        store_tile(ds_ptr + block, half_slope * (2 * scale), i, j, m, ROWS, COLS)
         if BIAS:
             half_db += half_slope
     if BIAS:
-        # Row by row turned to the left, so that diagonals stand in columns: those from j = i on, then those before.
+        # Row i is rotated to the left by i, so that diagonals stand in columns: first those from j = i on, then those
+        # before it.
         column, row = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_M)[:, None]
-        turned = tl.gather(half_db, (column + row) % BLOCK_N, 1)
+        rotated = tl.gather(half_db, (column + row) % BLOCK_N, 1)
         wrapped = column + row >= BLOCK_N
         tiles = (part * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
         db_ptr += tiles * 2 * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(db_ptr, 2 * tl.sum(tl.where(wrapped, turned, 0.0), 0))
-        tl.store(db_ptr + BLOCK_N, 2 * tl.sum(tl.where(wrapped, 0.0, turned), 0))
+        tl.store(db_ptr, 2 * tl.sum(tl.where(wrapped, rotated, 0.0), 0))
+        tl.store(db_ptr + BLOCK_N, 2 * tl.sum(tl.where(wrapped, 0.0, rotated), 0))

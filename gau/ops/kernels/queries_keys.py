@@ -3,7 +3,7 @@
 The projection Z is narrow, so what this costs is reading and writing: forwards Z is read once and every role written
 once, backwards every role's gradient and Z are read and the gradient of Z is written.
 
-The gradients of the parameters are sums over all tokens. A bounded number of programs walks over the rows, each with
+The gradients of the parameters are sums over all tokens. A bounded number of programs goes through the rows, each with
 its sums in registers, and what is left to add up is small.
 """
 
@@ -13,16 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.kernels import tile_sizes
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.tile_sizes import RowSumTiles, RowTiles, cdiv, power_of_two, rows_of
 from gau.ops.tracing import traced_once
 
 # Roles that the kernels have pointers for.
 ROLES = 4
-# Numbers in a program's tile of half the width, forwards and backwards. Backwards a thread then holds four numbers of
-# each of 18 sums, in all 168 registers at four roles; with twice as many they spill.
-BLOCK, GRADIENT_BLOCK = 2048, 512
-# Programs of the backward pass at most: as many as the registers of an H100 hold at once, three a multiprocessor.
-PROGRAMS = 396
 
 
 @traced_once()
@@ -50,7 +47,8 @@ def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
     from gau.ops.kernels.queries_keys_triton import queries_keys_kernel
 
     roles, width = gamma_RS.shape
-    rows, block_r, fields = _sizes(p_BNW, gamma_RS, table, BLOCK)
+    tiles = tile_sizes.QUERIES_KEYS
+    rows, fields = _sizes(p_BNW, gamma_RS, table, tiles)
     like = jax.ShapeDtypeStruct((*p_BNW.shape[:-1], width), p_BNW.dtype)
     unused = jax.ShapeDtypeStruct((1,), p_BNW.dtype)
     results = launch(
@@ -61,9 +59,9 @@ def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
         beta_RS,
         *(table or (p_BNW, p_BNW)),
         outputs=[like] * roles + [unused] * (ROLES - roles),
-        grid=(-(-rows // block_r),),
-        num_warps=4,
-        num_stages=1,
+        grid=(cdiv(rows, fields['BLOCK_R']),),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **fields,
     )
     return (tuple(results[:roles]), p_BNW), (p_BNW, bias_S, gamma_RS, beta_RS, table)
@@ -75,8 +73,9 @@ def _backward(residuals, gradients):
     p_BNW, bias_S, gamma_RS, beta_RS, table = residuals
     droles, dp_BNW = gradients
     roles, width = gamma_RS.shape
-    rows, block_r, fields = _sizes(p_BNW, gamma_RS, table, GRADIENT_BLOCK)
-    programs = min(-(-rows // block_r), PROGRAMS)
+    tiles = tile_sizes.QUERIES_KEYS_GRADIENT
+    rows, fields = _sizes(p_BNW, gamma_RS, table, tiles)
+    programs = min(cdiv(rows, fields['BLOCK_R']), tiles.max_programs)
     dp_BNW, sums = launch(
         queries_keys_gradient_kernel,
         p_BNW,
@@ -91,8 +90,8 @@ def _backward(residuals, gradients):
             jax.ShapeDtypeStruct((programs, 2 * roles + 1, width), jnp.float32),
         ],
         grid=(programs,),
-        num_warps=4,
-        num_stages=1,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         overwrite={5 + ROLES: 0},
         **fields,
     )
@@ -109,12 +108,13 @@ def _backward(residuals, gradients):
 _queries_and_keys.defvjp(_forward, _backward)
 
 
-def _sizes(p: Array, gamma: Array, table: tuple[Array, Array] | None, block: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows of p, how many of them a tile has, and the constants of both kernels."""
-    roles, width = gamma.shape
-    rows, stride = p.size // p.shape[-1], p.shape[-1]
-    block_h = power_of_two(-(-width // 2))
-    block_r = max(1, block // block_h)
+def _sizes(
+    p_BNW: Array, gamma_RS: Array, table: tuple[Array, Array] | None, tiles: RowTiles | RowSumTiles
+) -> tuple[int, dict[str, Any]]:
+    """Returns how many rows, tokens of the batch, p has, and the constants of both kernels."""
+    roles, width = gamma_RS.shape
+    rows, stride = p_BNW.size // p_BNW.shape[-1], p_BNW.shape[-1]
+    block_h = power_of_two(cdiv(width, 2))
     table_rows = 0 if table is None else table[0].size // table[0].shape[-1]
     fields = {'ROLES': roles, 'ROWS': rows, 'TABLE_ROWS': table_rows, 'S': width, 'W': stride}
-    return rows, block_r, fields | {'BLOCK_R': block_r, 'BLOCK_H': block_h}
+    return rows, fields | {'BLOCK_R': rows_of(tiles, block_h), 'BLOCK_H': block_h}

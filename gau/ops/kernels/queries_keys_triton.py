@@ -1,109 +1,96 @@
 """Triton kernels of a GAU's queries and keys (`gau.ops.queries_keys` says what they are).
 
-A row is one token of the batch; z stands in the last S of the W columns of the projections p. The rotation pairs column
-i with column i + S/2, so the two halves of a row are tiles of their own; without rotation S may be odd, and the second
-half is shorter. A table of cosines and sines has as many rows as the batch has tokens, or as a text has where all texts
-share it, or none.
+A row is one token of the batch, ROWS in all; z stands in the last S of the W columns of the projections p. The
+rotation pairs column i with column i + S/2, so the two halves of a row are tiles of their own; without rotation S may
+be odd, and the second half is shorter by one column. A table of cosines and sines has a row for each token of the
+batch, or for each token of one sequence if all sequences share it, or it is missing (TABLE_ROWS = 0).
+
+Bytes are of size base (S = 128, four roles) with 65,536 tokens in bfloat16, where an array of [ROWS, S] has 17 MB.
 """
 
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.tiles import put, tile
+from gau.ops.kernels.load_store import load_tile, store_tile
 
 
 @triton.jit
-def _halves(ptr, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
-    """Loads both halves of the last S columns of W."""
+def _load_halves(ptr, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
+    """Loads both halves of the last S of W columns, float32 [BLOCK_R, BLOCK_H] each."""
     H: tl.constexpr = (S + 1) // 2
-    first = tile(ptr + W - S, row, col, W, rows, H).to(tl.float32)
-    second = tile(ptr + W - S + H, row, col, W, rows, S - H).to(tl.float32)
+    first = load_tile(ptr + W - S, row, col, W, rows, H).to(tl.float32)
+    second = load_tile(ptr + W - S + H, row, col, W, rows, S - H).to(tl.float32)
     return first, second
 
 
 @triton.jit
-def _put_halves(ptr, first, second, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
+def _store_halves(ptr, first, second, row, col, rows: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
     H: tl.constexpr = (S + 1) // 2
-    put(ptr + W - S, first, row, col, W, rows, H)
-    put(ptr + W - S + H, second, row, col, W, rows, S - H)
+    store_tile(ptr + W - S, first, row, col, W, rows, H)
+    store_tile(ptr + W - S + H, second, row, col, W, rows, S - H)
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS: tl.constexpr, H: tl.constexpr):
+def _load_angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS: tl.constexpr, H: tl.constexpr):
     row = row % TABLE_ROWS
-    return tile(cos_ptr, row, col, H, TABLE_ROWS, H), tile(sin_ptr, row, col, H, TABLE_ROWS, H)
+    return load_tile(cos_ptr, row, col, H, TABLE_ROWS, H), load_tile(sin_ptr, row, col, H, TABLE_ROWS, H)
 
 
 @triton.jit
 def queries_keys_kernel(
-    p_ptr,
-    bias_ptr,
-    gamma_ptr,
-    beta_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_ptr,
-    k_ptr,
-    q_lin_ptr,
-    k_lin_ptr,
-    ROLES: tl.constexpr,
-    ROWS: tl.constexpr,
-    TABLE_ROWS: tl.constexpr,
-    S: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """y[role] = rope(silu(z + bias) gamma[role] + beta[role]); grid [rows]. Pointers beyond the roles are not used."""
+    p_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, q_lin_ptr, k_lin_ptr,
+    ROLES: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """y[role] = rope(silu(z + bias) gamma[role] + beta[role]). Pointers of roles from ROLES on are not used.
+
+    Grid    [ROWS / BLOCK_R]
+    Tile    two halves [BLOCK_R, S / 2] of whole rows
+    Reads   z, the last S columns of p [ROWS, W]; bias [S]; gamma and beta [ROLES, S]; cos and sin [TABLE_ROWS, S / 2]
+    Writes  ROLES arrays y [ROWS, S]
+    Bytes   84 MB a layer: z; four roles
+    """
     y_ptrs = (q_ptr, k_ptr, q_lin_ptr, k_lin_ptr)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_H)
     only = tl.arange(0, 1)
-    z1, z2 = _halves(p_ptr, row, col, ROWS, S, W)
-    bias1, bias2 = _halves(bias_ptr, only, col, 1, S, S)
+    z1, z2 = _load_halves(p_ptr, row, col, ROWS, S, W)  # [BR, BH] each
+    bias1, bias2 = _load_halves(bias_ptr, only, col, 1, S, S)  # [1, BH] each
     z1 += bias1
     z2 += bias2
     z1 *= tl.sigmoid(z1)
     z2 *= tl.sigmoid(z2)
     if TABLE_ROWS:
-        cos, sin = _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)
+        cos, sin = _load_angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)  # [BR, BH] each
     for role in tl.static_range(ROLES):
-        gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S, S)
-        beta1, beta2 = _halves(beta_ptr + role * S, only, col, 1, S, S)
+        gamma1, gamma2 = _load_halves(gamma_ptr + role * S, only, col, 1, S, S)
+        beta1, beta2 = _load_halves(beta_ptr + role * S, only, col, 1, S, S)
         y1 = z1 * gamma1 + beta1
         y2 = z2 * gamma2 + beta2
         if TABLE_ROWS:
             y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
-        _put_halves(y_ptrs[role], y1, y2, row, col, ROWS, S, S)
+        _store_halves(y_ptrs[role], y1, y2, row, col, ROWS, S, S)
 
 
 @triton.jit
 def queries_keys_gradient_kernel(
-    p_ptr,
-    bias_ptr,
-    gamma_ptr,
-    cos_ptr,
-    sin_ptr,
-    dq_ptr,
-    dk_ptr,
-    dq_lin_ptr,
-    dk_lin_ptr,
-    before_ptr,
-    dp_ptr,
-    sums_ptr,
-    ROLES: tl.constexpr,
-    ROWS: tl.constexpr,
-    TABLE_ROWS: tl.constexpr,
-    S: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """dz, and a program's part of dgamma [R, S], dbeta [R, S] and dbias [S], one below the other; grid [programs].
+    p_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dq_lin_ptr, dk_lin_ptr, unused_ptr,
+    dp_ptr, sums_ptr,
+    ROLES: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dz = gradient of z, dgamma = sum of drope(dy) silu(z + bias), dbeta = sum of drope(dy), dbias = sum of dz.
 
-    dz is added to what the buffer of dp has in its place. A program takes every tile of rows whose number is its own
-    plus a multiple of the programs, and has its sums in registers, one for each place in a tile: only the last step
-    sums over the rows of a tile, which takes shuffles.
+    A program takes every tile of rows whose number is its own plus a multiple of the programs, and has its sums in
+    registers, one for each place in a tile: only the last step sums over the rows of a tile, which takes shuffles.
+
+    Grid    [programs], as many as the GPU runs at once
+    Tile    two halves [BLOCK_R, S / 2] of whole rows
+    Reads   z, the last S columns of p [ROWS, W]; bias [S]; gamma [ROLES, S]; cos and sin [TABLE_ROWS, S / 2]; ROLES
+            arrays dy [ROWS, S]; the last S columns of dp [ROWS, W], what other readers of z left there
+    Writes  dz added to that in dp, which takes over the buffer of `unused_ptr`; sums [programs, 2 ROLES + 1, S], a
+            program's part of dgamma, dbeta and dbias, one below the other
+    Bytes   117 MB a layer: z, four dy, the columns of dp; these again
     """
     dy_ptrs = (dq_ptr, dk_ptr, dq_lin_ptr, dk_lin_ptr)
     col = tl.arange(0, BLOCK_H)
@@ -114,8 +101,8 @@ def queries_keys_gradient_kernel(
     dbias2 = zeros
     for start in range(tl.program_id(0) * BLOCK_R, ROWS, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
-        x1, x2 = _halves(p_ptr, row, col, ROWS, S, W)
-        bias1, bias2 = _halves(bias_ptr, only, col, 1, S, S)
+        x1, x2 = _load_halves(p_ptr, row, col, ROWS, S, W)  # [BR, BH] each
+        bias1, bias2 = _load_halves(bias_ptr, only, col, 1, S, S)
         x1 += bias1
         x2 += bias2
         sigmoid1 = tl.sigmoid(x1)
@@ -123,35 +110,35 @@ def queries_keys_gradient_kernel(
         z1 = x1 * sigmoid1
         z2 = x2 * sigmoid2
         if TABLE_ROWS:
-            cos, sin = _angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)
+            cos, sin = _load_angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS, S // 2)
         dz1 = zeros
         dz2 = zeros
-        grown = ()
+        new_sums = ()
         for role in tl.static_range(ROLES):
-            dy1, dy2 = _halves(dy_ptrs[role], row, col, ROWS, S, S)
+            dy1, dy2 = _load_halves(dy_ptrs[role], row, col, ROWS, S, S)  # [BR, BH] each
             if TABLE_ROWS:
                 dy1, dy2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
-            gamma1, gamma2 = _halves(gamma_ptr + role * S, only, col, 1, S, S)
+            gamma1, gamma2 = _load_halves(gamma_ptr + role * S, only, col, 1, S, S)
             dz1 += dy1 * gamma1
             dz2 += dy2 * gamma2
             dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
-            grown += ((dgamma1 + dy1 * z1, dgamma2 + dy2 * z2, dbeta1 + dy1, dbeta2 + dy2),)
-        sums = grown
+            new_sums += ((dgamma1 + dy1 * z1, dgamma2 + dy2 * z2, dbeta1 + dy1, dbeta2 + dy2),)
+        sums = new_sums
         dz1 *= sigmoid1 + z1 * (1 - sigmoid1)
         dz2 *= sigmoid2 + z2 * (1 - sigmoid2)
         dbias1 += dz1
         dbias2 += dz2
-        before1, before2 = _halves(before_ptr, row, col, ROWS, S, W)
-        _put_halves(dp_ptr, dz1 + before1, dz2 + before2, row, col, ROWS, S, W)
+        before1, before2 = _load_halves(dp_ptr, row, col, ROWS, S, W)  # [BR, BH] each
+        _store_halves(dp_ptr, dz1 + before1, dz2 + before2, row, col, ROWS, S, W)
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 * ROLES + 1) * S
     for role in tl.static_range(ROLES):
         dgamma1, dgamma2, dbeta1, dbeta2 = sums[role]
-        _put_sums(sums_ptr + role * S, dgamma1, dgamma2, col, S)
-        _put_sums(sums_ptr + (ROLES + role) * S, dbeta1, dbeta2, col, S)
-    _put_sums(sums_ptr + 2 * ROLES * S, dbias1, dbias2, col, S)
+        _store_sums(sums_ptr + role * S, dgamma1, dgamma2, col, S)
+        _store_sums(sums_ptr + (ROLES + role) * S, dbeta1, dbeta2, col, S)
+    _store_sums(sums_ptr + 2 * ROLES * S, dbias1, dbias2, col, S)
 
 
 @triton.jit
-def _put_sums(ptr, first, second, col, S: tl.constexpr):
+def _store_sums(ptr, first, second, col, S: tl.constexpr):
     only = tl.arange(0, 1)
-    _put_halves(ptr, tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :], only, col, 1, S, S)
+    _store_halves(ptr, tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :], only, col, 1, S, S)

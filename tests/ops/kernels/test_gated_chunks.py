@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gau.ops import gated_chunks as reference
-from gau.ops.kernels import chunk_pairs, gated_mixed_chunk
+from gau.ops.kernels import chunk_pairs, gated_mixed_chunk, tile_sizes
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
@@ -56,7 +56,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize(
-    ('n', 'chunk', 's', 'e', 'packed', 'walkers', 'reduction'),
+    ('n', 'chunk', 's', 'e', 'packed', 'min_programs', 'reduction'),
     [
         # Parts of one chunk (two, both ways); what sticks out of a tile of C, S and E.
         (30, 8, 12, 24, 'documents', 8, 'mean'),
@@ -77,8 +77,13 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         pytest.param(90, 70, 70, 20, 'short', 1, 'mean', marks=pytest.mark.slow),
     ],
 )
-def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, packed, walkers, reduction):
-    constants(OPS['triton'], host, WALKERS=4 * walkers)
+def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, packed, min_programs, reduction):
+    # Of four warps a program: how many programs there are at least.
+    few = {
+        name: {dtype: tiles._replace(min_warps=4 * min_programs) for dtype, tiles in getattr(tile_sizes, name).items()}
+        for name in ('STATES', 'STATES_GRADIENT')
+    }
+    constants(OPS['triton'], tile_sizes, **few)
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
     ids = LAYOUTS[packed](n)
     if ids is not None:
@@ -98,7 +103,7 @@ def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, pack
 
 
 @pytest.mark.parametrize(
-    ('groups', 'size', 'state', 'walks', 'by_walks', 'readers'),
+    ('groups', 'size', 'state', 'directions', 'has_states', 'cross_chunk'),
     [
         (1, 8, 4, 1, False, 0),
         (2, 8, 4, 1, False, 1),
@@ -107,33 +112,32 @@ def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, pack
         (3, 8, 4, 1, True, 0),
     ],
 )
-def test_which_texts_have_no_states(groups, size, state, walks, by_walks, readers):
-    p, q = jnp.zeros((1, groups, size, 6)), jnp.zeros((1, groups, size, walks * state))
-    sizes = host._Sizes(p, jnp.zeros((2, 3)), q, jnp.ones((1, groups, walks)))
-    assert (sizes.by_walks, sizes.readers) == (by_walks, readers)
+def test_which_sequences_have_no_states(groups, size, state, directions, has_states, cross_chunk):
+    p, q = jnp.zeros((1, groups, size, 6)), jnp.zeros((1, groups, size, directions * state))
+    sizes = host._Sizes.of(p, jnp.zeros((2, 3)), q, jnp.ones((1, groups, directions)))
+    assert (sizes.has_states, sizes.cross_chunk) == (has_states, cross_chunk)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('walks', [1, 2])
-def test_weights_on_the_other_chunk_and_their_gradients(dtype, walks):
+@pytest.mark.parametrize('directions', [1, 2])
+def test_weights_on_the_other_chunk_and_their_gradients(dtype, directions):
     size, state = 70, 12
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k = (jax.random.normal(key, (3, 2, size, walks * state), dtype) for key in keys[:2])
-    share = jax.random.uniform(keys[2], (3, 2, walks), jnp.float32, 0.5, 2)
-    dx = jax.random.normal(keys[3], (3, walks, size, size), dtype)
+    q, k = (jax.random.normal(key, (3, 2, size, directions * state), dtype) for key in keys[:2])
+    scale = jax.random.uniform(keys[2], (3, 2, directions), jnp.float32, 0.5, 2)
+    dx = jax.random.normal(keys[3], (3, directions, size, size), dtype)
 
     def reference(q, k):
-        # The second chunk reads the first by the first walk, the first one the second by the second walk.
+        # The second chunk reads the first in the forward direction, the first one the second in reverse.
         x = [
-            jnp.einsum('BCS,BKS->BCK', q[:, 1 - walk, :, part], k[:, walk, :, part])
-            * share[:, 1 - walk, walk, None, None]
-            for walk, part in ((1, slice(state, None)), (0, slice(state)))[2 - walks :]
+            jnp.einsum('BCS,BKS->BCK', q[:, 1 - j, :, part], k[:, j, :, part]) * scale[:, 1 - j, j, None, None]
+            for j, part in ((1, slice(state, None)), (0, slice(state)))[2 - directions :]
         ]
         return jnp.stack(x, axis=1)
 
     wanted, pull = jax.vjp(reference, q.astype('float64'), k.astype('float64'))
-    found = chunk_pairs.weights_on_other_chunk(q, k, share)
-    gradients = chunk_pairs.gradients_of_queries_and_keys(q, k, share, dx)
+    found = chunk_pairs.weights_on_other_chunk(q, k, scale)
+    gradients = chunk_pairs.gradients_of_queries_and_keys(q, k, scale, dx)
     for a, b in zip((found, *gradients), (wanted, *pull(dx.astype('float64'))), strict=True):
         assert a.dtype == dtype
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype]

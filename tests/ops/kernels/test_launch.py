@@ -5,7 +5,8 @@ import pytest
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
-from gau.ops.kernels.launch import GRAPH_CALL, fit_for_graphs, launch
+from gau.ops.kernels.compat import FFI_CALL, use_ffi_call
+from gau.ops.kernels.launch import launch
 from gau.ops.kernels.norm_triton import scale_norm_kernel
 
 
@@ -28,7 +29,7 @@ def test_a_constant_that_a_kernel_does_not_have_is_refused():
 
 
 @pytest.mark.parametrize('version', [2, 4])
-def test_calls_of_the_older_interface_are_made_fit_for_graphs(version):
+def test_calls_of_the_older_interface_are_made_use_ffi_call(version):
     config = {2: '"contents"', 4: '{opaque = "contents"}'}[version]
     text = f"""
     func.func @f(%x: tensor<2xf32>) -> tensor<2xf32> {{
@@ -39,8 +40,8 @@ def test_calls_of_the_older_interface_are_made_fit_for_graphs(version):
     with mlir.make_ir_context(), ir.Location.unknown():
         module = ir.Module.parse(text)
         call = module.body.operations[0].regions[0].blocks[0].operations[0]
-        fit_for_graphs(call.operation)
+        use_ffi_call(call.operation)
         assert module.operation.verify()
-        assert f'@{GRAPH_CALL if version == 2 else "kernel"}(' in str(call)
+        assert f'@{FFI_CALL if version == 2 else "kernel"}(' in str(call)
         assert 'api_version = 4' in str(call)
         assert 'backend_config = {opaque = "contents"}' in str(call)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.kernels import norm
+from gau.ops.kernels import norm, tile_sizes
 from gau.ops.norms import scale_norm
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import TOLERANCE
@@ -36,9 +36,9 @@ def results_and_gradients(op, dtype, arrays, weights, present):
 @pytest.mark.parametrize('shape', [(2, 5, 24), (1, 67, 130), (2, 8, 128)])
 def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
     # Few programs, so that each has several tiles of rows, and not all as many.
-    monkeypatch.setattr(norm, 'BLOCK', 512)
-    monkeypatch.setattr(norm, 'GRADIENT_BLOCK', 512)
-    monkeypatch.setattr(norm, 'PROGRAMS', 3)
+    monkeypatch.setattr(tile_sizes, 'NORM', tile_sizes.NORM._replace(numbers=512))
+    gradient = tile_sizes.NORM_GRADIENT._replace(numbers=512, max_programs=3)
+    monkeypatch.setattr(tile_sizes, 'NORM_GRADIENT', gradient)
     generator = np.random.default_rng(0)
     shapes = {'x': shape, 'bias': shape[-1:], 'g': ()}
     # Rounded to begin with, so that both compute the same.

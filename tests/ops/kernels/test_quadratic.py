@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gau.ops import quadratic_attention as reference
-from gau.ops.kernels import gated_quadratic
+from gau.ops.kernels import gated_quadratic, tile_sizes
 from gau.ops.kernels import quadratic as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
@@ -51,11 +51,14 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
         pytest.param(64, 8, 8, False, 'su', marks=pytest.mark.slow),
     ],
 )
-def test_values_and_all_gradients(constants, dtype, op, causal, n, s, e, packed, normalizer):
-    # Tiles that are no squares, in few programs with several each; and one tile of one text a program.
-    tiles = host.Tiles((32, 16, 4, 1, 1), (16, 32, 4, 1, 1)) if packed else host.Tiles(*[(16, 16, 4, 1, 528)] * 2)
+def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, s, e, packed, normalizer):
+    # Tiles that are no squares, in few programs with several each; and one tile of one sequence a program.
+    sides = ((32, 16), (16, 32)) if packed else ((16, 16), (16, 16))
+    for name, (block_m, block_n) in zip(('WEIGHTS', 'WEIGHTS_GRADIENT'), sides, strict=True):
+        tiles = tile_sizes.WeightsTiles(block_m, block_n, 4, 1, min_programs=1 if packed else 528)
+        monkeypatch.setattr(tile_sizes, name, dict.fromkeys(DTYPES, tiles))
     # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
-    small = {'SMALLEST_BLOCK': 16, 'LARGEST_BLOCK': 16, 'GROUPS': 2, 'TILES': dict.fromkeys(DTYPES, tiles)}
+    small = {'SMALLEST_BLOCK': 16, 'LARGEST_BLOCK': 16, 'GROUPS': 2}
     constants(OPS['triton'][op], host, **small)
     generator = np.random.default_rng(0)
     # Projections have columns of another reader, more than a tile has.

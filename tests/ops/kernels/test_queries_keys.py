@@ -7,6 +7,7 @@ import pytest
 
 from gau.ops import queries_keys as reference
 from gau.ops.kernels import queries_keys as host
+from gau.ops.kernels import tile_sizes
 from gau.ops.positions import rope_table
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
@@ -28,7 +29,7 @@ def values_and_gradients(impl, dtype, args, weights, table):
 
 
 def positions(kind, batch, n):
-    """Of one text for all rows, or of documents of random places."""
+    """Those of one sequence for all rows, or random ones for each row."""
     if kind == 'shared':
         return jnp.arange(n)[None]
     return jnp.asarray(np.random.default_rng(1).integers(0, 500, (batch, n)))
@@ -49,7 +50,11 @@ def positions(kind, batch, n):
     ],
 )
 def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
-    constants(host.queries_and_keys, host, BLOCK=256, GRADIENT_BLOCK=256, PROGRAMS=3)
+    small = {
+        'QUERIES_KEYS': tile_sizes.QUERIES_KEYS._replace(numbers=256),
+        'QUERIES_KEYS_GRADIENT': tile_sizes.QUERIES_KEYS_GRADIENT._replace(numbers=256, max_programs=3),
+    }
+    constants(host.queries_and_keys, tile_sizes, **small)
     generator = np.random.default_rng(0)
     shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)

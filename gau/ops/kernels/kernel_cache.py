@@ -1,4 +1,4 @@
-"""Keeps compiled Triton kernels beside XLA's compiled programs; jax-triton (0.3) compiles its own in every process."""
+"""Keeps compiled Triton kernels beside XLA's compiled programs: jax-triton compiles its own anew in every process."""
 
 import contextlib
 import hashlib
@@ -14,26 +14,27 @@ from etils import epath
 
 # Within JAX's compilation cache.
 FOLDER = 'triton'
+# Stages of compiling that a result has for dumps only; they are larger than the rest of it.
+STAGES = ('ttgir', 'llir')
 
 
-def kept(
+def cached_on_disk(
     compile_kernel: Callable[..., Any], result: Callable[..., Any], *, surroundings: Callable[[], str]
 ) -> Callable[..., Any]:
-    """Returns `compile_kernel` with a memory, in the folder `triton` of JAX's compilation cache, where that is in use.
+    """Returns `compile_kernel` with a cache, in the folder `triton` of JAX's compilation cache, where that is in use.
 
-    What cannot be read is compiled, what cannot be written is compiled again the next time. A module knows the lines of
-    its source, so that a kernel that moved is compiled again.
+    A file that cannot be read is compiled anew, one that cannot be written is compiled again the next time. A module
+    holds the line numbers of its source, so that a kernel that moved within its file is compiled again.
 
     Args:
-      compile_kernel: (module, backend, options, compute_capability) to an object whose attributes are strings, numbers
-        or None.
+      compile_kernel: (module, backend, options, compute_capability) to an object whose attributes JSON can hold.
       result: makes such an object of its attributes.
       surroundings: returns whatever else decides what is compiled.
     """
 
     def look_up(module: Any, backend: Any, options: Any, compute_capability: int) -> Any:
         directory = jax.config.jax_compilation_cache_dir
-        # For a dump jax-triton wants what lies between, which is not kept.
+        # A dump needs the stages.
         if not directory or not jax.config.jax_enable_compilation_cache or os.environ.get('JAX_TRITON_DUMP_DIR'):
             return compile_kernel(module, backend, options, compute_capability)
         key = '\n'.join([str(module), backend.hash(), options.hash(), str(compute_capability), surroundings()])
@@ -45,11 +46,12 @@ def kept(
         except (OSError, ValueError, TypeError) as error:
             logging.warning('%s cannot be read, the kernel is compiled anew: %s', path, error)
         compiled = compile_kernel(module, backend, options, compute_capability)
-        # Whole or not at all, whoever else writes it.
+        fields = {name: '' if value and name in STAGES else value for name, value in vars(compiled).items()}
+        # Written aside and moved into place, so that no other process reads half a file.
         part = path.with_name(f'{path.name}.{uuid.uuid4().hex}')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(vars(compiled)))
+            part.write_text(json.dumps(fields))
             part.replace(path)
         except OSError as error:
             logging.warning('%s cannot be written: %s', path, error)

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept where XLA's programs are. But for the last test a function stands for jax-triton."""
+"""Compiled kernels are kept where XLA's programs are. In all tests but the last a function stands for jax-triton."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gau.ops.kernels.compiled import FOLDER, kept
+from gau.ops.kernels.kernel_cache import FOLDER, cached_on_disk
 from gau.ops.kernels.launch import available, interpreted
 from gau.ops.kernels.norm import scale_norm_of_stream
 
@@ -51,7 +51,7 @@ def compiler(compiled):
         return Result(f'ptx of {module}', len(module))
 
     def make(surroundings='1'):
-        look_up = kept(compile_kernel, Result, surroundings=lambda: surroundings)
+        look_up = cached_on_disk(compile_kernel, Result, surroundings=lambda: surroundings)
         return lambda module, backend='sm', options='o', capability=90: look_up(
             module, Named(backend), Named(options), capability
         )

@@ -1,0 +1,201 @@
+"""Tile sizes of every kernel, apart from how they are launched: to tune a kernel is to change its entry here.
+
+A `block_*` is one side of the tile that a program works on, named as the kernel's constant in capitals: a power of two,
+at least 16 where the tile is a factor of a matmul. What sticks out of an array is masked, and `fit` makes tiles no
+larger than a small array needs. `num_warps` are the warps of a program, `num_stages` the depth of the software pipeline
+of its loops.
+
+Entries go by the type of the arrays. Those of bfloat16 are the fastest of half a dozen to a dozen on an H100, which has
+132 SMs (LOG.md). Exact float32 matmuls have no matrix units: their small tiles are for proofs, not for speed.
+"""
+
+from typing import NamedTuple, TypeVar
+
+Tiles = TypeVar('Tiles', bound=NamedTuple)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b rounded up: how many tiles of b cover a."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least n and at least 16, the smallest side of a matrix unit's tile."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def fit(tiles: Tiles, **sizes: int) -> Tiles:
+    """Returns tiles whose sides, given by name, are no larger than arrays of these sizes need."""
+    return tiles._replace(**{side: min(getattr(tiles, side), power_of_two(size)) for side, size in sizes.items()})
+
+
+# --- gates_triton, gated_quadratic_triton: what is [N, E] -------------------------------------------------------------
+
+
+class GateTiles(NamedTuple):
+    """A tile has block_n tokens and block_e columns; a program of the gate's gradient has `span` tokens."""
+
+    block_n: int
+    block_e: int
+    span: int
+    num_warps: int
+    num_stages: int
+
+
+GATES = GateTiles(block_n=16, block_e=128, span=128, num_warps=4, num_stages=1)
+
+
+# --- gated_chunks_triton ----------------------------------------------------------------------------------------------
+
+
+class ScanTiles(NamedTuple):
+    """A program has block_e columns of the states and goes through the chunks block_c tokens at a time.
+
+    With fewer than `min_warps` warps in all a sequence is cut into parts, which are scanned side by side.
+    """
+
+    block_c: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+    min_warps: int
+
+
+class OutputTiles(NamedTuple):
+    """A tile of [C, E] is block_m by block_e, its sums run in steps of block_k."""
+
+    block_m: int
+    block_k: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+
+
+class ValueAndWeightGradientTiles(NamedTuple):
+    """dV has tiles block_m by block_e, sums in steps of block_k; da, dq, dk squares of `side`, steps of `inner`."""
+
+    block_m: int
+    block_k: int
+    block_e: int
+    side: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+# Twelve warps for each SM. With eight sequences of base width both scans have as many: larger tiles or fewer warps
+# would cut such sequences into parts.
+_MIN_WARPS = 1536
+STATES = {
+    'bfloat16': ScanTiles(block_c=64, block_e=64, num_warps=8, num_stages=4, min_warps=_MIN_WARPS),
+    'float32': ScanTiles(block_c=32, block_e=32, num_warps=4, num_stages=1, min_warps=_MIN_WARPS),
+}
+STATES_GRADIENT = {
+    'bfloat16': ScanTiles(block_c=64, block_e=32, num_warps=4, num_stages=3, min_warps=_MIN_WARPS),
+    'float32': ScanTiles(block_c=32, block_e=32, num_warps=4, num_stages=1, min_warps=_MIN_WARPS),
+}
+OUTPUT = {
+    'bfloat16': OutputTiles(block_m=64, block_k=64, block_e=128, num_warps=4, num_stages=3),
+    'float32': OutputTiles(block_m=32, block_k=32, block_e=64, num_warps=4, num_stages=1),
+}
+VALUE_AND_WEIGHT_GRADIENT = {
+    'bfloat16': ValueAndWeightGradientTiles(
+        block_m=64, block_k=64, block_e=128, side=128, inner=64, num_warps=8, num_stages=3
+    ),
+    'float32': ValueAndWeightGradientTiles(
+        block_m=32, block_k=32, block_e=64, side=32, inner=32, num_warps=4, num_stages=1
+    ),
+}
+
+
+# --- chunk_pairs_triton -----------------------------------------------------------------------------------------------
+
+
+class PairWeightsTiles(NamedTuple):
+    """A tile of the weights [C, C] is block_m by block_n."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class PairGradientTiles(NamedTuple):
+    """A program has block_m rows of dq or dk, sums in steps of block_k."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+PAIR_WEIGHTS = {
+    'bfloat16': PairWeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=1),
+    'float32': PairWeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1),
+}
+PAIR_GRADIENT = {
+    'bfloat16': PairGradientTiles(block_m=128, block_k=64, num_warps=8, num_stages=3),
+    'float32': PairGradientTiles(block_m=32, block_k=32, num_warps=4, num_stages=1),
+}
+
+
+# --- quadratic_triton -------------------------------------------------------------------------------------------------
+
+
+class WeightsTiles(NamedTuple):
+    """A tile of the weights [n, m] is block_m queries by block_n keys; in the gradient block_m is at most block_n.
+
+    With fewer than `min_programs` programs there are more parts: of the keys that a program goes through, or, in the
+    gradient, of the batch.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    min_programs: int
+
+
+WEIGHTS = {
+    'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=2, min_programs=1024),
+    'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
+}
+WEIGHTS_GRADIENT = {
+    'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=3, min_programs=264),
+    'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
+}
+
+
+# --- norm_triton, queries_keys_triton: whole rows ---------------------------------------------------------------------
+
+
+class RowTiles(NamedTuple):
+    """A tile has as many whole rows as make about `numbers` numbers, at least one row."""
+
+    numbers: int
+    num_warps: int
+    num_stages: int
+
+
+class RowSumTiles(NamedTuple):
+    """The same, for at most `max_programs` programs, each of which sums over its rows in registers."""
+
+    numbers: int
+    num_warps: int
+    num_stages: int
+    max_programs: int
+
+
+NORM = RowTiles(numbers=4096, num_warps=4, num_stages=1)
+# Five programs for each SM, as many as its registers hold at once at a width of 768 in bfloat16.
+NORM_GRADIENT = RowSumTiles(numbers=2048, num_warps=4, num_stages=1, max_programs=660)
+# The numbers of half a row: the kernels have a tile for each half.
+QUERIES_KEYS = RowTiles(numbers=2048, num_warps=4, num_stages=1)
+# A thread holds four numbers of each of 18 sums, 168 registers in all at four roles; with twice as many they spill.
+# Three programs for each SM, as many as its registers hold at once.
+QUERIES_KEYS_GRADIENT = RowSumTiles(numbers=512, num_warps=4, num_stages=1, max_programs=396)
+
+
+def rows_of(tiles: RowTiles | RowSumTiles, width: int) -> int:
+    """Returns how many rows of `width` numbers a tile has."""
+    return max(1, tiles.numbers // width)
