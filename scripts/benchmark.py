@@ -6,7 +6,7 @@
     python scripts/benchmark.py --what=train --models=flash,torch_flash_lucidrains    needs requirements-benchmark.txt
 
 `train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient;
-`decode` writes tokens one by one, each looking back on `context` tokens; `prefill` reads a prompt of that length.
+`decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length.
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
 the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. It may
@@ -41,11 +41,11 @@ _CONTEXTS = flags.DEFINE_list(
     'contexts', None, 'Tokens of context of models that name none; each kind has its own default.'
 )
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
-_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: texts side by side; 1 and 64, or 4 with --quick.')
+_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
 _ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
-_QUICK = flags.DEFINE_boolean('quick', False, 'Tiny models, short texts, float32, few samples: for a CPU.')
+_QUICK = flags.DEFINE_boolean('quick', False, 'Tiny models, short sequences, float32, few samples: for a CPU.')
 _OUTPUT = flags.DEFINE_string('output', 'runs/benchmark/rows.jsonl', 'File of JSON lines; pictures lie beside it.')
 
 _FULL_CONTEXTS = {
@@ -99,7 +99,7 @@ def _plan() -> list[cells.Cell]:
     models = _MODELS.value or ['flash', 'transformer_plus_plus', *([] if quick else ['flash_quad'])]
     specs, own_contexts = _specs(models)
     if _CONTEXTS.present and not specs:
-        raise UserError('--contexts speaks to models without contexts of their own, and --models names none')
+        raise UserError('--contexts is for models without contexts of their own, and --models names none')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
     plan = cells.plan(
         specs,

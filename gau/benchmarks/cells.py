@@ -13,7 +13,7 @@ from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import declared_fields, default_config, resolve
 from gau.training.config import OBJECTIVES
 
-# Kinds of measurement, and how many forward passes one step's matrix products amount to.
+# Kinds of measurement, and how many forward passes one step's matmuls amount to.
 PASSES = {'train': 3, 'forward': 1}
 KINDS = ('train', 'forward', 'decode', 'prefill')
 # The rate of this chip that utilisation is measured against, beside the data sheet's.
@@ -49,13 +49,13 @@ class Cell:
     """One measurement, complete: what the process that makes it is told.
 
     Attributes:
-      benchmark: one of KINDS, or MATMUL: the product of two square matrices with edges of `context`.
+      benchmark: one of KINDS, or MATMUL: of two square matrices with edges of `context`.
       spec: the model and its settings; of MATMUL nothing.
       size: of the model, `config.model.size`.
-      context: tokens in a text; that a token looks back on (decode); of the prompt (prefill).
-      batch_size: texts side by side.
+      context: tokens in a sequence; tokens that a new one looks back on (decode); tokens of the prompt (prefill).
+      batch_size: sequences side by side.
       objective: 'lm' or 'mlm'.
-      packed: whether the texts are documents packed end to end that do not see each other.
+      packed: whether sequences are made of documents packed end to end that do not see each other.
       dtype: compute type.
       vocab_size: V.
       effort: 'full', or 'quick' for fewer and smaller samples.
@@ -170,7 +170,7 @@ def plan(
       kinds: of measurement, out of KINDS.
       contexts: of each kind.
       tokens_per_step: of train and forward; the batch is that over the context, at least 1.
-      batch_sizes: of decode; prefill reads one text.
+      batch_sizes: of decode; prefill takes one sequence.
       matmul_edge: of the matrices that the chip's own rate is measured with.
       own_contexts: of models with their settings, where those are measured, too.
       **common: fields that all cells share.

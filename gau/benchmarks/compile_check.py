@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 # The only fields of the data that the step's program depends on.
 _DATA_FIELDS = ('context', 'batch_size', 'packing', 'attend_across_documents')
-# A sweep stops when it knows the answer to within this share of it.
+# A sweep stops when it knows the answer to within this fraction of it.
 SWEEP_RESOLUTION = 1 / 16
 
 
@@ -91,7 +91,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
 
     The row holds, for one device: `argument_bytes` (state and batch), `output_bytes` (those that do not take an
     argument's place), `temporary_bytes`, `code_bytes`, their sum `total_bytes`, `memory_bytes` of the device, `fits`
-    (None where its memory is not known); `flops` of the matrix products in a step as traced, recomputation and masked
+    (None where its memory is not known); `flops` of the matmuls in a step as traced, recomputation and masked
     halves included, and `model_flops`, three times the forward pass in closed form; `traffic_bytes` of its memory;
     `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, and
     `compiler`, the compiler's own estimate of its kernels; `step_seconds`, and `mfu`, the model FLOPs utilisation that

@@ -27,7 +27,7 @@ BLOCK = {'full': 2048, 'quick': 512}
 
 
 def measure_decode(cell: Cell, result: Result) -> None:
-    """Puts the times of writing tokens one by one, each looking back on `context`, and the state's size into `result`.
+    """Puts the times of decoding tokens one by one, each looking back on `context`, and the state's size into `result`.
 
     Raises:
       UserError: the model cannot decode, or its state does not fit.
@@ -41,7 +41,7 @@ def measure_decode(cell: Cell, result: Result) -> None:
 
 
 def measure_prefill(cell: Cell, result: Result) -> None:
-    """Puts the times of reading a prompt of `context` tokens, and the state's size, into `result`.
+    """Puts the times of the prefill of `context` tokens, and the state's size, into `result`.
 
     Raises:
       UserError: the model cannot decode, or its state does not fit.

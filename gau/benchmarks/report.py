@@ -122,7 +122,7 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Draws STEM_training.png and STEM_decoding.png over the context, where there is something to draw.
 
     Training: tokens/s of training and of the forward pass, and memory (the device's peak, or the compiler's plan where
-    the device does not tell). Decoding: latency, state, and tokens/s of reading. What did not fit is an open circle
+    the device does not tell). Decoding: latency, state, and tokens/s of prefill. What did not fit is an open circle
     where the memory it asks for is known. Returns the paths.
     """
     paths = []

@@ -22,13 +22,13 @@ HEADER = """# The paper's configurations on 64 TPU v4 chips, as the compiler see
 Written by `python scripts/compile_check.py --table={path}`; nothing ran on a TPU. libtpu compiled the training step
 for v4:4x4x4, where a device is a chip of 30.75 GiB and 275 TFLOP/s. 2^18 tokens a step, a vocabulary of 32,000,
 bfloat16, AdamW in float32, layers in a scan, no recomputation but that of the op itself, attention by XLA. A batch of
-32 texts of 8192 tokens has two chips a text (mesh.sequence=2); size `large` (the 500 M of PG-19) is sharded over 32
-(mesh.fsdp). All numbers are of one device and one step. A call that was cut short goes on when it is given again; what
-it had not reached is not in the table. Between two calls the code may have changed: the last column is the newest
-commit of `gau/` that a row was made with, with a + if there were changes on top.
+32 sequences of 8192 tokens has two chips a sequence (mesh.sequence=2); size `large` (the 500 M of PG-19) is sharded
+over 32 (mesh.fsdp). All numbers are of one device and one step. A call that was cut short goes on when it is given
+again; what it had not reached is not in the table. Between two calls the code may have changed: the last column is the
+newest commit of `gau/` that a row was made with, with a + if there were changes on top.
 
 - memory: state and batch / temporaries / all (with code).
-- TFLOP: matrix products as traced, with recomputation and masked halves / the model's by the closed form (README).
+- TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (README).
 - traffic: bytes that the program reads from and writes to main memory. collectives: number / MiB (payload).
 - ms: the compiler's cycles at 1.05 GHz plus the collectives at 300 GB/s, unhidden; in brackets a bound below, the
   longest of FLOPs, traffic and links, which is all there is where the compiler estimates nothing for some kernel. MFU:

@@ -33,8 +33,8 @@ BATCHES = 4
 # Of the documents in packed batches; their lengths are geometric.
 MEAN_DOCUMENT = 600
 MASK_RATE = 0.15
-# Products in one sample of the matrix rate.
-PRODUCTS = 10
+# Matmuls in one sample of the matrix rate.
+MATMULS = 10
 
 
 def measure_train(cell: Cell, result: Result) -> None:
@@ -82,7 +82,7 @@ def measure_forward(cell: Cell, result: Result) -> None:
 
 
 def measure_matmul(cell: Cell, result: Result) -> None:
-    """Puts the times of one product of two square matrices with edges of `context` into `result`.
+    """Puts the times of one matmul of two square matrices with edges of `context` into `result`.
 
     The numbers are random, since zeros take less power and so let the chip run faster than it can.
     """
@@ -94,11 +94,11 @@ def measure_matmul(cell: Cell, result: Result) -> None:
     for sample in range(SAMPLES[cell.effort][0] + 2):
         jax.block_until_ready([a, b])
         started = time.perf_counter()
-        for _ in range(PRODUCTS):
-            product = multiply(a, b)
-        jax.block_until_ready(product)
+        for _ in range(MATMULS):
+            c = multiply(a, b)
+        jax.block_until_ready(c)
         if sample > 1:  # The first waits for the compiler.
-            seconds.append((time.perf_counter() - started) / PRODUCTS)
+            seconds.append((time.perf_counter() - started) / MATMULS)
     result.update(seconds=seconds, flops=2 * n**3)
 
 

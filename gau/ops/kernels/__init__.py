@@ -1,1 +1,21 @@
-"""Faster implementations of what `gau.ops` defines, each tested against its reference for values and all gradients."""
+"""Faster implementations of what `gau.ops` defines, each tested against its reference for values and all gradients.
+
+| operation | its reference in `gau.ops` | fast path | its Triton kernels |
+|---|---|---|---|
+| FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs` |
+  `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`, `quadratic_triton` |
+| FLASH-Quad, gated | `quadratic_attention` | `gated_quadratic`, `gates`, `quadratic` | `gated_quadratic_triton`,
+  `gates_triton`, `quadratic_triton` |
+| quadratic attention | `quadratic_attention` | `quadratic` | `quadratic_triton` |
+| queries and keys | `queries_keys` | `queries_keys` | `queries_keys_triton` |
+| ScaleNorm | `norms` | `norm` | `norm_triton` |
+| vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |
+| softmax attention | `quadratic_attention` | `cudnn_attention` | none: cuDNN's |
+
+To change a kernel: its `*_triton` file has it, with a header that says what it computes, its grid, its tiles, what it
+reads and writes, and the bytes of a layer; `tile_sizes` has its tile sizes; the file of the fast path launches it. In
+comments at loads BM, BN, ... are sides of tiles, BLOCK_M, BLOCK_N, ..., and `# [BM, BK] @ [BK, BN]` is the next matmul.
+`launch` calls kernels, through `compat` on a GPU and `interpreter` on a CPU; `load_store` loads and stores with masks.
+
+Triton and jax-triton are imported when a kernel is launched, so that these modules can be imported without them.
+"""

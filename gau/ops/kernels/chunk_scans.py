@@ -5,7 +5,7 @@ GPU, so it is cut into parts that are scanned side by side, each from a state of
 is added to the states afterwards. (The kernels that read the states could add it, but then fewer of their programs fit
 on an SM: LOG.md.)
 
-Letters beside the house's: J directions of the scans (forward; reverse), F = J S, I parts, L chunks of a part.
+Letters beside those of `gau.ops`: F = J S, the states of all directions one below the other; X parts of a sequence.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ def values_and_states(
     like_v = jax.ShapeDtypeStruct((*chunks, width), p_BGCW.dtype)
     inputs, tiles = (p_BGCW, bias_2E, k_BGCF), tile_sizes.STATES[str(k_BGCF.dtype)]
     fields = {'carry_mask_BGJ': carry_mask_BGJ, 'state_scale_BGJ': state_scale_BGJ, 'outputs': [like_v], 'W': stride}
-    v_BGCE, m_BGFE, totals_BIFE = _scan(states_kernel, tiles, k_BGCF, width, inputs, **fields)
-    if totals_BIFE is not None:
-        carried_BGFE = _carried_between_parts(totals_BIFE, carry_mask_BGJ, against_states=False)
+    v_BGCE, m_BGFE, totals_BXFE = _scan(states_kernel, tiles, k_BGCF, width, inputs, **fields)
+    if totals_BXFE is not None:
+        carried_BGFE = _carried_between_parts(totals_BXFE, carry_mask_BGJ, against_states=False)
         state = k_BGCF.shape[-1] // carry_mask_BGJ.shape[-1]
         carried_BGFE *= jnp.repeat(state_scale_BGJ, state, axis=-1)[..., None]
         m_BGFE = (m_BGFE.astype(jnp.float32) + carried_BGFE).astype(m_BGFE.dtype)
@@ -52,9 +52,9 @@ def gradient_of_added(q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGJ: Array, 
 
     inputs, tiles = (q_BGCF, dmixed_BGCE), tile_sizes.STATES_GRADIENT[str(q_BGCF.dtype)]
     fields = {'carry_mask_BGJ': carry_mask_BGJ, 'state_scale_BGJ': state_scale_BGJ}
-    dkv_BGFE, totals_BIFE = _scan(states_gradient_kernel, tiles, q_BGCF, dmixed_BGCE.shape[-1], inputs, **fields)
-    if totals_BIFE is not None:
-        carried_BGFE = _carried_between_parts(totals_BIFE, carry_mask_BGJ, against_states=True)
+    dkv_BGFE, totals_BXFE = _scan(states_gradient_kernel, tiles, q_BGCF, dmixed_BGCE.shape[-1], inputs, **fields)
+    if totals_BXFE is not None:
+        carried_BGFE = _carried_between_parts(totals_BXFE, carry_mask_BGJ, against_states=True)
         dkv_BGFE = (dkv_BGFE.astype(jnp.float32) + carried_BGFE).astype(dkv_BGFE.dtype)
     return dkv_BGFE
 
@@ -71,7 +71,7 @@ def _scan(
     outputs: Sequence[jax.ShapeDtypeStruct] = (),
     **constants: int,
 ) -> list[Array | None]:
-    """Launches kernel(*inputs, carry_mask, state_scale, *outputs, states [B, G, F, E], totals [B, I, F, E]).
+    """Launches kernel(*inputs, carry_mask, state_scale, *outputs, states [B, G, F, E], totals [B, X, F, E]).
 
     Returns:
       The outputs, the states, and the totals at the ends of the parts; None where there is only one part.
@@ -107,37 +107,37 @@ def _scan(
     return [*results, totals if parts > 1 else None]
 
 
-def _carried_between_parts(totals_BIFE: Array, carry_mask_BGJ: Array, *, against_states: bool) -> Array:
+def _carried_between_parts(totals_BXFE: Array, carry_mask_BGJ: Array, *, against_states: bool) -> Array:
     """Returns what reaches each chunk from the parts scanned before its own, float32 [B, G, F, E].
 
     Args:
-      totals_BIFE: the state at the end of each part. Of the reverse direction part 0 has the last chunks.
+      totals_BXFE: the state at the end of each part. Of the reverse direction part 0 has the last chunks.
       carry_mask_BGJ: see `gradient_of_added`.
       against_states: whether the kernel went against the direction of the states.
     """
-    (batch, parts, inner, width), (_, groups, directions) = totals_BIFE.shape, carry_mask_BGJ.shape
+    (batch, parts, inner, width), (_, groups, directions) = totals_BXFE.shape, carry_mask_BGJ.shape
     length = cdiv(groups, parts)
     steps_BGJ = _in_order_of_scan(carry_mask_BGJ)
     padding = ((0, 0), (0, parts * length - groups), (0, 0))
-    mask_BILJ = jnp.pad(steps_BGJ, padding, constant_values=1).reshape(batch, parts, length, -1)
-    drops_BIJ = jnp.cumsum(1 - mask_BILJ.prod(2), axis=1)
-    before_BIJ = jnp.pad(drops_BIJ, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    mask_BXgJ = jnp.pad(steps_BGJ, padding, constant_values=1).reshape(batch, parts, length, -1)
+    drops_BXJ = jnp.cumsum(1 - mask_BXgJ.prod(2), axis=1)
+    before_BXJ = jnp.pad(drops_BXJ, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     # From one part to a later one, [B, later, earlier, J]: no part between them may drop the state.
-    i = jnp.arange(parts)
-    passes_BIIJ = (before_BIJ[:, :, None] == drops_BIJ[:, None]) & (i[:, None] > i)[..., None]
+    x = jnp.arange(parts)
+    passes_BXXJ = (before_BXJ[:, :, None] == drops_BXJ[:, None]) & (x[:, None] > x)[..., None]
     # And within the later part no chunk before the one that is reached; after it, against the direction of the states.
     flip = jnp.flip if against_states else lambda x, _: x
-    reached_BILJ = flip(jnp.cumprod(flip(mask_BILJ, 2), axis=2), 2)
+    reached_BXgJ = flip(jnp.cumprod(flip(mask_BXgJ, 2), axis=2), 2)
     shift, first = (-1, -1) if against_states else (1, 0)
-    reached_BILJ = jnp.roll(reached_BILJ, shift, axis=2).at[:, :, first].set(1)
+    reached_BXgJ = jnp.roll(reached_BXgJ, shift, axis=2).at[:, :, first].set(1)
     if against_states:
-        passes_BIIJ = passes_BIIJ.swapaxes(1, 2)
-    totals_BIJSE = totals_BIFE.reshape(batch, parts, directions, -1, width)
-    carry_BIJSE = jnp.einsum(
-        'BIKJ,BKJSE->BIJSE', passes_BIIJ.astype(jnp.float32), totals_BIJSE, precision=jax.lax.Precision.HIGHEST
+        passes_BXXJ = passes_BXXJ.swapaxes(1, 2)
+    totals_BXJSE = totals_BXFE.reshape(batch, parts, directions, -1, width)
+    carry_BXJSE = jnp.einsum(
+        'BXYJ,BYJSE->BXJSE', passes_BXXJ.astype(jnp.float32), totals_BXJSE, precision=jax.lax.Precision.HIGHEST
     )
-    carried_BILJSE = reached_BILJ[..., None, None] * carry_BIJSE[:, :, None]
-    carried_BGJSE = carried_BILJSE.reshape(batch, -1, *carry_BIJSE.shape[2:])[:, :groups]
+    carried_BXgJSE = reached_BXgJ[..., None, None] * carry_BXJSE[:, :, None]
+    carried_BGJSE = carried_BXgJSE.reshape(batch, -1, *carry_BXJSE.shape[2:])[:, :groups]
     return _in_order_of_scan(carried_BGJSE).reshape(batch, groups, inner, width)
 
 

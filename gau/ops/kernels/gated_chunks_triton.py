@@ -5,9 +5,9 @@ reading and writing them is most of what a layer costs beside its library matmul
 library left them and add bias and silu themselves. Of what that makes only v is written: it is a factor of three
 matmuls, whose loads and matrix units would else wait for it to be made again in every row of tiles.
 
-Letters beside the house's: W columns of the projections p = [U, V, ...]; J directions of the scans over the chunks, 1
-if causal, else 2; F = J S columns of the linear queries and keys, or columns of what stands in their place (C for the
-weights on the other chunk, 0 for nothing); PARTS of a sequence, each with a scan of its own that starts from zero.
+Letters are those of `gau.ops`: W columns of the projections p = [U, V, ...]; J directions of the scans over the chunks,
+1 if causal, else 2; F = J S columns of the linear queries and keys, or columns of what stands in their place (C for the
+weights on the other chunk, 0 for nothing). Each of the PARTS of a sequence has a scan of its own that starts from zero.
 B G is the number of chunks in a batch. Every size is a compile-time constant; what sticks out of an array is masked.
 
 A sequence of two chunks may do without states (`gau.ops.kernels.chunk_pairs`). CROSS_CHUNK says what chunks read:

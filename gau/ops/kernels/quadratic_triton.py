@@ -124,7 +124,7 @@ def weights_gradient_kernel(
     part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     offset = query - key
-    sequences = tl.cdiv(B - part, parts)
+    sequences = (B - part + parts - 1) // parts
     if CAUSAL and first_j > first_i + BLOCK_M - 1 + offset:
         for number in range(0, sequences):
             block, zeros = (part + number * parts) * n * m, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
