@@ -16,12 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from gau import cli
-from gau.errors import UserError, did_you_mean
 from gau.models import counts
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import default_config, resolve
 from gau.models.fields import check_choice
-from gau.training.config import OBJECTIVES
+from gau.objectives import objective as objectives
 
 _CONTEXTS = flags.DEFINE_list('contexts', None, 'Context lengths; default: data.context of the config.')
 _MODELS = flags.DEFINE_list('models', None, 'Models to set side by side, by name.')
@@ -36,8 +35,6 @@ def main() -> None:
     """Prints the table that the flags ask for."""
     # Not `cli.load_config`: that asks for the data, and a model can be described without any.
     config = flags.FLAGS.config
-    if config.objective not in OBJECTIVES:
-        raise UserError(f'objective={config.objective} does not exist{did_you_mean(config.objective, OBJECTIVES)}')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
     if _FIELDS.value:
@@ -65,11 +62,11 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
 
     Args:
       model: a model's config, resolved or not.
-      objective: 'lm' or 'mlm'.
+      objective: such as 'lm' or 'mlm'.
       vocab_size: V.
       contexts: tokens in a sequence; what depends on the context (a bias table) is resolved for the longest.
     """
-    causal = objective == 'lm'
+    causal = objectives.load(objective).causal
     model = resolve(model, causal=causal, context=max(contexts))
     header = ['part', 'parameters']
     columns = []
@@ -95,15 +92,16 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
 
 def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contexts: list[int]) -> str:
     """Returns one line a model: parameters, and FLOPs and activation memory at each of the contexts."""
+    causal = objectives.load(objective).causal
     header = ['model', 'parameters']
     for context in contexts:
         header += [f'MFLOP @{context}', f'kB @{context}']
     rows = []
     for model in models:
-        resolved = resolve(model, causal=objective == 'lm', context=max(contexts))
+        resolved = resolve(model, causal=causal, context=max(contexts))
         row = [model.name, f'{counts.parameters(resolved, vocab_size=vocab_size):,}']
         for context in contexts:
-            options = {'context': context, 'vocab_size': vocab_size, 'causal': objective == 'lm'}
+            options = {'context': context, 'vocab_size': vocab_size, 'causal': causal}
             row += [
                 f'{counts.flops_per_token(resolved, **options) / 1e6:,.1f}',
                 f'{counts.activation_bytes_per_token(resolved, **options) / 1e3:,.1f}',

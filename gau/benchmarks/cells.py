@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from gau import lookup
 from gau.errors import UserError, did_you_mean
 from gau.models import counts
 from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import declared_fields, default_config, resolve
-from gau.training.config import OBJECTIVES
+from gau.objectives import objective as objectives
 
 # Kinds of measurement, and how many forward passes one step's matmuls amount to.
 PASSES = {'train': 3, 'forward': 1}
@@ -82,6 +83,11 @@ class Cell:
         """Whether this is a baseline in PyTorch."""
         return self.spec.model in TORCH_MODELS
 
+    @property
+    def causal(self) -> bool:
+        """Whether later tokens are hidden."""
+        return objectives.load(self.objective).causal
+
     def model_config(self) -> ConfigDict:
         """Returns the resolved model config (of a baseline: that of the model whose FLOPs it is counted by).
 
@@ -94,12 +100,12 @@ class Cell:
             config.name = TORCH_MODELS[self.spec.model][0]
         else:
             config.impl, config.remat, config.layer_stack = self.spec.impl, self.spec.remat, self.spec.layer_stack
-        return resolve(config, causal=self.objective == 'lm', context=self.context)
+        return resolve(config, causal=self.causal, context=self.context)
 
     def flops_per_token(self) -> float:
         """Returns the FLOPs of one forward pass per token, by `gau.models.counts`; packing is not considered there."""
         return counts.flops_per_token(
-            self.model_config(), context=self.context, vocab_size=self.vocab_size, causal=self.objective == 'lm'
+            self.model_config(), context=self.context, vocab_size=self.vocab_size, causal=self.causal
         )
 
 
@@ -181,7 +187,7 @@ def plan(
     for kind in kinds:
         _check_choice('--what', kind, KINDS)
     _check_choice('--size', common['size'], SIZES)
-    _check_choice('--objective', common.get('objective', 'lm'), OBJECTIVES)
+    _check_choice('--objective', common.get('objective', 'lm'), lookup.names('objectives'))
     cells = []
     if not PASSES.keys().isdisjoint(kinds):
         cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))

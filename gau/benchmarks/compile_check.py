@@ -17,8 +17,8 @@ from gau.benchmarks.chips import Target
 from gau.benchmarks.hlo import Collective, Program
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
-from gau.models import registry
 from gau.models.target import Target as Implementing
+from gau.objectives import objective as objectives
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training.durations import UNITS
@@ -82,8 +82,9 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     meshes.check_batch(mesh, batch_size=rows, context=config.data.context, model=config.model)
     chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
-    model = registry.build(config.model, vocab_size=vocab_size, causal=config.objective == 'lm', target=chip)
-    return Run(config, _Vocabulary(vocab_size), mesh, model)
+    objective, tokenizer = objectives.load(config.objective), _Vocabulary(vocab_size)
+    model = objective.build(config.model, tokenizer=tokenizer, target=chip)
+    return Run(config, objective, tokenizer, mesh, model)
 
 
 def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:

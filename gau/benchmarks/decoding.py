@@ -55,7 +55,7 @@ def measure_prefill(cell: Cell, result: Result) -> None:
 
 
 def _model(cell: Cell, result: Result) -> tuple[LanguageModel, Any]:
-    model = registry.build(cell.model_config(), vocab_size=cell.vocab_size, causal=cell.objective == 'lm')
+    model = registry.build(cell.model_config(), vocab_size=cell.vocab_size, causal=cell.causal)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))['params'])
     params = nn.unbox(init(jax.random.key(0)))
     result['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -162,7 +162,7 @@ def _flash_lucidrains(config: ConfigDict, cell: Cell) -> nn.Module:
         group_size=config.chunk_size,
         query_key_dim=config.query_key_dim,
         expansion_factor=config.expansion_factor,
-        causal=cell.objective == 'lm',
+        causal=cell.causal,
     )
 
 
@@ -174,7 +174,7 @@ class TransformerPlusPlus(nn.Module):
         d = config.model_dim
         self.embedding = nn.Embedding(cell.vocab_size, d)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList([_Block(config, causal=cell.objective == 'lm') for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([_Block(config, causal=cell.causal) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(d)
         half = config.head_dim // 2
         angles_NK = torch.arange(cell.context)[:, None] * ROPE_BASE ** (-torch.arange(half) / half)

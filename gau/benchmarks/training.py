@@ -69,7 +69,8 @@ def measure_forward(cell: Cell, result: Result) -> None:
     params = run.init_params()
     with run.context():
         batches = _batches(cell, run)
-        compiled = _compile(jax.jit(step.make_eval_step(run.model)), params, batches[0], result=result)
+        losses = jax.jit(functools.partial(run.objective.token_losses, run.model))
+        compiled = _compile(losses, params, batches[0], result=result)
         batch, nll_BN = itertools.cycle(batches), None
 
         def launch() -> jax.Array:

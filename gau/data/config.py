@@ -5,11 +5,15 @@ Light on purpose (no Grain, no tokenizer library), so that a script which only r
 
 import glob
 import os
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict, config_dict
 
 from gau.data import globs, manifest
 from gau.errors import UserError, check_name, did_you_mean
+
+if TYPE_CHECKING:
+    from gau.data.formats import RowFormat
 
 SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture')
 TOKENIZERS = ('bytes', 'sentencepiece:', 'huggingface:')
@@ -19,7 +23,6 @@ TEXT_UNITS = ('file', 'line', 'paragraph')
 BAD_LINES = ('error', 'skip')
 SPECIAL_IN_TEXT = ('escape', 'error')
 MASKINGS = ('token', 'whole_word', 'span')
-OBJECTIVES = ('lm', 'mlm')
 
 # The kinds of source that a field is an option of; it must be None beside all others, so that nothing is silently
 # ignored. Those of the source are options of data.source alone, the others of valid_source and test_source too.
@@ -123,7 +126,7 @@ def _default_mlm() -> ConfigDict:
     return mlm
 
 
-def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
+def resolve(config: ConfigDict, *, objective: 'str | RowFormat') -> ConfigDict:
     """Returns a copy with every None that another field decides filled in, and with absolute paths.
 
     Resolving twice changes nothing.
@@ -131,8 +134,11 @@ def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
     Raises:
       UserError: an unknown name, a number out of range, a field that does not speak to this source or objective.
     """
+    # Imported late: it brings NumPy, which a config that is only written down can do without.
+    from gau.data import formats
+
     config = config.copy_and_resolve_references()
-    check_name('objective', objective, OBJECTIVES)
+    row_format = formats.get(objective)
     _resolve_paths(config)
     own = {source_kind(source) for source in sources(config)}
     separate = {
@@ -154,8 +160,9 @@ def resolve(config: ConfigDict, *, objective: str) -> ConfigDict:
     if _replaced(config, 'holdout_every') and config.holdout_every is not None:
         raise UserError('data.holdout_every has no use beside data.valid_source: give one of them')
     _resolve_tokenizer(config)
-    _resolve_rows(config, objective)
-    _resolve_mlm(config.mlm, objective)
+    config.packing = config.packing or row_format.packing
+    _resolve_rows(config)
+    _resolve_mlm(config.mlm, row_format.name)
     return config
 
 
@@ -204,8 +211,7 @@ def _resolve_tokenizer(config: ConfigDict) -> None:
     config.tokenizer = _absolute(config.tokenizer)
 
 
-def _resolve_rows(config: ConfigDict, objective: str) -> None:
-    config.packing = config.packing or {'lm': 'concat', 'mlm': 'first_fit'}[objective]
+def _resolve_rows(config: ConfigDict) -> None:
     for field, options in (
         ('shuffle', SHUFFLES),
         ('packing', PACKINGS),

@@ -11,8 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gau.data import examples, packing, sources
+from gau.data import examples, formats, packing, sources
 from gau.data.documents import Documents
+from gau.data.formats import RowFormat
 from gau.data.shards import Shards
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
@@ -22,7 +23,7 @@ _SAMPLE = 4096
 _PIECES = 2**14
 
 
-def places_per_epoch(config: ConfigDict, tokenizer: Tokenizer, objective: str = 'lm') -> int:
+def places_per_epoch(config: ConfigDict, tokenizer: Tokenizer, objective: str | RowFormat = 'lm') -> int:
     """Returns how many places of rows one pass over the training documents takes, padding included.
 
     A document takes its own tokens and one for BOS and EOS (MLM: two). Exact for the packing `concat`, from the
@@ -30,7 +31,7 @@ def places_per_epoch(config: ConfigDict, tokenizer: Tokenizer, objective: str = 
     `first_fit` an estimate: the exact tokens, divided by the share of the places that is filled when the same packer
     packs documents spread evenly over the epoch (within some percent of what training takes).
     """
-    frame, context = {'lm': 1, 'mlm': 2}[objective], config.context
+    frame, context = formats.get(objective).frame, config.context
     total = 0
     for documents in sources.open_split(config, 'train'):
         if config.packing == 'document':

@@ -121,7 +121,7 @@ def padded_row(context: int) -> Callable[[Columns], Columns]:
 def finish(
     config: ConfigDict,
     *,
-    objective: str,
+    weights: Callable[[np.ndarray, np.ndarray], np.ndarray],
     tokenizer: Tokenizer,
     padded: bool,
     sizes: bool,
@@ -130,7 +130,7 @@ def finish(
 
     Args:
       config: the resolved data config.
-      objective: `lm` or `mlm`.
+      weights: (columns, whether a place is no padding) -> the weights of the targets.
       tokenizer: gives BOS and PAD.
       padded: whether rows may hold padding that a model could see.
       sizes: whether `target_bytes` and `target_words` are asked for.
@@ -143,12 +143,11 @@ def finish(
         inputs, targets = table[..., INPUTS], table[..., TARGETS]
         if padded or not real.all():
             inputs, targets = (np.where(real, ids, tokenizer.pad_id) for ids in (inputs, targets))
-        weights = table[..., WEIGHTS] if objective == 'mlm' else real
         begins = inputs == BEGIN
         out = {
             'inputs': np.where(begins, np.int32(tokenizer.bos_id), inputs),
             'targets': np.ascontiguousarray(targets, np.int32),
-            'weights': np.ascontiguousarray(weights, np.float32),
+            'weights': np.ascontiguousarray(weights(table, real), np.float32),
         }
         if marked:
             if config.attend_across_documents:

@@ -19,9 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau.data import config as data_config
-from gau.data import counting, examples, masking, packing, sources
+from gau.data import counting, examples, formats, packing, sources
 from gau.data.counting import places_per_epoch
 from gau.data.documents import Document, Documents
+from gau.data.formats import RowFormat
 from gau.data.streams import Streams, streams_of
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
@@ -41,7 +42,7 @@ _READ_AHEAD = 8
 def train_iterator(
     config: ConfigDict,
     *,
-    objective: str,
+    objective: str | RowFormat,
     tokenizer: Tokenizer,
     seed: int,
     rows: Sequence[int] | None = None,
@@ -54,7 +55,7 @@ def train_iterator(
 
     Args:
       config: the resolved data config.
-      objective: `lm` or `mlm`.
+      objective: how documents become rows: a name of `gau.data.formats`, or a RowFormat.
       tokenizer: from `tokenizers.load(config.tokenizer)`.
       seed: of the order and of the masks.
       rows: which rows of every batch to return, ascending; None means all.
@@ -78,7 +79,8 @@ def train_iterator(
     # The threads are those of the process, however many streams it reads.
     config = config.copy_and_resolve_references()
     config.read_threads = math.ceil(config.read_threads / len(numbers))
-    opens = functools.partial(_stream, config, opened, objective=objective, tokenizer=tokenizer, seed=seed)
+    row_format = formats.get(objective)
+    opens = functools.partial(_stream, config, opened, row_format=row_format, tokenizer=tokenizer, seed=seed)
     return Streams(
         {number: opens(number=number) for number in numbers},
         rows=rows,
@@ -88,7 +90,7 @@ def train_iterator(
 
 
 def _stream(
-    config: ConfigDict, opened: list[Documents], *, objective: str, tokenizer: Tokenizer, seed: int, number: int
+    config: ConfigDict, opened: list[Documents], *, row_format: RowFormat, tokenizer: Tokenizer, seed: int, number: int
 ) -> grain.DatasetIterator:
     """Returns the endless batches of one stream, batch_size / streams rows each."""
     stream_rows = config.batch_size // config.streams
@@ -99,7 +101,7 @@ def _stream(
             order = order.shuffle(seed=_seed(seed, 'documents', source))
         order = order[number :: config.streams].repeat(_EPOCHS)
         masks = _seed(seed, 'masks', source, number)
-        dataset = _columns(order, documents, config, objective, tokenizer, seed=masks, sizes=False)
+        dataset = _columns(order, documents, config, row_format, tokenizer, seed=masks, sizes=False)
         bins_seed = None if config.shuffle == 'none' else _seed(seed, 'bins', source, number)
         rows.append(packing.pack(_read(dataset, config), config, seed=bins_seed, bins=stream_rows))
     dataset = rows[0]
@@ -114,7 +116,7 @@ def _stream(
         )
     finish = examples.finish(
         config,
-        objective=objective,
+        weights=row_format.weights,
         tokenizer=tokenizer,
         padded=config.packing != 'concat',
         sizes=False,
@@ -131,7 +133,7 @@ def eval_iterator(
     split: str,
     context: int,
     batch_size: int,
-    objective: str,
+    objective: str | RowFormat,
     tokenizer: Tokenizer,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
@@ -145,7 +147,7 @@ def eval_iterator(
       split: one of `sources.splits(config)`.
       context: N, tokens a row.
       batch_size: rows a batch over all processes.
-      objective: `lm` or `mlm`; the masks of `mlm` are the same at every call.
+      objective: as for `train_iterator`; random ones, such as masks, are drawn the same at every call.
       tokenizer: from `tokenizers.load(config.tokenizer)`.
       max_tokens: stop after about so many tokens, rounded up to whole rows (None: the whole split). Each source of a
         mixture gives rows according to its size, one at least.
@@ -159,7 +161,8 @@ def eval_iterator(
     """
     config = config.copy_and_resolve_references()
     config.context, config.batch_size = context, batch_size
-    sizes = objective == 'lm'
+    row_format = formats.get(objective)
+    sizes = row_format.spells
     static = _seed(0, 'static masks')
     opened = [documents for documents in sources.open_split(config, split) if len(documents)]
     columns = [
@@ -167,7 +170,7 @@ def eval_iterator(
             grain.MapDataset.range(len(documents)),
             documents,
             config,
-            objective,
+            row_format,
             tokenizer,
             seed=static,
             sizes=sizes,
@@ -191,10 +194,10 @@ def eval_iterator(
         dataset = parts[0] if len(parts) == 1 else grain.experimental.InterleaveIterDataset(parts, cycle_length=1)
     finish = examples.finish(
         config,
-        objective=objective,
+        weights=row_format.weights,
         tokenizer=tokenizer,
         # The last row ends in padding; a causal model never sees it.
-        padded=config.packing != 'concat' or objective != 'lm',
+        padded=config.packing != 'concat' or not row_format.causal,
         sizes=sizes,
     )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
@@ -214,7 +217,7 @@ def _columns(
     order: grain.MapDataset,
     documents: Documents,
     config: ConfigDict,
-    objective: str,
+    row_format: RowFormat,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -226,10 +229,9 @@ def _columns(
     # Not much of an epoch at once: Grain's shuffle takes milliseconds an index where there are only a few.
     most = min(_LARGEST_GROUP, count // 16)
     groups = order.batch(max(min(_GROUP_TOKENS // mean, most), 1), batch_fn=list).map(_reader(documents))
-    if objective == 'lm':
-        return groups.map(examples.lm_columns(tokenizer, sizes=sizes))
+    columns = row_format.columns(config, tokenizer, sizes)
     # Seeded by the index, which goes on counting from epoch to epoch: a document is masked anew each time it comes.
-    return groups.random_map(masking.mlm_columns(config.mlm, tokenizer), seed=seed)
+    return groups.random_map(columns, seed=seed) if row_format.draws else groups.map(columns)
 
 
 def _reader(documents: Documents) -> Callable[[list[int]], list[Document]]:

@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gau.data import examples, sources
+from gau.data import examples, formats, sources
 from gau.data.documents import Document, Documents
+from gau.data.formats import RowFormat
 from gau.data.tokenizers import Tokenizer
 
 
@@ -166,14 +167,14 @@ def packing(batches: list[dict[str, np.ndarray]]) -> Packing:
     return Packing(float((segment_ids > 0).mean()), float(weights.mean()), float(segment_ids.max(axis=1).mean()))
 
 
-def render(batch: dict[str, np.ndarray], row: int, tokenizer: Tokenizer, objective: str) -> str:
+def render(batch: dict[str, np.ndarray], row: int, tokenizer: Tokenizer, objective: str | RowFormat) -> str:
     """Returns a row of a batch as text, with specials, borders of documents and masks visible.
 
     `|2|` begins the second document (part) of the row; `<BOS>`, `<EOS>` and `<PAD x 7>` are specials. For MLM
     `{MASK -> the}` is masked, `{dog -> the}` replaced by a random token, `{the}` kept but to be predicted.
     """
     inputs, targets = batch['inputs'][row], batch['targets'][row]
-    chosen = batch['weights'][row] > 0 if objective == 'mlm' else np.zeros(len(inputs), bool)
+    chosen = batch['weights'][row] > 0 if formats.get(objective).draws else np.zeros(len(inputs), bool)
     segment_ids = batch['segment_ids'][row] if 'segment_ids' in batch else np.ones(len(inputs), int)
     kinds = np.where(chosen, np.where(inputs == tokenizer.mask_id, 1, np.where(inputs == targets, 3, 2)), 0)
     # A run is what one bracket holds: same document, same fate.

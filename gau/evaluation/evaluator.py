@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gau.data import pipeline, sources
-from gau.data.pipeline import Batch
 from gau.errors import UserError, did_you_mean
+from gau.objectives.objective import Batch, Objective
 
 Metrics = Mapping[str, Any]
 # Keys of an evaluation batch that the model has no use for.
@@ -28,6 +27,7 @@ class Run(Protocol):
     """What an evaluator asks of a run (`gau.training.setup.Run`)."""
 
     config: ConfigDict
+    objective: Objective
     tokenizer: Any
     mesh: Mesh
     model: Any
@@ -104,14 +104,8 @@ class Evaluator:
         Raises:
           UserError: a split does not exist or has no text, or the model cannot be evaluated at a context.
         """
-        data = self.run.config.data
-        known = sources.splits(data)
         for split in self.entry.splits:
-            if split not in known:
-                raise UserError(
-                    f'evaluators.{self.name}.splits: {data.source} has no split "{split}"{did_you_mean(split, known)}'
-                )
-            sources.open_split(data, split)
+            self.run.objective.check_split(self.run.config.data, split)
 
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False
@@ -124,7 +118,7 @@ class Evaluator:
           cancelled: asked before every batch, in every process.
 
         Raises:
-          UserError: see `gau.data.pipeline.eval_iterator`.
+          UserError: the split cannot be read.
           Cancelled: `cancelled` said True.
         """
         raise NotImplementedError
@@ -174,13 +168,12 @@ class BatchEvaluator(Evaluator):
         config = self.run.config
         rows = self._rows(case.context)
         self.run.check_batch(rows, case.context)
-        iterator = pipeline.eval_iterator(
+        iterator = self.run.objective.eval_batches(
             config.data,
+            tokenizer=self.run.tokenizer,
             split=case.split,
             context=case.context,
             batch_size=rows,
-            objective=config.objective,
-            tokenizer=self.run.tokenizer,
             max_tokens=self.entry.max_tokens,
         )
         in_flight = None
@@ -201,8 +194,9 @@ class BatchEvaluator(Evaluator):
         for context in {config.data.context, *self.entry.contexts}:
             self.run.check_batch(self._rows(context), context)
             if context != config.data.context:
-                tokens = jax.ShapeDtypeStruct((1, context), np.int32)
-                jax.eval_shape(self.outputs, self.run.abstract_params, {'inputs': tokens, 'targets': tokens})
+                arrays = self.run.objective.arrays(config.data, rows=1, context=context)
+                batch = {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
+                jax.eval_shape(self.outputs, self.run.abstract_params, batch)
 
     def _rows(self, context: int) -> int:
         """Rows a batch: at the run's context as many as a training step holds at once, elsewhere as many tokens."""

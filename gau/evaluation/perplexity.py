@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from gau.evaluation.evaluator import HOST_ONLY, BatchEvaluator, Case
+from gau.errors import UserError
+from gau.evaluation.evaluator import HOST_ONLY, BatchEvaluator, Case, Run
 
 LN2 = math.log(2.0)
 
@@ -69,16 +71,22 @@ class Perplexity(BatchEvaluator):
     headline = ('loss', 'bits_per_byte')
     columns = ('context', 'tokens', 'loss', 'perplexity', 'bits_per_byte')
 
+    def __init__(self, run: Run, name: str, entry: ConfigDict):
+        """Takes what every evaluator does.
+
+        Raises:
+          UserError: see `Evaluator`; or the objective has no losses of tokens.
+        """
+        super().__init__(run, name, entry)
+        if not hasattr(run.objective, 'token_losses'):
+            raise UserError(
+                f'evaluators.{name}.type={entry.type} is for objectives with a loss for each token, which '
+                f'objective={run.config.objective} has not'
+            )
+
     def outputs(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the nats per target, [B, N] float32."""
-        return self.run.model.apply(
-            {'params': params},
-            batch['inputs'],
-            batch['targets'],
-            segment_ids_BN=batch.get('segment_ids'),
-            positions_BN=batch.get('positions'),
-            method='token_losses',
-        )
+        return self.run.objective.token_losses(self.run.model, params, batch)
 
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False

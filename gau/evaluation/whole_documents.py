@@ -37,6 +37,8 @@ class WholeDocuments(PerplexityByPosition):
           UserError: see `Evaluator`; the model has no decoding state of constant size; or there are several processes.
         """
         super().__init__(run, name, entry)
+        if not run.objective.causal:
+            raise UserError(f'evaluators.{name}: whole documents are read by causal models, which this one is not')
         decoding.check(run.model)
         if decoding.keeps_all_tokens(run.model):
             raise UserError(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from gau.models import counts
+from gau.objectives import objective as objectives
 
 
 class Cost(NamedTuple):
@@ -41,8 +42,12 @@ def cost(config: ConfigDict) -> Cost:
     from gau.data import tokenizers
 
     vocab_size = tokenizers.load(config.data.tokenizer).vocab_size
+    causal = objectives.load(config.objective).causal
     forward = counts.flops_per_token(
-        config.model, context=config.data.context, vocab_size=vocab_size, causal=config.objective == 'lm'
+        config.model,
+        context=config.data.context,
+        vocab_size=vocab_size,
+        causal=causal,
     )
     steps = total_steps(config)
     tokens = None if steps is None else steps * tokens_per_step(config)

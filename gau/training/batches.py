@@ -24,25 +24,31 @@ def put_batch(
     rows: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Makes global [B, N] arrays of a batch.
+    """Makes global [B, ...] arrays of a batch.
 
     Args:
-      batch: [b, N] arrays, the same keys in every process.
-      sharding: of the global arrays.
+      batch: [b, ...] arrays, the same keys in every process.
+      sharding: of global [B, N] arrays.
       rows: which rows of the global batch those b are (see `local_rows`); None means all of them.
       batch_size: B, with `rows`.
     """
 
-    def put(x_bN: np.ndarray) -> jax.Array:
+    def put(x: np.ndarray) -> jax.Array:
+        own = of_rank(sharding, x.ndim)
         if rows is None or len(rows) == batch_size:
-            return jax.make_array_from_callback(x_bN.shape, sharding, lambda index: x_bN[index])
+            return jax.make_array_from_callback(x.shape, own, lambda index: x[index])
 
-        def part(index: tuple[slice, slice]) -> np.ndarray:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
             first, stop, _ = index[0].indices(batch_size)
             # A device's rows follow each other, here as there, since `rows` ascend and lack none of them.
             place = rows.index(first)
-            return x_bN[place : place + stop - first, index[1]]
+            return x[place : place + stop - first, *index[1:]]
 
-        return jax.make_array_from_callback((batch_size, *x_bN.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), own, part)
 
-    return {key: put(x_bN) for key, x_bN in batch.items()}
+    return {key: put(x) for key, x in batch.items()}
+
+
+def of_rank(sharding: NamedSharding, rank: int) -> NamedSharding:
+    """Returns the sharding of a batch's arrays for one with `rank` axes: [B], [B, N] and [B, N, ...]."""
+    return NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:rank]))

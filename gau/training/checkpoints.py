@@ -14,8 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from gau.data.streams import Streams
 from gau.errors import UserError
+from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training.config import library_versions
 from gau.training.mesh import path_name
@@ -50,7 +50,7 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        iterator: Streams,
+        iterator: TrainBatches,
         *,
         config: dict[str, Any],
         data: dict[str, str],
@@ -88,7 +88,7 @@ class Checkpoints:
         return self._read_json(step, 'meta')
 
     def restore(
-        self, abstract_state: TrainState, *, step: int | None = None, iterator: Streams | None = None
+        self, abstract_state: TrainState, *, step: int | None = None, iterator: TrainBatches | None = None
     ) -> TrainState | None:
         """Restores the newest readable checkpoint onto the shardings of `abstract_state`; None if there is none.
 

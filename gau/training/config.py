@@ -9,13 +9,12 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from gau import lookup
 from gau.data import config as data_config
-from gau.errors import UserError, did_you_mean
-from gau.evaluation import registry as evaluator_types
+from gau.errors import UserError, check_name
 from gau.models import config as model_config
 from gau.training import durations
 
-OBJECTIVES = ('lm', 'mlm')
 SCHEDULES = ('linear', 'cosine', 'constant')
 CLIPPINGS = ('local', 'global', 'none')
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
@@ -37,7 +36,8 @@ def default_config() -> ConfigDict:
 
     seed: parameters, order of the data, dropout.
     fork: work directory of another run, from whose newest checkpoint this one starts; None starts from scratch.
-    objective: `lm` (next token, causal models) or `mlm` (masked tokens, bidirectional models).
+    objective: what the model is trained for: a file of gau/objectives/, such as `lm` (next token, causal models) and
+      `mlm` (masked tokens, bidirectional models), or `module:Class`.
     steps, tokens, epochs: length of the run, exactly one given.
     optimizer:
       learning_rate: peak. schedule: `linear`, `cosine` or `constant` after the warm-up;
@@ -54,9 +54,9 @@ def default_config() -> ConfigDict:
       every_steps, _tokens, _epochs, _percent: how often; at the end always. splits: of the data; contexts: lengths
       besides data.context (at the end only); max_tokens: of each split (None: all of it); batch_size: rows at
       data.context, other contexts keep its tokens (None: data.batch_size).
-    evaluators: NAME: {type, ...}; type is a file of gau/evaluation/ or `module:Class`, and the entry may have every
-      field of `eval` and the evaluator's own options. Rows in metrics.jsonl are named NAME/SPLIT. (In a config program:
-      `config.evaluators.books = {'type': 'whole_documents', 'every_percent': 25}`.)
+    evaluators: NAME: {type, ...}; type is a file of gau/evaluation/ or `module:Class` (None: decided by the
+      objective), and the entry may have every field of `eval` and the evaluator's own options. Rows in metrics.jsonl
+      are named NAME/SPLIT. (In a config program: `config.evaluators.books = {'type': 'whole_documents'}`.)
     log: every_steps: distance of the train lines in metrics.jsonl.
     mesh: sizes of the axes data, fsdp, tensor, sequence; one may be -1, "the devices left over".
     """
@@ -95,7 +95,7 @@ def default_config() -> ConfigDict:
     evaluation.contexts = ()
     evaluation.max_tokens = config_dict.placeholder(int)
     evaluation.batch_size = config_dict.placeholder(int)
-    config.evaluators = ConfigDict({'eval': {'type': 'perplexity_by_position'}})
+    config.evaluators = ConfigDict({'eval': {'type': config_dict.placeholder(str)}})
 
     config.log = ConfigDict({'every_steps': 10})
     config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
@@ -115,23 +115,26 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: an unknown name, a wrong combination or a number out of range.
     """
+    # Imported late: objectives know NumPy, which a config that is only written down can do without.
+    from gau.objectives import objective as objectives
+
     config = config.copy_and_resolve_references()
-    _check_name('objective', config.objective, OBJECTIVES)
+    objective = objectives.load(config.objective)
     optimizer = config.optimizer
-    _check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
-    _check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
+    check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
+    check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
     _check_ranges(config)
     _check_every('checkpoint', config.checkpoint)
-    _check_evaluators(config)
-    config.data = data_config.resolve(config.data, objective=config.objective)
+    _resolve_evaluators(config, objective.evaluator)
+    config.data = objective.resolve_data(config.data)
     if config.data.batch_size % optimizer.accumulation_steps:
         raise UserError(
             f'data.batch_size={config.data.batch_size} must be a multiple of '
             f'optimizer.accumulation_steps={optimizer.accumulation_steps}'
         )
-    config.model = model_config.resolve(config.model, causal=config.objective == 'lm', context=config.data.context)
+    config.model = model_config.resolve(config.model, causal=objective.causal, context=config.data.context)
     return config
 
 
@@ -164,17 +167,16 @@ def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:
     return entries
 
 
-def _check_evaluators(config: ConfigDict) -> None:
+def _resolve_evaluators(config: ConfigDict, default: str) -> None:
+    for entry in config.evaluators.values():
+        if entry.get('type') is None:
+            entry.type = default
     for name, entry in {'': config.eval, **evaluators(config)}.items():
         where = f'evaluators.{name}' if name else 'eval'
         if name == 'train' or '/' in name:
             raise UserError(f'{where}: an evaluator cannot be named "{name}": its rows are named NAME/SPLIT')
         if name:
-            if not isinstance(entry.get('type'), str):
-                raise UserError(
-                    f'{where} lacks its type: one of {", ".join(evaluator_types.types())} or "module:Class"'
-                )
-            evaluator_types.check_type(f'{where}.type', entry.type)
+            lookup.check(f'{where}.type', entry.type, 'evaluation')
         _check_every(where, entry)
         for field in ('max_tokens', 'batch_size'):
             _check_positive(f'{where}.{field}', entry[field])
@@ -193,11 +195,6 @@ def _field(config: ConfigDict, path: str) -> Any:
     for name in path.split('.'):
         config = config[name]
     return config
-
-
-def _check_name(path: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise UserError(f'{path}="{value}" is unknown{did_you_mean(value, options)}')
 
 
 def _check_positive(path: str, value: float | None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gau import lookup
 from gau.errors import UserError, did_you_mean
-from gau.evaluation import registry
 from gau.evaluation.evaluator import Case, Evaluator, Metrics
 from gau.training import distributed
 from gau.training import workdir as files
@@ -76,7 +76,7 @@ def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> None:
     """Leaves only the chosen entries in the config, in place; a type that no entry is named after becomes one."""
     if evaluators is None:
         return
-    entries, types = config.evaluators, registry.types()
+    entries, types = config.evaluators, lookup.names('evaluation')
     for name in evaluators:
         if name not in entries and name not in types:
             known = [*entries, *types]

@@ -13,9 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
-from gau.data import pipeline
-from gau.data.streams import Streams
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
+from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training import mesh as meshes
 from gau.training import workdir as files
@@ -56,9 +55,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         if config.fork is not None and not (workdir / files.CONFIG).exists():
             config.fork = str(pin_fork(run, Path(config.fork)))
         total_steps = run.total_steps
-        iterator = pipeline.train_iterator(
+        iterator = run.objective.train_batches(
             config.data,
-            objective=config.objective,
             tokenizer=run.tokenizer,
             seed=config.seed,
             rows=local_rows(meshes.batch_sharding(run.mesh), config.data.batch_size),
@@ -120,7 +118,7 @@ class _Loop:
         self,
         run: Run,
         state: TrainState,
-        iterator: Streams,
+        iterator: TrainBatches,
         saved: Checkpoints,
         writer: MetricsWriter | MetricsReader,
         progress: Progress,
@@ -181,7 +179,8 @@ class _Loop:
         self.in_flight = None
         metrics = jax.device_get(on_device)
         norms = metrics.pop('parameter_grad_norms')
-        names = ('loss', 'tokens', 'learning_rate', 'grad_norm')
+        objective = self.run.objective
+        names = ('loss', objective.targets, 'learning_rate', 'grad_norm', *objective.metrics)
         metrics = {name: float(metrics[name]) for name in names}
         if not (np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])):
             raise NotFinite(self._diagnose(step, metrics['loss'], norms))

@@ -10,22 +10,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gau.data import pipeline, sources, tokenizers
+from gau import lookup
 from gau.errors import UserError
-from gau.evaluation import registry as evaluator_types
 from gau.evaluation.evaluator import Evaluator
-from gau.models import counts, registry
 from gau.models.target import Target
+from gau.objectives import objective as objectives
+from gau.objectives.objective import Objective
 from gau.training import checkpoints, durations, step
 from gau.training import config as training_config
 from gau.training import mesh as meshes
-from gau.training.batches import put_batch
+from gau.training.batches import of_rank, put_batch
 from gau.training.optimizer import make_optimizer, make_schedule
 from gau.training.throughput import training_mfu
 from gau.training.traced import activations
@@ -47,9 +46,10 @@ def use_compilation_cache() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A resolved config with its tokenizer, mesh and model; the costly parts are built when first asked for."""
+    """A resolved config with what it names; the costly parts are built when first asked for."""
 
     config: ConfigDict
+    objective: Objective
     tokenizer: Any
     mesh: Mesh
     model: nn.Module
@@ -61,15 +61,14 @@ class Run:
         Raises:
           UserError: the tokenizer is missing, the mesh does not fit the devices, or `model.impl` does not run on them.
         """
-        tokenizer = tokenizers.load(config.data.tokenizer)
+        objective = objectives.load(config.objective)
+        tokenizer = objective.tokenizer(config.data)
         mesh = meshes.make_mesh(config.mesh, devices)
         if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
             raise UserError('model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment')
         target = Target.of_device(mesh.devices.flat[0], sequence_shards=mesh.shape['sequence'])
-        model = registry.build(
-            config.model, vocab_size=tokenizer.vocab_size, causal=config.objective == 'lm', target=target
-        )
-        return cls(config, tokenizer, mesh, model)
+        model = objective.build(config.model, tokenizer=tokenizer, target=target)
+        return cls(config, objective, tokenizer, mesh, model)
 
     def check(self) -> None:
         """Finds what would go wrong in training only later.
@@ -110,11 +109,11 @@ class Run:
     @cached_property
     def data_identity(self) -> dict[str, str]:
         """What tells whether the data or the tokenizer changed, by source."""
-        return {**sources.identity(self.config.data), 'tokenizer': self.tokenizer.fingerprint}
+        return {**self.objective.identity(self.config.data), 'tokenizer': self.tokenizer.fingerprint}
 
     @cached_property
     def _tokens_per_epoch(self) -> int:
-        return pipeline.places_per_epoch(self.config.data, self.tokenizer, self.config.objective)
+        return self.objective.places_per_epoch(self.config.data, self.tokenizer)
 
     def steps(self, section: str = '', stem: str = '') -> int:
         """Returns a duration of the config in steps: the run's own, or e.g. `steps('optimizer', 'warmup_')`."""
@@ -154,7 +153,7 @@ class Run:
     def _draw_params(self) -> Callable[[], Any]:
         # Traced once within `_drawing`, wherever it is called.
         context = self.config.data.context
-        return jax.jit(partial(step.init_params, self.model, seed=self.config.seed, context=context))
+        return jax.jit(lambda: self.objective.init(self.model, jax.random.key(self.config.seed), context=context))
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -194,13 +193,13 @@ class Run:
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a training batch (see `gau.data.pipeline.train_iterator`)."""
-        data = self.config.data
-        dtypes = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
-        if data.packing != 'concat' or not data.attend_across_documents:
-            dtypes |= {'segment_ids': jnp.int32, 'positions': jnp.int32}
-        shape, sharding = (data.batch_size, data.context), meshes.batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        """Shapes and shardings of a training batch."""
+        data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
+        arrays = self.objective.arrays(data, rows=data.batch_size, context=data.context)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_rank(sharding, len(shape)))
+            for name, (shape, dtype) in arrays.items()
+        }
 
     def init_params(self) -> Any:
         """Draws the parameters of step 0 alone, every leaf on its own devices at once."""
@@ -217,6 +216,7 @@ class Run:
     def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:
         """Returns the jitted step; the state given to it is consumed."""
         train_step = step.make_train_step(
+            self.objective,
             self.model,
             self.optimizer,
             self.schedule,
@@ -241,7 +241,7 @@ class Run:
           UserError: a type that cannot be imported, or what an evaluator says of its entry and this run.
         """
         return [
-            evaluator_types.find(f'evaluators.{name}.type', entry.type)(self, name, entry)
+            lookup.find(f'evaluators.{name}.type', entry.type, 'evaluation')(self, name, entry)
             for name, entry in training_config.evaluators(self.config).items()
         ]
 
@@ -252,11 +252,8 @@ class Run:
     @cached_property
     def flops_per_token(self) -> float:
         """Of one forward pass at the config's context, by our own closed form."""
-        return counts.flops_per_token(
-            self.config.model,
-            context=self.config.data.context,
-            vocab_size=self.tokenizer.vocab_size,
-            causal=self.config.objective == 'lm',
+        return self.objective.flops_per_token(
+            self.config.model, context=self.config.data.context, tokenizer=self.tokenizer
         )
 
     def parameter_table(self, params: Any) -> str:
@@ -267,7 +264,7 @@ class Run:
         """Returns how every parameter and the main activations lie on the devices, as text; compiles nothing."""
         params = self.abstract_params
         with self.context():
-            traced = jax.jit(step.make_eval_step(self.model)).trace(params, self.abstract_batch)
+            traced = jax.jit(partial(self.objective.loss, self.model)).trace(params, self.abstract_batch)
         return f'{self.parameter_table(params)}\n{activations(traced.jaxpr, self.mesh)}\n'
 
 

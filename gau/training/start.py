@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gau.data.streams import Streams
 from gau.errors import UserError
+from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
@@ -66,7 +66,7 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
         yield token.endswith('1')
 
 
-def first_state(run: Run, saved: Checkpoints, iterator: Streams) -> tuple[TrainState, str]:
+def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:
     """Returns the first state and where it came from; sets the iterator to the same place."""
     state = saved.restore(run.abstract_state, iterator=iterator)
     if state is not None:

@@ -1,4 +1,4 @@
-"""The state of a run and the jitted functions over it: create, train step, evaluation step."""
+"""The state of a run and the functions over it, to be jitted: create, train step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gau.objectives.objective import Objective
+
 Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -25,17 +28,11 @@ class TrainState:
     opt_state: Any
 
 
-def init_params(model: nn.Module, *, seed: int, context: int) -> Any:
-    """Returns freshly drawn parameters, boxed with their logical axis names."""
-    tokens_BN = jnp.zeros((1, context), jnp.int32)
-    return model.init(jax.random.key(seed), tokens_BN)['params']
-
-
 def make_init(draw_params: Callable[[], Any], optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     """Returns a function that draws the boxed state of step 0; wrap it in `jax.eval_shape` or `jax.jit`.
 
     Args:
-      draw_params: returns what `init_params` does.
+      draw_params: returns freshly drawn parameters, boxed with their logical axis names.
       optimizer: whose state is made for it.
     """
 
@@ -46,34 +43,8 @@ def make_init(draw_params: Callable[[], Any], optimizer: optax.GradientTransform
     return init
 
 
-def token_losses(model: nn.Module, params: Any, batch: Batch) -> jax.Array:
-    """Returns nll_BN float32, nats per target, without dropout."""
-    return model.apply(
-        {'params': params},
-        batch['inputs'],
-        batch['targets'],
-        segment_ids_BN=batch.get('segment_ids'),
-        positions_BN=batch.get('positions'),
-        method='token_losses',
-    )
-
-
-def weighted_loss(model: nn.Module, params: Any, batch: Batch, *, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Returns the sum of the batch's weights times nats per target, float32; dropout is off without a key."""
-    return model.apply(
-        {'params': params},
-        batch['inputs'],
-        batch['targets'],
-        batch['weights'],
-        segment_ids_BN=batch.get('segment_ids'),
-        positions_BN=batch.get('positions'),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {'dropout': dropout_key},
-        method='weighted_loss',
-    )
-
-
 def make_train_step(
+    objective: Objective,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -85,16 +56,18 @@ def make_train_step(
     """Returns (state, batch) -> (state, metrics), pure, to be jitted with the state donated.
 
     The loss is the mean over the weighted targets of the whole batch, whatever the number of micro-batches. Metrics:
-    loss, grad_norm (before clipping), learning_rate, tokens (sum of the weights), parameter_grad_norms (a vector in
-    the order of the tree's leaves, there to name the culprit when a loss is not finite).
+    loss, grad_norm (before clipping), learning_rate, the sum of the weights (by the objective's `targets`), the
+    means of the objective's `metrics`, parameter_grad_norms (a vector in the order of the tree's leaves, there to name
+    the culprit when a loss is not finite).
     """
 
-    def summed_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return weighted_loss(model, params, batch, dropout_key=key if dropout else None), jnp.sum(batch['weights'])
+    def summed_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        loss_sum, sums = objective.loss(model, params, batch, dropout_key=key if dropout else None)
+        return loss_sum, {objective.targets: jnp.sum(batch['weights']), **sums}
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
-    def accumulate(params: Any, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def accumulate(params: Any, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Sums], Any]:
         if accumulation_steps == 1:
             return value_and_grad(params, batch, key)
 
@@ -107,31 +80,29 @@ def make_train_step(
             micro_batch, micro_key = micro_batch_and_key
             return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch, micro_key)), None
 
-        zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        sums = {name: jnp.zeros(()) for name in (objective.targets, *objective.metrics)}
+        zero = ((jnp.zeros(()), sums), jax.tree.map(jnp.zeros_like, params))
         keys = jax.random.split(key, accumulation_steps)
         return jax.lax.scan(body, zero, (jax.tree.map(micro, batch), keys))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss_sum, tokens), grads = accumulate(state.params, batch, key)
+        (loss_sum, sums), grads = accumulate(state.params, batch, key)
         # A batch may hold no target at all (MLM draws its masks): its gradient is zero, not NaN.
-        scale = 1.0 / jnp.maximum(tokens, 1.0)
+        targets = sums.pop(objective.targets)
+        scale = 1.0 / jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
         norms = jnp.stack([jnp.sqrt(jnp.sum(jnp.square(grad))) for grad in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             'loss': loss_sum * scale,
-            'tokens': tokens,
+            objective.targets: targets,
             'grad_norm': jnp.sqrt(jnp.sum(jnp.square(norms))),
             'learning_rate': schedule(state.step),
             'parameter_grad_norms': norms,
+            **{name: x * scale for name, x in sums.items()},
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
-
-
-def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], jax.Array]:
-    """Returns (params, batch) -> nll_BN float32, without dropout."""
-    return lambda params, batch: token_losses(model, params, batch)

@@ -8,7 +8,6 @@ from gau.evaluation.evaluator import Cancelled, Case
 from gau.evaluation.perplexity_by_position import by_position
 from gau.training.config import resolve
 from gau.training.setup import Run
-from gau.training.step import token_losses
 from tests.training.tiny import tiny_config
 
 
@@ -34,7 +33,7 @@ def test_sums_are_those_of_the_batches_taken_one_by_one(run):
         tokenizer=run.tokenizer,
         max_tokens=3000,
     ):
-        nll = np.asarray(token_losses(run.model, params, batch), np.float64)
+        nll = np.asarray(run.objective.token_losses(run.model, params, batch), np.float64)
         loss += (nll * batch['weights']).sum()
         tokens += batch['weights'].sum()
         bytes_ += batch['target_bytes'].sum()

@@ -15,6 +15,7 @@ from gau.evaluation import whole_documents
 from gau.evaluation.evaluator import Case
 from gau.evaluation.whole_documents import WholeDocuments
 from gau.models.registry import build
+from gau.objectives.objective import load as load_objective
 from tests.models import tiny
 from tests.numerics import random_like
 
@@ -35,7 +36,7 @@ class Documents:
 def make(model, **entry):
     """The evaluator as the entry `books` of a run of `model`."""
     config = ConfigDict({'model': model.config, 'data': {}, 'eval': {'splits': (), 'max_tokens': None}})
-    run = SimpleNamespace(config=config, model=model, tokenizer=TOKENIZER)
+    run = SimpleNamespace(config=config, model=model, tokenizer=TOKENIZER, objective=load_objective('lm'))
     return WholeDocuments(
         run, 'books', ConfigDict({'type': 'whole_documents', 'splits': ('valid',), 'max_tokens': None, **entry})
     )

@@ -12,9 +12,9 @@ import pytest
 
 from gau.imports import without_pytorch
 from gau.models import language_model
+from gau.objectives.text import TextObjective
 from gau.ops import mixed_chunk_attention
 from gau.ops.kernels import gated_mixed_chunk, queries_keys
-from gau.training import step
 from gau.training.config import resolve
 from gau.training.setup import Run
 from tests.training.tiny import assert_trees_equal, tiny_config
@@ -67,11 +67,11 @@ def test_random_bits_are_drawn_by_a_kernel_on_one_device(devices, monkeypatch):
     """And the setting is as it was after it, whatever happens."""
     settings = []
 
-    def init_params(*args, **kwargs):
+    def init(*args, **kwargs):
         settings.append(jax.config.jax_threefry_gpu_kernel_lowering)
         raise RuntimeError
 
-    monkeypatch.setattr(step, 'init_params', init_params)
+    monkeypatch.setattr(TextObjective, 'init', init)
     monkeypatch.setattr(Run, 'context', lambda self: contextlib.nullcontext())
     run = dataclasses.replace(Run.from_config(resolve(tiny_config())), mesh=types.SimpleNamespace(size=devices))
     with pytest.raises(RuntimeError):
