@@ -10,7 +10,7 @@ from jax import Array
 
 from gau.layers.norm import Norm
 from gau.layers.sharding import over_mesh
-from gau.ops.kernels.norm import scale_norm_of_stream
+from gau.ops.kernels.norm import scale_norm_of_residual
 
 
 class Residual(NamedTuple):
@@ -40,7 +40,7 @@ class FusedScaleNorm(Norm):
     def of_residual(self, residual: Residual) -> tuple[Residual, Array]:
         """Returns the same stream, for a later `plus`, and x + bias normalised, [B, N, D]."""
         x_BND, h_BND = over_mesh(
-            lambda x, bias, g, sequence_axis: scale_norm_of_stream(x, bias, g, self.dtype),
+            lambda x, bias, g, sequence_axis: scale_norm_of_residual(x, bias, g, self.dtype),
             *residual,
             self.scale,
             axes=[('batch', 'length', 'act_embed'), (None,), ()],

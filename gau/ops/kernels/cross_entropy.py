@@ -5,13 +5,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.cross_entropy import REFERENCE, SliceLoss
-from gau.ops.kernels.launch import launch, power_of_two
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.tile_sizes import loss_tiles
 from gau.ops.tracing import choose
 
 # A row stands in the registers of one program: 64 numbers for each thread of 32 warps.
 LARGEST_VOCABULARY = 65_536
-# Rows of logits are a multiple of this long. Of other lengths XLA copies them for each product with them, into rows
-# that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
+# The length of a row of logits is a multiple of this. Rows of other lengths XLA copies for each matmul with them, into
+# rows that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
 COLUMNS = 128
 
 
@@ -21,8 +22,8 @@ def loss_and_gradient(
     """Returns -log softmax(logits)[target], float32 [B, N], and weights (softmax - onehot) in `dtype`, [B, N, W].
 
     Args:
-      logits_BNW: float32 or float16; the columns after the first `vocab_size` count for nothing, whatever stands there,
-        and get zeros.
+      logits_BNW: float32 or float16; what stands in the columns after the first `vocab_size` is not used, and its
+        gradient is zero.
       targets_BN: integers in [0, vocab_size).
       weights_BN: float32.
       vocab_size: V, up to LARGEST_VOCABULARY.
@@ -31,7 +32,7 @@ def loss_and_gradient(
     from gau.ops.kernels.cross_entropy_triton import cross_entropy_kernel
 
     columns = logits_BNW.shape[-1]
-    block_v = power_of_two(columns)
+    tiles = loss_tiles(columns)
     nll_BN, dlogits_BNW = launch(
         cross_entropy_kernel,
         logits_BNW,
@@ -42,11 +43,11 @@ def loss_and_gradient(
             jax.ShapeDtypeStruct(logits_BNW.shape, dtype),
         ],
         grid=(targets_BN.size,),
-        num_warps=max(4, min(32, block_v // 1024)),
-        num_stages=1,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         V=vocab_size,
         COLUMNS=columns,
-        BLOCK_V=block_v,
+        BLOCK_V=tiles.block_v,
     )
     return nll_BN, dlogits_BNW
 

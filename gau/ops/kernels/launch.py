@@ -14,7 +14,6 @@ from jax import Array
 
 from gau.ops.kernels import compat
 from gau.ops.kernels.interpreter import interpret
-from gau.ops.kernels.tile_sizes import power_of_two  # noqa: F401
 
 # Programs that CUDA takes along the second and the third axis of a grid.
 LARGEST_SIDE = 65_535

@@ -19,7 +19,7 @@ from gau.ops.norms import NORM_EPSILON
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def scale_norm_of_stream(x_BND: Array, bias_D: Array | None, g: Array, dtype: str) -> tuple[Array, Array]:
+def scale_norm_of_residual(x_BND: Array, bias_D: Array | None, g: Array, dtype: str) -> tuple[Array, Array]:
     """Returns x, and s / rms(s) * g for s = x + bias, [B, N, D] both (`gau.ops.norms` has the formula).
 
     Whoever reads x afterwards takes it from here: the gradients of both results are then added in the same pass.
@@ -80,7 +80,7 @@ def _backward(dtype, residuals, gradients):
     return dx_BND, None if bias_D is None else sums[:-1].astype(bias_D.dtype), sums[-1].astype(g.dtype)
 
 
-scale_norm_of_stream.defvjp(_forward, _backward)
+scale_norm_of_residual.defvjp(_forward, _backward)
 
 
 def _as_rows(x: Array, bias_D: Array | None, tiles: RowTiles | RowSumTiles) -> tuple[Array, dict[str, Any]]:

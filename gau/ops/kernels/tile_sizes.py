@@ -166,6 +166,23 @@ WEIGHTS_GRADIENT = {
 }
 
 
+# --- cross_entropy_triton: a whole row of logits ----------------------------------------------------------------------
+
+
+class LossTiles(NamedTuple):
+    """A program has a row of up to block_v logits."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+def loss_tiles(columns: int) -> LossTiles:
+    """Returns the tiles for rows of so many columns: 32 logits for each thread, up to 32 warps."""
+    block_v = power_of_two(columns)
+    return LossTiles(block_v, num_warps=max(4, min(32, block_v // 1024)), num_stages=1)
+
+
 # --- norm_triton, queries_keys_triton: whole rows ---------------------------------------------------------------------
 
 

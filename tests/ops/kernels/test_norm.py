@@ -44,7 +44,7 @@ def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
     # Rounded to begin with, so that both compute the same.
     arrays = {name: jnp.asarray(generator.standard_normal(size)).astype(dtype) for name, size in shapes.items()}
     weights = [jnp.asarray(generator.standard_normal(shape)).astype(dtype) for _ in range(2)]
-    found = results_and_gradients(norm.scale_norm_of_stream, dtype, arrays, weights, present.split())
+    found = results_and_gradients(norm.scale_norm_of_residual, dtype, arrays, weights, present.split())
     expected = results_and_gradients(reference, 'float64', arrays, weights, present.split())
     assert [a.dtype.name for a in found[0]] == [dtype] * 2
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -54,6 +54,6 @@ def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
 def test_what_is_normalised_is_the_sum_in_float32():
     x, bias = jnp.full((1, 1, 16), 256, 'bfloat16'), jnp.arange(16, dtype='float32') / 16
     # In bfloat16 256 plus less than 1 is 256.
-    _, h = norm.scale_norm_of_stream(x, bias, jnp.float32(2), 'float32')
+    _, h = norm.scale_norm_of_residual(x, bias, jnp.float32(2), 'float32')
     np.testing.assert_allclose(h, reference(x.astype('float64'), bias, jnp.float64(2), 'float64')[1], rtol=1e-6)
     assert len(np.unique(h)) == 16
