@@ -1,16 +1,16 @@
 """Softmax attention by cuDNN's fused kernels: N x N scores exist in the chip's registers only.
 
-`jax.nn.dot_product_attention` offers them no packed documents: it takes one length per sequence, or a mask of
-[B, 1, N, N], whose unwanted gradient, as large, its backward pass computes as well. So documents are told apart in q.k
-itself. Each has a code of +-1s, one for every bit of N; queries and keys carry their document's in columns of their
-own, times a constant, and one column more takes the code's product with itself away again. So they add nothing to a
-score within a document, and to one between two -2 SEPARATION = -512 for every bit that differs: its weight is then 0 in
-float32, unless it were higher by some 400 than all that the query should see.
+`jax.nn.dot_product_attention` offers cuDNN no packed documents: it takes one length per sequence, or a mask of
+[B, 1, N, N], whose gradient, as large and of no use, its backward pass computes as well. So documents are told apart in
+q.k itself. Each has a code of +-1s, one for every bit of N. Queries and keys carry their document's code in columns
+of their own, times a constant, and one column more subtracts the code's dot product with itself. These columns add
+nothing to a score within a document. To a score between two documents they add -2 SEPARATION = -512 for every bit that
+differs: its weight is then 0 in float32, unless it were higher by some 400 than all that the query should see.
 
-So memory stays linear in N. What it costs is a multiple of 8 columns, 16 for lengths from 129 to 32,768 (heads of 64
-become heads of 80), in queries, keys and values, and where products are not summed from first to last (the columns
-stand first, their sum is exact) an absolute error of up to 5e-4 in a score, as sums of up to 10^4 are taken in float32
-on the way. Rounding the weights to bfloat16 is an error four times that.
+So memory stays linear in N. The cost is a multiple of 8 columns, 16 for lengths from 129 to 32,768 (heads of 64 become
+heads of 80), in queries, keys and values. A matmul that sums from first to last has an exact sum of the columns, which
+stand first; another order takes sums of up to 10^4 in float32 on the way, an absolute error of up to 5e-4 in a score.
+Rounding the weights to bfloat16 is an error four times that.
 """
 
 import math
@@ -51,8 +51,8 @@ def cudnn_attention(
     """
     n, width = q_BNHK.shape[1], q_BNHK.shape[-1]
     if n % 2:
-        # cuDNN has no gradient for an odd number of tokens. One more comes last, where no causal query sees it, or is
-        # padding.
+        # cuDNN has no gradient for an odd number of tokens, so one more is put last. There no causal query sees it;
+        # without causality it is padding.
         if segment_ids_BN is None and not causal:
             segment_ids_BN = jnp.ones(q_BNHK.shape[:2], jnp.int32)
         *x_BMHK, ids_BM = (
@@ -78,7 +78,7 @@ def cudnn_attention(
 def document_columns(segment_ids_BN: Array) -> tuple[Array, Array]:
     """Returns columns for queries and keys, float32 [B, N, X] of small integers.
 
-    The product of a query's with a key's is 0 where their segment ids are equal, and -2 or less where they differ.
+    The dot product of a query's and a key's is 0 where their segment ids are equal, and -2 or less where they differ.
     """
     n = segment_ids_BN.shape[1]
     # How many tokens of the row have a lesser id: below N, and a number of its own for every id.
