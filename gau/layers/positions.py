@@ -19,6 +19,8 @@ class RelativeBias(nn.Module):
       length: longest distance + 1 that the table serves.
       width: S, even, of the vectors of the rotary form.
       dtype: compute type of the model.
+      start: sqrt(n) b at the start, alike for every distance between n positions: `length`, or for 'rotary' those that
+        the parameters are drawn for. None: every parameter is drawn from N(0, 0.02).
     """
 
     kind: str
@@ -26,6 +28,7 @@ class RelativeBias(nn.Module):
     length: int
     width: int
     dtype: str
+    start: float | None = None
 
     @nn.compact
     def __call__(self, n: int, queries_BT: Array | None = None) -> Array:
@@ -43,17 +46,35 @@ class RelativeBias(nn.Module):
                     f'a relative bias of {self.length} positions cannot serve {n}: evaluate at a shorter context, or '
                     'train with relative_bias=rotary or a longer relative_bias_length'
                 )
-            init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'position'))
+            init = KERNEL_INIT if self.start is None else nn.initializers.constant(self.start * self.length**-0.5)
+            init = nn.with_logical_partitioning(init, ('heads', 'position'))
             w_HP = self.param('table', init, (self.num_heads, 2 * self.length - 1), dtype)
             if queries_BT is not None:
                 return jax.vmap(lambda w: toeplitz_bias_at(w, queries_BT, n))(w_HP)
             return jax.vmap(lambda w: toeplitz_bias(w, n))(w_HP)
-        init = nn.with_logical_partitioning(KERNEL_INIT, ('heads', 'query_key'))
+        init = KERNEL_INIT if self.start is None else slowest_pair_init(self.start * n**-0.5)
+        init = nn.with_logical_partitioning(init, ('heads', 'query_key'))
         a_HS = self.param('a', init, (self.num_heads, self.width), dtype)
         c_HS = self.param('c', init, (self.num_heads, self.width), dtype)
         if queries_BT is not None:
             return jax.vmap(lambda a, c: rotary_bias_at(a, c, queries_BT, n))(a_HS, c_HS)
         return jax.vmap(lambda a, c: rotary_bias(a, c, n))(a_HS, c_HS)
+
+
+def slowest_pair_init(bias: float) -> nn.initializers.Initializer:
+    """Returns the init of both vectors of a rotary bias that starts near `bias` for every distance.
+
+    The pair that turns slowest, by 1.2e-4 a position at S = 128, holds sqrt(bias) and 0 in both, which gives bias times
+    the cosine of its angle: 0.97 at 2,048 positions, 0.59 at 8,192. All others are drawn from N(0, 0.02) and add about
+    4e-4 sqrt(S) at random.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        half = shape[-1] // 2
+        drawn = KERNEL_INIT(key, shape, dtype)
+        return drawn.at[..., half - 1].set(bias**0.5).at[..., 2 * half - 1].set(0)
+
+    return init
 
 
 def bias_in_chunk(bias_HP: Array | None) -> Array | None:

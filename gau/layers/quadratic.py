@@ -26,6 +26,7 @@ class QuadraticCore(AttentionCore):
       temperature: 'learned' multiplies q.k by one learned number, 'none' does not.
       relative_bias: b: 'toeplitz', 'rotary' or 'none'.
       relative_bias_length: positions that the Toeplitz table serves.
+      relative_bias_start: sqrt(n) b at the start, or None for the paper's (see `RelativeBias`).
     """
 
     num_heads: int = 1
@@ -34,6 +35,7 @@ class QuadraticCore(AttentionCore):
     temperature: str = 'none'
     relative_bias: str = 'none'
     relative_bias_length: int = 512
+    relative_bias_start: float | None = None
 
     def setup(self):
         """Makes the parts with parameters."""
@@ -41,7 +43,9 @@ class QuadraticCore(AttentionCore):
             self.temperature_layer = Temperature(name='temperature')
         if self.relative_bias != 'none':
             shape = self.num_heads, self.relative_bias_length, self.width
-            self.bias_layer = RelativeBias(self.relative_bias, *shape, self.dtype, name='relative_bias')
+            self.bias_layer = RelativeBias(
+                self.relative_bias, *shape, self.dtype, self.relative_bias_start, name='relative_bias'
+            )
 
     @nn.compact
     def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:

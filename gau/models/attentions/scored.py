@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 from gau.models.attentions.record import Attention
 from gau.models.costs import BYTES, Count, Shape, saved
-from gau.models.fields import Filler, choice, count
+from gau.models.fields import Filler, choice, count, number
 
 # Up to here the relative bias of a gated unit is a Toeplitz table, beyond it is rotary (docs/paper.md section 2).
 TOEPLITZ_LIMIT = 512
@@ -31,6 +31,14 @@ SCORING_FIELDS = {
         *('toeplitz', 'rotary', 'none'),
     ),
     'relative_bias_length': count('Positions that the table serves; default the context, in chunks C.'),
+    'relative_bias_init': choice(
+        'Where b starts, for relu2. "normal" (default, the paper\'s): N(0, 0.02). "mean": alike for all distances, so '
+        'large that a weight starts as relative_bias_scale^2 / n, n the positions (docs/results/relu2.md).',
+        *('normal', 'mean'),
+    ),
+    'relative_bias_scale': number(
+        'Of relative_bias_init=mean.', default=2.0, wrong=lambda value: not value > 0, right='positive'
+    ),
 }
 
 
@@ -44,7 +52,14 @@ class ScoredAttention(Attention):
     def void(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
         void = {}
-        if (config.attention_function or self.fields['attention_function'].default) == 'softmax':
+        function = config.attention_function or self.fields['attention_function'].default
+        if function != 'relu2':
+            void['relative_bias_init'] = f'it is the start of the weights of relu2, and this is {function}'
+        if (config.relative_bias or self.fields['relative_bias'].default) == 'none':
+            void['relative_bias_init'] = 'there is no relative bias'
+        if config.relative_bias_init != 'mean':
+            void['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {config.relative_bias_init}'
+        if function == 'softmax':
             void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
         if config.normalizer not in ('fixed', None):
             void['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
@@ -64,9 +79,14 @@ class ScoredAttention(Attention):
             fill('relative_bias_length', positions)
         else:
             fill.drop('relative_bias_length')
+        fill('relative_bias_init', 'normal')
 
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
+        if config.relative_bias_init == 'mean' and config.normalizer == 'su':
+            raise UserError(
+                'model.relative_bias_init=mean: normalizer=su divides the weights by itself; use another one'
+            )
         # relu^2 of a q.k of order 1e-4 is no signal; the other functions are not 0 at 0 (docs/paper.md 7, trap 2).
         alone = self.pairs(config) == ('direct',) and config.attention_function == 'relu2'
         if alone and config.relative_bias == 'none' and config.gamma_init == 'normal':
@@ -82,6 +102,8 @@ class ScoredAttention(Attention):
         fields = {name: config[name] for name in names if config[name] is not None}
         if config.attention_function is not None:
             fields['scoring'] = Scoring(config.attention_function, config.normalizer, config.normalizer_length or 512)
+        if config.relative_bias_init == 'mean':
+            fields['relative_bias_start'] = config.relative_bias_scale
         return fields | {'num_heads': heads, 'width': width}
 
     def count_scoring(self, config: ConfigDict, shape: Shape, *, positions: int) -> Count:
