@@ -1,0 +1,70 @@
+"""gau.experiments.attention_sizes: what is measured is what the layers compute."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import lm
+from gau.errors import UserError
+from gau.experiments import attention_sizes
+from gau.training import config as training_config
+from gau.training.setup import Run
+from tests.conftest import ROOT
+
+
+def config_of(*, name='flash', **fields):
+    config = lm.get_config(f'runlocal,model={name}')
+    config.model.num_layers, config.model.model_dim, config.model.impl = 2, 32, 'xla'
+    config.data.attend_across_documents = True
+    for field, value in fields.items():
+        config.model[field] = value
+    return training_config.resolve(config)
+
+
+def sizes(config, steps=(0,)):
+    attention_sizes.check(config)
+    return list(attention_sizes.while_training(Run.from_config(config), steps))
+
+
+def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk():
+    ((step, loss, found),) = sizes(config_of(relative_bias_init='mean', relative_bias_scale=1.0))
+    c = 32
+    assert (step, list(found['dead'])) == (0, [0, 0])
+    assert 5 < loss < 6
+    np.testing.assert_allclose(found['bias'], c**-0.5, rtol=1e-6)
+    # The query at place t of a chunk sees t + 1 keys.
+    np.testing.assert_allclose(found['weight_sum'], (c + 1) / 2 / c, rtol=1e-2)
+    assert all(found['score'] < 1e-4)
+
+
+@pytest.mark.parametrize('name', ['flash', 'flash_quad'])
+def test_the_papers_start_leaves_about_half_of_the_weights_dead(name):
+    first, last = sizes(config_of(name=name), steps=(0, 2))
+    assert (first[0], last[0]) == (0, 2)
+    assert all((first[2]['dead'] > 0.1) & (first[2]['dead'] < 0.9))
+    assert all(first[2]['output'] < 1e-2 * first[2]['residual'])
+    assert not np.array_equal(first[2]['output'], last[2]['output'])
+
+
+def test_softmax_rows_sum_to_one():
+    ((_, _, found),) = sizes(config_of(attention_function='softmax', gamma_init='ones'))
+    np.testing.assert_allclose(found['weight_sum'], 1, rtol=1e-5)
+    assert list(found['dead']) == [0, 0]
+
+
+def test_models_without_gated_units_are_refused():
+    with pytest.raises(UserError, match='no gated units'):
+        attention_sizes.check(training_config.resolve(lm.get_config('runlocal,model=transformer')))
+    with pytest.raises(UserError, match='no weights'):
+        attention_sizes.check(config_of(branches='global'))
+    with pytest.raises(UserError, match=r'model\.temperature=learned'):
+        attention_sizes.check(config_of(temperature='learned'))
+
+
+def test_bad_steps_are_one_line_and_code_2():
+    command = [sys.executable, 'scripts/attention_sizes.py', '--config=configs/lm.py:runlocal', '--steps=0,x']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
+    assert '--steps=0,x' in done.stderr
