@@ -7,6 +7,7 @@ from jax import Array
 from gau.layers.common import TokenInfo, over_heads
 from gau.layers.core import AttentionCore
 from gau.ops.combiner import combiner_attention
+from gau.ops.tracing import choose
 
 
 class CombinerCore(AttentionCore):
@@ -20,6 +21,7 @@ class CombinerCore(AttentionCore):
 
     def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
         """See the base class."""
+        choose(self.impl, {'reference': None})
 
         def attend(q_BNS, k_BNS, v_BNE, _):
             return combiner_attention(

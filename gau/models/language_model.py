@@ -21,6 +21,7 @@ from gau.ops.decoding import DecodePosition
 from gau.ops.kernels.cross_entropy import slice_loss
 from gau.ops.masks import clear_padding
 from gau.ops.positions import rope_table
+from gau.ops.tracing import choose
 
 REMAT_POLICIES = {
     'full': None,
@@ -75,7 +76,7 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         """Makes the parts: `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...) and `final_norm`."""
-        config, fused = self.config, self.implementation.norm == 'triton'
+        config, fused = self.config, choose(self.implementation.norm, {'xla': False, 'triton': True})
         self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)

@@ -68,6 +68,11 @@ def test_an_unknown_implementation_is_refused_wherever_it_is_named():
         wrong = model.clone(implementation=Implementation('xal'))
         with pytest.raises(ValueError, match="'xal' does not exist; choose from reference, xla"):
             wrong.apply({'params': params}, tokens())
+    model, params = make('combiner', 'mlm', num_layers=1)
+    with pytest.raises(ValueError, match="'xal' does not exist; choose from reference"):
+        model.clone(implementation=Implementation('xal')).apply({'params': params}, tokens())
+    with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, triton"):
+        model.clone(implementation=Implementation('reference', norm='xal')).apply({'params': params}, tokens())
     with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, triton"):
         slice_loss('xal', 11)
 
