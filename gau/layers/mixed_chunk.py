@@ -74,10 +74,7 @@ class MixedChunkCore(QuadraticCore):
         """See the base class."""
         return gated_mixed_chunk(
             *(p_BNW, bias_2E, *queries_keys),
-            chunk_size=self.chunk_size,
-            scoring=self.scoring,
-            causal=self.causal,
-            global_reduction=self.global_reduction,
+            spec=self.spec,
             segment_ids_BN=segment_ids_BN,
             bias_P=bias_P,
         )

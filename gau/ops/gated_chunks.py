@@ -11,7 +11,6 @@ from jax import Array
 from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
-from gau.ops.scores import Scoring
 
 
 def gated_mixed_chunk(
@@ -22,12 +21,9 @@ def gated_mixed_chunk(
     q_lin_BNS: Array,
     k_lin_BNS: Array,
     *,
-    chunk_size: int,
-    scoring: Scoring,
-    causal: bool,
+    spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    global_reduction: str = 'mean',
 ) -> Array:
     """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = p + bias, both branches, one head.
 
@@ -38,17 +34,17 @@ def gated_mixed_chunk(
       q_BNS: and k_BNS, q_lin_BNS, k_lin_BNS: see `gau.ops.mixed_chunk_attention`. At padding these, p and the
         result's gradient must be finite, and small enough for products of them to be finite too: a fast path masks
         what is made of them there, and not them.
-      chunk_size: and scoring, causal, segment_ids_BN, global_reduction: see there.
+      spec: and segment_ids_BN: see there; both branches.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
 
     Returns:
       [B, N, E] in the dtype of p; zeros at padding.
     """
-    size = min(chunk_size, p_BNW.shape[1])
+    size = min(spec.chunk_size, p_BNW.shape[1])
     u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
     return u_BNE * mixed_chunk_attention(
         *(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE),
-        spec=ChunkSpec(chunk_size, scoring, causal, global_reduction=global_reduction),
+        spec=spec,
         segment_ids_BN=segment_ids_BN,
         bias_CC=None if bias_P is None else bias_matrix(bias_P, size, size),
         impl='reference',

@@ -19,12 +19,13 @@ from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.kernels.gated_chunks import gated_chunk_matmul
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import visibility_mask
+from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
-from gau.ops.scores import Scoring, attention_weights
+from gau.ops.scores import attention_weights
 from gau.ops.tracing import traced_once
 
 
-@traced_once('chunk_size', 'scoring', 'causal', 'global_reduction')
+@traced_once('spec')
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -33,28 +34,24 @@ def gated_mixed_chunk(
     q_lin_BNS: Array,
     k_lin_BNS: Array,
     *,
-    chunk_size: int,
-    scoring: Scoring,
-    causal: bool,
+    spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    global_reduction: str = 'mean',
 ) -> Array:
     """Returns what the reference `gau.ops.gated_chunks.gated_mixed_chunk` does; its docstring has the arguments."""
     batch, n = p_BNW.shape[:2]
-    size = min(chunk_size, n)
-    dtype = p_BNW.dtype
+    size, dtype, causal = min(spec.chunk_size, n), p_BNW.dtype, spec.causal
     q, k, q_lin, k_lin = (into_chunks(x, size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS))
     # The zeros that fill the last chunk belong to no document; without segment ids all tokens are one document.
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
-    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, chunk_size=chunk_size, scoring=scoring, causal=causal)
-    scans = _scans(ids_BGC, causal=causal, mean=global_reduction == 'mean')
+    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec)
+    scans = _scans(ids_BGC, causal=causal, mean=spec.mean)
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
-            'BGCS,BGKS->BGCK', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=q_lin.dtype
+            'BGCS,BGMS->BGCM', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=q_lin.dtype
         )
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
         a_BGCC = a_BGCC + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
@@ -76,18 +73,19 @@ def gated_mixed_chunk(
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 
 
-def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, *, chunk_size, scoring, causal) -> Array:
+def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec) -> Array:
     """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
+    scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
     if scoring.function == 'relu2':
         ids = None if ids_BGC is None else jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
-        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': chunk_size, 'width': q_BGCS.shape[-1]}
+        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': spec.chunk_size, 'width': q_BGCS.shape[-1]}
         q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
         return relu2_weights(q, k, bias_P, describe_tokens(ids, q.shape[:2], **fields), causal).reshape(*shape, size)
     mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
     bias = None if bias_P is None else bias_matrix(bias_P, size, size)
-    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=chunk_size, mask=mask, bias=bias)
+    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=spec.chunk_size, mask=mask, bias=bias)
     return a.astype(q_BGCS.dtype)
 
 

@@ -8,6 +8,7 @@ import pytest
 from gau.ops import gated_chunks as reference
 from gau.ops.kernels import chunk_pairs, gated_mixed_chunk, tile_sizes
 from gau.ops.kernels import gated_chunks as host
+from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
@@ -40,12 +41,9 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
             p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
-            chunk_size=chunk,
-            scoring=Scoring('relu2', 'fixed', 8),
-            causal=causal,
+            spec=ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, global_reduction=reduction),
             segment_ids_BN=ids,
             bias_P=bias_P,
-            global_reduction=reduction,
         )
         return jnp.sum(o * weights), o
 
