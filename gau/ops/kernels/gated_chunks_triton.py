@@ -56,8 +56,8 @@ def states_kernel(
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
     bias_v = _load_bias(bias_ptr + E, e, E)
-    length: tl.constexpr = tl.cdiv(G, PARTS)
-    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    length: tl.constexpr = (G + PARTS - 1) // PARTS
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     ends = ((batch * PARTS + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
@@ -158,8 +158,8 @@ def states_gradient_kernel(
     direction = tl.program_id(2) % (F // S)
     s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    length: tl.constexpr = tl.cdiv(G, PARTS)
-    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    length: tl.constexpr = (G + PARTS - 1) // PARTS
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     ends = ((batch * PARTS + part).to(tl.int64) * F + direction * S) * E
     state = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     first = part * length
@@ -206,8 +206,8 @@ def value_and_weight_gradient_kernel(
             `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
     Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp
     """
-    across: tl.constexpr = tl.cdiv(C, SIDE)
-    across_f: tl.constexpr = tl.cdiv(F, SIDE)
+    across: tl.constexpr = (C + SIDE - 1) // SIDE
+    across_f: tl.constexpr = (F + SIDE - 1) // SIDE
     squares: tl.constexpr = across * (across + across_f * (2 if CROSS_CHUNK == 0 else 1))
     number = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
@@ -266,8 +266,8 @@ def _store_value_gradient(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Stores tile `number` of dV of a chunk, its sum over tokens, and zeros in the columns of p that others read."""
-    down: tl.constexpr = tl.cdiv(C, BLOCK_M)
-    across_e: tl.constexpr = tl.cdiv(E, BLOCK_E)
+    down: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
+    across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     m = (number % down) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
     x = load_tile(p_ptr + chunk * C * W + E, m, e, W, C, E)  # [BM, BE]
