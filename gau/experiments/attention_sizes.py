@@ -10,6 +10,7 @@ from jax import Array
 
 from gau.data import pipeline
 from gau.errors import UserError
+from gau.objectives import objective as objectives
 from gau.ops.masks import document_length, visibility_mask
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring, attention_weights
@@ -92,7 +93,8 @@ def sizes_of(model: nn.Module, config: Any) -> Callable[[Any, dict[str, Array]],
 
 
 def _layer_sizes(seen: dict[str, Any], ids_BN: Array, config: Any) -> dict[str, Array]:
-    model, causal, n = config.model, config.objective == 'lm', config.data.context
+    model, n = config.model, config.data.context
+    causal = objectives.load(config.objective).causal
     c = min(model.chunk_size or n, n)
     q_BHGCS, k_BHGCS = (x.reshape(*x.shape[:2], n // c, c, -1).astype(jnp.float32) for x in seen[_QUERY_KEY][:2])
     ids_RC = ids_BN.reshape(-1, c)

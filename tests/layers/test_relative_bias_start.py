@@ -10,7 +10,6 @@ from gau.errors import UserError
 from gau.models.config import default_config, resolve
 from gau.models.registry import build
 from gau.models.target import Target
-from gau.training.step import init_params
 
 
 def relative_biases(context=64, **fields):
@@ -19,7 +18,8 @@ def relative_biases(context=64, **fields):
     config.update({'size': 'tiny', 'num_layers': 2, 'model_dim': 32, 'dtype': 'float32', **fields})
     config = resolve(config, causal=True, context=context)
     model = build(config, vocab_size=64, causal=True, target=Target.of_device(jax.devices()[0], sequence_shards=1))
-    params = nn.unbox(jax.jit(lambda: init_params(model, seed=0, context=context))())
+    tokens_BN = jnp.zeros((1, context), jnp.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens_BN))['params']
     layers = [block.get('gau') or block['attention'] for name, block in params.items() if name.startswith('blocks_')]
     assert len(layers) == 2
     return config, [layer['relative_bias'] for layer in layers]
