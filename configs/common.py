@@ -1,6 +1,7 @@
 """What the config programs share: their argument, the data presets, and the shrinking to a laptop."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 
 from ml_collections import ConfigDict
 
@@ -19,7 +20,8 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
     """Parses the part of `--config=FILE:name=value,name=value` after the colon.
 
     Args:
-      arg: that part; a name alone means `name=True`. `runlocal` is understood by every config.
+      arg: that part; a name alone means `name=True`, and a list of files may hold commas. `runlocal` is understood by
+        every config.
       **defaults: the names that the config knows, with their defaults; a value takes the default's type.
 
     Raises:
@@ -29,7 +31,7 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
       The values by name, and in `given` the names that were given.
     """
     values, given = {'runlocal': False, **defaults}, []
-    for item in (arg or '').split(','):
+    for item in _items(arg or '', values):
         name, equals, text = item.partition('=')
         if not name:
             continue
@@ -38,6 +40,19 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
         values[name] = _convert(name, text if equals else 'True', type(values[name]))
         given.append(name)
     return ConfigDict({**values, 'given': tuple(given)})
+
+
+def _items(arg: str, known: Collection[str]) -> list[str]:
+    """Splits at commas, but not within a list of files, as in `data=text:a.txt,b.txt,runlocal`."""
+    items: list[str] = []
+    for part in arg.split(','):
+        name = part.partition('=')[0]
+        listed = items and ':' in items[-1].partition('=')[2]
+        if listed and name not in known and not difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            items[-1] += f',{part}'
+        else:
+            items.append(part)
+    return items
 
 
 def _convert(name: str, text: str, kind: type) -> str | int | float | bool:

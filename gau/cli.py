@@ -1,9 +1,11 @@
 """How every entry point starts: flags and config parsed, user errors as one line and exit code 2."""
 
 import functools
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,6 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
-        # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
-        logging.set_verbosity(logging.ERROR)
         try:
             if arguments:
                 return main(list(argv[1:]))
@@ -98,7 +98,13 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
             return main()
         except UserError as error:
             return _complain(error)
+        except BrokenPipeError:
+            # Whoever reads the output has seen enough, as `| head` has. Nothing more is to be written at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
+    # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
+    logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=functools.partial(_parse_flags, stored_config=stored_config))
 
 
@@ -139,25 +145,50 @@ def _type_nones(config: ConfigDict, defaults: ConfigDict) -> None:
 
 def _explain(error: BaseException, argv: Sequence[str], stored: ConfigDict | None) -> str:
     """One line for whatever flag parsing raised; a UserError raised inside the config program speaks for itself."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _chain(error):
         if isinstance(cause, UserError):
             return str(cause)
-        cause = cause.__cause__ or cause.__context__
+    fault = _fault_of_config_program(error, argv)
+    if fault:
+        return fault
     if isinstance(error, AttributeError | KeyError):
         return _explain_unknown_field(argv, stored) or str(error)
     text = str(error).replace('\\n', '\n')
     if isinstance(error, OSError) and 'Failed loading config file' in text:
         name = next((argument for argument in argv if argument.startswith('--config=')), '--config')
         return f'{name}: {text.strip().splitlines()[-1].strip()}'
-    if 'Traceback' in text:
-        # A bug in a config program: the exception and the line of the file that raised it.
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        place = [line for line in lines if line.startswith('File ')][-1]
-        return f'{lines[0]} {lines[-1]} ({place})'
     if '--config=None' in text:
         return '--config=FILE[:name=value,...] must be given, for example --config=configs/quickstart.py'
     return text
+
+
+def _fault_of_config_program(error: BaseException, argv: Sequence[str]) -> str | None:
+    """Says what is wrong with the config program and in which line of it, if anything is."""
+    given = next((argument.partition('=')[2] for argument in argv if argument.startswith('--config=')), '')
+    name = given.partition(':')[0]
+    if not os.path.isfile(name):
+        return None
+    for cause in _chain(error):
+        if isinstance(cause, SyntaxError) and cause.filename and os.path.exists(cause.filename):
+            return f'{cause.filename}:{cause.lineno}: {cause.msg}'
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if os.path.exists(frame.filename) and os.path.samefile(frame.filename, name):
+                return f'{name}:{frame.lineno}: {type(cause).__name__}: {cause}'
+        if isinstance(cause, AttributeError) and "no attribute 'get_config'" in str(cause):
+            return f'{name}: a config program defines get_config(arg=None), and this one has none'
+        if isinstance(cause, TypeError) and 'get_config()' in str(cause):
+            # ml_collections puts the whole traceback into the message.
+            return f'--config={given}: {str(cause).strip().splitlines()[-1]}'
+        if '--config=None' in str(cause) or "'to_dict'" in str(cause):
+            found = type(flags.FLAGS['config'].value).__name__
+            return f'{name}: get_config() returned {found}, where a ConfigDict is expected'
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _explain_unknown_field(argv: Sequence[str], stored: ConfigDict | None) -> str | None:
