@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from gau.data.special_pieces import huggingface_without, sentencepiece_without
-from gau.errors import UserError, did_you_mean
+from gau.errors import UserError, did_you_mean, warn
 
+# An unknown token that is in no vocabulary: a model of which it is asked raises.
+_NO_TOKEN = '\ufdd0'
 _SPECIALS = ('bos', 'eos', 'pad', 'mask')
 # What the pieces are called in models that have them.
 _NAMES = {
@@ -257,10 +259,15 @@ class HuggingFace(Tokenizer):
             # Without the specials that a post-processor would add.
             return np.asarray(model.encode(_encodable(text), add_special_tokens=False).ids, np.int32)
         except Exception as error:  # the library raises plain Exception, of a model that has no unknown token
-            unknown = next((word for word in text.split() if not _encodes(model, word)), text)
-            raise UserError(
-                f'the text "{_excerpt(text, unknown)}" cannot be encoded by data.tokenizer="{self.spec}": {error}'
-            ) from error
+            word = next((word for word in text.split() if not _encodes(model, word)), text)
+            message = f'the text "{_excerpt(text, word)}" has what data.tokenizer="{self.spec}" has no token for'
+            if getattr(model.model, 'unk_token', None) != _NO_TOKEN:
+                raise UserError(f'{message}: {error}') from error
+        # A BPE without an unknown token would leave that out without a word. Said once, it may.
+        warn(f'{message}: such characters are left out')
+        for asked in (self._model, self._escaping):
+            asked.model.unk_token = None
+        return self._ids(model, text)
 
     @functools.cached_property
     def _escaping(self) -> Any:
@@ -303,6 +310,8 @@ def _huggingface_model(contents: str) -> Any:
     import tokenizers
 
     model = tokenizers.Tokenizer.from_str(contents)
+    if isinstance(model.model, tokenizers.models.BPE) and model.model.unk_token is None:
+        model.model.unk_token = _NO_TOKEN
     model.no_truncation()
     model.no_padding()
     # Text that spells a special token is text.

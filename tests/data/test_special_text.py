@@ -148,10 +148,26 @@ def test_text_without_a_token_is_named_where_the_model_knows_no_unknown_token(tm
         tokenizer=f'huggingface:{tmp_path}/words.json',
         packing='document',
     )
-    with pytest.raises(UserError, match=r'a.txt:2: the text "known foreign" cannot be encoded by .*UNK'):
+    with pytest.raises(
+        UserError, match=r'a.txt:2: the text "known foreign" has what .*words.json" has no token for: .*UNK'
+    ):
         list(pipeline.eval_iterator(
             config, split='valid', context=8, batch_size=1, objective='lm', tokenizer=tokenizers.load(config.tokenizer)
         ))  # fmt: skip
+
+
+def test_a_bpe_that_leaves_characters_out_says_so_once(tmp_path, capsys):
+    bpe().save(str(tmp_path / 'bpe.json'))
+    tokenizer = tokenizers.load(f'huggingface:{tmp_path}/bpe.json')
+    assert tokenizer.decode(tokenizer.encode(SPELT)) == SPELT
+    assert capsys.readouterr().err == ''
+    for _ in range(2):
+        assert tokenizer.decode(tokenizer.encode('was \u2603 <s>')) == 'was  <s>'
+    assert capsys.readouterr().err == (
+        f'warning: the text "was \u2603 <s>" has what data.tokenizer="{tokenizer.spec}" has no token for: '
+        'such characters are left out\n'
+    )
+    assert np.array_equal(tokenizer.encode('gate'), tokenizer._encode_escaped('gate'))
 
 
 @pytest.mark.parametrize('name', NAMES)
