@@ -26,12 +26,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau.data import documents as docs
-from gau.data import examples, manifest, shards, sources, tokenizers
+from gau.data import examples, manifest, plans, shards, sources, tokenizers
 from gau.errors import UserError
 
 _WORK = '.work'
-# What to do with documents that cannot be taken as they are: may change between a kill and going on.
-_POLICIES = ('bad_lines', 'special_in_text')
 _SHARD_BYTES = 64 * 2**20
 _LEAST_SHARDS = 16
 _TRAINED = 'tokenizer.model'
@@ -91,7 +89,7 @@ def prepare(
         plan = _plan(config, opened, train_tokenizer, sample_bytes)
         if (output / manifest.FILE).exists():
             contents = manifest.read(output)
-            _check_same(plan, contents['plan'], output)
+            plans.check_same(plan, contents['plan'], output)
             shutil.rmtree(output / _WORK)
             return contents
         _start(output, plan, config)
@@ -163,7 +161,15 @@ def _plan(
 ) -> dict[str, Any]:
     options = {
         field: config[field]
-        for field in ('source', 'text_field', 'text_unit', 'valid_source', 'test_source', 'holdout_every', *_POLICIES)
+        for field in (
+            'source',
+            'text_field',
+            'text_unit',
+            'valid_source',
+            'test_source',
+            'holdout_every',
+            *plans.POLICIES,
+        )
     }
     if train_tokenizer is None:
         tokenizer = {'fingerprint': tokenizers.load(config.tokenizer).fingerprint}
@@ -191,7 +197,7 @@ def _start(output: pathlib.Path, plan: dict[str, Any], config: ConfigDict) -> No
     path = output / _WORK / 'plan.json'
     found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
     if found is not None and any(output.glob('*.arrayrecord')):
-        _check_same(plan, found, output)
+        plans.check_same(plan, found, output)
     elif found != json.loads(json.dumps(plan)):
         trained = output / _TRAINED
         # Of the plan before; it may be the one asked for by its name.
@@ -200,27 +206,6 @@ def _start(output: pathlib.Path, plan: dict[str, Any], config: ConfigDict) -> No
         _write_json(path, plan)
     for part in (output / _WORK).glob('part-*'):
         part.unlink()
-
-
-def _check_same(plan: dict[str, Any], found: dict[str, Any], output: pathlib.Path) -> None:
-    now = json.loads(json.dumps(plan))
-    for key in now:
-        if now[key] == found.get(key):
-            continue
-        here, there = now[key], found.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            changed = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-            changed = [name for name in changed if key != 'options' or name not in _POLICIES]
-            if not changed:
-                continue
-            here, there = ({name: side.get(name) for name in changed} for side in (here, there))
-        what = f'{key}: {_short(there)} there, {_short(here)} now'
-        raise UserError(f'{output}: holds tokens of another preparation ({what}): choose another directory')
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 200 else f'{text[:200]}...'
 
 
 def _write_shards(

@@ -10,7 +10,7 @@ import pytest
 
 from gau.data import embedded, manifest, pipeline, prepare, shards, sources, tokenizers
 from gau.errors import UserError
-from tests.data.conftest import make_config, write_jsonl
+from tests.data.conftest import make_config, make_texts, write_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -124,6 +124,47 @@ def test_large_vocabularies_are_stored_whole(tmp_path):
     (tmp_path / manifest.FILE).write_text(json.dumps(contents))
     (document,) = [shards.Shards(str(tmp_path), 'train', tokenizers.load('bytes'))[0]]
     np.testing.assert_array_equal(document.tokens, tokens)
+
+
+def with_a_bad_line(folder, *, bad_lines):
+    path = write_jsonl(folder / 'c.jsonl', make_texts(400, longest=8))
+    lines = path.read_text('utf-8').splitlines()
+    lines[300] = '{"text": null}'
+    path.write_text('\n'.join(lines), 'utf-8')
+    # Held to one time, because the plan has it.
+    os.utime(path, ns=(1, 1))
+    return make_config(source=f'jsonl:{path}', holdout_every=10, bad_lines=bad_lines)
+
+
+def test_a_bad_line_can_be_left_out_when_it_is_met(tmp_path):
+    (tmp_path / 'whole').mkdir()
+    prepare.prepare(with_a_bad_line(tmp_path, bad_lines='skip'), tmp_path / 'whole', workers=1)
+    with pytest.raises(UserError, match=r'c.jsonl:301: the field "text" is NoneType.*data.bad_lines="skip" leaves'):
+        prepare.prepare(with_a_bad_line(tmp_path, bad_lines='error'), tmp_path / 'out', workers=1)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').glob('*.arrayrecord')}
+    assert done
+    prepare.prepare(with_a_bad_line(tmp_path, bad_lines='skip'), tmp_path / 'out', workers=1)
+    assert {path: path.stat().st_mtime_ns for path in done} == done, 'what was done stays done'
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+    # The finished directory is that of either policy.
+    prepare.prepare(with_a_bad_line(tmp_path, bad_lines='error'), tmp_path / 'out', workers=1)
+
+
+def test_a_moved_project_goes_on_preparing(tmp_path):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    here.mkdir()
+    with pytest.raises(UserError, match=r'c.jsonl:301'):
+        prepare.prepare(with_a_bad_line(here, bad_lines='error'), here / 'out', workers=1)
+    done = len(list((here / 'out').glob('*.arrayrecord')))
+    assert done
+    here.rename(there)
+    config = make_config(source=f'jsonl:{there}/c.jsonl', holdout_every=10, bad_lines='skip')
+    prepare.prepare(config, there / 'out', workers=1)
+    assert manifest.read(there / 'out')['splits']['train']['skipped'] == 1
+    # Other files are another preparation.
+    os.utime(there / 'c.jsonl', ns=(2, 2))
+    with pytest.raises(UserError, match='another preparation'):
+        prepare.prepare(config, there / 'out', workers=1)
 
 
 def test_other_contents_are_never_overwritten(corpus, tmp_path):
