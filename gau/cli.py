@@ -128,7 +128,8 @@ def _stored_config(argv: Sequence[str]) -> ConfigDict:
     for argument, following in zip(argv, [*argv[1:], ''], strict=True):
         match = re.fullmatch(r'--?workdir(?:=(.*))?', argument)
         if match:
-            config = workdir.read_config(Path(following if match[1] is None else match[1]))
+            directory = Path(following if match[1] is None else match[1])
+            config = workdir.with_data_found(directory, workdir.read_config(directory))
             _type_nones(config, training_config.default_config())
             return config
     return ConfigDict()  # Absl says what is missing.

@@ -39,10 +39,9 @@ def contents(config: ConfigDict) -> list[str]:
     Raises:
       UserError: something is missing.
     """
-    weights = [weight for weight, _ in data_config.mixture(config)] if config.source == 'mixture' else []
     held_out = [field for field in ('valid_source', 'test_source') if config[field]]
     return [
-        *(f'weight {weight:g}' for weight in weights),
+        *(f'weight {weight:g}' for weight in _weights(config)),
         *(f'source {sources.contents(config, source)}' for source in data_config.sources(config)),
         *(f'{field} {sources.contents(config, config[field])}' for field in held_out),
         f'tokenizer {tokenizers.load(config.tokenizer).fingerprint}',
@@ -54,6 +53,40 @@ def are_same(recorded: dict[str, Any], config: ConfigDict) -> bool:
     return recorded['contents'] == contents(config)
 
 
+def are_as_identified(identities: dict[str, str], before: ConfigDict, config: ConfigDict) -> bool:
+    """Returns whether a resolved data config names what a checkpoint says it was made of; for runs without a record.
+
+    Args:
+      identities: `sources.identity` of that time, with the tokenizer's fingerprint under `tokenizer`.
+      before: the resolved data config of that time.
+      config: that of now, which differs in places alone.
+    """
+    pairs = list(zip(sources.named(before), sources.named(config), strict=False))
+    same = len(pairs) == len(sources.named(before)) == len(sources.named(config))
+    same = same and _weights(before) == _weights(config)
+    return (
+        same
+        and all(
+            identities.get(old) == sources.identity_of(config, new, moved=_move_between(old, new)) for old, new in pairs
+        )
+        and identities.get('tokenizer') == tokenizers.load(config.tokenizer).fingerprint
+    )
+
+
+def _weights(config: ConfigDict) -> list[float]:
+    return [weight for weight, _ in data_config.mixture(config)] if config.source == 'mixture' else []
+
+
+def _move_between(old: str, new: str) -> tuple[str, str]:
+    """Returns what differs at the beginning of two paths, up to whole names."""
+    old, new = (source.partition(':')[2].partition(',')[0] for source in (old, new))
+    while old and new and os.path.basename(old) == os.path.basename(new):
+        old, new = os.path.dirname(old), os.path.dirname(new)
+        if '/' in (old, new):
+            break
+    return old, new
+
+
 def found_again(recorded: dict[str, Any], config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
     """Returns a recorded data config with its paths as they are after a move; as it is if none leads to that data.
 
@@ -62,8 +95,9 @@ def found_again(recorded: dict[str, Any], config: ConfigDict, workdir: str | os.
       config: the resolved data config of that time.
       workdir: where the work directory is now.
     """
+    moves = list(_moves(recorded['directories'], _directories(workdir)))
     # No move at all comes first, so that a copy is not preferred to what the run has read.
-    for old, new in ((None, None), *_moves(recorded['directories'], _directories(workdir))):
+    for old, new in [(None, None), *moves] if moves else []:
         moved = config.copy_and_resolve_references()
         for field in FIELDS:
             moved[field] = config[field] if old is None else _moved(config[field], old, new)

@@ -123,7 +123,7 @@ def _open_whole(config: ConfigDict, source: str, split: str) -> Documents:
 
 def text_files(config: ConfigDict) -> list[list[str | int]]:
     """Returns name, size and time of every text file behind the config: equal means the same documents."""
-    texts = [source for source in _named(config) if _is_text(source)]
+    texts = [source for source in named(config) if _is_text(source)]
     return [entry for source in texts for entry in textfiles.identity(_argument(source))]
 
 
@@ -136,14 +136,16 @@ def identity(config: ConfigDict) -> dict[str, str]:
     Raises:
       UserError: missing files, no such directory or data set.
     """
-    return {source: _identity_of(config, source) for source in _named(config)}
+    return {source: identity_of(config, source) for source in named(config)}
 
 
-def _named(config: ConfigDict) -> list[str]:
+def named(config: ConfigDict) -> list[str]:
+    """Returns all sources that the (resolved) data config names, those of held-out splits last."""
     return [source for source in (*data_config.sources(config), config.valid_source, config.test_source) if source]
 
 
-def _identity_of(config: ConfigDict, source: str) -> str:
+def identity_of(config: ConfigDict, source: str, *, moved: tuple[str, str] = ('', '')) -> str:
+    """Returns the line of `identity` for one source; text files are named as before a move (from, to) of theirs."""
     kind = data_config.source_kind(source)
     if kind == 'embedded':
         return embedded.identity()
@@ -151,7 +153,11 @@ def _identity_of(config: ConfigDict, source: str) -> str:
         return f'manifest {manifest.identity(_argument(source))}'
     if kind == 'tfds':
         return tfds_source.identity(_argument(source), config.tfds_dir)
-    files = textfiles.identity(_argument(source))
+    old, new = moved
+    files = [
+        [old + name.removeprefix(new) if name.startswith(new) else name, *rest]
+        for name, *rest in textfiles.identity(_argument(source))
+    ]
     return f'{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}'
 
 
@@ -162,7 +168,7 @@ def contents(config: ConfigDict, source: str) -> str:
     """
     if data_config.source_kind(source) == 'tokens':
         return manifest.contents(_argument(source))
-    return textfiles.contents(_argument(source)) if _is_text(source) else _identity_of(config, source)
+    return textfiles.contents(_argument(source)) if _is_text(source) else identity_of(config, source)
 
 
 def _argument(source: str) -> str:

@@ -23,8 +23,8 @@ from gau.training.setup import Run, use_compilation_cache
 READABLE = ('data.', 'eval.', 'evaluators.', 'model.impl')
 # Fields of `data` that say where documents come from and how they are cut out of it.
 _OF_THE_SOURCE = (
-    *('source', 'text_field', 'text_unit', 'bad_lines', 'valid_source', 'test_source', 'holdout_every'),
-    *('tfds_dir', 'mixture'),
+    *('source', 'text_field', 'text_unit', 'bad_lines', 'special_in_text', 'valid_source', 'test_source'),
+    *('holdout_every', 'tfds_dir', 'mixture'),
 )
 
 
@@ -43,7 +43,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict
       UserError: no run there, no such checkpoint, a damaged one, or a tokenizer that it was not trained with.
     """
     workdir = Path(workdir)
-    trained = files.read_config(workdir)
+    trained = files.with_data_found(workdir, files.read_config(workdir))
     config = ConfigDict(trained if config is None else config)
     # Whatever mesh trained it, the parameters are divided over the devices at hand.
     config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})

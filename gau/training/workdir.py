@@ -118,9 +118,21 @@ def _holds_this_run(workdir: Path, config: ConfigDict) -> bool:
 def only_moved(workdir: Path, config: ConfigDict, changed: list[str]) -> bool:
     """Returns whether `changed`, from `differences`, is only where the run's data lies, and the data is the same."""
     place = tuple(f'data.{field}: ' for field in places.FIELDS)
-    if not all(line.startswith(place) for line in changed) or not (workdir / DATA).exists():
+    if not all(line.startswith(place) for line in changed):
         return False
-    return places.are_same(read_json(workdir / DATA), config.data)
+    if (workdir / DATA).exists():
+        return places.are_same(read_json(workdir / DATA), config.data)
+    # Begun by an earlier version: its checkpoints know. Imported late: this imports JAX.
+    from gau.training.checkpoints import Checkpoints
+
+    saved = Checkpoints(workdir)
+    try:
+        identities = saved.meta(saved.steps()[-1])['data']
+    except Exception:  # no checkpoint, or one that cannot be read, for which Orbax promises no type
+        return False
+    finally:
+        saved.close()
+    return places.are_as_identified(identities, read_config(workdir).data, config.data)
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:

@@ -81,7 +81,7 @@ def test_every_file_counts_once(tmp_path):
     assert globs.expand(f'{site}/**/*.txt') == names
     config = make_config(source=f'text:{site}/**/*.txt,{tmp_path}/link/*.txt', holdout_every=2)
     assert [len(sources.open_split(config, split)[0]) for split in ('train', 'valid')] == [2, 1]
-    assert sources.identity(config) == {config.source: sources._identity_of(config, f'text:{site}/**/*.txt')}
+    assert sources.identity(config) == {config.source: sources.identity_of(config, f'text:{site}/**/*.txt')}
 
 
 def test_a_directory_behind_a_link_is_read(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from gau.errors import UserError
+from gau.training.load import load_run
 from gau.training.loop import train
 from tests.data.conftest import make_texts, write_jsonl
 from tests.training.tiny import read_metrics, tiny_config
@@ -37,6 +38,13 @@ def test_a_moved_project_goes_on(project, tmp_path, monkeypatch, capsys):
     forget_the_end(project / 'runs' / 'a')
     moved = tmp_path / 'there'
     shutil.move(project, moved)
+    monkeypatch.chdir(tmp_path)
+    # From whatever directory it is read, the run finds its data.
+    config_read = load_run(moved / 'runs' / 'a')[0].config.data
+    assert (config_read.source, config_read.valid_source) == (
+        f'jsonl:{moved}/texts/*.jsonl',
+        f'jsonl:{moved}/valid.jsonl',
+    )
     monkeypatch.chdir(moved)
     train(config(), 'runs/a')
     assert 'resumed at step 4' in capsys.readouterr().err
@@ -52,6 +60,23 @@ def test_a_moved_project_goes_on(project, tmp_path, monkeypatch, capsys):
     train(config(fork='runs/a'), 'runs/b')
     assert 'data from their start' not in capsys.readouterr().err
     assert read_metrics(again / 'runs' / 'b')[-1] == whole[-1]
+
+
+def test_a_run_of_an_earlier_version_goes_on_too(project, tmp_path, monkeypatch, capsys):
+    train(config(), 'runs/a')
+    forget_the_end(project / 'runs' / 'a')
+    (project / 'runs' / 'a' / 'data.json').unlink()
+    moved = tmp_path / 'there'
+    shutil.move(project, moved)
+    monkeypatch.chdir(moved)
+    shutil.copytree(moved, tmp_path / 'other')
+    train(config(), 'runs/a')
+    assert 'resumed at step 4' in capsys.readouterr().err
+    # It knew times as well, so other files are other data.
+    monkeypatch.chdir(tmp_path / 'other')
+    write_jsonl(tmp_path / 'other' / 'texts' / 'a.jsonl', make_texts(60))
+    with pytest.raises(UserError, match='another config'):
+        train(config(), 'runs/a')
 
 
 def test_other_data_at_the_new_place_is_refused(project, tmp_path, monkeypatch):
