@@ -239,7 +239,8 @@ def _write_shards(
                     done += job.stop - job.start
                     progress(done, total)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # As long as a worker writes the directory is not to be let go.
+                pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return [notes[job] for job in jobs]
 

@@ -1,4 +1,7 @@
-"""Batches whose rows come from several streams, so that a process reads only the streams of its own rows."""
+"""Batches whose rows come from several streams, so that a process reads only the streams of its own rows.
+
+A stream is one of `data.streams` shards of the data order: every so-many-th document, shuffled, packed and batched.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,16 +39,21 @@ class Streams:
         self._kept = {
             number: np.array([row - number * each for row in rows if row // each == number]) for number in iterators
         }
+        self._before: dict[str, Any] | None = None
         self._whole = {number: len(kept) == each for number, kept in self._kept.items()}
 
     def __iter__(self) -> 'Streams':
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next batch's rows, in the order of `rows`."""
-        parts = []
+        """Returns the next batch's rows, in the order of `rows`; if that fails, the state is that before it."""
+        parts, before = [], self.get_state()
         for number, iterator in self._iterators.items():
-            batch = next(iterator)
+            try:
+                batch = next(iterator)
+            except Exception:
+                self._before = before
+                raise
             kept = self._kept[number]
             parts.append(batch if self._whole[number] else {key: x[kept] for key, x in batch.items()})
         if len(parts) == 1:
@@ -54,10 +62,13 @@ class Streams:
 
     def get_state(self) -> dict[str, Any]:
         """Returns the state of every stream that is read here, by its number (a string, as in JSON)."""
+        if self._before is not None:
+            return self._before
         return {str(number): iterator.get_state() for number, iterator in self._iterators.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues after the batch at which `state` was taken; states of other streams are passed over."""
+        self._before = None
         for number, iterator in self._iterators.items():
             iterator.set_state(state[str(number)])
 

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
+from gau.errors import UserError
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
@@ -154,7 +155,10 @@ class _Loop:
                 # What the files say must never be older than a checkpoint, or a killed run would lose lines for good.
                 self.settle()
                 with self.clock.paused():
-                    self.evaluate(due)
+                    try:
+                        self.evaluate(due)
+                    except UserError as error:
+                        raise self._saved_before(error) from error
                     if due_save or self.stop:
                         identity = self.run.data_identity
                         self.saved.save(self.step, self.state, self.iterator, config=self.config_tree, data=identity)
@@ -164,7 +168,21 @@ class _Loop:
     def next_batch(self) -> dict[str, jax.Array]:
         """Returns the next global batch, of which this process has loaded its own rows."""
         rows, batch_size = self.iterator.rows, self.iterator.batch_size
-        return put_batch(next(self.iterator), self.batch_sharding, rows=rows, batch_size=batch_size)
+        try:
+            batch = next(self.iterator)
+        except UserError as error:
+            # Other processes have their batch and wait in the step, where nobody can save.
+            raise (error if jax.process_count() > 1 else self._saved_before(error)) from error
+        return put_batch(batch, self.batch_sharding, rows=rows, batch_size=batch_size)
+
+    def _saved_before(self, error: UserError) -> UserError:
+        """Saves, because a document that cannot be taken ends the run; returns the error with the way on."""
+        self.settle()
+        if self.step == 0:
+            return error
+        self.saved.save(self.step, self.state, self.iterator, config=self.config_tree, data=self.run.data_identity)
+        self.saved.wait()
+        return UserError(f'{error}; saved at step {self.step}, where the same command goes on')
 
     def _leave(self) -> None:
         self.saved.wait()
