@@ -60,9 +60,9 @@ class Shards:
                 f'tokens:{directory} was prepared with the tokenizer {made_with["spec"]} ({made_with["fingerprint"]}), '
                 f'data.tokenizer is another one ({tokenizer.fingerprint}): leave data.tokenizer out to use the former'
             )
-        # Earlier versions let text give special ids.
+        # Earlier versions let text give special ids, where the tokenizer's model does so.
         safe = 'special_in_text' in contents.get('plan', {}).get('options', {})
-        self._suspected = () if safe else (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+        self._suspected = () if safe else sorted(tokenizer.spelt_by_text)
         self._where = f'tokens:{directory}: a document of the split "{split}"'
         self._dtype = np.dtype(contents['dtype']).newbyteorder('<')
         self.totals: dict[str, Any] = contents['splits'][split]

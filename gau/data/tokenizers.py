@@ -61,7 +61,7 @@ class Tokenizer(abc.ABC):
           UserError: there is such a part and `escape` is off, or no other encoding; the model has no unknown id.
         """
         ids = self._encode(text)
-        if not self._spelt_by_text or not (found := self._special[ids]).any():
+        if not self.spelt_by_text or not (found := self._special[ids]).any():
             return ids
         special = int(ids[found][0])
         if escape:
@@ -80,7 +80,7 @@ class Tokenizer(abc.ABC):
         """Returns the ids of `text` by the model itself, int32 [tokens], in which text may give special ids."""
 
     def _encode_escaped(self, text: str) -> np.ndarray:
-        """Returns the ids by the model without the pieces `_spelt_by_text`."""
+        """Returns the ids by the model without the pieces `spelt_by_text`."""
         raise NotImplementedError
 
     def _piece(self, token: int) -> str:
@@ -96,7 +96,7 @@ class Tokenizer(abc.ABC):
         return table
 
     @functools.cached_property
-    def _spelt_by_text(self) -> frozenset[int]:
+    def spelt_by_text(self) -> frozenset[int]:
         """The special ids that the model itself might make of text; mostly none."""
         return frozenset(np.flatnonzero(self._special).tolist()) & self._from_text()
 
@@ -200,7 +200,7 @@ class SentencePiece(Tokenizer):
         import sentencepiece
 
         # The unknown piece stays what it is.
-        pieces = [token for token in self._spelt_by_text if token != self._model.unk_id()]
+        pieces = [token for token in self.spelt_by_text if token != self._model.unk_id()]
         model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(sentencepiece_without(self._contents, pieces))
         return model
@@ -272,7 +272,7 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def _escaping(self) -> Any:
         return _huggingface_model(
-            huggingface_without(self._contents, {self._piece(token) for token in self._spelt_by_text})
+            huggingface_without(self._contents, {self._piece(token) for token in self.spelt_by_text})
         )
 
     def _piece(self, token: int) -> str:

@@ -120,8 +120,8 @@ def test_a_tokenizer_that_text_cannot_fool_is_not_checked(by_bytes, loaded, tmp_
         prepare._train_tokenizer(path, [Document(text=text) for text in make_texts(80)], 300, 10**5)
     )
     for safe in (by_bytes, tokenizer):
-        assert not safe._spelt_by_text
-    assert loaded['unigram']._spelt_by_text
+        assert not safe.spelt_by_text
+    assert loaded['unigram'].spelt_by_text
 
 
 def test_an_unknown_token_that_is_a_special_one_has_no_other_encoding(tmp_path):
@@ -244,17 +244,18 @@ def test_prepared_shards_hold_no_special_id(loaded, tmp_path):
         make_config(source=f'tokens:{tmp_path}/out', special_in_text='error')
 
 
-def test_shards_of_earlier_versions_are_looked_at(by_bytes, tmp_path):
-    written = shards.write(tmp_path / 'x', [([65], 1, 1), ([65, by_bytes.mask_id], 1, 1)], 'uint16')
+def test_shards_of_earlier_versions_are_looked_at(loaded, tmp_path):
+    tokenizer = loaded['unigram']
+    written = shards.write(tmp_path / 'x', [([6], 1, 1), ([6, tokenizer.mask_id], 1, 1)], 'uint16')
     size = pathlib.Path(tmp_path / 'x').stat().st_size
     contents = {
         'format': manifest.FORMAT, 'dtype': 'uint16',
-        'tokenizer': {'spec': 'bytes', 'fingerprint': by_bytes.fingerprint},
+        'tokenizer': {'spec': 'bytes', 'fingerprint': tokenizer.fingerprint},
         'splits': {'train': {'shards': [{'file': 'x', 'size': size, 'documents': written['documents']}]}},
         'plan': {'options': {'bad_lines': 'error'}},
     }  # fmt: skip
     (tmp_path / manifest.FILE).write_text(json.dumps(contents))
-    documents = shards.Shards(str(tmp_path), 'train', by_bytes)
-    assert documents[0].tokens.tolist() == [65]
-    with pytest.raises(UserError, match=rf'holds the special id {by_bytes.mask_id}, .*prepare it again'):
+    documents = shards.Shards(str(tmp_path), 'train', tokenizer)
+    assert documents[0].tokens.tolist() == [6]
+    with pytest.raises(UserError, match=rf'holds the special id {tokenizer.mask_id}, .*prepare it again'):
         documents[1]
