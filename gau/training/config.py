@@ -17,6 +17,12 @@ from gau.training import durations
 
 SCHEDULES = ('linear', 'cosine', 'constant')
 CLIPPINGS = ('local', 'global', 'none')
+# Each optimizer's own fields with their defaults; the others are refused. Muon's are those of the AdamW that moves what
+# is no matrix.
+_ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6}
+OPTIMIZERS = {'adamw': _ADAM, 'adafactor': {}, 'lion': {'b1': 0.9, 'b2': 0.99}, 'muon': _ADAM}
+# Fields of the optimizer with their defaults, and the choice that leaves them without meaning.
+_IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule', 'constant'))
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
@@ -40,13 +46,18 @@ def default_config() -> ConfigDict:
       `mlm` (masked tokens, bidirectional models), or `module:Class`.
     steps, tokens, epochs: length of the run, exactly one given.
     optimizer:
+      name: `adamw`, `adafactor`, `lion` or `muon` (`gau.training.optimizer`).
       learning_rate: peak. schedule: `linear`, `cosine` or `constant` after the warm-up;
-      final_fraction: of the peak, where the decay ends.
+      final_fraction: of the peak, where the decay ends (None: 0; not for `constant`).
+      learning_rate_rules: (regex, factor) pairs over parameter paths; the first regex found in the path decides what
+        the learning rate is times there (the decay of weights, too), no match means 1.
       warmup_steps, _tokens, _epochs, _percent: exactly one given.
-      b1, b2, eps: Adam's. weight_decay: decoupled, times the learning rate and the rule's factor.
+      b1, b2, eps: of adamw (None: 0.9, 0.999, 1e-6), of lion (0.9, 0.99, has no eps), and in muon of what is no matrix.
+      weight_decay: decoupled, times the learning rate and the rule's factor.
       weight_decay_rules: (regex, factor) pairs over parameter paths such as `blocks_0/gau/out/kernel`; the first regex
         found in the path decides, no match means no decay; a regex that decides for no parameter is an error.
-      clip: `local` (each parameter's gradient by its own norm), `global` or `none`; clip_norm: the bound.
+      clip: `local` (each parameter's gradient by its own norm), `global` or `none`; clip_norm: the bound
+        (None: 0.1).
       accumulation_steps: micro-batches a step; the gradient is that of the whole batch.
     checkpoint: every_steps, _tokens, _epochs, _percent; keep_last: newest ones kept; keep_every: steps whose multiples
       are kept for good (None: none). The last step is always saved.
@@ -71,17 +82,18 @@ def default_config() -> ConfigDict:
     config.data = data_config.default_config()
 
     config.optimizer = optimizer = ConfigDict()
+    optimizer.name = 'adamw'
     optimizer.learning_rate = 7e-4
+    optimizer.learning_rate_rules = ()
     optimizer.schedule = 'linear'
-    optimizer.final_fraction = 0.0
+    optimizer.final_fraction = config_dict.placeholder(float)
     _add_duration(optimizer, 'warmup_', steps=10_000)
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-6
+    for field in _ADAM:
+        optimizer[field] = config_dict.placeholder(float)
     optimizer.weight_decay = 0.01
     optimizer.weight_decay_rules = ((r'(^|/)(kernel|embedding)$', 1.0),)
     optimizer.clip = 'local'
-    optimizer.clip_norm = 0.1
+    optimizer.clip_norm = config_dict.placeholder(float)
     optimizer.accumulation_steps = 1
 
     config.checkpoint = checkpoint = ConfigDict()
@@ -121,8 +133,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     objective = objectives.load(config.objective)
     optimizer = config.optimizer
-    check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
-    check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
+    _resolve_optimizer(optimizer)
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
     _check_ranges(config)
@@ -138,11 +149,32 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _resolve_optimizer(optimizer: ConfigDict) -> None:
+    check_name('optimizer.name', optimizer.name, tuple(OPTIMIZERS))
+    check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
+    check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
+    own = OPTIMIZERS[optimizer.name]
+    settings = [(field, own.get(field), field not in own, f'name={optimizer.name}') for field in _ADAM]
+    settings += [
+        (field, default, optimizer[other] == value, f'{other}={value}') for field, default, other, value in _IDLE
+    ]
+    for field, default, idle, choice in settings:
+        if not idle and optimizer[field] is None:
+            optimizer[field] = default
+        elif idle and optimizer[field] is not None:
+            raise UserError(f'optimizer.{field}={optimizer[field]} does nothing with optimizer.{choice}: leave it out')
+
+
+def drop_idle_fields(optimizer: ConfigDict) -> None:
+    """Empties, in place, the fields of a stored optimizer section that were allowed once and did nothing."""
+    for field, _, other, value in _IDLE:
+        if optimizer[other] == value:
+            optimizer[field] = None
+
+
 def _check_ranges(config: ConfigDict) -> None:
     positive = ['steps', 'tokens', 'epochs', 'log.every_steps', 'optimizer.accumulation_steps', 'optimizer.eps']
-    positive += ['optimizer.learning_rate', 'checkpoint.keep_last', 'checkpoint.keep_every']
-    if config.optimizer.clip != 'none':
-        positive.append('optimizer.clip_norm')
+    positive += ['optimizer.learning_rate', 'optimizer.clip_norm', 'checkpoint.keep_last', 'checkpoint.keep_every']
     for path in positive:
         _check_positive(path, _field(config, path))
     for path, low, high in (
@@ -152,8 +184,9 @@ def _check_ranges(config: ConfigDict) -> None:
         ('optimizer.b2', 0, 1),
         ('optimizer.weight_decay', 0, float('inf')),
     ):
-        if not low <= _field(config, path) <= high:
-            raise UserError(f'{path}={_field(config, path)} must lie in {low}..{high}')
+        value = _field(config, path)
+        if value is not None and not low <= value <= high:
+            raise UserError(f'{path}={value} must lie in {low}..{high}')
 
 
 def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -1,11 +1,14 @@
-"""AdamW with the schedule, clipping and weight decay rules of the config."""
+"""The optimizers, with the schedule, the clipping, and the rules of weight decay and learning rate of the config."""
 
+import math
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
@@ -13,6 +16,8 @@ from gau.training.mesh import path_name
 
 # Layers stacked by a scan live under this name, with the layer as leading axis of every leaf.
 STACKED = 'blocks'
+# The root mean square of AdamW's steps, in units of the learning rate (Liu et al. 2025, arXiv 2502.16982).
+MUON_RMS = 0.2
 
 
 def make_schedule(config: ConfigDict, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -23,11 +28,11 @@ def make_schedule(config: ConfigDict, *, warmup_steps: int, total_steps: int) ->
     """
     if warmup_steps > total_steps:
         raise UserError(f'the warm-up of {warmup_steps} steps is longer than the run of {total_steps}')
-    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    peak, end = config.learning_rate, config.learning_rate * (config.final_fraction or 0.0)
     decay_steps = max(total_steps - warmup_steps, 1)
     decay = {
         'linear': lambda: optax.linear_schedule(peak, end, decay_steps),
-        'cosine': lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction),
+        'cosine': lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction or 0.0),
         'constant': lambda: optax.constant_schedule(peak),
     }[config.schedule]()
     if warmup_steps == 0:
@@ -38,32 +43,48 @@ def make_schedule(config: ConfigDict, *, warmup_steps: int, total_steps: int) ->
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay, learning rate.
+    """Clip, the named optimizer's direction, decoupled weight decay, learning rate.
+
+    `adamw`; `lion`, which wants a third to a tenth of its learning rate and more decay; `muon` for the matrices of the
+    layers, each step as large as AdamW's would be, and AdamW for the rest: embedding, norms, biases; `adafactor`, whose
+    second moments of matrices are two vectors, and whose steps are relative to the size of a parameter, so that it
+    wants about ten times the learning rate.
 
     Args:
-      config: the config's `optimizer` section.
+      config: the config's `optimizer` section, resolved.
       schedule: learning rate by step.
       params: the (abstract, unboxed) parameters, for their paths.
 
     Raises:
-      UserError: a weight decay rule that decides for no parameter.
+      UserError: a rule of weight decay or learning rate that decides for no parameter.
     """
     clip = {
         'local': lambda: clip_by_parameter_norm(config.clip_norm),
         'global': lambda: optax.clip_by_global_norm(config.clip_norm),
         'none': optax.identity,
     }[config.clip]()
-    factors = decay_factors(config.weight_decay_rules, params)
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        _add_decayed_weights(config.weight_decay, factors),
-        optax.scale_by_learning_rate(schedule),
-    )
+    direction = {
+        'adamw': lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        'lion': lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
+        'muon': lambda: _scale_by_muon_or_adam(config),
+        'adafactor': _scale_by_adafactor,
+    }[config.name]()
+    decay = rule_factors('weight_decay_rules', config.weight_decay_rules, params, otherwise=0.0)
+    parts = [clip, direction, _add_decayed_weights(config.weight_decay, decay)]
+    if config.learning_rate_rules:
+        rates = rule_factors('learning_rate_rules', config.learning_rate_rules, params, otherwise=1.0)
+        parts.append(_scale_by_factors(rates))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
-def decay_factors(rules: Any, params: Any) -> Any:
-    """Returns a tree like `params` of floats: the factor of the first rule whose regex is found in the path, else 0.
+def rule_factors(field: str, rules: Any, params: Any, *, otherwise: float) -> Any:
+    """Returns a tree like `params` of floats: the factor of the first rule whose regex is found in the path.
+
+    Args:
+      field: of the config's `optimizer` section, for error messages.
+      rules: (regex, factor) pairs.
+      params: for their paths.
+      otherwise: where no regex is found.
 
     Raises:
       UserError: a bad regex, or a rule that decides for no parameter.
@@ -71,7 +92,7 @@ def decay_factors(rules: Any, params: Any) -> Any:
     try:
         compiled = [(re.compile(pattern), float(factor)) for pattern, factor in rules]
     except (re.error, TypeError, ValueError) as error:
-        raise UserError(f'optimizer.weight_decay_rules={rules}: want ((regex, factor), ...), {error}') from error
+        raise UserError(f'optimizer.{field}={rules}: want ((regex, factor), ...), {error}') from error
     used = [False] * len(compiled)
 
     def factor_of(path: Any, _: Any) -> float:
@@ -79,13 +100,81 @@ def decay_factors(rules: Any, params: Any) -> Any:
             if pattern.search(path_name(path)):
                 used[index] = True
                 return factor
-        return 0.0
+        return otherwise
 
     factors = jax.tree_util.tree_map_with_path(factor_of, params)
     for (pattern, _), was_used in zip(compiled, used, strict=True):
         if not was_used:
-            raise UserError(f'optimizer.weight_decay_rules: "{pattern.pattern}" decides for no parameter')
+            raise UserError(f'optimizer.{field}: "{pattern.pattern}" decides for no parameter')
     return factors
+
+
+def _scale_by_muon_or_adam(config: ConfigDict) -> optax.GradientTransformation:
+    def labels(params: Any) -> Any:
+        def label(path: Any, leaf: Any) -> str:
+            return 'adam' if _matrix_axes(path, nn.unbox(leaf)) is None else 'muon'
+
+        # A boxed parameter is one leaf, under the same path as without its box.
+        is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(label, params, is_leaf=is_box)
+
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=_muon_axes), _scale_like_adam())
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    return optax.partition({'muon': muon, 'adam': adam}, labels)
+
+
+def _scale_like_adam() -> optax.GradientTransformation:
+    """Scales steps of singular values 1 to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982)."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+
+        def scaled(path: Any, update: jax.Array) -> jax.Array:
+            axes = _matrix_axes(path, update)
+            sides = [math.prod(update.shape[axis] for axis in side) for side in axes]
+            return update * (MUON_RMS * math.sqrt(max(sides)))
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _muon_axes(updates: Any) -> Any:
+    def axes(path: Any, leaf: Any) -> Any:
+        inputs, outputs = _matrix_axes(path, leaf)
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    return jax.tree_util.tree_map_with_path(axes, updates)
+
+
+def _matrix_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the axes of inputs and of outputs if the parameter is a layer's matrix, or several; None if it is not.
+
+    The kernels of a layer are `out` [..., D], from one or more axes, and others: [D, E], [D, parts, E] or
+    [D, parts, H, K], of which each part is a matrix of its own. Layers stacked by a scan come first.
+    """
+    *parents, name = path_name(path).split('/')
+    if name != 'kernel' or parents == ['embedding']:
+        return None
+    first = int(parents[0] == STACKED)
+    axes = tuple(range(first, leaf.ndim))
+    if parents[-1] == 'out':
+        return axes[:-1], axes[-1:]
+    return axes[:1], axes[1:] if len(axes) == 2 else axes[2:]
+
+
+def _scale_by_adafactor() -> optax.GradientTransformation:
+    parts = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+    # A factor has other axes than its parameter: it is whole on every device.
+    return optax.GradientTransformation(lambda params: parts.init(nn.unbox(params)), parts.update)
+
+
+def _scale_by_factors(factors: Any) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _add_decayed_weights(weight_decay: float, factors: Any) -> optax.GradientTransformation:

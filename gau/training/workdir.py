@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from gau.data import places
 from gau.errors import UserError
-from gau.training.config import default_config, differences, resolve, with_new_fields
+from gau.training.config import default_config, differences, drop_idle_fields, resolve, with_new_fields
 
 CONFIG = 'config.json'
 DATA = 'data.json'
@@ -63,6 +63,7 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
     """Returns the ConfigDict of a stored config; fields that did not exist when it was stored have their defaults."""
     whole = with_new_fields(stored, config_to_dict(default_config()))
     config = config_from_dict(whole)
+    drop_idle_fields(config.optimizer)
     if whole == stored:
         return config
     try:

@@ -2,24 +2,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from gau.errors import UserError
 from gau.training import config as training_config
-from gau.training import optimizer
+from gau.training import optimizer, workdir
+from tests.training.processes import TINY, mesh, start
 
 PARAMS = {'blocks_0': {'gau': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}, 'embedding': jnp.ones((4, 2))}
 
 
 def optimizer_config(**fields):
-    config = training_config.default_config().optimizer
-    config.update(fields)
-    return config
+    config = training_config.default_config()
+    config.optimizer.update(fields)
+    return training_config.resolve(config).optimizer
 
 
 @pytest.mark.parametrize('name', ['linear', 'cosine', 'constant'])
 def test_schedule_warms_up_and_decays(name):
-    config = optimizer_config(learning_rate=1.0, schedule=name, final_fraction=0.1)
+    fraction = None if name == 'constant' else 0.1
+    config = optimizer_config(learning_rate=1.0, schedule=name, final_fraction=fraction)
     schedule = optimizer.make_schedule(config, warmup_steps=10, total_steps=110)
     rates = np.array([schedule(step) for step in range(111)])
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
@@ -41,14 +44,14 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_weight_decay_follows_the_first_matching_rule():
     rules = ((r'embedding$', 0.5), (r'(kernel|embedding)$', 1.0))
-    factors = optimizer.decay_factors(rules, PARAMS)
+    factors = optimizer.rule_factors('weight_decay_rules', rules, PARAMS, otherwise=0.0)
     assert factors == {'blocks_0': {'gau': {'kernel': 1.0, 'bias': 0.0}}, 'embedding': 0.5}
 
 
 @pytest.mark.parametrize('rules', [((r'no_such', 1.0),), ((r'(', 1.0),), (('kernel',),)])
 def test_bad_weight_decay_rules_are_refused(rules):
     with pytest.raises(UserError, match='weight_decay_rules'):
-        optimizer.decay_factors(rules, PARAMS)
+        optimizer.rule_factors('weight_decay_rules', rules, PARAMS, otherwise=0.0)
 
 
 def test_matches_optax_adamw_where_both_can_say_the_same():
@@ -57,15 +60,162 @@ def test_matches_optax_adamw_where_both_can_say_the_same():
     theirs = optax.chain(
         optax.clip_by_global_norm(0.3), optax.adamw(1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1)
     )
-    results = []
-    for chosen in (ours, theirs):
-        params, state = PARAMS, chosen.init(PARAMS)
-        for step in range(3):
-            grads = jax.tree.map(lambda x, s=step: jnp.sin(x * (s + 1.5)), params)
-            updates, state = chosen.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        results.append(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
+    assert_same_steps(ours, theirs)
+
+
+def assert_same_steps(ours, theirs, params=PARAMS, rtol=1e-6):
+    results = [steps(chosen, params) for chosen in (ours, theirs)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), *results)
+
+
+def steps(chosen, params, number=3):
+    state = chosen.init(params)
+    update = jax.jit(chosen.update)
+    for step in range(number):
+        grads = jax.tree.map(lambda x, s=step: jnp.sin(x * (s + 1.5)), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def draw(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain(name, params):
+    """The optimizer by itself, without clipping and decay."""
+    config = optimizer_config(name=name, clip='none', weight_decay=0.0, weight_decay_rules=())
+    return optimizer.make_optimizer(config, optax.constant_schedule(1e-2), params)
+
+
+OTHERS = {
+    'lion': lambda: optax.lion(1e-2, b1=0.9, b2=0.99, weight_decay=0.0),
+    'adafactor': lambda: optax.adafactor(1e-2),
+    'muon': lambda: optax.contrib.muon(
+        1e-2,
+        adam_b1=0.9,
+        adam_b2=0.999,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, leaf: optax.contrib.MuonDimensionNumbers() if 'gau' in str(path) and leaf.ndim == 2 else None,
+            params,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_others_are_those_of_optax(name):
+    params = {
+        'blocks_0': {'gau': {'kernel': draw((256, 192)), 'bias': draw((192,), 1)}},
+        'embedding': {'kernel': draw((300, 256), 2)},
+    }
+    ours = plain(name, params)
+    if name == 'muon':
+        # There the rest is moved with Nesterov's momentum, and another eps.
+        own, theirs = (steps(chosen, params)['blocks_0']['gau']['kernel'] for chosen in (ours, OTHERS[name]()))
+        np.testing.assert_allclose(own, theirs, rtol=1e-5, atol=1e-6)
+        rest = {'blocks_0': {'gau': {'bias': params['blocks_0']['gau']['bias']}}, 'embedding': params['embedding']}
+        adamw = optax.adamw(1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.0)
+        own, theirs = steps(ours, params), steps(adamw, rest)
+        np.testing.assert_allclose(own['embedding']['kernel'], theirs['embedding']['kernel'], rtol=1e-5)
+        np.testing.assert_allclose(own['blocks_0']['gau']['bias'], theirs['blocks_0']['gau']['bias'], rtol=1e-5)
+    else:
+        assert_same_steps(ours, OTHERS[name](), params)
+
+
+def test_muon_takes_every_part_head_and_stacked_layer_for_what_it_is():
+    kernels = {
+        'uv': draw((2, 32, 2, 64)),  # layers, D, U and V, E
+        'qkv': draw((2, 32, 3, 4, 8), 1),  # layers, D, three parts, H, K
+        'out': draw((2, 4, 8, 32), 2),  # layers, H, K, D
+    }
+    stacked = {'blocks': {name: {'kernel': kernel} for name, kernel in kernels.items()}}
+    matrices = {}
+    for layer in range(2):
+        for part in range(2):
+            matrices[f'uv_{layer}_{part}'] = kernels['uv'][layer, :, part]
+        for part in range(3):
+            matrices[f'qkv_{layer}_{part}'] = kernels['qkv'][layer, :, part].reshape(32, 32)
+        matrices[f'out_{layer}'] = kernels['out'][layer].reshape(32, 32)
+    apart = {name: {'kernel': kernel} for name, kernel in matrices.items()}
+    together, alone = steps(plain('muon', stacked), stacked), steps(plain('muon', apart), apart)
+    for layer in range(2):
+        for name, parts in (('uv', 2), ('qkv', 3)):
+            for part in range(parts):
+                found = together['blocks'][name]['kernel'][layer, :, part].reshape(32, -1)
+                np.testing.assert_allclose(found, alone[f'{name}_{layer}_{part}']['kernel'], rtol=2e-4, atol=1e-5)
+        found = together['blocks']['out']['kernel'][layer].reshape(32, 32)
+        np.testing.assert_allclose(found, alone[f'out_{layer}']['kernel'], rtol=2e-4, atol=1e-5)
+
+
+def test_muon_steps_are_as_large_as_adamws():
+    params = {'blocks_0': {'gau': {'kernel': draw((128, 256))}}}
+    moved = steps(plain('muon', params), params, number=1)
+    step = np.asarray(moved['blocks_0']['gau']['kernel'] - params['blocks_0']['gau']['kernel'])
+    assert np.sqrt(np.mean(step**2)) == pytest.approx(0.2 * 1e-2, rel=0.2)
+
+
+def test_learning_rate_rules_scale_whole_steps():
+    schedule = optax.constant_schedule(1e-2)
+    rules = (('embedding', 0.1), (r'bias$', 0.0))
+    usual = optimizer.make_optimizer(optimizer_config(weight_decay=0.5), schedule, PARAMS)
+    ruled = optimizer.make_optimizer(optimizer_config(weight_decay=0.5, learning_rate_rules=rules), schedule, PARAMS)
+    before, after = (steps(chosen, PARAMS, number=1) for chosen in (usual, ruled))
+    moved = jax.tree.map(lambda new, old: new - old, before, PARAMS)
+    np.testing.assert_allclose(after['embedding'], PARAMS['embedding'] + 0.1 * moved['embedding'], rtol=1e-6)
+    np.testing.assert_array_equal(after['blocks_0']['gau']['bias'], PARAMS['blocks_0']['gau']['bias'])
+    np.testing.assert_array_equal(after['blocks_0']['gau']['kernel'], before['blocks_0']['gau']['kernel'])
+    config = optimizer_config(learning_rate_rules=(('no_such', 2.0),))
+    with pytest.raises(UserError, match=r'learning_rate_rules: "no_such" decides for no parameter'):
+        optimizer.make_optimizer(config, schedule, PARAMS)
+
+
+IDLE = {
+    'clip_norm': (
+        {'clip': 'none', 'clip_norm': 0.1},
+        r'optimizer\.clip_norm=0\.1 does nothing with optimizer\.clip=none',
+    ),
+    'final_fraction': ({'schedule': 'constant', 'final_fraction': 0.5}, 'schedule=constant'),
+    'eps': ({'name': 'lion', 'eps': 1e-8}, 'name=lion'),
+    'b2': ({'name': 'adafactor', 'b2': 0.9}, 'name=adafactor'),
+    'name': ({'name': 'adam'}, 'did you mean "adamw"'),
+}
+
+
+@pytest.mark.parametrize('case', IDLE)
+def test_options_that_do_nothing_are_refused(case):
+    fields, hint = IDLE[case]
+    with pytest.raises(UserError, match=hint):
+        optimizer_config(**fields)
+
+
+def test_work_directories_from_before_that_still_open(tmp_path):
+    config = training_config.default_config()
+    config.optimizer.update({'schedule': 'constant', 'clip': 'none'})
+    new = training_config.resolve(config)
+    # What was written before there were other optimizers.
+    old = workdir.config_to_dict(new)
+    for field in ('name', 'learning_rate_rules'):
+        del old['optimizer'][field]
+    old['optimizer'].update({'clip_norm': 0.1, 'final_fraction': 0.0})
+    workdir.write_json(tmp_path / 'config.json', old)
+    stored = workdir.read_config(tmp_path)
+    assert training_config.differences(workdir.config_to_dict(stored), workdir.config_to_dict(new)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['adafactor', 'lion', 'muon'])
+def test_others_train_alike_on_a_mesh(name, tmp_path):
+    rows = {}
+    for devices, sizes in ((1, mesh()), (4, mesh(fsdp=2, tensor=2))):
+        path = tmp_path / str(devices)
+        config = ['--config=configs/lm.py:runlocal,size=tiny', *TINY[1:], f'--config.optimizer.name={name}']
+        process = start('train.py', *config, *sizes, '--config.steps=6', f'--workdir={path}', devices=devices)
+        _, err = process.communicate(timeout=1200)
+        assert process.returncode == 0, err
+        rows[devices] = [row['loss'] for row in workdir.read_metrics(path / 'metrics.jsonl')]
+    np.testing.assert_allclose(rows[4], rows[1], rtol=1e-4)
 
 
 def test_local_clipping_bounds_each_parameter_and_each_stacked_layer():
