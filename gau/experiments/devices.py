@@ -42,6 +42,9 @@ def find_places(per_device: int) -> list[Place]:
         # One run on each device first, then a second one.
         return places * per_device
     chips = [] if os.environ.get('JAX_PLATFORMS') == 'cpu' else sorted(DEVICE_FILES.glob('accel[0-9]*'))
+    if not chips and os.environ.get('JAX_PLATFORMS') == 'tpu':
+        # From v5e on. Other devices may lie there as well, so TPUs must be asked for.
+        chips = sorted(DEVICE_FILES.glob('vfio/[0-9]*'))
     if chips:
         if per_device > 1:
             raise UserError(f'--per_device={per_device}: a TPU chip serves one run at a time')

@@ -104,7 +104,7 @@ class SweepDirectory:
             final = files.read_json(workdir / files.FINAL)
         except (OSError, ValueError):
             return Progress(False, row.get('step', 0), total, row.get('loss'), speed)
-        losses = [metrics['loss'] for metrics in final['eval'].values()]
+        losses = [metrics['loss'] for metrics in final['eval'].values() if metrics.get('loss') is not None]
         return Progress(True, final['step'], final['step'], losses[0] if losses else row.get('loss'), speed)
 
     def is_held(self, name: str) -> bool:

@@ -35,3 +35,9 @@ def test_tpu_chips_are_not_shared(monkeypatch, tmp_path):
     assert [place.environment['TPU_VISIBLE_CHIPS'] for place in devices.find_places(1)] == ['0', '1', '2', '3']
     with pytest.raises(UserError, match='one run at a time'):
         devices.find_places(2)
+    monkeypatch.setattr(devices, 'DEVICE_FILES', tmp_path / 'newer')
+    (tmp_path / 'newer' / 'vfio').mkdir(parents=True)
+    for name in ('0', '1', 'vfio'):
+        (tmp_path / 'newer' / 'vfio' / name).touch()
+    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+    assert len(devices.find_places(1)) == 2

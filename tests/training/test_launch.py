@@ -28,18 +28,21 @@ def test_recipes_can_be_read(recipe):
 
 
 def test_recipes_use_flags_and_fields_that_exist():
-    _, out, _ = run('train.py', '--config=configs/lm.py:size=base', '--helpfull')
-    flags = set(re.findall(r'^\s+--(?:\[no\])?([\w.]+):', out, flags=re.MULTILINE))
-    assert {'workdir', 'config'} <= flags
+    flags = {}
+    for program in ('train.py', 'scripts/sweep.py'):
+        _, out, _ = run(program, '--config=configs/lm.py:size=base', '--helpfull')
+        flags[program] = set(re.findall(r'^\s+--(?:\[no\])?([\w.]+):', out, flags=re.MULTILINE))
+        assert {'workdir', 'config'} <= flags[program]
     config = lm.get_config('size=base,data=embedded')
-    others = {'kill-on-bad-exit', 'gpus-per-task', 'signal', 'zone', 'worker', 'command'}
+    others = {'kill-on-bad-exit', 'gpus-per-task', 'signal', 'zone', 'worker', 'command', 'array'}
     for recipe in RECIPES:
         text = '\n'.join(line for line in recipe.read_text().splitlines() if not line.startswith('#SBATCH'))
         used = set(re.findall(r'--([a-z][\w-]*(?:\.\w+)*)', text)) - others
         assert 'workdir' in used
+        program = 'scripts/sweep.py' if 'scripts/sweep.py' in text else 'train.py'
         for name in used:
             section, _, field = name.removeprefix('config.').partition('.')
-            assert field in config[section] if field else name in flags, f'{recipe.name}: --{name}'
+            assert field in config[section] if field else name in flags[program], f'{recipe.name}: --{name}'
 
 
 @pytest.mark.slow
