@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gau.errors import UserError
-from gau.models import implementations
+from gau.models.architectures import ARCHITECTURES
+from gau.models.attentions.record import Needs
 from gau.training import loop, workdir
 from gau.training.load import load_run
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
@@ -112,7 +113,9 @@ def test_an_implementation_for_another_chip_is_refused_in_training_and_replaced_
     path = shutil.copytree(finished, tmp_path / 'run')
     tree = workdir.read_json(path / 'config.json')
     workdir.write_json(path / 'config.json', tree | {'model': tree['model'] | {'impl': 'xla'}})
-    monkeypatch.setitem(implementations.WHY_NOT, 'xla', lambda config, target: f'a GPU, this is {target.platform}')
+    record = type(ARCHITECTURES['flash'].attention)
+    needs = Needs(lambda config, target: f'a GPU, this is {target.platform}')
+    monkeypatch.setattr(record, 'implementations', {**record.implementations, 'xla': needs})
     with pytest.raises(UserError, match=r'model.impl=xla needs a GPU, this is cpu'):
         loop.train(tiny_config(model__impl='xla'), path)
     run, _, step = load_run(path)
