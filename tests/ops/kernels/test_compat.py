@@ -1,5 +1,7 @@
 """Both lines of jax-triton are called by their own rules. Functions stand for the packages, which need a GPU."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -65,3 +67,11 @@ def test_calls_of_the_older_interface_are_made_use_ffi_call(version):
         assert f'@{FFI_CALL if version == 2 else "kernel"}(' in str(call)
         assert 'api_version = 4' in str(call)
         assert 'backend_config = {opaque = "contents"}' in str(call)
+
+
+def test_constants_in_kernels_do_not_call_cdiv():
+    # In Triton 3.6 `tl.cdiv` of two constants is a tensor, and the kernel compiles with later versions only.
+    kernels = sorted(Path(compat.__file__).parent.glob('*_triton.py'))
+    assert len(kernels) > 5
+    for path in kernels:
+        assert not re.findall(r'tl\.constexpr = .*tl\.cdiv', path.read_text()), path.name
