@@ -1,4 +1,4 @@
-"""What stands between a layer's projections: an attention from queries, keys and values to outputs, without weights.
+"""What stands between a layer's projections: an attention from queries, keys and values to outputs.
 
 The gated unit and the multi-head layer call the same cores. A core shares the scope of the layer around it
 (`flax.linen.share_scope`): what parameters and states it has stand beside the layer's own.

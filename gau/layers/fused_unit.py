@@ -1,8 +1,9 @@
-"""The gated attention unit in kernels, for a GPU: the parameters and the results of `GatedAttentionUnit`, one head.
+"""The gated attention unit in kernels, for a GPU: parameters of `GatedAttentionUnit`, and its results up to rounding.
 
 U, V and Z come from one matmul where no device has a part of them; bias, silu, scale, offset and RoPE of the queries
 and keys are one kernel, and activations, attention and gate another operation (`gau.ops.kernels`). The bias of the last
-projection may be left to the kernel of the next norm (`gau.layers.fused_norm`).
+projection may be left to the kernel of the next norm (`gau.layers.fused_norm`). The same in plain JAX, to read:
+`gau.ops.queries_keys`, `gau.ops.gated_mixed_chunk`, and `gated_quadratic_attention` in `gau.ops.quadratic_attention`.
 """
 
 import flax.linen as nn
@@ -25,7 +26,13 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
 
     @nn.compact
     def without_bias(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
-        """Returns GAU(x) less its last bias, [B, N, D], and this bias [D]."""
+        """Returns GAU(x) less its last bias, [B, N, D], and this bias [D].
+
+        Raises:
+          ValueError: no gate, several heads, or a block of a sequence that is decoded.
+        """
+        if self.gate != 'silu' or self.num_heads != 1 or tokens.decode is not None:
+            raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
         z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
@@ -85,7 +92,8 @@ class FusedScaleOffset(ScaleOffset):
 
     @nn.compact
     def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[tuple[Array, ...], Array]:
-        """Maps a projection, the last S columns of p, to R arrays [B, N, S]; and returns p to go on with.
+        """Maps a projection, the last S columns of p, to R arrays [B, N, S]; and returns p, whose other readers take
+        this one, so that the gradients of all come back in one buffer.
 
         See `gau.ops.kernels.queries_keys`.
         """

@@ -4,7 +4,7 @@ docs/paper.md sections 1 and 3, with X the normalised input:
 
     U = silu(X Wu)   V = silu(X Wv)   Z = silu(X Wz)
     Q = rope(Z * gamma_q + beta_q)    K = rope(Z * gamma_k + beta_k)
-    A = relu(Q K^T / n + b)^2                                            (gau.layers.quadratic, gau.ops.scores)
+    A = relu(Q K^T / n + b)^2          (gau.layers.quadratic, then gau.ops.quadratic_attention and gau.ops.scores)
     O = (U * (A V)) Wo
 
 In FLASH `A V` is the sum of the same attention inside chunks and of a linear attention between them, whose queries and
@@ -59,12 +59,15 @@ class GatedAttentionUnit(nn.Module):
         gated, e, s = self.gate == 'silu', self.expanded_dim, self.query_key_dim
         uv_BN2E = jax.nn.silu(Linear((1 + gated, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND))
         uv_BN2E = constrain(uv_BN2E, 'batch', 'length', None, 'act_expanded')
+        # Without a gate there is V alone.
+        u_BNE, v_BNE = uv_BN2E[:, :, 0] if gated else None, uv_BN2E[:, :, -1]
         z_BNS = jax.nn.silu(Linear((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND))
+        # Q and K; in FLASH also Q_lin and K_lin.
         queries_keys = self.scale_offset(ScaleOffset)(z_BNS, tokens=tokens)
 
-        av_BNE = merge_heads(self.core(queries_keys, split_heads(uv_BN2E[:, :, -1], self.num_heads), tokens))
+        av_BNE = merge_heads(self.core(queries_keys, split_heads(v_BNE, self.num_heads), tokens))
 
-        o_BNE = constrain(uv_BN2E[:, :, 0] * av_BNE if gated else av_BNE, 'batch', 'length', 'act_expanded')
+        o_BNE = constrain(u_BNE * av_BNE if gated else av_BNE, 'batch', 'length', 'act_expanded')
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
 
     def scale_offset(self, kind: type['ScaleOffset']) -> 'ScaleOffset':

@@ -15,10 +15,12 @@ from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 
 
 class MixedChunkCore(QuadraticCore):
-    """The attention of `QuadraticCore` inside chunks of C tokens, and a linear attention between them.
+    """The attention of `QuadraticCore` inside chunks of C tokens, and a linear attention to what it does not see.
+
+    The linear one reads the chunks before, or all tokens, the own chunk's too, where the model is bidirectional.
 
     Attributes:
-      pairs: 'direct' for the local branch, inside chunks; 'linear' for the global one, between them; or both.
+      pairs: 'direct' for the local branch, inside chunks; 'linear' for the global one; or both.
       chunk_size: C.
       global_reduction: 'mean' or 'sum' over the tokens that a query sees.
     """
@@ -36,7 +38,7 @@ class MixedChunkCore(QuadraticCore):
     @nn.compact
     def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
         """See the base class."""
-        # With one branch alone the other's queries and keys do not exist, and the op does not read them.
+        # Of one branch alone there are two arrays, and both pairs of names mean them; the op uses its branch's.
         q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = [*queries_keys] * (2 // len(self.pairs))
         bias_HCC = None
         if self.spec.has_local:

@@ -10,7 +10,8 @@ from gau.layers.core import AttentionCore
 from gau.layers.positions import RelativeBias
 from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import quadratic_with_state
-from gau.ops.kernels import gated_quadratic, quadratic
+from gau.ops.kernels import gated_quadratic
+from gau.ops.kernels import quadratic as quadratic_kernels
 from gau.ops.kernels.cudnn_attention import cudnn_attention
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
@@ -47,14 +48,21 @@ class QuadraticCore(AttentionCore):
                 self.relative_bias, *shape, self.dtype, self.relative_bias_start, name='relative_bias'
             )
 
+    # Compact for the decoding state, whose variables it makes (`gau.layers.state`).
     @nn.compact
     def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
-        """See the base class."""
+        """See the base class.
+
+        Raises:
+          ValueError: 'cudnn' for what is not plain softmax.
+        """
         q_BHNS, k_BHNS = queries_keys
         q_BHNS = self.scaled(q_BHNS)
         if tokens.decode is not None:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens)
         if self.impl == 'cudnn':
+            if self.scoring.function != 'softmax' or self.relative_bias != 'none':
+                raise ValueError('cudnn has softmax without a relative bias only')
             q_BNHS, k_BNHS, v_BNHE = (x.swapaxes(1, 2) for x in (q_BHNS, k_BHNS, v_BHNE))
             o_BNHE = cudnn_attention(q_BNHS, k_BNHS, v_BNHE, causal=self.causal, segment_ids_BN=tokens.segment_ids_BN)
             return o_BNHE.swapaxes(1, 2)
@@ -68,13 +76,13 @@ class QuadraticCore(AttentionCore):
                 'bias_P': bias_P,
             }
             if self.impl == 'triton':
-                return quadratic.quadratic_attention(*arrays, **fields)
+                return quadratic_kernels.quadratic_attention(*arrays, **fields)
             return quadratic_attention(*arrays, **fields, impl=self.impl, sequence_axis=sequence_axis)
 
         return attention_over_mesh(
             attend,
             *(q_BHNS, k_BHNS, v_BHNE),
-            bias=self.bias(v_BHNE.shape[2]),
+            bias=self.bias_of_sequence(v_BHNE.shape[2]),
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=1 if self.impl == 'xla' else None,
         )
@@ -88,7 +96,7 @@ class QuadraticCore(AttentionCore):
         return None if self.relative_bias == 'none' else self.bias_layer(n, queries_BT)
 
     def bias_of_sequence(self, n: int) -> Array | None:
-        """Returns the bias that `gated` takes for n tokens, [H, 2 n - 1], or None."""
+        """Returns the bias by distance for a sequence of n tokens, [H, 2 n - 1], or None."""
         return self.bias(n)
 
     def gated(self, p_BNW: Array, bias_2E: Array, *queries_keys: Array, bias_P: Array | None, segment_ids_BN) -> Array:

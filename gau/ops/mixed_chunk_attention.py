@@ -1,7 +1,7 @@
-"""FLASH's mixed chunk attention (docs/paper.md section 3): quadratic inside chunks of C tokens, linear between them.
+"""FLASH's mixed chunk attention (docs/paper.md section 3): quadratic inside chunks of C tokens, linear over all.
 
     V_quad[g] = f(Q_quad[g] K_quad[g]^T / C + b) V[g]                    the local branch, lower triangle if causal
-    V_lin[g]  = Q_lin[g] mean(k_lin v^T)                                 the global branch
+    V_lin[g]  = Q_lin[g] mean(k v^T), k a row of K_lin, v of V           the global branch
 
 The mean runs over the tokens a query may see: all of its document if bidirectional, those in strictly earlier chunks if
 causal (so the first chunk gets exactly 0). No token of another document enters either branch.
@@ -45,7 +45,7 @@ class ChunkSpec(NamedTuple):
 
     @property
     def has_global(self) -> bool:
-        """Whether tokens attend to other chunks."""
+        """Whether there is the linear attention over the sequence."""
         return choose(self.branches, {'both': True, 'local': False, 'global': True})
 
     @property
@@ -127,7 +127,7 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
 
 
 def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_axis):
-    """The linear form: chunks attend within themselves and read one state each of what lies outside."""
+    """The linear form: chunks attend within themselves and read a state of what lies before, or before and after."""
     n, causal, mean = v.shape[1], spec.causal, spec.mean
     size = min(spec.chunk_size, n)
     if segment_ids_BN is None and n % size and not causal:
@@ -136,9 +136,9 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_a
     q, k, q_lin, k_lin, v_BGCE = (into_chunks(x, size) for x in (q, k, q_lin, k_lin, v))
     groups = v_BGCE.shape[1]
 
-    # All that a chunk attends to is collected as pairs of weights and what they weigh.
+    # All that a chunk attends to is collected as terms: weights, and what they weigh.
     a_BGCC = None
-    pairs = []
+    terms = []
     o_BGCE = 0
     same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
     if spec.has_local:
@@ -167,13 +167,13 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_a
             in_chunk = jnp.einsum('BGCS,BGMS->BGCM', q_lin.astype(v.dtype), k_lin, preferred_element_type=dtype)
             in_chunk = jnp.where(same_BGCC, in_chunk, 0)
             a_BGCC = in_chunk if a_BGCC is None else a_BGCC + in_chunk
-        pairs = [(jnp.where(s.sees_BGC[..., None], q_lin, 0), s.state_BGSE) for s in seen]
+        terms = [(jnp.where(s.sees_BGC[..., None], q_lin, 0), s.state_BGSE) for s in seen]
     if a_BGCC is not None:
-        pairs.insert(0, (a_BGCC, v_BGCE))
-    if pairs:
+        terms.insert(0, (a_BGCC, v_BGCE))
+    if terms:
         # One matmul, [A, Q_lin] [V; M], instead of one each: measured 2 % of a training step.
-        left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in pairs], axis=-1)
-        right = jnp.concatenate([value.astype(v.dtype) for _, value in pairs], axis=-2)
+        left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in terms], axis=-1)
+        right = jnp.concatenate([value.astype(v.dtype) for _, value in terms], axis=-2)
         o_BGCE += left @ right
     elif not spec.has_global or causal:
         o_BGCE = jnp.zeros_like(v_BGCE)

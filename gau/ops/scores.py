@@ -74,6 +74,9 @@ class Scoring(NamedTuple):
           width: S.
           sequence_length: n of 'paper', a number or an array that broadcasts to [..., N, 1].
           mask: bool, broadcasts to [..., N, M]; None: every query sees every key.
+
+        Raises:
+          ValueError: an unknown normaliser, or none where the function needs one.
         """
         if self.function == 'softmax' or self.normalizer == 'su':
             return scores * width**-0.5
@@ -81,7 +84,9 @@ class Scoring(NamedTuple):
             return scores / visible_keys(scores, mask)
         if self.normalizer == 'fixed':
             return scores / self.length
-        return scores / jnp.maximum(jnp.asarray(sequence_length, scores.dtype), 1)
+        if self.normalizer == 'paper':
+            return scores / jnp.maximum(jnp.asarray(sequence_length, scores.dtype), 1)
+        raise ValueError(f'normalizer {self.normalizer!r} does not exist for {self.function}')
 
     def activate(self, x: Array, mask: Array | None) -> Array:
         """Returns f(x) where the mask allows and exactly 0 elsewhere, [..., N, M].

@@ -12,7 +12,8 @@ from gau.models.fields import Filler, choice, count, table, with_defaults
 CHUNK_FIELDS = {
     'chunk_size': count('C, tokens in a chunk.', default=256),
     'branches': choice(
-        '"local": attention inside chunks; "global": linear attention between them; or both.',
+        '"local": attention inside chunks; "global": linear attention to the chunks before, or to all tokens where '
+        'the model is bidirectional; or both.',
         *('both', 'local', 'global'),
         default='both',
     ),
@@ -95,6 +96,7 @@ class MixedChunk(ScoredAttention):
 
     def refuses_decoding(self, config: ConfigDict) -> None:
         """See the base class."""
+        return None  # Its core has a state.
 
     def shard_multiple(self, config: ConfigDict) -> int:
         """See the base class."""

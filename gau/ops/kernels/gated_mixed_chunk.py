@@ -1,4 +1,4 @@
-"""FLASH's attention with its activations and its gate on a GPU: the fast path of `gau.ops.gated_chunks`.
+"""FLASH's attention with its activations and its gate on a GPU: the fast path of `gau.ops.gated_mixed_chunk`.
 
     [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
 
@@ -38,7 +38,7 @@ def gated_mixed_chunk(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
 ) -> Array:
-    """Returns what the reference `gau.ops.gated_chunks.gated_mixed_chunk` does; its docstring has the arguments."""
+    """Returns what its reference in `gau.ops.gated_mixed_chunk` does; see there for the arguments."""
     batch, n = p_BNW.shape[:2]
     size, dtype, causal = min(spec.chunk_size, n), p_BNW.dtype, spec.causal
     q, k, q_lin, k_lin = (into_chunks(x, size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS))

@@ -19,7 +19,7 @@ from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import WeightsTiles, cdiv, fit, power_of_two
 from gau.ops.masks import clear_padding, document_length, visible_keys
 from gau.ops.scores import Scoring
-from gau.ops.tracing import traced_once
+from gau.ops.tracing import choose, traced_once
 
 # The queries (backwards: keys) whose weights exist at once are an eighth of the sequence, within these bounds. Blocks
 # come in at most GROUPS groups that share a range of keys: of a causal square, 1 / (2 GROUPS) is computed for nothing.
@@ -71,7 +71,7 @@ def describe_tokens(
         return Tokens(ones_BN * width**-0.5, 1 / visible_BN, ids_BN)
     if scoring.normalizer == 'visible':
         return Tokens(1 / visible_BN, ones_BN, ids_BN)
-    n = scoring.length if scoring.normalizer == 'fixed' else jnp.maximum(sequence_length, 1)
+    n = choose(scoring.normalizer, {'fixed': scoring.length, 'paper': jnp.maximum(sequence_length, 1)})
     return Tokens(ones_BN / n, ones_BN, ids_BN)
 
 
