@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
     for field in _ADAM:
         optimizer[field] = config_dict.placeholder(float)
     optimizer.weight_decay = 0.01
-    optimizer.weight_decay_rules = ((r'(^|/)(kernel|embedding)$', 1.0),)
+    optimizer.weight_decay_rules = ((r'(^|/)kernel$', 1.0),)
     optimizer.clip = 'local'
     optimizer.clip_norm = config_dict.placeholder(float)
     optimizer.accumulation_steps = 1

@@ -24,6 +24,9 @@ PARAMETERS = 'parameters.txt'
 SHARDINGS = 'shardings.txt'
 LOCK = '.lock'
 
+# The default up to e74d9a2; no parameter is called embedding, so that the one of today decides alike.
+OLD_DECAY_RULES = [['(^|/)(kernel|embedding)$', 1.0]]
+
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
     """Returns the config as it reads back from JSON: tuples as lists."""
@@ -61,7 +64,11 @@ def read_config(workdir: Path) -> ConfigDict:
 
 def whole_config(stored: dict[str, Any]) -> ConfigDict:
     """Returns the ConfigDict of a stored config; fields that did not exist when it was stored have their defaults."""
-    whole = with_new_fields(stored, config_to_dict(default_config()))
+    defaults = config_to_dict(default_config())
+    whole = with_new_fields(stored, defaults)
+    if whole['optimizer']['weight_decay_rules'] == OLD_DECAY_RULES:
+        rules = defaults['optimizer']['weight_decay_rules']
+        whole = {**whole, 'optimizer': {**whole['optimizer'], 'weight_decay_rules': rules}}
     config = config_from_dict(whole)
     drop_idle_fields(config.optimizer)
     if whole == stored:

@@ -65,6 +65,15 @@ def test_a_run_from_before_a_field_existed_has_its_default(tmp_path, field, chan
             pass
 
 
+def test_a_run_with_the_old_rules_of_weight_decay_goes_on(tmp_path):
+    tree = workdir.config_to_dict(CONFIG)
+    tree['optimizer']['weight_decay_rules'] = [['(^|/)(kernel|embedding)$', 1.0]]
+    workdir.write_json(tmp_path / 'config.json', tree)
+    assert workdir.read_config(tmp_path) == CONFIG
+    with claim(tmp_path) as resuming:
+        assert resuming
+
+
 def test_a_run_with_a_field_that_is_none_any_more_is_another(tmp_path):
     tree = workdir.config_to_dict(CONFIG)
     tree['model']['wings'] = 2
