@@ -1,6 +1,7 @@
 """Stands in for train.py where a test is of the sweep and not of the run: the same files, flags and exit codes.
 
-A learning rate of 13 fails always, one of 7 the first time, one of 5 is bad input. `FAKE_SECONDS` is a step's time.
+A learning rate of 13 fails always, one of 7 the first time, one of 5 is bad input. With FAKE_HOLD=3 it stays at step 3
+until it is stopped, or until there is a file `release` in the directory of the sweep.
 """
 
 import json
@@ -26,6 +27,7 @@ def main() -> int:
     config = cli.load_config()
     workdir = Path(flags.FLAGS.workdir)
     stopped = []
+    hold = int(os.environ.get('FAKE_HOLD', '0'))
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     if config.optimizer.learning_rate == 5:
         raise UserError('learning rate 5 is bad input')
@@ -42,10 +44,11 @@ def main() -> int:
             raise RuntimeError('as it should')
         with (workdir / files.METRICS).open('a') as file:
             for step in range(len(rows) + 1, config.steps + 1):
-                time.sleep(float(os.environ.get('FAKE_SECONDS', '0')))
                 row = {'step': step, 'split': 'train', 'loss': loss(config, step), 'tokens_per_second': 1000.0}
                 file.write(json.dumps(row) + '\n')
                 file.flush()
+                while step == hold and not stopped and not (workdir.parent / 'release').exists():
+                    time.sleep(0.02)
                 if stopped:
                     print(f'saved at step {step}')
                     return 143

@@ -97,8 +97,8 @@ def test_refused_points_keep_the_exit_code_from_0(tmp_path):
 
 def test_a_killed_sweep_and_a_killed_point_go_on_with_the_same_command(tmp_path):
     arguments = ('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=4')
-    sweep = start(*arguments, FAKE_SECONDS='0.2')
-    wait_for_rows(tmp_path, 2, runs=4)
+    sweep = start(*arguments, FAKE_HOLD='3')
+    wait_for_rows(tmp_path, 3, runs=4)
     victim = next(tmp_path.glob('*/.pid'))
     os.kill(int(victim.read_text()), signal.SIGKILL)
     sweep.kill()
@@ -120,9 +120,10 @@ def test_a_killed_sweep_and_a_killed_point_go_on_with_the_same_command(tmp_path)
 
 
 def test_a_killed_point_is_started_again_by_the_sweep_itself(tmp_path):
-    sweep = start('--sweep=chunk_size', f'--workdir={tmp_path}', '--per_device=2', FAKE_SECONDS='0.1')
-    wait_for_rows(tmp_path, 2, runs=2)
+    sweep = start('--sweep=chunk_size', f'--workdir={tmp_path}', '--per_device=2', FAKE_HOLD='3')
+    wait_for_rows(tmp_path, 3, runs=2)
     os.kill(int((tmp_path / 'chunk_size_16' / '.pid').read_text()), signal.SIGKILL)
+    (tmp_path / 'release').touch()
     out, err = sweep.communicate(timeout=600)
     assert sweep.returncode == 0, err
     assert 'killed by SIGKILL' in out
@@ -131,8 +132,8 @@ def test_a_killed_point_is_started_again_by_the_sweep_itself(tmp_path):
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_stop_it_waits_until_all_have_saved(tmp_path, number, code):
-    sweep = start('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2', FAKE_SECONDS='0.2')
-    wait_for_rows(tmp_path, 2, runs=2)
+    sweep = start('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2', FAKE_HOLD='3')
+    wait_for_rows(tmp_path, 3, runs=2)
     sweep.send_signal(number)
     out, err = sweep.communicate(timeout=600)
     assert sweep.returncode == code, err
@@ -156,7 +157,7 @@ def test_one_point_by_its_number(tmp_path):
 
 def test_two_sweeps_at_once_in_one_directory_run_nothing_twice(tmp_path):
     arguments = ('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2')
-    processes = [start(*arguments, FAKE_SECONDS='0.1') for _ in range(2)]
+    processes = [start(*arguments) for _ in range(2)]
     for process in processes:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
