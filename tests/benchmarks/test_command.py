@@ -15,7 +15,7 @@ from tests.training.test_commands import run
         (['--contexts=1k'], 'not a positive integer'),
         (['--models=flash@64+1k'], '"1k" is no context'),
         (['--models=flash@'], '"" is no context'),
-        (['--models=flash@64', '--contexts=32'], '--contexts speaks to'),
+        (['--models=flash@64', '--contexts=32'], '--contexts is for models'),
         (['--what=decode', '--remat=full'], '--remat speaks to train and forward'),
         (['--what=train', '--batch_sizes=2'], '--batch_sizes speaks to decode'),
     ],

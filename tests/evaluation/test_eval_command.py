@@ -103,9 +103,9 @@ class Shifted(types.SimpleNamespace):
 
 @pytest.mark.parametrize('by', [0, 1])
 def test_another_tokenizer_is_refused_unless_it_has_the_same_vocabulary(trained, monkeypatch, by):
-    from gau.training import setup
+    from gau.data import tokenizers
 
-    monkeypatch.setattr(setup.tokenizers, 'load', {'bytes': setup.tokenizers.load('bytes'), 'shifted': Shifted(by)}.get)
+    monkeypatch.setattr(tokenizers, 'load', {'bytes': tokenizers.load('bytes'), 'shifted': Shifted(by)}.get)
     config = workdir.read_config(trained)
     monkeypatch.setattr('gau.training.load.resolve', lambda config: config)
     config.data.tokenizer = 'shifted'
