@@ -96,8 +96,8 @@ def test_the_option_changes_the_computation(name, option):
 
 
 def test_every_choice_of_the_model_is_tried_above():
-    # Tried means: on a model whose default it is not. Exempt is only what is the default wherever the field applies, and
-    # below what changes the start of parameters alone, or how and where the same is computed.
+    # Tried means: on a model whose default it is not. Exempt is only what is the default wherever the field applies,
+    # and below what changes the start of parameters alone, or how and where the same is computed.
     bases = {name: tiny_config(name, 'mlm' if ARCHITECTURES[name].not_causal else 'lm') for name, _ in OPTIONS}
     choices = {name: field.choices for name, field in declared_fields().items() if field.choices}
     for field in set(choices) - {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init', 'relative_bias_init'}:
