@@ -88,8 +88,8 @@ def test_two_chunk_sizes_by_two_expansions_by_two_seeds(tmp_path):
     output = tmp_path / 'table'
     code, out, err = run('scripts/report.py', str(killed), '--against=model.chunk_size=32', f'--output={output}')
     assert code == 0, err
-    table = [line.split('|') for line in out.splitlines() if line.startswith('| ')]
-    assert len([line for line in table if '±' in line[4]]) == 4
+    table = [line.split('|') for line in out.splitlines() if line.startswith('| ') and '±' in line]
+    assert len(table) == 4
     p = next(line[6].strip() for line in table if line[1].strip() == '16')
     assert 0 <= float(p) <= 1
     for figure in ('tokens', 'time', 'values', 'speed'):
