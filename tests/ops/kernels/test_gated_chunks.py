@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops import gated_chunks as reference
+from gau.ops import gated_mixed_chunk as reference
 from gau.ops.kernels import chunk_pairs, gated_mixed_chunk, tile_sizes
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.mixed_chunk_attention import ChunkSpec
