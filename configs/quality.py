@@ -1,0 +1,86 @@
+"""Transformer quality in linear time: FLASH whose bias starts as a mean, the paper's FLASH, and Transformer++.
+
+    python scripts/prepare_data.py --source='jsonl:wiki/*.jsonl' --tokenizer=sentencepiece:FILE --output=data/wiki_en
+    python scripts/sweep.py --config=configs/quality.py --sweep=models,seed:8 --workdir=runs/quality --per_device=4
+
+Question: at equal tokens and equal size, is FLASH as good as Transformer++, and where? configs/relu2.py found the start
+of the bias on three seeds of `small` at 1,024; this is the comparison that it left open: more seeds, longer contexts,
+`base`, each model at the learning rate that is best for it.
+
+Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `seeds`
+(those from one to another, to add to a table), `rates` (what the models' learning rates were chosen by), `long` (8,192
+tokens of context), `base` (112 M parameters).
+
+A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
+NVIDIA H200 that four runs share.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.paper import budgets
+from gau.experiments.sweep import Overrides
+from gau.training import config as training_config
+
+RATE = 'optimizer.learning_rate'
+MEAN = {':model': 'flash', 'model.relative_bias_init': 'mean', 'model.relative_bias_scale': 2.0}
+PAPER = {':model': 'flash', 'model.relative_bias_init': 'normal'}
+QUAD = {**MEAN, ':model': 'flash_quad'}
+TRANSFORMER = {':model': 'transformer_plus_plus'}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config for `--config=configs/quality.py:arg`."""
+    arg = common.parse_arg(arg, model='flash', size='small', context=1024, data=budgets.DATA['small'])
+    config = training_config.default_config()
+    config.model.name = arg.model
+    config.model.size = arg.size
+    config.data.source = arg.data
+    config.data.context = arg.context
+    config.data.batch_size = 65_536 // arg.context
+    config.steps = 2000
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.98
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 500
+    config.eval.max_tokens = 800_000
+    config.log.every_steps = 50
+    return common.run_local(config, arg.given) if arg.runlocal else config
+
+
+def sweep_models() -> Iterator[Overrides]:
+    """FLASH and Transformer++, each at the best of the learning rates that were tried."""
+    yield {'name': 'flash', **MEAN, RATE: 4.5e-3}
+    yield {'name': 'transformer_plus_plus', **TRANSFORMER, RATE: 2e-3}
+
+
+def sweep_seeds(first: int, end: int) -> Iterator[Overrides]:
+    """Seeds from `first` to `end - 1`."""
+    yield from ({'seed': seed} for seed in range(first, end))
+
+
+def sweep_rates() -> Iterator[Overrides]:
+    """Learning rates beside those of `models`, and FLASH-Quad with either form of its bias."""
+    yield {'name': 'transformer_plus_plus_lr_0.0014', **TRANSFORMER, RATE: 1.4e-3}
+    yield {'name': 'flash_lr_0.006', **MEAN, RATE: 6e-3}
+    for form in ('rotary', 'toeplitz'):
+        yield {'name': f'flash_quad_{form}_lr_0.0045', **QUAD, 'model.relative_bias': form, RATE: 4.5e-3}
+
+
+def sweep_long() -> Iterator[Overrides]:
+    """8,192 tokens of context, 8 rows a step: what becomes of both starts and of Transformer++."""
+    yield {'name': 'flash_8192_lr_0.0045', ':context': 8192, **MEAN, RATE: 4.5e-3}
+    yield {'name': 'transformer_plus_plus_8192_lr_0.002', ':context': 8192, **TRANSFORMER, RATE: 2e-3}
+    yield {'name': 'flash_paper_8192_lr_0.006', ':context': 8192, **PAPER, RATE: 6e-3}
+    yield {'name': 'flash_8192_lr_0.003', ':context': 8192, **MEAN, RATE: 3e-3}
+    yield {'name': 'transformer_plus_plus_8192_lr_0.001', ':context': 8192, **TRANSFORMER, RATE: 1e-3}
+
+
+def sweep_base() -> Iterator[Overrides]:
+    """112 M parameters: both starts at one learning rate, and Transformer++."""
+    yield {'name': 'flash_base', ':size': 'base', **MEAN, RATE: 3e-3}
+    yield {'name': 'flash_paper_base', ':size': 'base', **PAPER, RATE: 3e-3}
+    yield {'name': 'transformer_plus_plus_base', ':size': 'base', **TRANSFORMER, RATE: 1e-3}

@@ -1,0 +1,20 @@
+"""Configs that answer one question each: every point of their sweeps is accepted."""
+
+import pytest
+
+from gau.experiments.sweep import Program, find_points
+from tests.conftest import ROOT
+
+SWEEPS = [
+    ('relu2', 'models+rate,seed:3', 15),
+    ('relu2', 'trials', 16),
+    ('relu2', 'mlm', 4),
+    ('quality', 'models,seeds:3:8', 10),
+    ('quality', 'rates+long+base', 12),
+]
+
+
+@pytest.mark.parametrize(('study', 'sweep', 'points'), SWEEPS)
+def test_every_point_is_accepted(study, sweep, points):
+    found = find_points(Program(str(ROOT / 'configs' / f'{study}.py'), 'data=embedded'), sweep)
+    assert [point.error for point in found] == [''] * points
