@@ -2,9 +2,12 @@
 
     python scripts/report.py runs/chunks                                       rows: what the sweep set, over its seeds
     python scripts/report.py runs/a runs/b --by=model.name --against=transformer_plus_plus --output=docs/results/models
+    python scripts/report.py runs/chunks --output=day_1.jsonl                  keep the runs in one file, for later
+    python scripts/report.py day_1.jsonl day_2.jsonl --output=docs/results/chunks
     python scripts/report.py --check                                           every table in docs/results
 
-Arguments are work directories of runs or directories of sweeps. Without --output the files are DIR/report.*. --check
+Arguments are directories of runs and of sweeps, and files of kept runs, which this command wrote; together
+they are one table, whichever machine and day its runs come from. Without --output the files are DIR/report.*. --check
 makes the tables again from the kept JSON lines beside them, and ends with 1 if one is another.
 """
 
@@ -24,7 +27,11 @@ _SPLIT = flags.DEFINE_string('split', 'valid', 'Evaluated split that the table i
 _METRIC = flags.DEFINE_string('metric', 'loss', 'What of it, as in final.json.')
 _ALLOW = flags.DEFINE_list('allow', [], 'What may differ between the runs: data, tokens.')
 _TITLE = flags.DEFINE_string('title', None, 'Title of the page and the figures; default: the name of the output.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Path without ending; .md, .jsonl, .csv and _*.png are written.')
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Path without ending: .md, .jsonl, .csv and _*.png are written; with .jsonl: only the runs.',
+)
 _CHECK = flags.DEFINE_boolean('check', False, 'Compare tables with what their kept JSON lines give; write nothing.')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'docs' / 'results'
@@ -39,17 +46,21 @@ def main(arguments: list[str]) -> int:
     from gau.experiments import publish, runs
     from gau.experiments.report import Options, make
 
-    directories = [Path(argument) for argument in arguments]
-    found, unfinished = runs.find(directories)
-    stem = Path(_OUTPUT.value) if _OUTPUT.value else directories[0] / 'report'
-    title = _TITLE.value or (stem.name if _OUTPUT.value else directories[0].resolve().name)
+    paths = [Path(argument) for argument in arguments]
+    if not _OUTPUT.value and paths[0].suffix == runs.KEPT:
+        raise UserError(f'{paths[0]} is a file of kept runs: --output=PATH must say where their table goes')
+    found, unfinished = runs.find(paths)
+    if unfinished:
+        print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
+    stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'
+    if stem.suffix == runs.KEPT:
+        print(publish.keep(found, stem))
+        return 0
+    title = _TITLE.value or (stem.name if _OUTPUT.value else paths[0].resolve().name)
     options = Options(
         tuple(_BY.value), _AGAINST.value, _BEST.value, _SPLIT.value, _METRIC.value, tuple(_ALLOW.value), title
     )
-    report = make(found, options)
-    if unfinished:
-        print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
-    print(publish.write(report, found, stem))
+    print(publish.write(make(found, options), found, stem))
     return 0
 
 

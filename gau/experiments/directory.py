@@ -23,6 +23,7 @@ from gau.training.config import differences
 
 SWEEP = 'sweep.json'
 ATTEMPTS = 'attempts.jsonl'
+COMMIT_VARIABLE = 'GAU_COMMIT'
 # Of a metrics file only the end is read: it grows while it is looked at.
 _TAIL_BYTES = 2**16
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +157,12 @@ class SweepDirectory:
 
 
 def commit() -> str | None:
-    """Returns the commit that the repository is at, with `+` if its files were changed; None outside of git."""
+    """Returns the commit that the repository is at, with `+` if its files were changed; None if that is not known.
+
+    A copy of the repository without git, as in an image, is told its commit by the environment variable GAU_COMMIT.
+    """
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE]
     try:
         git = ('git', '-C', str(ROOT))
         head = subprocess.run([*git, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True)

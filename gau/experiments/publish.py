@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from gau.errors import UserError
 from gau.experiments import figures, page, runs
 from gau.experiments.report import Options, Report, frame, kept_paths, make
 from gau.experiments.runs import Run
@@ -28,6 +29,17 @@ def write(report: Report, found: Sequence[Run], stem: Path) -> str:
     return f'{page.table(report)}\n\nwritten: {written}'
 
 
+def keep(found: Sequence[Run], path: Path) -> str:
+    """Writes runs as JSON lines, without a table, for later reports to take; returns what was written.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, runs.dump(found, {'report': None}))
+    return f'{len(found)} finished runs are kept in {path}'
+
+
 def check(kept: Path) -> str:
     """Returns SAME if the page beside kept JSON lines has the table that they give, else what is wrong.
 
@@ -36,6 +48,8 @@ def check(kept: Path) -> str:
     """
     found, header = runs.load(kept)
     options = header['report']
+    if options is None:
+        raise UserError(f'{kept} holds runs without a table: make one with scripts/report.py')
     options = Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
     report = make(found, options)
     same = page.check(report, kept_paths(kept.with_suffix(''))['md'])

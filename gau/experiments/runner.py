@@ -24,6 +24,8 @@ from gau.experiments.sweep import Point, Program
 # A point that fails is started so many times in all by one command.
 ATTEMPTS = 3
 POLL_SECONDS = 0.3
+# A signal that comes again within this time is the same one: timeout(1) sends it to the process and to its group.
+SAME_SIGNAL_SECONDS = 1.0
 TRAIN = ROOT / 'train.py'
 # train.py says with it that its config, data or directory are unusable: trying again changes nothing.
 BAD_INPUT = 2
@@ -42,6 +44,7 @@ class Task:
       place: of the last one.
       error: the last line of the last failure, or ''.
       process: while it runs.
+      signals: times it was told to stop.
     """
 
     point: Point
@@ -50,6 +53,7 @@ class Task:
     place: str = ''
     error: str = ''
     process: subprocess.Popen | None = None
+    signals: int = 0
 
     @property
     def name(self) -> str:
@@ -88,6 +92,7 @@ class Runner:
         self._progress: dict[str, Progress] = {}
         self._commit = commit()
         self._signals = 0
+        self._signalled = 0.0
         self._signum = 0
 
     def run(self) -> int:
@@ -99,6 +104,7 @@ class Runner:
                     task.state = FINISHED
             while self._running or (not self._signum and any(self._open(task) for task in self.tasks)):
                 self._collect()
+                self._pass_on()
                 if not self._signum:
                     self._fill()
                 for task in self.tasks:
@@ -195,15 +201,21 @@ class Runner:
         self._tell(f'{task.name}: {task.error}' + (' (starting it again)' if again else ' (given up)'))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-        self._signum = self._signum or number
+        now = time.monotonic()
+        if self._signals and now - self._signalled < SAME_SIGNAL_SECONDS:
+            return
+        self._signals, self._signalled, self._signum = self._signals + 1, now, self._signum or number
+
+    def _pass_on(self) -> None:
+        """Tells the runs that a signal came; the second time is for those who cannot wait."""
+        told = 0
         for task, _ in self._running:
-            if task.process.poll() is None:
-                # The second time is for those who cannot wait.
+            if task.signals < self._signals and task.process.poll() is None:
                 task.process.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-        if self._running:
+                task.signals, told = self._signals, told + 1
+        if told:
             again = 'waiting until they have saved; once more kills them' if self._signals == 1 else 'killing them'
-            self._tell(f'{signal.Signals(number).name}: {len(self._running)} runs, {again}')
+            self._tell(f'{signal.Signals(self._signum).name}: {told} runs, {again}')
 
 
 def _load_prctl() -> Any:

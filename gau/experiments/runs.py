@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
 from gau.experiments.directory import ATTEMPTS, SWEEP
 from gau.training import workdir as files
-from gau.training.config import RESUMABLE_CHANGES, flatten
+from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
 
 # Points of a curve that are kept of a run.
 CURVE_POINTS = 60
+# Ending of a file of kept runs.
+KEPT = '.jsonl'
 # What does not decide what a run computes: how it is stored, looked at, and spread over devices.
 _NOT_MEANT = (*RESUMABLE_CHANGES, 'checkpoint.', 'eval.', 'evaluators.')
 
@@ -59,30 +62,49 @@ class Run(NamedTuple):
         return hashlib.sha256(json.dumps(self.meant(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Returns the finished runs in work directories and directories of sweeps, and the names of the unfinished ones.
+def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Returns the finished runs in work directories, directories of sweeps and files of kept runs, and the unfinished.
+
+    Files may overlap, as those kept of a sweep that has grown since do: a run that several hold counts once.
 
     Raises:
-      UserError: a directory holds neither, or one is given twice.
+      UserError: a directory holds neither a run nor a sweep, a file cannot be read, or one of them is given twice.
     """
-    runs, unfinished, seen = [], [], set()
-    for directory in directories:
-        workdirs = [directory] if (directory / files.CONFIG).is_file() else []
-        if (directory / SWEEP).is_file():
-            workdirs = [directory / name for name in files.read_json(directory / SWEEP)['points']]
-        elif not workdirs and directory.is_dir():
-            workdirs = sorted(path.parent for path in directory.glob(f'*/{files.CONFIG}'))
-        if not workdirs:
-            raise UserError(f'{directory} holds neither a run nor a sweep')
+    runs: dict[str, Run] = {}
+    unfinished, seen = [], set()
+    for path in paths:
+        if path.suffix == KEPT:
+            workdirs, own = [path], [_renewed(run) for run in load(path)[0]]
+        else:
+            workdirs = _workdirs(path)
+            own = [read(workdir) for workdir in workdirs if (workdir / files.FINAL).is_file()]
+            unfinished += [workdir.name for workdir in workdirs if not (workdir / files.FINAL).is_file()]
         for workdir in workdirs:
             if workdir.resolve() in seen:
                 raise UserError(f'{workdir} is given twice')
             seen.add(workdir.resolve())
-            if (workdir / files.FINAL).is_file():
-                runs.append(read(workdir))
-            else:
-                unfinished.append(workdir.name)
-    return runs, unfinished
+        runs |= {json.dumps([run.name, run.config, run.metrics], sort_keys=True): run for run in own}
+    return list(runs.values()), unfinished
+
+
+def _workdirs(directory: Path) -> list[Path]:
+    workdirs = [directory] if (directory / files.CONFIG).is_file() else []
+    if (directory / SWEEP).is_file():
+        workdirs = [directory / name for name in files.read_json(directory / SWEEP)['points']]
+    elif not workdirs and directory.is_dir():
+        workdirs = sorted(path.parent for path in directory.glob(f'*/{files.CONFIG}'))
+    if not workdirs:
+        raise UserError(f'{directory} holds neither a run nor a sweep')
+    return workdirs
+
+
+def _renewed(run: Run) -> Run:
+    """Returns a kept run with the fields that configs have got since at their defaults, as work directories do."""
+    return run._replace(config=_flat(files.whole_config(unflatten(run.config))))
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    return {path: without_place(value) for path, value in flatten(files.config_to_dict(config)).items()}
 
 
 def read(workdir: Path) -> Run:
@@ -111,7 +133,7 @@ def read(workdir: Path) -> Run:
         name=workdir.resolve().name,
         label=point.get('label', workdir.resolve().name),
         swept=None if not point or any(path.startswith(':') for path in fields) else fields,
-        config={path: without_place(value) for path, value in flatten(files.config_to_dict(config)).items()},
+        config=_flat(config),
         metrics=final['eval'],
         curves=_curves(rows, tokens_per_step(config)),
         facts=facts,
@@ -119,7 +141,13 @@ def read(workdir: Path) -> Run:
 
 
 def dump(runs: Sequence[Run], header: dict[str, Any]) -> str:
-    """Returns JSON lines: the header with the fields that all configs share, then a line a run."""
+    """Returns JSON lines: the header with the fields that all configs share, then a line a run.
+
+    Raises:
+      UserError: there is no run.
+    """
+    if not runs:
+        raise UserError('no finished run to keep')
     first = runs[0].config
     common = {path: value for path, value in first.items() if all(run.config.get(path) == value for run in runs)}
     lines = [{**header, 'config': common}]

@@ -33,9 +33,9 @@ PREFIX = 'sweep_'
 MAX_NAME = 100
 
 
-def sweep_seed(n: int = 3) -> Iterator[Overrides]:
-    """The sweep `seed` of every config program: seeds 0 to n - 1."""
-    yield from ({'seed': seed} for seed in range(n))
+def sweep_seed(n: int = 3, first: int = 0) -> Iterator[Overrides]:
+    """The sweep `seed` of every config program: n seeds from `first` on."""
+    yield from ({'seed': seed} for seed in range(first, first + n))
 
 
 @dataclasses.dataclass(frozen=True)

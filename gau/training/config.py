@@ -268,6 +268,18 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict that `flatten` was given."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, field = path.split('.')
+        section = tree
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[field] = value
+    return tree
+
+
 @functools.cache
 def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that decide what a checkpoint means."""

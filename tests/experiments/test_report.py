@@ -9,10 +9,10 @@ from gau.errors import UserError
 from gau.experiments import publish, report, runs
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
-from gau.training.config import default_config, flatten
+from gau.training.config import default_config, flatten, resolve
 from gau.training.workdir import config_to_dict
 
-CONFIG = flatten(config_to_dict(default_config()))
+CONFIG = flatten(config_to_dict(resolve(default_config())))
 
 
 def made_up(loss, *, seed=0, name=None, tokens=1000, data='embedded', speed=100.0, eval_tokens=500, **fields):
@@ -203,6 +203,26 @@ def test_kept_lines_give_the_runs_back(tmp_path):
     again, header = runs.load(tmp_path / 'kept.jsonl')
     assert again == [Run(*json.loads(json.dumps(run))) for run in found]
     assert header == {'report': {}}
+
+
+def test_kept_files_of_several_days_are_one_table(tmp_path):
+    first = [made_up(3 + seed / 10, seed=seed, model__chunk_size=size) for size in (128, 256) for seed in (0, 1)]
+    later = [made_up(3.3, seed=3, model__chunk_size=256)]
+    # A run kept before a field existed has its default now.
+    old = [run._replace(config={k: v for k, v in run.config.items() if k != 'model.remat'}) for run in first]
+    days = [tmp_path / f'day_{number}.jsonl' for number in (1, 2)]
+    publish.keep(old, days[0])
+    publish.keep([*first, *later], days[1])
+    found, unfinished = runs.find(days)
+    assert ([run.name for run in found], unfinished) == ([run.name for run in [*first, *later]], [])
+    assert {run.config['model.remat'] for run in found} == {'none'}
+    assert [row.mean.n for row in report.make(found, Options()).rows] == [2, 3]
+    with pytest.raises(UserError, match='given twice'):
+        runs.find(days[:1] * 2)
+    with pytest.raises(UserError, match='without a table'):
+        publish.check(days[0])
+    with pytest.raises(UserError, match='no finished run to keep'):
+        publish.keep([], days[0])
 
 
 def test_places_on_a_machine_are_not_kept():

@@ -134,6 +134,9 @@ def test_a_killed_point_is_started_again_by_the_sweep_itself(tmp_path):
 def test_asked_to_stop_it_waits_until_all_have_saved(tmp_path, number, code):
     sweep = start('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=2', FAKE_HOLD='3')
     wait_for_rows(tmp_path, 3, runs=2)
+    # timeout(1) sends its signal twice, to the process and to its group.
+    sweep.send_signal(number)
+    time.sleep(0.1)
     sweep.send_signal(number)
     out, err = sweep.communicate(timeout=600)
     assert sweep.returncode == code, err

@@ -24,6 +24,7 @@ def test_product_and_union_and_their_order():
         'expansion_factor_1-seed_0',
         'expansion_factor_2-seed_0',
     ]
+    assert names('seed:2:3') == ['seed_3', 'seed_4']
     assert names('optimizer.learning_rate:1e-3:3e-3') == ['learning_rate_0.001', 'learning_rate_0.003']
 
 
@@ -99,7 +100,7 @@ BAD = {
     'seed,seed': 'seed is set twice',
     'chunk_size+chunk_size': 'point chunk_size_16 is given twice',
     'chunk_size+seed:1': 'points chunk_size_16 and seed_0 are one and the same run',
-    'seed:1:2': 'seed:1:2 is not what "seed" of',
+    'seed:1:2:3': 'seed:1:2:3 is not what "seed" of',
     'seed:many': 'seed:many is not what',
     'not_dicts': 'yields 3, not a dict',
     'open': 'sets model.gate=None',
