@@ -4,6 +4,7 @@
     python scripts/compile_check.py --config=configs/lm.py:size=large --topology=v5e:4x4 --config.mesh.fsdp=-1 \
         --config.mesh.data=1 --config.model.remat=full --sweep=batch
     python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
+    python scripts/compile_check.py --config=configs/lm.py --topology=v4:1x1x1 --breakdown
     python scripts/compile_check.py --table=docs/tpu_v4_64.md       the paper's configurations: an hour on two cores
 
 TPU topologies (v4, v5e, v5p, v6e) are compiled for by libtpu, a package that needs no TPU: `pip install libtpu` in the
@@ -24,6 +25,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the largest that fits.')
 _SHARDINGS = flags.DEFINE_boolean('shardings', False, 'Print how parameters and activations are sharded; no compiling.')
+_BREAKDOWN = flags.DEFINE_boolean('breakdown', False, 'Print where cycles and bytes go, by part and by operation.')
 _JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
 _TABLE = flags.DEFINE_string(
     'table', None, "Write the paper's configurations on 64 TPU v4 chips to this Markdown file."
@@ -33,7 +35,7 @@ _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bo
 
 def main() -> None:
     """Compiles, once or in a sweep."""
-    from gau.benchmarks import chips, compile_check, tpu_table
+    from gau.benchmarks import breakdown, chips, compile_check, tpu_table
 
     if _TABLE.value is not None:
         tpu_table.write(
@@ -41,6 +43,8 @@ def main() -> None:
         )
         return
     config = flags.FLAGS.config
+    if _BREAKDOWN.value and (_SWEEP.value is not None or _SHARDINGS.value):
+        raise UserError('--breakdown goes with one compilation, not with --sweep or --shardings')
     if config is None:
         raise UserError('--config=FILE[:name=value,...] must be given, or --table=FILE')
     compile_check.without_data(config)
@@ -58,6 +62,8 @@ def main() -> None:
         found = compile_check.check(config, target, vocab_size=_VOCAB_SIZE.value)
         keep(found.row)
         print(compile_check.describe(found))
+        if _BREAKDOWN.value and found.program is not None:
+            print('\n' + breakdown.describe(found.program, target.chip.clock if target.chip else None))
         return
 
     def report(row: dict) -> None:

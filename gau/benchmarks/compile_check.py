@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gau.benchmarks.chips import Target
-from gau.benchmarks.hlo import Collective, Program
+from gau.benchmarks.hlo import ON_CHIP, Collective, Program
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
 from gau.models.target import Target as Implementing
@@ -46,11 +46,13 @@ class Check(NamedTuple):
       row: plain numbers of one device, for JSON (see `check`).
       collectives: every communication.
       largest: (bytes, type and shape, source) of the largest arrays.
+      program: the compiled program; None if it does not fit.
     """
 
     row: Row
     collectives: list[Collective]
     largest: list[tuple[int, str, str]]
+    program: Program | None = None
 
 
 def without_data(config: ConfigDict) -> ConfigDict:
@@ -93,7 +95,8 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     The row holds, for one device: `argument_bytes` (state and batch), `output_bytes` (those that do not take an
     argument's place), `temporary_bytes`, `code_bytes`, their sum `total_bytes`, `memory_bytes` of the device, `fits`
     (None where its memory is not known); `flops` of the matmuls in a step as traced, recomputation and masked
-    halves included, and `model_flops`, three times the forward pass in closed form; `traffic_bytes` of its memory;
+    halves included, and `model_flops`, three times the forward pass in closed form; `traffic_bytes` of its memory and
+    `on_chip_bytes`, those that memories on the chip spare it;
     `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, and
     `compiler`, the compiler's own estimate of its kernels; `step_seconds`, and `mfu`, the model FLOPs utilisation that
     goes with it. If it does not fit, only what was known before.
@@ -129,9 +132,13 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     row |= {'total_bytes': total, 'fits': None if target.memory_bytes is None else total <= target.memory_bytes}
     program = Program(compiled.as_text())
     collectives = program.collectives()
-    row |= {'traffic_bytes': program.memory_traffic(), 'collectives': _by_kind(collectives)}
+    row |= {
+        'traffic_bytes': program.traffic(),
+        'on_chip_bytes': program.traffic(ON_CHIP),
+        'collectives': _by_kind(collectives),
+    }
     row |= _times(row, collectives, program.cycles(), target)
-    return Check(row, collectives, program.largest_arrays(5))
+    return Check(row, collectives, program.largest_arrays(5), program)
 
 
 def shardings(config: ConfigDict, target: Target, *, vocab_size: int) -> str:
@@ -261,7 +268,8 @@ def describe(check: Check) -> str:
     lines.append(f'FLOPs         {traced} a device and step as traced, {closed} by the closed form')
     if 'total_bytes' not in row:
         return '\n'.join(lines)
-    lines.append(f"traffic       {_gib(row['traffic_bytes'])} of a device's memory")
+    on_chip = f', and {_gib(row["on_chip_bytes"])} of memory on the chip' if row['on_chip_bytes'] else ''
+    lines.append(f"traffic       {_gib(row['traffic_bytes'])} of a device's memory{on_chip}")
     for kind, found in sorted(row['collectives'].items()):
         lines.append(f'{kind:22} {found["count"]:5} a step, {found["bytes"] / 2**20:,.1f} MiB')
     if not row['collectives']:

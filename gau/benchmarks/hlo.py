@@ -7,16 +7,23 @@ of one device, since the text is the program of one device.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+# How a TPU's program numbers its memories: S(0), which it does not write, is the device's main memory, S(1) each core's
+# vector memory (128 MiB in v5e and later, 16 MiB in v4) and S(3) the 128 MiB that the cores of a v4 share. The others
+# hold scalars and flags.
+MAIN_MEMORY, ON_CHIP = frozenset({0}), frozenset({1, 3})
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 _BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128}
 # What moves nothing: names, tuples, views, and calls whose insides are counted instead.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all'}
-_FREE |= {'partition-id', 'replica-id', 'opt-barrier', 'copy-done', 'iota'}
+_FREE |= {'partition-id', 'replica-id', 'opt-barrier', 'copy-done', 'iota', 'async-start', 'async-update'}
+# Calls of libtpu that move nothing.
+_VIEWS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')
+_SLICES = ('dynamic-slice', 'slice', 'gather')
 # How libtpu writes that it has no estimate.
 _UNKNOWN_CYCLES = 2**63 - 1
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
@@ -56,6 +63,13 @@ class Instruction(NamedTuple):
         return [
             name.strip().removeprefix('%') for match in _CALLED.findall(self.attributes) for name in match.split(',')
         ]
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """Cycles of one run as libtpu's compiler estimates them, 0 for what it counts none for; None: it cannot say."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        cycles = int(match[1]) if match else 0
+        return None if cycles >= _UNKNOWN_CYCLES else cycles
 
     @property
     def source(self) -> str:
@@ -143,7 +157,7 @@ class Program:
             size = _group_size(instruction.attributes)
             if size == 1:
                 continue
-            inputs = sum(array.bytes for array in self._operands(instruction, where))
+            inputs = sum(array.bytes for name in instruction.operands for array in self._operand(name, where))
             if instruction.opcode.endswith('-start') and kind != 'all-reduce':
                 # The result of a start holds operands and results beside each other.
                 payload = max(inputs, sum(array.bytes for array in instruction.result) - inputs)
@@ -154,24 +168,22 @@ class Program:
             found.append(Collective(kind, instruction.result, payload, size, times, instruction.source))
         return found
 
-    def memory_traffic(self) -> int:
-        """Returns the bytes that a step reads from and writes to main memory, faster memories aside.
+    def traffic(self, memory: frozenset[int] = MAIN_MEMORY) -> int:
+        """Returns the bytes that a step reads from and writes to a memory, MAIN_MEMORY or ON_CHIP.
 
         Every instruction reads its operands and writes its result once; of what it only slices, or updates in place,
         the slice counts.
         """
-        return sum(times * self._traffic(instruction, where) for instruction, where, times in self.runs)
+        return sum(
+            times * self.instruction_traffic(instruction, where, memory) for instruction, where, times in self.runs
+        )
 
     def cycles(self) -> int | None:
         """Returns the cycles that libtpu's compiler estimates for a step's kernels; None where it cannot say."""
-        total = 0
-        for instruction, _, times in self.runs:
-            match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            cycles = int(match[1]) if match else 0
-            if cycles >= _UNKNOWN_CYCLES:
-                return None
-            total += times * cycles
-        return total or None
+        counted = [(times, instruction.estimated_cycles) for instruction, _, times in self.runs]
+        if any(cycles is None for _, cycles in counted):
+            return None
+        return sum(times * cycles for times, cycles in counted) or None
 
     def largest_arrays(self, number: int) -> list[tuple[int, str, str]]:
         """Returns (bytes, type and shape, source) of the largest arrays in main memory, arguments aside."""
@@ -180,64 +192,89 @@ class Program:
             if instruction.opcode in _FREE:
                 continue
             for array in instruction.result:
-                if array.memory_space == 0:
+                if array.memory_space in MAIN_MEMORY:
                     shape = f'{array.dtype}[{",".join(map(str, array.shape))}]'
                     sizes[shape, instruction.source] = array.bytes
         return [(size, *key) for key, size in Counter(sizes).most_common(number)]
 
-    def _operands(self, instruction: Instruction, where: str) -> list[Array]:
+    def _operand(self, name: str, where: str) -> tuple[Array, ...]:
         known = self.computations[where]
-        return [array for name in instruction.operands if name in known for array in known[name].result]
+        return known[name].result if name in known else ()
 
-    def _traffic(self, instruction: Instruction, where: str) -> int:
-        opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith('-done'):
+    def instruction_traffic(self, instruction: Instruction, where: str, spaces: frozenset[int]) -> int:
+        """Returns the bytes that one run of an instruction of computation `where` reads and writes."""
+        opcode, result = instruction.opcode, _bytes(instruction.result, spaces)
+        if opcode in _FREE or opcode.endswith('-done') or _VIEWS.search(instruction.attributes):
             return 0
-        result = _main_memory(instruction.result)
         if opcode in ('copy-start', 'slice-start'):
             # Source and destination stand first in the result, and the smaller of them is what moves.
             ends = instruction.result[:2]
-            return min(array.bytes for array in ends) * sum(array.memory_space == 0 for array in ends)
-        if opcode in ('dynamic-slice', 'slice', 'gather'):
-            return 2 * result
+            return min(array.bytes for array in ends) * sum(array.memory_space in spaces for array in ends)
+        operands = [_bytes(self._operand(name, where), spaces) for name in instruction.operands]
+        if opcode in _SLICES:
+            return min(operands[0], sum(array.bytes for array in instruction.result)) + result
         if opcode == 'dynamic-update-slice':
-            return 2 * _main_memory(self.computations[where][instruction.operands[1]].result)
+            update = sum(array.bytes for array in self._operand(instruction.operands[1], where))
+            return operands[1] + min(result, update)
         if opcode == 'fusion' and instruction.called:
-            return self._fusion_traffic(instruction, where)
-        return result + _main_memory(self._operands(instruction, where))
+            body = instruction.called[0]
+            reads = (_at_most(held, self._read(body, index)) for index, held in enumerate(operands) if held)
+            writes = (
+                _at_most(array.bytes, written)
+                for array, written in zip(instruction.result, self._written(body), strict=True)
+                if array.memory_space in spaces
+            )
+            return sum(reads) + sum(writes)
+        return sum(operands) + result
 
-    def _fusion_traffic(self, fusion: Instruction, where: str) -> int:
-        body = self.computations[fusion.called[0]]
-        parameters = {int(i.attributes): i for i in body.values() if i.opcode == 'parameter'}
-        total, updated = 0, 0
-        for index, name in enumerate(fusion.operands):
-            held = _main_memory(self.computations[where][name].result) if name in self.computations[where] else 0
-            if not held or index not in parameters:
-                continue
-            users = _users(body, parameters[index].name)
-            if users and all(user.opcode in ('dynamic-slice', 'gather', 'slice') for user, _ in users):
-                total += min(held, sum(sum(array.bytes for array in user.result) for user, _ in users))
-            elif users and all(user.opcode == 'dynamic-update-slice' and place == 0 for user, place in users):
-                update = sum(sum(a.bytes for a in body[user.operands[1]].result) for user, _ in users)
-                updated += held - update
-                total += 0
-            else:
-                total += held
-        return total + max(_main_memory(fusion.result) - updated, 0)
+    def _read(self, computation: str, parameter: int) -> int | None:
+        """Returns how many bytes of a parameter a fused computation reads, in slices; None: all of them.
+
+        The slices may be taken in fusions inside of the fusion, as in the scan of layers on a TPU.
+        """
+        body = self.computations[computation]
+        name = next(i.name for i in body.values() if i.opcode == 'parameter' and i.attributes == str(parameter))
+        names, total = [name], 0
+        while names:
+            name = names.pop()
+            for user in body.values():
+                for place in (place for place, operand in enumerate(user.operands) if operand == name):
+                    if user.opcode == 'bitcast':
+                        names.append(user.name)
+                    elif user.opcode in _SLICES and place == 0:
+                        total += sum(array.bytes for array in user.result)
+                    elif user.opcode == 'fusion' and (inner := self._read(user.called[0], place)) is not None:
+                        total += inner
+                    elif user.opcode != 'dynamic-update-slice' or place != 0:
+                        return None
+        return total
+
+    def _written(self, computation: str) -> list[int | None]:
+        """Returns how many bytes a fused computation writes of each of its results; None: all of them."""
+        body = self.computations[computation]
+        root = next(instruction for instruction in body.values() if instruction.is_root)
+        names = root.operands if root.opcode == 'tuple' else [root.name]
+        return [written for name in names for written in self._updated(computation, name)]
+
+    def _updated(self, computation: str, name: str) -> list[int | None]:
+        body = self.computations[computation]
+        total, instruction = 0, body[name]
+        while instruction.opcode in ('bitcast', 'dynamic-update-slice'):
+            if instruction.opcode == 'dynamic-update-slice':
+                total += sum(array.bytes for array in body[instruction.operands[1]].result)
+            instruction = body[instruction.operands[0]]
+        if instruction.opcode == 'fusion' and not total:
+            return self._written(instruction.called[0])
+        # What is updated in place was there before; anything else is written whole.
+        return [total if instruction.opcode == 'parameter' and total else None] * len(body[name].result)
 
 
-def _users(body: dict[str, Instruction], name: str) -> list[tuple[Instruction, int]]:
-    """Instructions that read `name`, or a view of it, and at which place."""
-    users = []
-    for instruction in body.values():
-        for place, operand in enumerate(instruction.operands):
-            if operand == name:
-                users += _users(body, instruction.name) if instruction.opcode == 'bitcast' else [(instruction, place)]
-    return users
+def _at_most(held: int, part: int | None) -> int:
+    return held if part is None else min(held, part)
 
 
-def _main_memory(arrays: tuple[Array, ...] | list[Array]) -> int:
-    return sum(array.bytes for array in arrays if array.memory_space == 0)
+def _bytes(arrays: Sequence[Array], spaces: frozenset[int]) -> int:
+    return sum(array.bytes for array in arrays if array.memory_space in spaces)
 
 
 def _parse(line: str) -> Instruction:

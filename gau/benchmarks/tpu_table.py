@@ -29,7 +29,8 @@ newest commit of `gau/` that a row was made with, with a + if there were changes
 
 - memory: state and batch / temporaries / all (with code).
 - TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (docs/models.md).
-- traffic: bytes that the program reads from and writes to main memory. collectives: number / MiB (payload).
+- traffic: bytes that the program reads from and writes to main memory (rows of commits before L29 of LOG.md count too
+  many where layers are in a scan, and their bounds with them). collectives: number / MiB (payload).
 - ms: the compiler's cycles at 1.05 GHz plus the collectives at 300 GB/s, unhidden; in brackets a bound below, the
   longest of FLOPs, traffic and links, which is all there is where the compiler estimates nothing for some kernel. MFU:
   of the closed form, by the same two. Estimates, not measurements.

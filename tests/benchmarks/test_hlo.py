@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gau.benchmarks.hlo import Program
+from gau.benchmarks.hlo import ON_CHIP, Program
 from gau.training.traced import flops
 
 LOOP = """HloModule example
@@ -58,7 +58,7 @@ def test_what_loops_do_counts_as_often_as_they_run():
     assert (gathered.kind, gathered.times, gathered.payload, gathered.group_size) == ('all-gather', 1, 640, 2)
     assert program.cycles() == 70
     # A turn reads a row and its number, fast memory (S(1)) aside; two gathers read 320 bytes and write 320 and 640.
-    assert program.memory_traffic() == 10 * (32 + 4) + (320 + 320) + (320 + 640)
+    assert program.traffic() == 10 * (32 + 4) + (320 + 320) + (320 + 640)
     assert program.largest_arrays(1)[0][:2] == (640, 'f32[10,16]')
 
 
@@ -84,6 +84,80 @@ def test_an_unknown_way_is_not_passed_over():
         Program(LOOP.replace('[2,4]<=[8]', 'everyone')).collectives()
 
 
+# A scan of 8 layers of tanh(x w) as libtpu writes it, forwards: a layer's weights are cut from the stack in a fusion in
+# the fusion, and what is kept for the backward pass is put into stacks, of which one lies in a v4's S(3).
+STACK = """HloModule stack
+
+%cut (p0: bf16[8,64,64], p1: s32[]) -> bf16[64,64] {
+  %p0 = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %view = bf16[64,64]{1,0} bitcast(%slice)
+}
+
+%layer (q0: bf16[8,96,64], q1: s32[], q2: bf16[8,96,64], q3: bf16[96,64], q4: bf16[8,64,64]) -> (bf16[8,96,64], bf16[8,96,64], bf16[96,64]) {
+  %q0 = bf16[8,96,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q1 = s32[]{:T(128)} parameter(1)
+  %q2 = bf16[8,96,64]{2,1,0:T(8,128)(2,1)S(3)} parameter(2)
+  %q3 = bf16[96,64]{1,0:T(8,128)(2,1)S(3)} parameter(3)
+  %q4 = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} parameter(4)
+  %w = bf16[64,64]{1,0} fusion(%q4, %q1), kind=kLoop, calls=%cut
+  %y = bf16[96,64]{1,0} convolution(%q3, %w), dim_labels=bf_io->bf
+  %one = bf16[1,96,64]{2,1,0} bitcast(%y)
+  %none = s32[] constant(0)
+  %kept = bf16[8,96,64]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%q0, %one, %q1, %none, %none)
+  %near = bf16[8,96,64]{2,1,0:T(8,128)(2,1)S(3)} dynamic-update-slice(%q2, %one, %q1, %none, %none)
+  ROOT %all = (bf16[8,96,64]{2,1,0}, bf16[8,96,64]{2,1,0:S(3)}, bf16[96,64]{1,0:S(3)}) tuple(%kept, %near, %y)
+}
+
+%condition (c: (s32[])) -> pred[] {
+  %c = (s32[], bf16[96,64], bf16[8,96,64], bf16[8,96,64], bf16[8,64,64]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (d: (s32[])) -> (s32[]) {
+  %d = (s32[], bf16[96,64], bf16[8,96,64], bf16[8,96,64], bf16[8,64,64]) parameter(0)
+  %j = s32[]{:T(128)S(6)} get-tuple-element(%d), index=0
+  %x = bf16[96,64]{1,0:T(8,128)(2,1)S(3)} get-tuple-element(%d), index=1
+  %far = bf16[8,96,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%d), index=2
+  %close = bf16[8,96,64]{2,1,0:T(8,128)(2,1)S(3)} get-tuple-element(%d), index=3
+  %weights = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%d), index=4
+  %copied = bf16[96,64]{1,0:T(8,128)(2,1)S(3)} copy(%x)
+  %out = (bf16[8,96,64]{2,1,0:T(8,128)(2,1)}, bf16[8,96,64]{2,1,0:T(8,128)(2,1)S(3)}, bf16[96,64]{1,0:S(3)}) fusion(%far, %j, %close, %copied, %weights), kind=kOutput, calls=%layer
+  ROOT %next = (s32[]) tuple(%j)
+}
+
+ENTRY %main (w: bf16[8,64,64]) -> bf16[8,96,64] {
+  %w.1 = bf16[8,64,64]{2,1,0} parameter(0)
+  %room = bf16[8,96,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %in = (s32[]) tuple(%w.1)
+  ROOT %loop = (s32[]) while(%in), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_a_scan_of_layers_reads_and_writes_its_stacks_a_layer_at_a_time():
+    program = Program(STACK)
+    weights, activations = 2 * 64 * 64, 2 * 96 * 64
+    assert program.traffic() == 8 * (weights + activations)
+    # The copy reads and writes x, the layer reads it once more and writes y twice: into the stack, and for the next.
+    assert program.traffic(ON_CHIP) == 8 * 5 * activations
+
+
+def test_what_is_not_updated_in_place_is_written_whole():
+    """A stack that begins as zeros in the same fusion."""
+    zeros = 'bf16[8,96,64]{2,1,0} broadcast(%none), dimensions={}'
+    begun = STACK.replace(
+        '  %kept = bf16[8,96,64]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%q0,',
+        f'  %zeros = {zeros}\n  %kept = bf16[8,96,64]{{2,1,0:T(8,128)(2,1)}} dynamic-update-slice(%zeros,',
+    )
+    assert begun != STACK
+    assert Program(begun).traffic() == 8 * (2 * 64 * 64 + 8 * 2 * 96 * 64)
+
+
 def test_flops_of_loops_and_recomputation():
     w = jnp.ones((5, 8, 8))
 
@@ -105,7 +179,7 @@ def test_a_compiled_scan_is_read_back():
     program = Program(jax.jit(step).lower(x, w).compile().as_text())
     assert program.collectives() == []
     # Seven times at least: a matrix read, and x read and written.
-    assert program.memory_traffic() > 7 * 4 * (64 * 64 + 2 * 32 * 64)
+    assert program.traffic() > 7 * 4 * (64 * 64 + 2 * 32 * 64)
 
 
 def test_a_kernel_without_an_estimate_leaves_the_whole_without():
