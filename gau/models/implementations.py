@@ -32,7 +32,7 @@ def settle(config: ConfigDict, *, target: Target) -> Implementation:
     apart = scale_norm and family.leaves_bias_to_norm(config, attention)
     # In FLASH-Quad, matmuls of a block of keys or queries with the others read a range of rows. XLA's own Triton
     # matmuls take that range in, and its autotuner prefers them to a library's with a copy of the range; without them
-    # the library's matmuls read the range in place (LOG.md). FLASH has no such matmuls and loses nothing by it.
+    # the library's matmuls read the range in place (LOG.md, L11). FLASH has no such matmuls and loses nothing by it.
     options = (('xla_gpu_enable_triton_gemm', False),) if attention == 'triton' else ()
     return Implementation(attention, 'triton' if apart else 'xla', 'triton' if kernels else 'xla', options)
 

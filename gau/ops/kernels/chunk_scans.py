@@ -3,7 +3,7 @@
 A kernel goes through the chunks with the state in registers. A long sequence alone has too few of such programs for a
 GPU, so it is cut into parts that are scanned side by side, each from a state of zeros; what the earlier parts hand on
 is added to the states afterwards. (The kernels that read the states could add it, but then fewer of their programs fit
-on an SM: LOG.md.)
+on an SM: LOG.md, L17.)
 
 Letters beside those of `gau.ops`: F = J S, the states of all directions one below the other; X parts of a sequence.
 """

@@ -12,7 +12,7 @@ from gau.ops.tracing import choose
 # A row stands in the registers of one program: 64 numbers for each thread of 32 warps.
 LARGEST_VOCABULARY = 65_536
 # The length of a row of logits is a multiple of this. Rows of other lengths XLA copies for each matmul with them, into
-# rows that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md).
+# rows that fit the matrix units, and the results back: 10 ms of a step of 65,536 tokens and 32,102 words (LOG.md, L21).
 COLUMNS = 128
 
 

@@ -6,7 +6,7 @@ larger than a small array needs. `num_warps` are the warps of a program, `num_st
 of its loops.
 
 Entries go by the type of the arrays. Those of bfloat16 are the fastest of half a dozen to a dozen on an H100, which has
-132 SMs (LOG.md). Exact float32 matmuls have no matrix units: their small tiles are for proofs, not for speed.
+132 SMs (LOG.md, L10). Exact float32 matmuls have no matrix units: their small tiles are for proofs, not for speed.
 """
 
 from typing import NamedTuple, TypeVar
