@@ -33,3 +33,6 @@ os.environ['GAU_COMPILATION_CACHE'] = _cache
 # the tests on what users run.)
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1':
+    # A third less time to compile a model on a CPU. (Golden losses are those of the default: tests/training/golden.)
+    os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_use_fusion_emitters=false'

@@ -9,6 +9,7 @@ import pytest
 from configs import lm
 from gau.errors import UserError
 from gau.training import config as training_config
+from tests.programs import report
 from tests.training import golden
 
 # What continuous integration runs: the four kinds of layer, and both objectives.
@@ -20,12 +21,19 @@ IN_CI = (
 )
 
 
+@pytest.fixture(scope='module')
+def losses_of(request):
+    """The losses of the cases that run, by objective/model: made in one process, which compiles as users do."""
+    chosen = [item.callspec.params for item in request.session.items if 'losses_of' in item.fixturenames]
+    return report('tests.training.golden', *(f'{case["objective"]}/{case["name"]}' for case in chosen))
+
+
 @pytest.mark.parametrize(
     ('objective', 'name'),
     [pytest.param(*case, marks=() if case in IN_CI else pytest.mark.slow) for case in golden.CASES],
 )
-def test_losses_are_those_of_the_golden_file(objective, name):
-    losses = golden.losses(objective, name)
+def test_losses_are_those_of_the_golden_file(losses_of, objective, name):
+    losses = losses_of[f'{objective}/{name}']
     assert np.isfinite(losses).all()
     # From about log 260 = 5.56, uniform over bytes, to at most what the frequencies of single bytes give (about 3.4).
     assert losses[0] > 5.0
