@@ -8,11 +8,12 @@ from jax import Array
 from gau.layers.common import Temperature, TokenInfo
 from gau.layers.core import AttentionCore
 from gau.layers.positions import RelativeBias
-from gau.layers.sharding import attention_over_mesh
+from gau.layers.sharding import attention_over_mesh, over_mesh
 from gau.layers.state import quadratic_with_state
-from gau.ops.kernels import gated_quadratic
+from gau.ops.kernels import gated_quadratic, pallas
 from gau.ops.kernels import quadratic as quadratic_kernels
 from gau.ops.kernels.cudnn_attention import cudnn_attention
+from gau.ops.kernels.splash_attention import splash_attention
 from gau.ops.quadratic_attention import quadratic_attention
 from gau.ops.scores import Scoring
 
@@ -54,15 +55,17 @@ class QuadraticCore(AttentionCore):
         """See the base class.
 
         Raises:
-          ValueError: 'cudnn' for what is not plain softmax.
+          ValueError: 'cudnn' or 'splash' for what is not plain softmax.
         """
         q_BHNS, k_BHNS = queries_keys
         q_BHNS = self.scaled(q_BHNS)
         if tokens.decode is not None:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens)
+        if self.impl in ('cudnn', 'splash') and (self.scoring.function != 'softmax' or self.relative_bias != 'none'):
+            raise ValueError(f'{self.impl} has softmax without a relative bias only')
+        if self.impl == 'splash':
+            return self.splash(q_BHNS, k_BHNS, v_BHNE, tokens)
         if self.impl == 'cudnn':
-            if self.scoring.function != 'softmax' or self.relative_bias != 'none':
-                raise ValueError('cudnn has softmax without a relative bias only')
             q_BNHS, k_BNHS, v_BNHE = (x.swapaxes(1, 2) for x in (q_BHNS, k_BHNS, v_BHNE))
             o_BNHE = cudnn_attention(q_BNHS, k_BNHS, v_BNHE, causal=self.causal, segment_ids_BN=tokens.segment_ids_BN)
             return o_BNHE.swapaxes(1, 2)
@@ -85,6 +88,23 @@ class QuadraticCore(AttentionCore):
             bias=self.bias_of_sequence(v_BHNE.shape[2]),
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=1 if self.impl == 'xla' else None,
+        )
+
+    def splash(self, q_BHNS: Array, k_BHNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
+        """Returns the outputs [B, H, N, E] by a TPU's kernels, each device those of its own heads and queries."""
+        head = ('batch', 'act_heads', 'length', None)
+
+        def attend(*operands: Array | None, sequence_axis: str | None) -> Array:
+            *arrays, ids_BN = operands
+            fields = {'segment_ids_BN': ids_BN, 'sequence_axis': sequence_axis, 'interpret': pallas.interpreted()}
+            return splash_attention(*arrays, causal=self.causal, **fields)
+
+        return over_mesh(
+            attend,
+            *(q_BHNS, k_BHNS, v_BHNE, tokens.segment_ids_BN),
+            axes=[head, head, head, ('batch', 'length')],
+            result_like=2,
+            token_multiple=1,
         )
 
     def scaled(self, q: Array) -> Array:

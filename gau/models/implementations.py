@@ -10,9 +10,6 @@ from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.target import Implementation, Target
 
-# Implementations that leave all to the compiler.
-PLAIN = ('xla', 'reference')
-
 
 def settle(config: ConfigDict, *, target: Target) -> Implementation:
     """Returns what the model of a resolved config is built with, the same for all layers.
@@ -27,7 +24,7 @@ def settle(config: ConfigDict, *, target: Target) -> Implementation:
     """
     attention = _attention(config, target)
     family = ARCHITECTURES[config.name].family
-    kernels = attention not in PLAIN and target.triton and (attention == 'triton' or not target.interpreted)
+    kernels = attention == 'triton' or (attention == 'cudnn' and target.triton and not target.interpreted)
     scale_norm = config.norm == 'scale_norm' and config.norm_placement == 'pre'
     apart = scale_norm and family.leaves_bias_to_norm(config, attention)
     # In FLASH-Quad, matmuls of a block of keys or queries with the others read a range of rows. XLA's own Triton

@@ -12,6 +12,7 @@ class Target(NamedTuple):
       sequence_shards: devices that share the tokens of one sequence.
       triton: whether the packages that run Triton kernels there are installed.
       interpreted: whether Triton's kernels are interpreted (for tests on a CPU).
+      pallas_interpreted: whether Pallas kernels are (for tests on a CPU).
     """
 
     platform: str
@@ -19,16 +20,18 @@ class Target(NamedTuple):
     sequence_shards: int = 1
     triton: bool = False
     interpreted: bool = False
+    pallas_interpreted: bool = False
 
     @classmethod
     def of_device(cls, device: Any, *, sequence_shards: int = 1) -> 'Target':
         """Returns the target that a `jax.Device` is, one of a topology that is only compiled for included."""
-        from gau.ops.kernels import launch
+        from gau.ops.kernels import launch, pallas
 
         # An AMD GPU's is a name such as gfx942.
         major, _, minor = str(getattr(device, 'compute_capability', '')).partition('.')
         capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
-        return cls(device.platform, capability, sequence_shards, launch.available(), launch.interpreted())
+        interpreted = launch.interpreted(), pallas.interpreted()
+        return cls(device.platform, capability, sequence_shards, launch.available(), *interpreted)
 
 
 class Implementation(NamedTuple):

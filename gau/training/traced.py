@@ -77,6 +77,8 @@ def _equations(jaxpr: Any, source: str = '', times: int = 1) -> Iterator[tuple[A
         inner = times
         if equation.primitive.name == 'scan':
             inner *= equation.params['length']
+        if equation.primitive.name == 'pallas_call':
+            inner *= math.prod(equation.params['grid_mapping'].grid)
         if equation.primitive.name == 'shard_map':
             inner *= equation.params['mesh'].size
         for sub in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):

@@ -79,7 +79,9 @@ def test_an_unknown_implementation_is_refused_wherever_it_is_named():
 
 def test_every_choice_of_impl_is_some_records():
     named = {impl for architecture in ARCHITECTURES.values() for impl in architecture.attention.implementations}
-    assert named == set(declared_fields()['impl'].choices) - {'auto'} == {'triton', 'cudnn', 'xla', 'reference'}
+    assert (
+        named == set(declared_fields()['impl'].choices) - {'auto'} == {'triton', 'cudnn', 'splash', 'xla', 'reference'}
+    )
 
 
 @pytest.mark.parametrize(('attributes', 'expected'), [
@@ -104,7 +106,52 @@ FUSED = {'dtype': 'bfloat16', 'model_dim': 32}
 def test_softmax_attention_on_a_gpu_is_cudnn(name):
     for fields in ({}, {'temperature': 'learned'}, {'num_heads': 4}):
         assert settle(tiny_config(name, **FUSED, **fields), target=HOPPER).attention == 'cudnn'
-    assert settle(tiny_config(name, **FUSED), target=TPU).attention == 'xla'
+    assert settle(tiny_config(name, **FUSED), target=TPU).attention == 'xla', 'heads are too narrow'
+
+
+@pytest.mark.parametrize('name', ['transformer', 'transformer_plus', 'transformer_plus_plus'])
+def test_softmax_attention_on_a_tpu_is_splash_and_nowhere_else(name):
+    wide = {'dtype': 'bfloat16', 'model_dim': 128, 'num_heads': 2}
+    for fields in ({}, {'temperature': 'learned'}, {'dtype': 'float32'}):
+        # No kernels of Triton with it, whatever is installed.
+        for target in (TPU, TPU._replace(triton=True), TPU._replace(sequence_shards=4)):
+            assert settle(tiny_config(name, **wide | fields), target=target) == Implementation('splash')
+    config, interpreter = tiny_config(name, **wide), CPU._replace(pallas_interpreted=True)
+    for target in (CPU, HOPPER, interpreter):
+        assert settle(config, target=target).attention != 'splash'
+    config.impl = 'splash'
+    assert settle(config, target=interpreter) == Implementation('splash')
+
+
+@pytest.mark.parametrize(('fields', 'target', 'reason'), [
+    ({}, CPU, 'a TPU, this is cpu'),
+    ({}, HOPPER, 'a TPU, this is gpu'),
+    ({'dtype': 'float64'}, TPU, 'dtype=bfloat16 or float32, not float64'),
+    ({'attention_function': 'relu2'}, TPU, 'attention_function=softmax, not relu2'),
+    ({'relative_bias': 'toeplitz'}, TPU, 'relative_bias=none, not toeplitz'),
+    ({'num_heads': 4}, TPU, 'heads of a width that is a multiple of 8, 64 to 256, not 32'),
+    ({'head_dim': 100}, TPU, 'heads of a width that is a multiple of 8, 64 to 256, not 100'),
+    ({'head_dim': 264}, TPU, 'heads of a width that is a multiple of 8, 64 to 256, not 264'),
+], ids=str)  # fmt: skip
+def test_where_splash_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
+    config = tiny_config('transformer_plus_plus', **{'dtype': 'bfloat16', 'model_dim': 128, 'num_heads': 2} | fields)
+    assert settle(config, target=target).attention in ('cudnn', 'xla')
+    config.impl = 'splash'
+    with pytest.raises(UserError) as error:
+        settle(config, target=target)
+    assert str(error.value) == f'model.impl=splash needs {reason}'
+
+
+@pytest.mark.parametrize('ids', [None, 'packed'])
+def test_the_layer_calls_splash_as_it_calls_the_others(monkeypatch, ids):
+    monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
+    fields = {'model_dim': 128, 'num_layers': 1, 'temperature': 'learned', 'dtype': 'float32'}
+    model, params = make('transformer_plus_plus', **fields)
+    fused = model.clone(implementation=Implementation('splash'))
+    ids = None if ids is None else jnp.asarray([LAYOUTS[ids]], 'int32')
+    with jax.enable_x64(False):
+        text = tokens().astype('int32')
+        assert max_error(apply(fused, params, text, ids), apply(model, params, text, ids)) < 1e-5
 
 
 @pytest.mark.parametrize(('fields', 'target', 'reason'), [

@@ -47,7 +47,7 @@ class Quadratic(ScoredAttention):
         """See the base class."""
         context = shape.context
         # 'auto' may become any of the others, which are all linear in memory when sequences are long.
-        linear = config.impl in ('cudnn', 'triton') or (config.impl != 'reference' and context > 1024)
+        linear = config.impl in ('cudnn', 'splash', 'triton') or (config.impl != 'reference' and context > 1024)
         matrix = 0 if linear else shape.heads * context
         weights = self.count_weights(config, shape, seen=context / 2 if causal else context, matrix=matrix)
         return weights + self.count_scoring(config, shape, positions=context)
@@ -85,8 +85,31 @@ def _cudnn(config: ConfigDict, target: Target) -> str | None:
     return None
 
 
+def _splash(config: ConfigDict, target: Target) -> str | None:
+    if target.platform != 'tpu' and not (target.platform == 'cpu' and target.pallas_interpreted):
+        return f'a TPU, this is {target.platform}'
+    for field, values in SPLASH_FIELDS.items():
+        if config[field] not in values:
+            return f'{field}={" or ".join(values)}, not {config[field]}'
+    for layer in range(config.num_layers):
+        width = head_dim_at(config, layer)
+        if not SPLASH_WIDTHS[0] <= width <= SPLASH_WIDTHS[1] or width % 8:
+            return f'heads of a width that is a multiple of 8, {SPLASH_WIDTHS[0]} to {SPLASH_WIDTHS[1]}, not {width}'
+    return None
+
+
+SPLASH_FIELDS = {'attention_function': ('softmax',), 'relative_bias': ('none',), 'dtype': ('bfloat16', 'float32')}
+# Narrower heads fill less than half of a TPU's 128 lanes; wider ones have not been compiled.
+SPLASH_WIDTHS = (64, 256)
+
+
 class MultiHeadQuadratic(Quadratic):
     """The same in a Transformer, with softmax by default and without a relative bias."""
 
     fields = with_defaults(SCORING_FIELDS, attention_function='softmax', relative_bias='none')
-    implementations = table(cudnn=Needs(_cudnn), xla=ANYWHERE, reference=ANYWHERE)
+    implementations = table(
+        cudnn=Needs(_cudnn),
+        splash=Needs(_splash, worth=lambda config, target: target.platform == 'tpu'),
+        xla=ANYWHERE,
+        reference=ANYWHERE,
+    )

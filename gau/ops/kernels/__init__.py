@@ -11,6 +11,7 @@
 | ScaleNorm | `norms` | `norm` | `norm_triton` |
 | vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |
 | softmax attention | `quadratic_attention` | `cudnn_attention` | none: cuDNN's |
+| the same on a TPU | `quadratic_attention` | `splash_attention` | none: JAX's own, in Pallas |
 
 To change a kernel: its `*_triton` file has it, with a header that says what it computes, its grid, its tiles, what it
 reads and writes, and the bytes of a layer; `tile_sizes` has its tile sizes; the file of the fast path launches it. In
