@@ -1,11 +1,13 @@
 """How every entry point starts: flags and config parsed, user errors as one line and exit code 2."""
 
+import errno
 import functools
+import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gau.errors import UserError, did_you_mean
+from gau import flag_values
+from gau.errors import RunFailed, UserError, chain, did_you_mean, is_no_space
 from gau.training import config as training_config
 from gau.training import durations, workdir
 
 
 def define_config(required: bool = True) -> None:
     """Defines `--config=FILE[:name=value,...]` and, through it, `--config.field=value` for every field."""
+    flag_values.register()
     config_flags.DEFINE_config_file('config', None, 'Config program: FILE[:name=value,...]', lock_config=True)
     if required:
         flags.mark_flag_as_required('config')
@@ -98,13 +102,24 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
             return main()
         except UserError as error:
             return _complain(error)
+        except RunFailed as error:
+            return _complain(error, code=1)
         except BrokenPipeError:
             # Whoever reads the output has seen enough, as `| head` has. Nothing more is to be written at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except Exception as error:
+            fault = _fault_of_machine(error)
+            if fault is None:
+                raise
+            return _complain(fault, code=1)
 
     # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
     logging.set_verbosity(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a file that is not UTF-8 gets escapes for what it cannot show.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     app.run(guarded, flags_parser=functools.partial(_parse_flags, stored_config=stored_config))
 
 
@@ -113,14 +128,24 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
     try:
         if stored_config:
             stored = _stored_config(argv)
+            flag_values.register()
             config_flags.DEFINE_config_dict('config', stored, 'Changes of the config of the run.', lock_config=True)
         rest = flags.FLAGS(argv)
         if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
             # A config file that is not there is reported only when its fields are asked for.
             flags.FLAGS['config'].value.to_dict()
+            _check_nones()
         return rest
     except Exception as error:
         sys.exit(_complain(_explain(error, argv, stored)))
+
+
+def _check_nones() -> None:
+    """Raises UserError if the command line empties a field that must have a value."""
+    defaults = training_config.flatten(training_config.default_config().to_dict())
+    for path, value in overrides().items():
+        if value is None and defaults.get(path) is not None and not durations.is_duration(path):
+            raise UserError(f'--config.{path}=None: it must have a value; the default is {defaults[path]}')
 
 
 def _stored_config(argv: Sequence[str]) -> ConfigDict:
@@ -146,7 +171,7 @@ def _type_nones(config: ConfigDict, defaults: ConfigDict) -> None:
 
 def _explain(error: BaseException, argv: Sequence[str], stored: ConfigDict | None) -> str:
     """One line for whatever flag parsing raised; a UserError raised inside the config program speaks for itself."""
-    for cause in _chain(error):
+    for cause in chain(error):
         if isinstance(cause, UserError):
             return str(cause)
     fault = _fault_of_config_program(error, argv)
@@ -169,7 +194,7 @@ def _fault_of_config_program(error: BaseException, argv: Sequence[str]) -> str |
     name = given.partition(':')[0]
     if not os.path.isfile(name):
         return None
-    for cause in _chain(error):
+    for cause in chain(error):
         if isinstance(cause, SyntaxError) and cause.filename and os.path.exists(cause.filename):
             return f'{cause.filename}:{cause.lineno}: {cause.msg}'
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
@@ -184,12 +209,6 @@ def _fault_of_config_program(error: BaseException, argv: Sequence[str]) -> str |
             found = type(flags.FLAGS['config'].value).__name__
             return f'{name}: get_config() returned {found}, where a ConfigDict is expected'
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _explain_unknown_field(argv: Sequence[str], stored: ConfigDict | None) -> str | None:
@@ -210,9 +229,31 @@ def _explain_unknown_field(argv: Sequence[str], stored: ConfigDict | None) -> st
     return None
 
 
-def _complain(error: object) -> int:
+def _fault_of_machine(error: Exception) -> str | None:
+    """Says in one line what the machine lacks, if that is what an exception is about."""
+    causes = list(chain(error))
+    file = next((f'{cause.filename}: ' for cause in causes if isinstance(cause, OSError) and cause.filename), '')
+    if is_no_space(error):
+        return f'{file}no space left; what was written before is whole, and the same command goes on when there is room'
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f'{file}{cause.strerror}'
+        # JAX itself fails at an assertion where there is no plugin for a platform that it knows.
+        frames = traceback.extract_tb(cause.__traceback__)
+        unknown = isinstance(cause, AssertionError) and frames and frames[-1].filename.endswith('xla_bridge.py')
+        if unknown or (isinstance(cause, RuntimeError) and 'Unable to initialize backend' in str(cause)):
+            named = os.environ.get('JAX_PLATFORMS')
+            reason = f' ({str(cause).splitlines()[0]})' if str(cause) else ''
+            return (
+                f'JAX cannot start the platform of JAX_PLATFORMS={named}{reason}: install JAX for it '
+                '(README.md, "Train, evaluate, sample"), or unset JAX_PLATFORMS to take what is there'
+            )
+    return None
+
+
+def _complain(error: object, *, code: int = 2) -> int:
     print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-    return 2
+    return code
 
 
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:

@@ -1,14 +1,42 @@
 """The one error a user can mend, the hint that helps to mend it, and warnings."""
 
 import difflib
+import errno
 import functools
 import multiprocessing
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
     """Bad usage, config or data: entry points print it as one line on stderr and exit with code 2."""
+
+
+class RunFailed(Exception):
+    """What no change of the command mends, said in one line: entry points print it on stderr and exit with code 1."""
+
+
+class NoSpace(RunFailed):
+    """The file system, or a quota, is full."""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Returns whether an exception came from a full file system or quota; Orbax wraps such errors in its own."""
+    texts = tuple(os.strerror(number) for number in _NO_SPACE)
+    return any(
+        getattr(cause, 'errno', None) in _NO_SPACE or any(text in str(cause) for text in texts)
+        for cause in chain(error)
+    )
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -37,17 +37,18 @@ flags.DEFINE_boolean('interactive', False, 'Continue one line of the terminal af
 def main() -> None:
     """Reads the prompt and writes what the model makes of it."""
     prompt = _prompt()
-    if not 0 < flags.FLAGS.top_p <= 1:
-        raise UserError(f'--top_p={flags.FLAGS.top_p} is no probability above 0')
     from gau.models import decoding
+    from gau.sampling import generation
     from gau.training.load import load_run
 
+    sampling = generation.SamplingParams(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p)
+    generation.check(sampling, seed=flags.FLAGS.seed)
     run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
     decoding.check(run.model)
     if not flags.FLAGS.interactive:
-        return _write(run, params, prompt)
+        return _write(run, params, prompt, sampling)
     while prompt := _line():
-        _write(run, params, prompt)
+        _write(run, params, prompt, sampling)
 
 
 def _prompt() -> str:
@@ -66,7 +67,7 @@ def _line() -> str:
         return ''
 
 
-def _write(run, params, prompt: str) -> None:
+def _write(run, params, prompt: str, sampling) -> None:
     """Prints the continuations of one prompt."""
     import numpy as np
 
@@ -81,7 +82,7 @@ def _write(run, params, prompt: str) -> None:
         params,
         [tokens] * num,
         max_tokens=flags.FLAGS.max_tokens,
-        sampling=generation.SamplingParams(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p),
+        sampling=sampling,
         seed=flags.FLAGS.seed,
     )
     if live:

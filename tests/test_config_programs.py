@@ -1,5 +1,6 @@
 """Config programs with faults in them: one line that says where, and no traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,51 @@ def test_a_right_one_is_no_fault(tmp_path):
     assert run(f'--config={tmp_path}/a.py', '--config.steps=7').stdout == '7\n'
     result = run(f'--config={tmp_path}/a.py', '--config.stepps=7')
     assert result.stderr == 'error: --config.stepps: unknown config field "stepps"; did you mean "steps"?\n'
+
+
+def test_numbers_and_truth_are_read_as_people_write_them(tmp_path):
+    cap = '    c.eval.max_tokens, c.data.tokenizer, c.tokens, c.steps = 5, "sentencepiece:x", 7, None\n    return c\n'
+    (tmp_path / 'a.py').write_text(RIGHT + cap)
+    show = 'c.tokens, c.data.attend_across_documents, c.eval.max_tokens, c.data.tokenizer, c.epochs'
+    script = SCRIPT.replace('print(cli.load_config().steps)', f'print(*(lambda c: [{show}])(cli.load_config()))')
+
+    def read(*given):
+        arguments = [f'--config.{argument}' for argument in given]
+        return subprocess.run(
+            [sys.executable, '-c', script, f'--config={tmp_path}/a.py', *arguments], capture_output=True, text=True
+        )
+
+    empty = ['eval.max_tokens=None', 'data.tokenizer=None', 'epochs=None']
+    assert read('tokens=1e6', 'data.attend_across_documents=yes', *empty).stdout.split()[:2] == ['1000000', 'True']
+    for argument, message in (
+        ('tokens=1.5e0', 'not a whole number'),
+        ('tokens=1e999999999', 'below 10**19'),
+        ('tokens=many', 'not a number'),
+        ('data.batch_size=None', '--config.data.batch_size=None: it must have a value; the default is 8'),
+        ('data.attend_across_documents=perhaps', 'perhaps'),
+    ):
+        result = read(argument)
+        assert message in result.stderr, result.stderr
+        assert (result.returncode, result.stderr.count('\n'), result.stdout) == (2, 1, '')
+
+
+@pytest.mark.parametrize(
+    ('program', 'environment', 'code', 'out', 'err'),
+    [
+        ("print('Zoë 漢')", {'PYTHONIOENCODING': 'ascii'}, 0, 'Zo\\xeb \\u6f22\n', ''),
+        ('import jax; jax.devices()', {'JAX_PLATFORMS': 'cuda'}, 1, '', 'the platform of JAX_PLATFORMS=cuda'),
+        ("open('/dev/full', 'w').write('x' * 99999)", {}, 1, '', 'no space left'),
+        ("raise OSError(30, 'Read-only file system', 'a/b')", {}, 1, '', 'error: a/b: Read-only file system'),
+    ],
+)  # fmt: skip
+def test_what_the_machine_cannot_do_is_one_line(program, environment, code, out, err):
+    script = f'from gau import cli\ndef main():\n    {program}\ncli.run(main)'
+    result = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert (result.returncode, result.stdout) == (code, out), result.stderr
+    assert err in result.stderr
+    assert result.stderr.count('\n') == code
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback():

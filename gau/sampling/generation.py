@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gau.errors import UserError
 from gau.models import decoding
 
 # Tokens drawn between two looks of the host: large enough to hide the call, small enough to read along.
 BLOCK = 32
+
+
+# Below, logits divided by it would overflow; above, all tokens are alike.
+_TEMPERATURES = 1e-6, 1e6
 
 
 class SamplingParams(NamedTuple):
@@ -31,6 +36,19 @@ class SamplingParams(NamedTuple):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+def check(sampling: SamplingParams, *, seed: int) -> None:
+    """Raises UserError at a number that nothing can be drawn with."""
+    least, most = _TEMPERATURES
+    if sampling.temperature != 0 and not least <= sampling.temperature <= most:
+        raise UserError(f'temperature={sampling.temperature} must be 0 (the likeliest token) or lie in {least}..{most}')
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f'top_p={sampling.top_p} is no probability above 0')
+    if sampling.top_k < 0:
+        raise UserError(f'top_k={sampling.top_k} must be positive, or 0 for no bound')
+    if not 0 <= seed < 2**31:
+        raise UserError(f'seed={seed} must lie in 0..{2**31 - 1}')
 
 
 def drawn_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
@@ -105,8 +123,9 @@ def generate(
       int32 [B, block], the next tokens (fewer in the last block).
 
     Raises:
-      UserError: the model cannot be decoded, or not so far (see `decoding.check`).
+      UserError: the model cannot be decoded, or not so far (see `decoding.check`); see `check`.
     """
+    check(sampling, seed=seed)
     longest = max(len(prompt) for prompt in prompts)
     capacity = longest + max_tokens
     state = decoding.init_state(model, batch_size=len(prompts), capacity=capacity)

@@ -29,6 +29,11 @@ def given_unit(section: ConfigDict, stem: str, *, where: str, units: tuple[str, 
     return given[0]
 
 
+def is_duration(path: str) -> bool:
+    """Returns whether a config field, by its dotted path, is a duration in one of the units."""
+    return _UNIT_FIELD.fullmatch(path.rpartition('.')[2]) is not None
+
+
 def keep_given_units(config: ConfigDict, given: Collection[str]) -> None:
     """Empties the other units of every duration among the fields that were given (by dotted path), in place.
 

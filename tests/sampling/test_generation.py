@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gau.errors import UserError
 from gau.sampling import generation
 from gau.sampling.generation import SamplingParams
 from tests.models import tiny
@@ -14,6 +15,22 @@ from tests.models import tiny
 
 def probabilities(sampling, p=(0.5, 0.2, 0.2, 0.1)):
     return np.asarray(jax.nn.softmax(generation.drawn_logits(jnp.log(jnp.array([p])), sampling)))[0]
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'seed', 'message'),
+    [
+        (SamplingParams(float('nan')), 0, 'temperature=nan must be 0'),
+        (SamplingParams(1e-40), 0, 'temperature=1e-40 must be 0'),
+        (SamplingParams(float('inf')), 0, 'temperature=inf'),
+        (SamplingParams(-1.0), 0, 'temperature=-1'),
+        (SamplingParams(top_p=float('nan')), 0, 'top_p=nan'),
+        (SamplingParams(), 2**70, f'seed={2**70} must lie in 0..2147483647'),
+    ],
+)
+def test_what_nothing_can_be_drawn_with_is_refused(sampling, seed, message):
+    with pytest.raises(UserError, match=message):
+        next(generation.generate(None, None, [np.zeros(1)], max_tokens=1, sampling=sampling, seed=seed))
 
 
 def test_what_may_be_drawn():

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     ('arguments', 'message'),
     [
         (['scripts/sample.py', '--workdir=nowhere'], 'nowhere'),
-        (['scripts/sample.py', '--workdir=nowhere', '--top_p=0'], '--top_p=0'),
+        (['scripts/sample.py', '--workdir=nowhere', '--top_p=0'], 'top_p=0'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt=a', '--interactive'], '--prompt and --interactive'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt_file=missing.txt'], 'missing.txt'),
     ],
