@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, EveryNSteps, LatestN
 
 from gau.errors import UserError
 from gau.objectives.objective import TrainBatches
@@ -29,8 +29,11 @@ class Checkpoints:
     background, and holds the state, the position of the data iterator, the config and the library versions.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict | None = None):
-        """Opens, without config for reading only; with the config's `checkpoint` section for writing as well."""
+    def __init__(self, workdir: Path, config: ConfigDict | None = None, *, keep_step: int | None = None):
+        """Opens, without config for reading only; with the config's `checkpoint` section for writing as well.
+
+        The checkpoint of `keep_step` is kept for good.
+        """
         self.directory = Path(workdir).absolute() / 'checkpoints'
         self._writable = config is not None
         options = {'read_only': True, 'create': False}
@@ -38,6 +41,8 @@ class Checkpoints:
             policies = [LatestN(config.keep_last)]
             if config.keep_every:
                 policies.append(EveryNSteps(config.keep_every))
+            if keep_step is not None:
+                policies.append(CustomSteps([keep_step]))
             options = {'preservation_policy': AnyPreservationPolicy(policies), 'cleanup_tmp_directories': True}
         self._open = lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(**options))
         self._manager = self._open()
@@ -84,8 +89,14 @@ class Checkpoints:
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`."""
-        return self._read_json(step, 'meta')
+        """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`.
+
+        None of it is needed to go on: it is empty if it was not copied along or cannot be read.
+        """
+        try:
+            return self._read_json(step, 'meta')
+        except Exception:  # Orbax promises no type.
+            return {}
 
     def restore(
         self, abstract_state: TrainState, *, step: int | None = None, iterator: TrainBatches | None = None

@@ -15,7 +15,7 @@ from gau.errors import UserError, check_name
 from gau.models import config as model_config
 from gau.training import durations
 
-SCHEDULES = ('linear', 'cosine', 'constant')
+SCHEDULES = ('linear', 'cosine', 'constant', 'wsd')
 CLIPPINGS = ('local', 'global', 'none')
 # Each optimizer's own fields with their defaults; the others are refused. Muon's are those of the AdamW that moves what
 # is no matrix.
@@ -23,6 +23,8 @@ _ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6}
 OPTIMIZERS = {'adamw': _ADAM, 'adafactor': {}, 'lion': {'b1': 0.9, 'b2': 0.99}, 'muon': _ADAM}
 # Fields of the optimizer with their defaults, and the choice that leaves them without meaning.
 _IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule', 'constant'))
+# How much of a run the schedule `wsd` decays over, unless the config says.
+_DECAY_PERCENT = 20.0
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
@@ -47,11 +49,13 @@ def default_config() -> ConfigDict:
     steps, tokens, epochs: length of the run, exactly one given.
     optimizer:
       name: `adamw`, `adafactor`, `lion` or `muon` (`gau.training.optimizer`).
-      learning_rate: peak. schedule: `linear`, `cosine` or `constant` after the warm-up;
-      final_fraction: of the peak, where the decay ends (None: 0; not for `constant`).
+      learning_rate: peak. schedule: `linear`, `cosine` or `constant` after the warm-up, or `wsd` (warm-up, stable,
+      decay: constant, and a linear decay over the end of the run); final_fraction: of the peak, where the decay ends
+      (None: 0; not for `constant`).
       learning_rate_rules: (regex, factor) pairs over parameter paths; the first regex found in the path decides what
         the learning rate is times there (the decay of weights, too), no match means 1.
-      warmup_steps, _tokens, _epochs, _percent: exactly one given.
+      warmup_steps, _tokens, _epochs, _percent: exactly one given. decay_steps, _tokens, _epochs, _percent: of the decay
+        at the end, for `wsd` only (none: 20 percent).
       b1, b2, eps: of adamw (None: 0.9, 0.999, 1e-6), of lion (0.9, 0.99, has no eps), and in muon of what is no matrix.
       weight_decay: decoupled, times the learning rate and the rule's factor.
       weight_decay_rules: (regex, factor) pairs over parameter paths such as `blocks_0/gau/out/kernel`; the first regex
@@ -88,6 +92,7 @@ def default_config() -> ConfigDict:
     optimizer.schedule = 'linear'
     optimizer.final_fraction = config_dict.placeholder(float)
     _add_duration(optimizer, 'warmup_', steps=10_000)
+    _add_duration(optimizer, 'decay_', steps=None)
     for field in _ADAM:
         optimizer[field] = config_dict.placeholder(float)
     optimizer.weight_decay = 0.01
@@ -114,8 +119,8 @@ def default_config() -> ConfigDict:
     return config
 
 
-def _add_duration(section: ConfigDict, stem: str, *, steps: int) -> None:
-    section[f'{stem}steps'] = steps
+def _add_duration(section: ConfigDict, stem: str, *, steps: int | None) -> None:
+    section[f'{stem}steps'] = config_dict.placeholder(int) if steps is None else steps
     section[f'{stem}tokens'] = config_dict.placeholder(int)
     section[f'{stem}epochs'] = config_dict.placeholder(float)
     section[f'{stem}percent'] = config_dict.placeholder(float)
@@ -136,6 +141,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     _resolve_optimizer(optimizer)
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
+    _resolve_decay(optimizer)
     _check_ranges(config)
     _check_every('checkpoint', config.checkpoint)
     _resolve_evaluators(config, objective.evaluator)
@@ -165,6 +171,17 @@ def _resolve_optimizer(optimizer: ConfigDict) -> None:
             raise UserError(f'optimizer.{field}={optimizer[field]} does nothing with optimizer.{choice}: leave it out')
 
 
+def _resolve_decay(optimizer: ConfigDict) -> None:
+    given = [f'decay_{unit}' for unit in durations.UNITS if optimizer[f'decay_{unit}'] is not None]
+    if optimizer.schedule != 'wsd':
+        if given:
+            raise UserError(f'optimizer.{given[0]} is for optimizer.schedule=wsd, which is {optimizer.schedule}')
+        return
+    if not given:
+        optimizer.decay_percent = _DECAY_PERCENT
+    durations.given_unit(optimizer, 'decay_', where='optimizer.')
+
+
 def drop_idle_fields(optimizer: ConfigDict) -> None:
     """Empties, in place, the fields of a stored optimizer section that were allowed once and did nothing."""
     for field, _, other, value in _IDLE:
@@ -180,13 +197,16 @@ def _check_ranges(config: ConfigDict) -> None:
     for path, low, high in (
         ('seed', 0, 2**31 - 1),
         ('optimizer.final_fraction', 0, 1),
-        ('optimizer.b1', 0, 1),
-        ('optimizer.b2', 0, 1),
         ('optimizer.weight_decay', 0, float('inf')),
     ):
         value = _field(config, path)
         if value is not None and not low <= value <= high:
             raise UserError(f'{path}={value} must lie in {low}..{high}')
+    for path in ('optimizer.b1', 'optimizer.b2'):
+        value = _field(config, path)
+        # A mean with 1 never moves, and the correction of its start divides by zero.
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f'{path}={value} must lie in 0..1, below 1')
 
 
 def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gau.errors import UserError
+from gau.errors import RunFailed, UserError
 
 # Seconds in which every process must have come, and must have left at the end.
 _START_SECONDS = 300
@@ -37,7 +37,8 @@ def processes(
     """Joins the processes of a run for as long as the context lasts; does nothing for a single one.
 
     Must be entered before JAX has looked for devices. A process that fails inside with anything but a UserError ends
-    here and at once, with a traceback and exit code 1, because an orderly end would wait for the others.
+    here and at once, with exit code 1 and a traceback (or one line for a RunFailed), because an orderly end would wait
+    for the others.
 
     Args:
       coordinator_address: HOST:PORT of process 0, where the processes meet.
@@ -63,8 +64,11 @@ def processes(
     except UserError:
         jax.distributed.shutdown()
         raise
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if isinstance(error, RunFailed):
+            print(f'error: {error}', file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

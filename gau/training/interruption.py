@@ -1,5 +1,7 @@
 """SIGTERM and SIGINT: the run finishes its step, saves and ends, on all processes at the same step.
 
+So it does where one of several processes cannot load its part of a batch (`ahead.py`).
+
 How the processes agree: after every step each contributes the signal it has got, or 0, to a maximum over all devices,
 a program of its own that runs behind the step; it is read one step later, when it has long been done, so that neither
 the host nor the devices wait. `multihost_utils.reached_preemption_sync_point` would agree as well, but it takes SIGTERM
@@ -7,6 +9,7 @@ for itself from the moment that the processes join, knows no SIGINT, and does no
 """
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -14,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# In place of a signal's number, and above all of them: a process has no batch for the step after the next.
+NO_BATCH = 1000
 
 
 class Interrupted(Exception):
@@ -25,12 +31,16 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Catches the two signals while its context lasts; a second SIGINT interrupts at once."""
+    """Catches the two signals while its context lasts; a second SIGINT interrupts at once.
+
+    Python gives signals to the main thread only: a run in another thread leaves them to whoever started it.
+    """
 
     def __init__(self, mesh: Mesh):
         """Takes the mesh over the devices of all processes."""
         self.signum = 0
         self._received = 0
+        self._no_batch = False
         self._previous: dict[int, Any] = {}
         self._alone = jax.process_count() == 1
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -39,7 +49,8 @@ class Interruption:
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> 'Interruption':
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        main = threading.current_thread() is threading.main_thread()
+        for signum in (signal.SIGTERM, signal.SIGINT) if main else ():
             self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -51,6 +62,10 @@ class Interruption:
         """Whether the run must end: with one process as soon as the signal came, else once `poll` has said so."""
         return self.signum != 0
 
+    def no_batch(self) -> None:
+        """Tells the other processes, when they are polled next, that this one cannot load a batch."""
+        self._no_batch = True
+
     def poll(self) -> bool:
         """Asks all processes, and returns whether one had got a signal when they were asked the time before.
 
@@ -59,7 +74,7 @@ class Interruption:
         if not self._alone:
             if self._asked is not None and not self.signum:
                 self.signum = int(self._asked)
-            flag = np.full(1, self._received, np.int32)
+            flag = np.full(1, NO_BATCH if self._no_batch else self._received, np.int32)
             flags = jax.make_array_from_callback((self._size,), self._flags, lambda _: flag)
             self._asked = self._highest(flags)
         return bool(self)

@@ -1,5 +1,6 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
+import json
 import os
 import signal
 import sys
@@ -13,16 +14,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
-from gau.errors import UserError
+from gau.errors import NoSpace, RunFailed, UserError, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training import mesh as meshes
 from gau.training import workdir as files
+from gau.training.ahead import Ahead
 from gau.training.batches import local_rows, put_batch
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import library_versions, resolve
-from gau.training.interruption import Interrupted, Interruption
+from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
 from gau.training.start import claim, first_state, pin_fork
@@ -30,7 +32,7 @@ from gau.training.step import TrainState
 from gau.training.throughput import Clock
 
 
-class NotFinite(Exception):
+class NotFinite(RunFailed):
     """The loss or a gradient became NaN or infinite."""
 
 
@@ -44,9 +46,18 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       UserError: config, data or work directory are unusable.
       Interrupted: a signal asked to stop, and the state is saved.
       NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint.
+      NoSpace: the disk is full; the message says what is safe.
     """
-    config = resolve(config)
     workdir = Path(workdir)
+    try:
+        return _train(resolve(config), workdir)
+    except Exception as error:
+        if not is_no_space(error):
+            raise
+        raise NoSpace(files.out_of_space(workdir)) from error
+
+
+def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     use_compilation_cache()
     distributed.check_same('config', config.to_json())
     # Everything a config can get wrong shows here, before anything is written.
@@ -64,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         )
     first = distributed.is_first()
     with ExitStack() as stack:
-        if stack.enter_context(claim(workdir, config)):
+        if stack.enter_context(claim(workdir, run)):
             # Where a run came from is settled when it begins.
             config.fork = files.read_config(workdir).fork
         else:
@@ -72,16 +83,18 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         if first:
             files.keep_config(workdir, config)
         config_tree = files.config_to_dict(config)
-        saved = Checkpoints(workdir, config.checkpoint)
+        branch = run.stable_until if run.stable_until < total_steps else None
+        saved = Checkpoints(workdir, config.checkpoint, keep_step=branch)
         stack.callback(saved.close)
         with distributed.together():
             state, origin = first_state(run, saved, iterator)
         first_step = int(state.step)
-        final_path = workdir / files.FINAL
-        if first_step >= total_steps and distributed.of_first(str(final_path.is_file())) == 'True':
+        reached = first_step >= total_steps
+        final = json.loads(distributed.of_first(json.dumps(files.read_final(workdir)))) if reached else None
+        if final is not None:
             if first:
-                print(f'finished at step {first_step}: {final_path} has the result')
-            return files.read_json(final_path)
+                print(f'finished at step {first_step}: {workdir / files.FINAL} has the result')
+            return final
         # The last step is saved before it is evaluated: a run killed in between evaluates again.
         kept = {'first_step': first_step, 'keep_evaluations': first_step < total_steps}
         writer = MetricsWriter(workdir, **kept) if first else MetricsReader(workdir, **kept)
@@ -126,7 +139,8 @@ class _Loop:
         stop: Interruption,
         config_tree: dict[str, Any],
     ):
-        self.run, self.state, self.iterator = run, state, iterator
+        self.run, self.state = run, state
+        self.iterator = iterator if jax.process_count() == 1 else Ahead(iterator)
         self.saved, self.writer, self.progress = saved, writer, progress
         self.stop, self.config_tree = stop, config_tree
         self.step = int(state.step)
@@ -143,14 +157,16 @@ class _Loop:
         if 0 < self.step < total_steps:
             # A signal may have cut short the evaluation of the step that it saved.
             self.evaluate(self.due())
+        self._load_ahead(total_steps, first=True)
         while self.step < total_steps:
             self.state, metrics = self.train_step(self.state, self.next_batch())
             self.step += 1
             self.settle()
+            self._load_ahead(total_steps)
             self.stop.poll()
             self.in_flight = (self.step, metrics)
             due = self.due() if self.step < total_steps else []
-            due_save = self.step % save_every == 0 or self.step == total_steps
+            due_save = self.step % save_every == 0 or self.step in (self.run.stable_until, total_steps)
             if due or due_save or self.stop:
                 # What the files say must never be older than a checkpoint, or a killed run would lose lines for good.
                 self.settle()
@@ -171,9 +187,28 @@ class _Loop:
         try:
             batch = next(self.iterator)
         except UserError as error:
-            # Other processes have their batch and wait in the step, where nobody can save.
-            raise (error if jax.process_count() > 1 else self._saved_before(error)) from error
+            raise self._saved_before(error) from error
         return put_batch(batch, self.batch_sharding, rows=rows, batch_size=batch_size)
+
+    def _load_ahead(self, total_steps: int, *, first: bool = False) -> None:
+        """Loads the batches after the next where there are several processes; tells them if there is none."""
+        if not isinstance(self.iterator, Ahead):
+            return
+        if not self.iterator.load(total_steps - self.step):
+            self.stop.no_batch()
+        if first:
+            # Who has not even the next one must not be waited for.
+            self._leave_without_batch(unless=self.iterator.loaded > 0 or self.step == total_steps)
+            self.stop.poll()
+
+    def _leave_without_batch(self, *, unless: bool = False) -> None:
+        """Raises, in every process, what one of them says of the batch that it cannot load."""
+        try:
+            with distributed.together():
+                if self.iterator.error is not None and not unless:
+                    raise self.iterator.error
+        except UserError as error:
+            raise self._saved_before(error) from error
 
     def _saved_before(self, error: UserError) -> UserError:
         """Saves, because a document that cannot be taken ends the run; returns the error with the way on."""
@@ -186,6 +221,8 @@ class _Loop:
 
     def _leave(self) -> None:
         self.saved.wait()
+        if self.stop.signum == NO_BATCH:
+            self._leave_without_batch()
         name = signal.Signals(self.stop.signum).name
         raise Interrupted(self.stop.signum, f'{name}: saved at step {self.step}; the same command resumes')
 
@@ -281,10 +318,12 @@ class _Loop:
         shown = ', '.join(broken[:5]) + (f' and {len(broken) - 5} more' if len(broken) > 5 else '')
         self.saved.wait()
         good = self.saved.steps()
+        directory = self.saved.directory
+        fork = f'step {good[-1]} in {directory}, which --fork={directory.parent} starts from' if good else 'none'
         return (
             f'loss {loss} at step {step} is not finite or its gradient is not; '
-            f'parameters with non-finite gradients: {shown or "none"}; '
-            f'last good checkpoint: {f"step {good[-1]} in {self.saved.directory}" if good else "none"}'
+            f'parameters with non-finite gradients: {shown or "none"}; last good checkpoint: {fork}; '
+            'try a lower optimizer.learning_rate or a longer optimizer.warmup_steps in another --workdir'
         )
 
 

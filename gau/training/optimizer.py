@@ -20,20 +20,37 @@ STACKED = 'blocks'
 MUON_RMS = 0.2
 
 
-def make_schedule(config: ConfigDict, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
+def make_schedule(
+    config: ConfigDict, *, warmup_steps: int, total_steps: int, last_decay_steps: int = 0
+) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0 to the peak, then the named decay until `total_steps`.
 
+    Args:
+      config: the config's `optimizer` section, resolved.
+      warmup_steps: of the warm-up.
+      total_steps: of the run.
+      last_decay_steps: for the schedule `wsd`, how many steps at the end decay linearly.
+
     Raises:
-      UserError: the warm-up is longer than the run.
+      UserError: the warm-up, or warm-up and decay of `wsd`, are longer than the run.
     """
     if warmup_steps > total_steps:
         raise UserError(f'the warm-up of {warmup_steps} steps is longer than the run of {total_steps}')
+    if warmup_steps + last_decay_steps > total_steps:
+        raise UserError(
+            f'the warm-up of {warmup_steps} steps and the decay of {last_decay_steps} are longer than the run of '
+            f'{total_steps}'
+        )
     peak, end = config.learning_rate, config.learning_rate * (config.final_fraction or 0.0)
     decay_steps = max(total_steps - warmup_steps, 1)
     decay = {
         'linear': lambda: optax.linear_schedule(peak, end, decay_steps),
         'cosine': lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction or 0.0),
         'constant': lambda: optax.constant_schedule(peak),
+        'wsd': lambda: optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, max(last_decay_steps, 1))],
+            [decay_steps - last_decay_steps],
+        ),
     }[config.schedule]()
     if warmup_steps == 0:
         return decay

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -141,8 +142,25 @@ class Run:
     @cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate by step."""
-        warmup_steps = self.steps('optimizer', 'warmup_')
-        return make_schedule(self.config.optimizer, warmup_steps=warmup_steps, total_steps=self.total_steps)
+        return make_schedule(
+            self.config.optimizer,
+            warmup_steps=self.steps('optimizer', 'warmup_'),
+            total_steps=self.total_steps,
+            last_decay_steps=self.total_steps - self.stable_until,
+        )
+
+    @cached_property
+    def stable_until(self) -> int:
+        """The step where the decay of the schedule `wsd` begins, from which runs are forked; else the end."""
+        decays = self.config.optimizer.schedule == 'wsd'
+        return self.total_steps - (self.steps('optimizer', 'decay_') if decays else 0)
+
+    def same_rates_until(self, other: 'Run') -> int:
+        """Returns after how many steps the learning rate of two runs differs for the first time, up to the shorter."""
+        steps = min(self.total_steps, other.total_steps)
+        rates, others = (np.asarray(jax.vmap(run.schedule)(np.arange(steps))) for run in (self, other))
+        different = np.flatnonzero(np.broadcast_to(rates != others, (steps,)))
+        return int(different[0]) if different.size else steps
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:

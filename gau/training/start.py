@@ -1,5 +1,7 @@
 """Where a run starts: which checkpoint it goes on from, and who may write in its work directory."""
 
+import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -44,8 +46,33 @@ def pin_fork(run: Run, fork: Path) -> Path:
     return workdir / 'checkpoints' / str(step)
 
 
+def begun_alike(run: Run, workdir: Path, stored: ConfigDict) -> str:
+    """Says why a run in `workdir` cannot be given the length of `run`: its learning rate would have been another.
+
+    Args:
+      run: what is asked for.
+      workdir: of the run that is there.
+      stored: its config, which is that of `run` but for its length.
+
+    Returns:
+      Nothing if all steps up to the newest checkpoint had the learning rate that they have in `run`, else the way out.
+    """
+    steps = files.checkpointed_steps(workdir)
+    alike = run.same_rates_until(dataclasses.replace(run, config=stored))
+    if not steps or (steps[-1] <= alike and steps[-1] <= run.total_steps):
+        return ''
+    if steps[-1] > run.total_steps:
+        return f'it is at step {steps[-1]} already: start another work directory'
+    before = [step for step in steps if step <= alike]
+    fork = files.checkpoints_of(workdir) / str(before[-1]) if before else workdir
+    return (
+        f'another learning rate from step {alike} on, and it is at step {steps[-1]}: '
+        f'start another work directory with --fork={fork}'
+    )
+
+
 @contextmanager
-def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
+def claim(workdir: Path, run: Run) -> Iterator[bool]:
     """Takes the work directory for one run of all processes; yields whether a run with this config is there already.
 
     Raises:
@@ -55,7 +82,8 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
     with ExitStack() as stack:
         with distributed.together():
             if distributed.is_first():
-                resumed = stack.enter_context(files.claim(workdir, config))
+                refusal = functools.partial(begun_alike, run, workdir)
+                resumed = stack.enter_context(files.claim(workdir, run.config, of_other_length=refusal))
                 token = os.urandom(8).hex() + str(int(resumed))
                 (workdir / files.LOCK).write_text(token)
         token = distributed.of_first(token)

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ FINAL = 'final.json'
 PARAMETERS = 'parameters.txt'
 SHARDINGS = 'shardings.txt'
 LOCK = '.lock'
+# How long a run is: may change on resume as far as the steps done stay what they were.
+_LENGTH = ('steps: ', 'tokens: ', 'epochs: ')
 
 # The default up to e74d9a2; no parameter is called embedding, so that the one of today decides alike.
 OLD_DECAY_RULES = [['(^|/)(kernel|embedding)$', 1.0]]
@@ -58,8 +60,37 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f'{path} is not valid JSON: {error}') from error
-    return whole_config(stored)
+        raise UserError(f'{path} is not valid JSON: {error}{_copy_of_config(path)}') from error
+    try:
+        return whole_config(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path} is not the config of a run ({error!r}){_copy_of_config(path)}') from error
+
+
+def _copy_of_config(path: Path) -> str:
+    """Says where the config of a damaged config.json still is."""
+    copies = [checkpoints_of(path.parent) / str(step) / 'meta' / 'metadata' for step in checkpointed_steps(path.parent)]
+    found = next((copy for copy in reversed(copies) if copy.is_file()), None)
+    return f'; {found} has it under "config"' if found else ''
+
+
+def checkpoints_of(workdir: Path) -> Path:
+    """Returns the directory that the checkpoints of a run lie in, each under its step."""
+    return Path(workdir) / 'checkpoints'
+
+
+def checkpointed_steps(workdir: Path) -> list[int]:
+    """Returns the steps that have a checkpoint, oldest first, whether they can be read or not."""
+    directory = checkpoints_of(workdir)
+    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def out_of_space(workdir: Path) -> str:
+    """Says what is safe of a run whose disk is full, and what to do."""
+    steps = checkpointed_steps(workdir)
+    safe = f'the checkpoint of step {steps[-1]} is safe' if steps else 'there is no checkpoint yet'
+    return f'no space left for --workdir={workdir}: {safe}; when there is room the same command goes on'
 
 
 def whole_config(stored: dict[str, Any]) -> ConfigDict:
@@ -82,15 +113,23 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
 
 
 @contextmanager
-def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
+def claim(
+    workdir: Path, config: ConfigDict, *, of_other_length: Callable[[ConfigDict], str] | None = None
+) -> Iterator[bool]:
     """Takes the work directory for one run; yields whether a run with this config is there already.
+
+    Args:
+      workdir: the directory.
+      config: the run's, resolved.
+      of_other_length: says why the run there, whose config it is given, cannot be made as long as this one, or nothing
+        if it can; None takes only the same length.
 
     Raises:
       UserError: it cannot be written, is not a directory, holds something else, holds a run with another config, or
         another process trains in it right now. Nothing in it has been touched then.
     """
     workdir = Path(workdir)
-    _holds_this_run(workdir, config)
+    _holds_this_run(workdir, config, of_other_length)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / LOCK, 'a')  # noqa: SIM115  held until the run ends, or dies
@@ -102,20 +141,31 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[bool]:
         except OSError as error:
             raise UserError(f'--workdir={workdir}: another process is training there') from error
         # Looked at again: another process may have begun a run between the first look and the lock.
-        yield _holds_this_run(workdir, config)
+        yield _holds_this_run(workdir, config, of_other_length)
 
 
-def _holds_this_run(workdir: Path, config: ConfigDict) -> bool:
+def _holds_this_run(
+    workdir: Path, config: ConfigDict, of_other_length: Callable[[ConfigDict], str] | None = None
+) -> bool:
     """Returns whether a run with this config is there; raises UserError if anything else is."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f'--workdir={workdir} is not a directory')
     if (workdir / CONFIG).exists():
         stored = read_config(workdir)
         changed = differences(config_to_dict(stored), config_to_dict(config))
-        if changed and not only_moved(workdir, config, changed):
+        length = [line for line in changed if line.startswith(_LENGTH)]
+        others = [line for line in changed if line not in length]
+        if length and not others and of_other_length is not None:
+            refusal = of_other_length(stored)
+            if refusal:
+                raise UserError(f'--workdir={workdir} holds a run of another length ({"; ".join(length)}): {refusal}')
+        elif changed and not only_moved(workdir, config, changed):
+            fork = (
+                f' with --fork={workdir}' if checkpointed_steps(workdir) else ' (it has no checkpoint to --fork from)'
+            )
             raise UserError(
                 f'--workdir={workdir} holds a run with another config ({"; ".join(changed)}): '
-                f'resume with the same config, or start another work directory with --fork={workdir}'
+                f'resume with the same config, or start another work directory{fork}'
             )
         return True
     if workdir.is_dir() and any(not entry.name.startswith('.') for entry in workdir.iterdir()):
@@ -128,39 +178,42 @@ def only_moved(workdir: Path, config: ConfigDict, changed: list[str]) -> bool:
     place = tuple(f'data.{field}: ' for field in places.FIELDS)
     if not all(line.startswith(place) for line in changed):
         return False
-    if (workdir / DATA).exists():
-        return places.are_same(read_json(workdir / DATA), config.data)
+    recorded = _read_whole(workdir / DATA, 'contents')
+    if recorded is not None:
+        return places.are_same(recorded, config.data)
     # Begun by an earlier version: its checkpoints know. Imported late: this imports JAX.
     from gau.training.checkpoints import Checkpoints
 
     saved = Checkpoints(workdir)
     try:
-        identities = saved.meta(saved.steps()[-1])['data']
-    except Exception:  # no checkpoint, or one that cannot be read, for which Orbax promises no type
-        return False
+        identities = [saved.meta(step).get('data') for step in saved.steps()[-1:]]
     finally:
         saved.close()
-    return places.are_as_identified(identities, read_config(workdir).data, config.data)
+    if not any(identities):
+        return False
+    return places.are_as_identified(identities[0], read_config(workdir).data, config.data)
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes the run's config, and what its data is, unless both are there already; its data may have moved."""
+    """Writes the run's config and what its data is, or in those that are there its length and where its data lies."""
     wanted = config_to_dict(config)
     found = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else wanted
     there = {field: wanted['data'][field] for field in places.FIELDS}
-    kept = found | {'data': found['data'] | there}
+    length = {field: wanted[field] for field in ('steps', 'tokens', 'epochs')}
+    kept = found | length | {'data': found.get('data', wanted['data']) | there}
     if kept != found or not (workdir / CONFIG).exists():
         write_json(workdir / CONFIG, kept)
-    if kept != found or not (workdir / DATA).exists():
+    if kept != found or _read_whole(workdir / DATA, 'contents') is None:
         write_json(workdir / DATA, places.record(config.data, workdir))
 
 
 def with_data_found(workdir: Path, config: ConfigDict) -> ConfigDict:
     """Returns the config of the run in `workdir` with its data where it is now, if the project has moved."""
-    if not (workdir / DATA).exists():
+    recorded = _read_whole(workdir / DATA, 'contents')
+    if recorded is None:
         return config
     config = config.copy_and_resolve_references()
-    config.data = places.found_again(read_json(workdir / DATA), config.data, workdir)
+    config.data = places.found_again(recorded, config.data, workdir)
     return config
 
 
@@ -174,6 +227,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_final(workdir: Path) -> dict[str, Any] | None:
+    """Returns the result of the run in `workdir`; None if it has none yet, or none that can be read."""
+    return _read_whole(Path(workdir) / FINAL, 'step')
+
+
+def _read_whole(path: Path, field: str) -> dict[str, Any] | None:
+    """Returns a JSON object that can be made again, such as the result; None if it is missing or damaged."""
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) and field in tree else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     _replace(path, text)
@@ -182,6 +249,13 @@ def write_text(path: Path, text: str) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics file; one that a kill or a full disk cut short is left out."""
     return [row for _, row in _metrics_lines(path) if row is not None]
+
+
+def end_last_line(path: Path) -> None:
+    """Ends a line that a kill cut short, so that what is appended stands on its own."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b'\n'):
+        with path.open('a') as file:
+            file.write('\n')
 
 
 def kept_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> list[dict[str, Any]]:
@@ -203,8 +277,9 @@ def truncate_metrics(path: Path, *, last_step: int, keep_evaluations: bool) -> l
       The lines that stay.
     """
     lines = _metrics_lines(path)
+    whole = not lines or path.read_bytes().endswith(b'\n')
     stays = [_stays(row, last_step, keep_evaluations) for _, row in lines]
-    if not all(stays):
+    if not all(stays) or not whole:
         with path.with_name(DROPPED).open('a') as file:
             file.writelines(text + '\n' for (text, _), stay in zip(lines, stays, strict=True) if not stay)
         _replace(path, ''.join(text + '\n' for (text, _), stay in zip(lines, stays, strict=True) if stay))
@@ -219,11 +294,13 @@ def _stays(row: dict[str, Any] | None, last_step: int, keep_evaluations: bool) -
 
 def _metrics_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors='backslashreplace').splitlines() if path.exists() else []:
         try:
-            lines.append((text, json.loads(text)))
+            row = json.loads(text)
         except ValueError:
-            lines.append((text, None))
+            row = None
+        right = isinstance(row, dict) and isinstance(row.get('step'), int) and isinstance(row.get('split'), str)
+        lines.append((text, row if right else None))
     return lines
 
 

@@ -189,8 +189,14 @@ def test_fork_of_another_architecture_is_refused(finished, tmp_path):
 
 def test_divergence_names_step_culprits_and_checkpoint(tmp_path):
     config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip='none', optimizer__warmup_steps=0)
-    with pytest.raises(loop.NotFinite, match=r'at step 2.*blocks_0.*last good checkpoint'):
-        loop.train(config, tmp_path)
+    config.checkpoint.every_steps = 5
+    with pytest.raises(loop.NotFinite, match=r'at step 2.*blocks_0.*last good checkpoint: none; try .* another'):
+        loop.train(config, tmp_path / 'run')
+    assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
+    # No advice that cannot be followed.
+    config.optimizer.learning_rate = 1e-3
+    with pytest.raises(UserError, match=r'another work directory \(it has no checkpoint to --fork from\)'):
+        loop.train(config, tmp_path / 'run')
 
 
 def test_loss_falls(tmp_path):

@@ -32,6 +32,26 @@ def test_schedule_warms_up_and_decays(name):
     assert rates[110] == pytest.approx(1.0 if name == 'constant' else 0.1, rel=1e-5)
 
 
+def test_warmup_stable_decay():
+    config = optimizer_config(learning_rate=1.0, schedule='wsd', final_fraction=0.1, decay_steps=50)
+    schedule = optimizer.make_schedule(config, warmup_steps=10, total_steps=110, last_decay_steps=50)
+    rates = np.array([schedule(step) for step in range(111)])
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(rates[10:61], 1.0)
+    np.testing.assert_allclose(rates[[85, 110]], [0.55, 0.1], rtol=1e-5)
+    assert optimizer_config(schedule='wsd').decay_percent == 20
+    for fields, message in (
+        ({'decay_steps': 5}, 'optimizer.decay_steps is for optimizer.schedule=wsd'),
+        ({'schedule': 'wsd', 'decay_steps': 5, 'decay_percent': 1.0}, 'exactly one of optimizer.decay_steps'),
+        ({'b1': 1.0}, r'optimizer.b1=1.0 must lie in 0..1, below 1'),
+        ({'b2': 1.0}, r'optimizer.b2=1.0 must lie in 0..1, below 1'),
+    ):
+        with pytest.raises(UserError, match=message):
+            optimizer_config(**fields)
+    with pytest.raises(UserError, match='warm-up of 60 steps and the decay of 50 are longer than the run of 100'):
+        optimizer.make_schedule(config, warmup_steps=60, total_steps=100, last_decay_steps=50)
+
+
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match='longer than the run'):
         optimizer.make_schedule(optimizer_config(), warmup_steps=11, total_steps=10)
