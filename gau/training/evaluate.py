@@ -1,6 +1,7 @@
 """Evaluation of a work directory: any checkpoint, split, context length and text, with the evaluators of training."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,25 @@ def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> None:
 
 
 def _write(workdir: Path, step: int, measured: Measured, changed: Mapping[str, Any]) -> None:
-    written = [workdir / files.EVAL]
-    with written[0].open('a') as file:
+    """Writes rows and figures; what cannot be written is said in one line, since the tables have been printed."""
+    written = []
+    try:
+        path = workdir / files.EVAL
+        files.end_last_line(path)
+        with path.open('a') as file:
+            for evaluator, cases in measured.items():
+                for case, metrics in cases.items():
+                    # Which text it was is told where it is not the run's own.
+                    row = {'step': step, 'split': f'{evaluator.name}/{case.split}', **metrics}
+                    file.write(json.dumps(row | ({'config': changed} if changed else {})) + '\n')
+        written.append(path)
         for evaluator, cases in measured.items():
-            for case, metrics in cases.items():
-                # Which text it was is told where it is not the run's own.
-                row = {'step': step, 'split': f'{evaluator.name}/{case.split}', **metrics}
-                file.write(json.dumps(row | ({'config': changed} if changed else {})) + '\n')
-    for evaluator, cases in measured.items():
-        if evaluator.figure:
-            path = workdir / 'plots' / f'{evaluator.figure_name}_step_{step}.png'
-            evaluator.draw(cases, path, title=f'{workdir.name} at step {step}')
-            written.append(path)
-    print('\nwritten: ' + ', '.join(map(str, written)))
+            if evaluator.figure:
+                path = workdir / 'plots' / f'{evaluator.figure_name}_step_{step}.png'
+                evaluator.draw(cases, path, title=f'{workdir.name} at step {step}')
+                written.append(path)
+    except OSError as error:
+        kept = 'the rest is what is printed above' if written else 'nothing is kept but what is printed above'
+        print(f'warning: {path} cannot be written ({error.strerror or error}): {kept}', file=sys.stderr)
+    if written:
+        print('\nwritten: ' + ', '.join(map(str, written)))

@@ -1,5 +1,6 @@
 """A finished or running run, opened for reading: by eval.py, scripts/sample.py and notebooks (`gau.load_run`)."""
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict
     workdir = Path(workdir)
     trained = files.with_data_found(workdir, files.read_config(workdir))
     config = ConfigDict(trained if config is None else config)
-    # Whatever mesh trained it, the parameters are divided over the devices at hand.
-    config.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1, 'sequence': 1})
     use_compilation_cache()
     config = resolve(config)
+    # Whatever mesh trained it, the parameters are divided over the devices at hand: over all, or over as many as their
+    # width allows, and the others hold copies.
+    fsdp = math.gcd(jax.device_count(), config.model.model_dim)
+    config.mesh = ConfigDict({'data': -1, 'fsdp': fsdp, 'tensor': 1, 'sequence': 1})
     # Nor is it a reason not to read that the chosen implementation is not for the chip at hand.
     if lacks(config.model, Target.of_device(jax.devices()[0])):
         config.model.impl = 'auto'
@@ -100,10 +103,7 @@ def with_changes(config: ConfigDict, changed: Collection[str]) -> ConfigDict:
 
 def _fingerprint(saved: Checkpoints, step: int) -> str | None:
     """Returns the fingerprint of the tokenizer that a checkpoint was trained with, if it can be read."""
-    try:
-        return saved.meta(step)['data'].get('tokenizer')
-    except Exception:  # Orbax promises no type; whether the parameters are damaged, too, shows when they are read.
-        return None
+    return saved.meta(step).get('data', {}).get('tokenizer')
 
 
 def _check_tokenizer(tokenizer: Tokenizer, trained_with: str, fingerprint: str | None) -> None:
