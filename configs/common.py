@@ -12,6 +12,10 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
+# Of the gated models: `best` is what reached the lowest loss here; `paper` is the paper's letter: the relative bias
+# starts as N(0, 0.02), and scores are divided by the length of the sequence (of the chunk).
+RECIPES = ('best', 'paper')
+
 # Data sets of the paper, as scripts/prepare_data.py leaves them (docs/data.md).
 PREPARED = ('wiki40b', 'pg19', 'c4', 'lm1b')
 
@@ -67,10 +71,13 @@ def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
 
 
 def pretraining_config(arg: ConfigDict) -> ConfigDict:
-    """Returns the defaults with the arguments `model`, `size`, `context`, `data` and `tokenizer` put in their places.
+    """Returns the defaults with `model`, `size`, `context`, `recipe`, `data` and `tokenizer` put in their places.
 
     `data` is a name of PREPARED, read from data/NAME, or a source such as `jsonl:PATH`; `tokenizer` may be empty, which
-    means the one that the shards were prepared with, or bytes.
+    means the one that the shards were prepared with, or bytes. `recipe` is one of RECIPES.
+
+    Raises:
+      UserError: an unknown recipe.
     """
     config = training_config.default_config()
     config.model.name = arg.model
@@ -78,9 +85,18 @@ def pretraining_config(arg: ConfigDict) -> ConfigDict:
     config.data.source = f'tokens:data/{arg.data}' if arg.data in PREPARED else arg.data
     config.data.context = arg.context
     config.data.batch_size = max(TOKENS_PER_STEP // arg.context, 1)
+    _apply_recipe(config, arg.recipe)
     if arg.tokenizer:
         config.data.tokenizer = arg.tokenizer
     return config
+
+
+def _apply_recipe(config: ConfigDict, recipe: str) -> None:
+    if recipe not in RECIPES:
+        raise UserError(f'config argument recipe={recipe} is unknown{did_you_mean(recipe, RECIPES)}')
+    if recipe == 'paper' and config.model.name in ('flash', 'flash_quad'):
+        config.model.relative_bias_init = 'normal'
+        config.model.normalizer = 'paper'
 
 
 def run_local(config: ConfigDict, given: Sequence[str] = ()) -> ConfigDict:

@@ -5,7 +5,8 @@
 
 Arguments: model (a name of docs/models.md), size (tiny, small, base, large), context, data (wiki40b, pg19, c4 or lm1b,
 prepared in data/NAME; or any source, such as embedded or jsonl:PATH), tokenizer (bytes, sentencepiece:FILE,
-huggingface:FILE; by default the one of the prepared shards, or bytes), runlocal.
+huggingface:FILE; by default the one of the prepared shards, or bytes), recipe (best, or paper: FLASH and FLASH-Quad
+letter for letter, docs/results/quality.md has what that costs), runlocal.
 
 Recipe, all of it recalled and not read in a source: 2^18 tokens a step at every context, 125 k steps, AdamW, peak
 learning rate 7e-4 after 10 k steps of warm-up, linear decay, weight decay 0.01, clipping at 0.1 parameter by parameter.
@@ -22,6 +23,6 @@ from configs import common
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/lm.py:arg`."""
-    arg = common.parse_arg(arg, model='flash', size='base', context=1024, data='wiki40b', tokenizer='')
+    arg = common.parse_arg(arg, model='flash', size='base', context=1024, data='wiki40b', tokenizer='', recipe='best')
     config = common.pretraining_config(arg)
     return common.run_local(config, arg.given) if arg.runlocal else config

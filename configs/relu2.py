@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def sweep_models() -> Iterator[Overrides]:
     """The models that are compared over seeds."""
     yield {'name': 'transformer_plus_plus', NAME: 'transformer_plus_plus', RATE: 2e-3}
-    yield {'name': 'flash_normal', RATE: 6e-3}
+    yield {'name': 'flash_normal', START: 'normal', RATE: 6e-3}
     yield {'name': 'flash_mean', START: 'mean', SCALE: 2.0, RATE: 3e-3}
     yield {'name': 'flash_softmax', RATE: 6e-3, **SOFTMAX}
 
@@ -71,11 +71,11 @@ def sweep_trials() -> Iterator[Overrides]:
     mean = {START: 'mean', SCALE: 2.0, RATE: 3e-3}
     yield {'name': 'flash_mean_x2_gamma_ones_lr_0.003', 'model.gamma_init': 'ones', **mean}
     yield {'name': 'flash_mean_x2_chunk_512_lr_0.003', 'model.chunk_size': 512, **mean}
-    yield {'name': 'flash_normal_lr_0.006', RATE: 6e-3}
+    yield {'name': 'flash_normal_lr_0.006', START: 'normal', RATE: 6e-3}
     for rate in (6e-3, 1e-2):
         yield {'name': f'flash_softmax_lr_{rate:g}', RATE: rate, **SOFTMAX}
     quad = {NAME: 'flash_quad', 'model.relative_bias': 'toeplitz', RATE: 3e-3}
-    yield {'name': 'flash_quad_normal_lr_0.003', **quad}
+    yield {'name': 'flash_quad_normal_lr_0.003', START: 'normal', **quad}
     for scale in (1.0, 2.0):
         yield {'name': f'flash_quad_mean_x{scale:g}_lr_0.003', START: 'mean', SCALE: scale, **quad}
     yield {'name': 'transformer_plus_plus_lr_0.002', NAME: 'transformer_plus_plus', RATE: 2e-3}

@@ -97,6 +97,11 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
     """Returns the ConfigDict of a stored config; fields that did not exist when it was stored have their defaults."""
     defaults = config_to_dict(default_config())
     whole = with_new_fields(stored, defaults)
+    model = stored.get('model', {})
+    if 'relative_bias_init' not in model and model.get('attention_function') == 'relu2':
+        # There was one start only, the paper's, where there was a relative bias.
+        start = 'normal' if model.get('relative_bias') in ('toeplitz', 'rotary') else None
+        whole = {**whole, 'model': {**whole['model'], 'relative_bias_init': start}}
     if whole['optimizer']['weight_decay_rules'] == OLD_DECAY_RULES:
         rules = defaults['optimizer']['weight_decay_rules']
         whole = {**whole, 'optimizer': {**whole['optimizer'], 'weight_decay_rules': rules}}

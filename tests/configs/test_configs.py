@@ -20,6 +20,7 @@ NAMED = {
     'lm_flash_quad_base_512': ('lm', 'model=flash_quad,size=base,context=512,data=embedded'),
     'lm_transformer_plus_plus_base_1024': ('lm', 'model=transformer_plus_plus,size=base,data=embedded'),
     'lm_runlocal': ('lm', 'runlocal'),
+    'lm_flash_quad_paper_512': ('lm', 'model=flash_quad,recipe=paper,context=512,data=embedded'),
     'mlm_flash_base_512': ('mlm', 'data=embedded'),
     'mlm_runlocal': ('mlm', 'runlocal'),
 }

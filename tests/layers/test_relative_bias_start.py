@@ -57,8 +57,13 @@ def test_the_rotary_form_starts_near_the_same_bias_for_every_distance():
         assert int((bias['a'] == 0).sum()) == int((bias['c'] == 0).sum()) == 1
 
 
-def test_the_default_is_the_papers_start():
-    config, biases = relative_biases(name='flash_quad')
+def test_the_default_is_the_better_start_but_with_su():
+    resolved = [relative_biases(name='flash_quad', **fields)[0] for fields in ({}, {'normalizer': 'su'})]
+    assert [config.relative_bias_init for config in resolved] == ['mean', 'normal']
+
+
+def test_the_papers_start():
+    config, biases = relative_biases(name='flash_quad', relative_bias_init='normal')
     assert (config.relative_bias_init, config.relative_bias_scale) == ('normal', None)
     assert all(0.01 < float(bias['table'].std()) < 0.03 for bias in biases)
 
@@ -69,7 +74,7 @@ def test_the_default_is_the_papers_start():
         ({'attention_function': 'softmax', 'relative_bias_init': 'mean'}, 'weights of relu2'),
         ({'relative_bias': 'none', 'relative_bias_init': 'mean'}, 'no relative bias'),
         ({'branches': 'global', 'relative_bias_init': 'mean'}, 'no local branch'),
-        ({'relative_bias_scale': 2.0}, 'relative_bias_init=mean'),
+        ({'relative_bias_init': 'normal', 'relative_bias_scale': 2.0}, 'relative_bias_init=mean'),
         ({'normalizer': 'su', 'relative_bias_init': 'mean'}, 'normalizer=su'),
         ({'relative_bias_init': 'mean', 'relative_bias_scale': 0.0}, 'positive'),
         ({'relative_bias_init': 'men'}, 'did you mean "mean"'),

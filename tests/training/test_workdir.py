@@ -74,6 +74,15 @@ def test_a_run_with_the_old_rules_of_weight_decay_goes_on(tmp_path):
         assert resuming
 
 
+def test_a_run_from_before_the_start_of_the_bias_was_a_field_has_the_papers(tmp_path):
+    tree = workdir.config_to_dict(CONFIG)
+    assert tree['model']['relative_bias_init'] == 'mean'
+    del tree['model']['relative_bias_init'], tree['model']['relative_bias_scale']
+    workdir.write_json(tmp_path / 'config.json', tree)
+    model = workdir.read_config(tmp_path).model
+    assert (model.relative_bias_init, model.relative_bias_scale) == ('normal', None)
+
+
 def test_a_run_with_a_field_that_is_none_any_more_is_another(tmp_path):
     tree = workdir.config_to_dict(CONFIG)
     tree['model']['wings'] = 2

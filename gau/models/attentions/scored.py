@@ -32,9 +32,10 @@ SCORING_FIELDS = {
     ),
     'relative_bias_length': count('Positions that the table serves; default the context, in chunks C.'),
     'relative_bias_init': choice(
-        'Where b starts, for relu2. "normal" (default, the paper\'s): N(0, 0.02). "mean": alike for all distances, so '
-        'large that a weight starts as relative_bias_scale^2 / n, n the positions (docs/results/relu2.md).',
-        *('normal', 'mean'),
+        'Where b starts, for relu2. "mean" (default): alike for all distances, so large that a weight starts as '
+        'relative_bias_scale^2 / n, n the positions (docs/results/quality.md). "normal", the paper\'s: N(0, 0.02); '
+        'default with normalizer=su, which divides the weights by itself.',
+        *('mean', 'normal'),
     ),
     'relative_bias_scale': number(
         'Of relative_bias_init=mean.', default=2.0, wrong=lambda value: not value > 0, right='positive'
@@ -57,8 +58,9 @@ class ScoredAttention(Attention):
             void['relative_bias_init'] = f'it is the start of the weights of relu2, and this is {function}'
         if (config.relative_bias or self.fields['relative_bias'].default) == 'none':
             void['relative_bias_init'] = 'there is no relative bias'
-        if config.relative_bias_init != 'mean':
-            void['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {config.relative_bias_init}'
+        start = None if 'relative_bias_init' in void else self._start(config)
+        if start != 'mean':
+            void['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {start}'
         if function == 'softmax':
             void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
         if config.normalizer not in ('fixed', None):
@@ -79,7 +81,7 @@ class ScoredAttention(Attention):
             fill('relative_bias_length', positions)
         else:
             fill.drop('relative_bias_length')
-        fill('relative_bias_init', 'normal')
+        fill('relative_bias_init', self._start(fill.config))
 
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
@@ -93,6 +95,10 @@ class ScoredAttention(Attention):
             raise UserError(
                 'model.gamma_init=normal without a relative_bias leaves the layer dead; use gamma_init=ones'
             )
+
+    def _start(self, config: ConfigDict) -> str:
+        """Returns where b starts, if it is there at all."""
+        return config.relative_bias_init or ('normal' if config.normalizer == 'su' else 'mean')
 
     def core_fields(self, config: ConfigDict, *, heads: int, width: int) -> dict:
         """Returns the attributes of `gau.layers.quadratic.QuadraticCore` but for those of its base class."""

@@ -62,7 +62,11 @@ def corpus() -> str:
 
 def losses(objective: str, name: str) -> list[float]:
     """Trains `name` for 20 steps, by the real configs, data and step."""
-    config = training_config.resolve(PROGRAMS[objective].get_config(f'model={name},runlocal'))
+    config = PROGRAMS[objective].get_config(f'model={name},runlocal')
+    if name in ('flash', 'flash_quad'):
+        # The only start there was.
+        config.model.relative_bias_init = 'normal'
+    config = training_config.resolve(config)
     run = Run.from_config(config)
     state, train_step = run.init_state(), run.train_step()
     batches = pipeline.train_iterator(config.data, objective=objective, tokenizer=run.tokenizer, seed=config.seed)
