@@ -1,0 +1,650 @@
+"""GAU, FLASH, FLASH-Quad and Transformer++ (Hua et al. 2022, arXiv 2202.10447) in PyTorch, for `transformers`.
+
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)     # or AutoModelForMaskedLM
+
+All of a model is in this file. Tensors are named by their axes: B batch, N tokens, D model, E expanded, S query/key,
+G chunks, C chunk, H heads, R roles, V vocabulary; a head's part of E and its width are E and S as well.
+Documents: `segment_ids` [B, N] are 0 at padding and name the document of every other token; documents are contiguous
+and do not see each other. An `attention_mask` is the same with one document. Decoding keeps a state that, in FLASH, has
+one size whatever the length; padding in a prompt, on whichever side, is left out of it.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+if 'cache' not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+    raise ImportError('modeling_gau.py needs transformers 5.24 or newer, whose decoding states are called `cache`')
+
+ROPE_BASE = 10_000.0
+NORM_EPSILON = 1e-5
+SMOOTH_RELU_EPSILON = 0.05
+
+
+# Fields of the config, by what they belong to, with the values of a FLASH of base size.
+FIELDS = {
+    **dict(architecture='flash', is_causal=True, vocab_size=32_000, context=512, num_layers=24, model_dim=768),
+    **dict(num_heads=1, head_decay=0.0, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
+    **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
+    **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
+    **dict(chunk_size=256, branches='both', global_reduction='mean'),  # mixed chunk attention
+    **dict(expanded_dim=1536, query_key_dim=128),  # gated attention units
+    **dict(head_dim=None, feed_forward=None, feed_forward_dim=None),  # Transformers
+}
+
+
+class GAUConfig(PretrainedConfig):
+    """What the model is; a field that does not apply is None. The repository's docs/models.md says what each means."""
+
+    model_type = 'gau'
+    attribute_map = {  # noqa: RUF012
+        'hidden_size': 'model_dim',
+        'num_hidden_layers': 'num_layers',
+        'num_attention_heads': 'num_heads',
+        'max_position_embeddings': 'context',
+    }
+
+    def __init__(self, **kwargs):
+        for name, default in FIELDS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        super().__init__(**kwargs)
+
+    def heads_at(self, layer: int) -> int:
+        """Heads of a layer, which may fall with depth: max(1, ceil(H / (1 + alpha l)))."""
+        return max(1, -int(-self.num_heads // (1 + (self.head_decay or 0.0) * layer)))
+
+
+class Tokens(NamedTuple):
+    """What the layers are told about their tokens.
+
+    ids_BN: segment ids; None: every token is of one document.
+    rope: for each width, cosines and sines [B, 1, N, width / 2].
+    """
+
+    ids_BN: Tensor | None
+    rope: dict[int, tuple[Tensor, Tensor]]
+
+
+State = dict[str, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def angles(positions: Tensor, half: int, dtype: torch.dtype) -> Tensor:
+    """position * 10000^(-i / half), [..., half]."""
+    frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return positions[..., None].to(dtype) * frequencies.to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on the pairs (x[i], x[i + S / 2])."""
+    cos, sin = table
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def smooth_relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 with a smooth knee."""
+    middle = (x + SMOOTH_RELU_EPSILON) ** 2 / (4 * SMOOTH_RELU_EPSILON)
+    linear = torch.where(x > SMOOTH_RELU_EPSILON, x, middle)
+    return torch.where(x < -SMOOTH_RELU_EPSILON, torch.zeros_like(x), linear) ** 2
+
+
+FUNCTIONS = {
+    'relu2': lambda x: F.relu(x) ** 2,
+    'laplace': lambda x: 0.5 * (1 + torch.erf((x - 0.5**0.5) / ((0.25 / torch.pi) ** 0.5 * 2**0.5))),
+    'softplus2': lambda x: F.softplus(x, threshold=1e9) ** 2,
+    'smooth_relu2': smooth_relu2,
+}
+
+
+class Norm(nn.Module):
+    """ScaleNorm (one scale), RMSNorm (one for each feature) or LayerNorm (with a bias)."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__()
+        shape = () if config.norm == 'scale_norm' else (config.model_dim,)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if config.norm == 'layer_norm' else None
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """x / rms(x) * scale, in float32."""
+        y_BND = wide(x_BND)
+        if self.bias is not None:
+            y_BND = y_BND - y_BND.mean(-1, keepdim=True)
+        y_BND = y_BND * torch.rsqrt((y_BND**2).mean(-1, keepdim=True) + NORM_EPSILON) * self.scale
+        return (y_BND if self.bias is None else y_BND + self.bias).to(x_BND.dtype)
+
+
+class Scale(nn.Module):
+    """One learned number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class ScaleOffset(nn.Module):
+    """Cheap queries and keys: x * gamma + beta for each of R roles."""
+
+    def __init__(self, roles: int, heads: int, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(roles, heads, width))
+        self.beta = nn.Parameter(torch.zeros(roles, heads, width))
+
+    def forward(self, x: list[Tensor], table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Maps R arrays [B, H or 1, N, S] to R arrays [B, H, N, S], rotated where there is a table."""
+        made = [y * g[:, None] + b[:, None] for y, g, b in zip(x, self.gamma, self.beta, strict=True)]
+        return made if table is None else [rotate(y, table) for y in made]
+
+
+class RelativeBias(nn.Module):
+    """b[q, k], a function of k - q: a learned table, or two rotated vectors."""
+
+    def __init__(self, kind: str, heads: int, length: int, width: int):
+        super().__init__()
+        self.kind, self.length = kind, length
+        if kind == 'toeplitz':
+            self.table = nn.Parameter(torch.empty(heads, 2 * length - 1))
+        else:
+            self.a, self.c = nn.Parameter(torch.empty(heads, width)), nn.Parameter(torch.empty(heads, width))
+
+    def forward(self, queries: Tensor, n: int) -> Tensor:
+        """Rows of these queries [...] for n keys, [H, ..., n]."""
+        device = queries.device
+        distances = torch.arange(n, device=device) - queries[..., None]
+        if self.kind == 'toeplitz':
+            if not torch.compiler.is_compiling() and n > self.length:
+                raise ValueError(f'a relative bias of {self.length} positions cannot serve {n}')
+            return self.table[:, distances + self.length - 1]
+        turned = angles(torch.arange(1 - n, n, device=device), self.a.shape[-1] // 2, self.a.dtype)
+        by_distance = (rotate(self.c[:, None], (turned.cos(), turned.sin())) * self.a[:, None]).sum(-1)
+        return by_distance[:, distances + n - 1]
+
+
+class Attention(nn.Module):
+    """A V with A = f(Q K^T / n + b): over the whole sequence, or in chunks with a linear attention between them."""
+
+    def __init__(self, config: GAUConfig, heads: int, width: int):
+        super().__init__()
+        self.config, self.heads, self.width = config, heads, width
+        self.local, self.across = config.branches != 'global', config.branches in ('both', 'global')
+        if config.learned_temperature:
+            self.temperature = Scale()
+        if config.relative_bias in ('toeplitz', 'rotary'):
+            self.relative_bias = RelativeBias(config.relative_bias, heads, config.relative_bias_length, width)
+
+    def attend(self, made: list[Tensor], v: Tensor, tokens: Tokens, lengths_B: Tensor | None) -> tuple[Tensor, State]:
+        """Whole sequences. Returns [B, H, N, E]; with lengths of rows padded on the right, their states as well."""
+        q, k, q_lin, k_lin = made * (2 // (len(made) // 2))
+        if self.config.learned_temperature:
+            q = q * self.temperature.scale
+        if self.config.chunk_size is None:
+            return self.quadratic(q, k, v, tokens.ids_BN), {} if lengths_B is None else {'k': k, 'v': v}
+        return self.mixed_chunk(q, k, q_lin, k_lin, v, tokens.ids_BN, lengths_B)
+
+    def step(self, made: list[Tensor], v: Tensor, lengths_B: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token of each row, [B, H, 1, E]; `lengths_B` tokens of the row are in its state."""
+        q, k, q_lin, k_lin = made * (2 // (len(made) // 2))
+        if self.config.learned_temperature:
+            q = q * self.temperature.scale
+        size = self.config.chunk_size
+        new = {'k': k, 'v': v} if self.local else {}
+        if size is None:
+            size = state['k'].shape[2] + 1
+            place_B, state = lengths_B, {name: F.pad(x, (0, 0, 0, 1)) for name, x in state.items()}
+        else:
+            place_B = lengths_B % size
+        index_M = torch.arange(size, device=v.device)
+        here = (index_M == place_B[:, None])[:, None, :, None]
+        state = state | {name: torch.where(here, x, state[name]) for name, x in new.items()}
+        out = torch.zeros_like(v)
+        if self.local:
+            bias = None
+            if hasattr(self, 'relative_bias'):
+                bias = self.relative_bias(place_B[:, None], size).transpose(0, 1)
+            seen = (index_M <= place_B[:, None])[:, None, None]
+            out = self.weights(q, state['k'], seen, size, bias).to(v.dtype) @ state['v']
+        if self.across:
+            before_B = lengths_B - place_B
+            out = out + self.scaled(q_lin, before_B[:, None, None]).to(v.dtype) @ state['sum'].to(v.dtype)
+            chunk = state['open'] + wide(k_lin).transpose(-1, -2) @ wide(v)
+            full = (place_B == size - 1)[:, None, None, None]
+            zero = torch.zeros_like(chunk)
+            state['sum'] = state['sum'] + torch.where(full, chunk, zero)
+            state['open'] = torch.where(full, zero, chunk)
+        return out, state
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor, length: Tensor | int, bias: Tensor | None) -> Tensor:
+        """A [..., N, M], exactly 0 where not seen; `length` is n of the normalizer `paper`."""
+        function, normalizer = self.config.attention_function, self.config.normalizer
+        x = wide(q) @ wide(k).transpose(-1, -2)
+        seen = mask.sum(-1, keepdim=True).clamp(min=1)
+        if function == 'softmax' or normalizer == 'su':
+            x = x * self.width**-0.5
+        else:
+            x = x / {'visible': seen, 'fixed': self.config.normalizer_length, 'paper': length}[normalizer]
+        if bias is not None:
+            x = x + bias
+        if function == 'softmax':
+            x = torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), dim=-1)
+        else:
+            x = FUNCTIONS[function](x)
+            x = x / seen if normalizer == 'su' else x
+        return x.masked_fill(~mask, 0)
+
+    def scaled(self, q_lin: Tensor, count: Tensor) -> Tensor:
+        """Queries of the linear attention over the number of tokens that they read; 0 where there are none."""
+        dtype = wide(q_lin).dtype
+        share = 1 / count.clamp(min=1).to(dtype) if self.config.global_reduction == 'mean' else 1.0
+        return wide(q_lin) * ((count > 0).to(dtype) * share)[..., None]
+
+    def quadratic(self, q: Tensor, k: Tensor, v: Tensor, ids_BN: Tensor | None) -> Tensor:
+        """Every query against every key that it sees."""
+        n, device = v.shape[2], v.device
+        index_N = torch.arange(n, device=device)
+        mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=device)
+        length = n
+        if ids_BN is not None:
+            mask = ((ids_BN[:, :, None] == ids_BN[:, None]) & (ids_BN > 0)[:, None])[:, None]
+            length = mask.sum(-1, keepdim=True).clamp(min=1)
+        if self.config.is_causal:
+            mask = mask & (index_N <= index_N[:, None])
+        bias = self.relative_bias(index_N, n) if hasattr(self, 'relative_bias') else None
+        return self.weights(q, k, mask, length, bias).to(v.dtype) @ v
+
+    def mixed_chunk(self, q, k, q_lin, k_lin, v, ids_BN, lengths_B) -> tuple[Tensor, State]:
+        """Attention inside chunks; to what lies before them (or to all tokens) by one sum of k v^T each."""
+        (batch, _, n, _), size, causal = v.shape, self.config.chunk_size, self.config.is_causal
+        groups = (n + size - 1) // size
+        # The last chunk is filled up with padding, which nobody sees.
+        index_GC = torch.arange(groups * size, device=v.device).view(groups, size)
+        inside_GC = index_GC.clamp(max=n - 1)
+        real_BGC = (index_GC < n)[None]
+        ids_BGC = real_BGC.long() if ids_BN is None else ids_BN[:, inside_GC] * real_BGC
+
+        def chunked(x):
+            return x[:, :, inside_GC] * real_BGC[:, None, ..., None]
+
+        q, k, q_lin, k_lin, v = (chunked(x) for x in (q, k, q_lin, k_lin, v))
+        same = ((ids_BGC[..., None] == ids_BGC[..., None, :]) & (ids_BGC > 0)[..., None, :])[:, None]
+        out, state, index_C = torch.zeros_like(v), {}, torch.arange(size, device=v.device)
+        if self.local:
+            mask = same & (index_C <= index_C[:, None]) if causal else same
+            bias = self.relative_bias(index_C, size)[:, None] if hasattr(self, 'relative_bias') else None
+            out = self.weights(q, k, mask, size, bias).to(v.dtype) @ v
+        if self.across:
+            seen, kv = self.other_chunks(k_lin, v, ids_BGC)
+            count = sum(sees * count[..., None] for _, count, sees in seen)
+            count = count if causal else count + same[:, 0].sum(-1)
+            q_lin = self.scaled(q_lin, count[:, None])
+            if not causal:
+                out = out + (q_lin @ wide(k_lin).transpose(-1, -2)).masked_fill(~same, 0).to(v.dtype) @ v
+            for sums, _, sees in seen:
+                out = out + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
+            if lengths_B is not None:
+                chunk_BG = torch.arange(groups, device=v.device) - (lengths_B // size)[:, None]
+                state['sum'] = torch.einsum('bg,bhgse->bhse', (chunk_BG < 0).to(kv.dtype), kv)
+                state['open'] = torch.einsum('bg,bhgse->bhse', (chunk_BG == 0).to(kv.dtype), kv)
+        if self.local and lengths_B is not None:
+            rows, last_B = torch.arange(batch, device=v.device), (lengths_B // size).clamp(max=groups - 1)
+            state |= {'k': k[rows, :, last_B], 'v': v[rows, :, last_B]}
+        index_N = torch.arange(n, device=v.device)
+        return out[:, :, index_N // size, index_N % size], state
+
+    def other_chunks(self, k_lin, v, ids_BGC) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G], who sees them).
+
+        A chunk continues the one document that is open at its start, so it needs the sums of that one alone. Also
+        returns k v^T of all tokens of each chunk.
+        """
+        real = ids_BGC > 0
+        first, last = (
+            ids.gather(-1, there.long().argmax(-1, keepdim=True))
+            for ids, there in ((ids_BGC, real), (ids_BGC.flip(-1), real.flip(-1)))
+        )
+        g = torch.arange(ids_BGC.shape[1], device=v.device)
+        seen = []
+        directions = [(first, last, g[:, None] > g)] + (
+            [] if self.config.is_causal else [(last, first, g[:, None] < g)]
+        )
+        for head, tail, order_GG in directions:
+            at_tail = (ids_BGC == tail) & real
+            kv = torch.einsum('bhgcs,bhgce->bhgse', wide(k_lin * at_tail[:, None, ..., None]), wide(v))
+            continues_BGG = (order_GG & (head == tail.transpose(1, 2)) & (head > 0)).to(kv.dtype)
+            sums = torch.einsum('bgi,bhise->bhgse', continues_BGG.expand(v.shape[0], -1, -1), kv)
+            count = (continues_BGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype))[..., 0]
+            seen.append((sums, count, (ids_BGC == head) & real))
+        return seen, kv
+
+
+def split_heads(x_BNE: Tensor, heads: int) -> Tensor:
+    """[B, N, E] as [B, H, N, E / H]."""
+    return x_BNE.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHNE: Tensor) -> Tensor:
+    """[B, H, N, E / H] as [B, N, E]."""
+    return x_BHNE.transpose(1, 2).flatten(2)
+
+
+class GatedAttentionUnit(Attention):
+    """O = (U * (A V)) Wo, with U, V and Z = silu(X W), and queries and keys made of Z."""
+
+    def __init__(self, config: GAUConfig, layer: int):
+        heads, d, e, s = config.heads_at(layer), config.model_dim, config.expanded_dim, config.query_key_dim
+        super().__init__(config, heads, s)
+        self.uv = nn.Linear(d, (1 + (config.gate == 'silu')) * e)
+        self.z = nn.Linear(d, s)
+        self.query_key = ScaleOffset(4 if config.branches == 'both' else 2, heads, s)
+        self.out = nn.Linear(e, d)
+
+    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
+        """`attend` is one of the two ways to compute the attention."""
+        uv = F.silu(self.uv(x_BND))
+        u, v = uv.chunk(2, dim=-1) if self.config.gate == 'silu' else (1, uv)
+        z = F.silu(self.z(x_BND))[:, None]
+        made = self.query_key([z] * self.query_key.gamma.shape[0], tokens.rope.get(self.width))
+        return self.out(u * merge_heads(attend(self, made, split_heads(v, self.heads))))
+
+
+class MultiHeadAttention(Attention):
+    """Projections to queries, keys and values of H heads."""
+
+    def __init__(self, config: GAUConfig, layer: int):
+        heads, d = config.heads_at(layer), config.model_dim
+        width = d // heads if config.head_decay else config.head_dim
+        super().__init__(config, heads, width)
+        self.qkv = nn.Linear(d, 3 * heads * width)
+        self.out = nn.Linear(heads * width, d)
+        if self.across:
+            self.query_key_linear = ScaleOffset(2, heads, width)
+        if config.gate == 'silu':
+            self.gate = nn.Linear(d, heads * width)
+
+    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
+        """See GatedAttentionUnit."""
+        q, k, v = (split_heads(x, self.heads) for x in self.qkv(x_BND).chunk(3, dim=-1))
+        table = tokens.rope.get(self.width)
+        made = [x if table is None else rotate(x, table) for x in (q, k)] if self.local else []
+        made += self.query_key_linear([q, k], table) if self.across else []
+        o = merge_heads(attend(self, made, v))
+        return self.out(F.silu(self.gate(x_BND)) * o if self.config.gate == 'silu' else o)
+
+
+class FeedForward(nn.Module):
+    """act(x W1) W2, or gated."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__()
+        self.kind, d, e = config.feed_forward, config.model_dim, config.feed_forward_dim
+        self.inner = nn.Linear(d, e if self.kind == 'gelu' else 2 * e)
+        self.out = nn.Linear(e, d)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Every token by itself."""
+        h = self.inner(x_BND)
+        if self.kind == 'gelu':
+            return self.out(F.gelu(h, approximate='tanh'))
+        h, linear = h.chunk(2, dim=-1)
+        h = F.silu(h) if self.kind == 'swiglu' else F.gelu(h, approximate='tanh')
+        return self.out(h * linear)
+
+
+class Block(nn.Module):
+    """x + GAU(norm(x)); in a Transformer attention and feed-forward."""
+
+    def __init__(self, config: GAUConfig, layer: int):
+        super().__init__()
+        self.pre = config.norm_placement == 'pre'
+        self.dropout = nn.Dropout(config.dropout_rate)
+        if config.feed_forward is None:
+            self.norm, self.gau = Norm(config), GatedAttentionUnit(config, layer)
+        else:
+            self.attention_norm, self.attention = Norm(config), MultiHeadAttention(config, layer)
+            self.feed_forward_norm, self.feed_forward = Norm(config), FeedForward(config)
+
+    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
+        """The new residual stream."""
+        if hasattr(self, 'gau'):
+            return self.residual(x_BND, self.norm, lambda x: self.gau(x, tokens, attend))
+        x_BND = self.residual(x_BND, self.attention_norm, lambda x: self.attention(x, tokens, attend))
+        return self.residual(x_BND, self.feed_forward_norm, self.feed_forward)
+
+    def residual(self, x_BND: Tensor, norm: Norm, layer) -> Tensor:
+        """x + f(norm(x)), or norm(x + f(x))."""
+        if self.pre:
+            return x_BND + self.dropout(layer(norm(x_BND)))
+        return norm(x_BND + self.dropout(layer(x_BND)))
+
+
+class GAUCache:
+    """The state of decoded sequences: `lengths_B` tokens of each row, in a dict of tensors for each layer."""
+
+    is_compileable = False
+
+    def __init__(self, layers: list[State], lengths_B: Tensor, columns: int):
+        self.layers, self.lengths_B, self.columns = layers, lengths_B, columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the input that have been read, padding included."""
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes these rows, as beam search asks."""
+        self.layers = [{name: x[beam_idx] for name, x in state.items()} for state in self.layers]
+        self.lengths_B = self.lengths_B[beam_idx]
+
+
+@dataclass
+class GAUOutput(ModelOutput):
+    """Loss (with labels), logits [B, N, V], and the state to go on from."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: GAUCache | None = None
+
+
+class GAUPreTrainedModel(PreTrainedModel):
+    """The model with its head, which is the embedding transposed."""
+
+    config_class = GAUConfig
+    base_model_prefix = ''
+    _no_split_modules = ['Block']  # noqa: RUF012
+
+    def __init__(self, config: GAUConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
+        if config.absolute_position == 'sinusoid':
+            self.position = Scale()
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        if config.norm_placement == 'pre':
+            self.final_norm = Norm(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == 'scale':
+                nn.init.ones_(parameter)
+            elif name in ('bias', 'beta'):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding, which is the output layer as well."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces both."""
+        self.embedding = value
+
+    def stack(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor, attend) -> Tensor:
+        """Embedding, blocks and last norm, [B, N, D]; attend(layer, queries and keys, values, tokens)."""
+        config, x_BND = self.config, self.embedding(tokens_BN)
+        dtype = x_BND.dtype
+        if config.absolute_position == 'sinusoid':
+            turned = angles(positions_BN, config.model_dim // 2, dtype)
+            x_BND = x_BND + (self.position.scale * torch.cat([turned.sin(), turned.cos()], dim=-1)).to(dtype)
+        x_BND = self.dropout(x_BND)
+        if ids_BN is not None:
+            x_BND = x_BND * (ids_BN > 0)[..., None]
+        rope = {}
+        if config.rope == 'rotary':
+            for width in {module.width for module in self.modules() if isinstance(module, Attention)}:
+                turned = angles(positions_BN, width // 2, dtype)[:, None]
+                rope[width] = turned.cos(), turned.sin()
+        tokens = Tokens(ids_BN, rope)
+        for number, block in enumerate(self.blocks):
+            x_BND = block(x_BND, tokens, lambda layer, made, v, number=number: attend(number, layer, made, v, tokens))
+        return self.final_norm(x_BND) if config.norm_placement == 'pre' else x_BND
+
+    def hidden(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor) -> Tensor:
+        """What the output layer reads of whole sequences, [B, N, D]."""
+        return self.stack(
+            *(tokens_BN, ids_BN, positions_BN),
+            lambda number, layer, made, v, tokens: layer.attend(made, v, tokens, None)[0],
+        )
+
+    def head(self, h_BND: Tensor) -> Tensor:
+        """Logits [B, N, V], at least float32."""
+        return wide(F.linear(h_BND, self.embedding.weight))
+
+    def read(self, input_ids, attention_mask, position_ids, segment_ids) -> Tensor:
+        """`hidden` of what `forward` is given."""
+        ids_BN = segment_ids
+        if ids_BN is None and attention_mask is not None and not attention_mask.all():
+            ids_BN = attention_mask
+        if position_ids is None:
+            index_N = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = index_N[None]
+            if ids_BN is not None:
+                begins = F.pad(ids_BN[:, 1:] != ids_BN[:, :-1], (1, 0), value=True)
+                position_ids = index_N - (begins * index_N).cummax(dim=1).values
+        return self.hidden(input_ids, None if ids_BN is None else ids_BN.long(), position_ids)
+
+
+class GAUForMaskedLM(GAUPreTrainedModel):
+    """A bidirectional model that predicts hidden tokens."""
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, segment_ids=None, labels=None, return_dict=None
+    ):
+        """Logits and, with labels (-100: not counted), the mean loss.
+
+        Positions, unless given, begin with each document; all arguments are [B, N].
+        """
+        logits = self.head(self.read(input_ids, attention_mask, position_ids, segment_ids))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        output = GAUOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+
+class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
+    """A causal model, which also writes."""
+
+    _is_stateful = True  # its state cannot go back, as assisted decoding would ask
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        segment_ids=None,
+        labels=None,
+        cache=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=None,
+    ):
+        """Logits and, with labels (-100: not counted; shifted here), the mean loss.
+
+        Positions, unless given, begin with each document; all arguments are [B, N]. With `use_cache` the state comes
+        back as `cache`; given again, `input_ids` are the tokens that follow.
+        """
+        if use_cache or cache is not None:
+            if position_ids is not None or segment_ids is not None:
+                raise ValueError(
+                    'decoding goes on with one document a row, from position 0: no position_ids or segment_ids'
+                )
+            h_BND, cache = self.decode(input_ids, attention_mask, cache)
+        else:
+            h_BND = self.read(input_ids, attention_mask, position_ids, segment_ids)
+        logits = self.head(h_BND[:, -logits_to_keep:] if logits_to_keep else h_BND)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        output = GAUOutput(loss=loss, logits=logits, cache=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: GAUCache | None):
+        """Reads a prompt, or goes on from a state; returns [B, N, D] and the new state."""
+        if cache is None:
+            return self.prefill(input_ids, attention_mask)
+        columns, hidden = cache.columns, []
+        if input_ids.shape[1] > 1 and attention_mask is not None and not attention_mask[:, columns:].all():
+            raise ValueError('only the prompt may have padding: tokens that follow it must not')
+        layers, lengths_B = cache.layers, cache.lengths_B
+        for tokens_B1 in input_ids.split(1, dim=1):
+            h_B1D, layers = self.step(tokens_B1, lengths_B, layers)
+            hidden.append(h_B1D)
+            lengths_B = lengths_B + 1
+        return torch.cat(hidden, dim=1), GAUCache(layers, lengths_B, columns + input_ids.shape[1])
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None):
+        """Reads prompts in parallel."""
+        if self.config.normalizer == 'paper' and self.config.chunk_size is None:
+            raise ValueError('normalizer=paper divides by the length of the whole sequence: use_cache=False is needed')
+        batch, n = input_ids.shape
+        lengths_B = torch.full((batch,), n, device=input_ids.device)
+        order_BN, ids_BN, index_N = None, None, torch.arange(n, device=input_ids.device)
+        if attention_mask is not None and not attention_mask.all():
+            # Every row's tokens go to its beginning: where the padding stood leaves no trace.
+            order_BN = (attention_mask == 0).long().argsort(dim=1, stable=True)
+            lengths_B = attention_mask.sum(1)
+            input_ids, ids_BN = input_ids.gather(1, order_BN), (index_N < lengths_B[:, None]).long()
+        layers: list[State] = [{} for _ in self.blocks]
+
+        def attend(number, layer, made, v, tokens):
+            out, layers[number] = layer.attend(made, v, tokens, lengths_B)
+            return out
+
+        h_BND = self.stack(input_ids, ids_BN, index_N[None], attend)
+        if order_BN is not None:
+            h_BND = h_BND.gather(1, order_BN.argsort(dim=1)[..., None].expand_as(h_BND))
+        return h_BND, GAUCache(layers, lengths_B, n)
+
+    def step(self, tokens_B1: Tensor, lengths_B: Tensor, layers: list[State]) -> tuple[Tensor, list[State]]:
+        """Reads one token a row; returns [B, 1, D] and the new states."""
+        new: list[State] = [{} for _ in layers]
+
+        def attend(number, layer, made, v, tokens):
+            out, new[number] = layer.step(made, v, lengths_B, layers[number])
+            return out
+
+        return self.stack(tokens_B1, None, lengths_B[:, None], attend), new
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(self, input_ids, cache=None, attention_mask=None, use_cache=True, **kwargs):
+        """What `generate` calls `forward` with: the prompt, then what the state has not read yet."""
+        if kwargs.get('inputs_embeds') is not None:
+            raise ValueError('generate needs input_ids, not inputs_embeds')
+        return {
+            'input_ids': input_ids if cache is None else input_ids[:, cache.columns :],
+            'attention_mask': attention_mask,
+            'cache': cache,
+            'use_cache': use_cache,
+        }

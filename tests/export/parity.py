@@ -1,0 +1,25 @@
+"""Models of the house beside the PyTorch file that is exported with them, with the same random parameters."""
+
+import functools
+
+import numpy as np
+
+from gau.export.huggingface import config_of
+from gau.models.weights import named
+from tests.models.tiny import CONTEXT, VOCAB, make
+
+
+@functools.cache
+def both(name, objective='lm', **fields):
+    """Returns our model, its parameters and the PyTorch model, all in float64."""
+    import torch
+
+    from gau.export import modeling_gau
+
+    model, params = make(name, objective, **fields)
+    config = config_of(model.config, vocab_size=VOCAB, causal=model.causal, context=CONTEXT)
+    kind = modeling_gau.GAUForCausalLM if model.causal else modeling_gau.GAUForMaskedLM
+    theirs = kind(modeling_gau.GAUConfig(**config)).double().eval()
+    weights = {key: torch.tensor(np.asarray(value)) for key, value in named(params).items()}
+    theirs.load_state_dict(weights, strict=True)
+    return model, params, theirs
