@@ -16,13 +16,15 @@ cli.define_config()
 cli.define_processes()
 flags.DEFINE_string('workdir', None, 'Directory of the run: config, metrics, checkpoints, plots.', required=True)
 flags.DEFINE_string('fork', None, 'Work directory of another run, whose newest checkpoint a new run starts from.')
+flags.DEFINE_string('init_from', None, 'Directory of scripts/export.py, whose parameters a new run starts with.')
 
 
 def main() -> int:
     """Trains, and says in the exit code how it ended."""
     config = cli.load_config()
-    if flags.FLAGS.fork is not None:
-        config.fork = os.path.abspath(flags.FLAGS.fork)
+    for field in ('fork', 'init_from'):
+        if flags.FLAGS[field].value is not None:
+            config[field] = os.path.abspath(flags.FLAGS[field].value)
     # Imported late, so that --help and a mistyped flag answer at once.
     from gau.training import distributed, loop
 

@@ -28,9 +28,10 @@ _DECAY_PERCENT = 20.0
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
-# (`fork`, too: it is settled when a run begins.)
+# (`fork` and `init_from`, too: they are settled when a run begins.)
 RESUMABLE_CHANGES = (
-    *('mesh.', 'log.', 'fork', 'model.impl', 'data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
+    *('mesh.', 'log.', 'fork', 'init_from', 'model.impl'),
+    *('data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
     # What to do with documents that cannot be taken as they are: a run that meets one can go on without it.
     *('data.bad_lines', 'data.special_in_text'),
 )
@@ -44,6 +45,8 @@ def default_config() -> ConfigDict:
 
     seed: parameters, order of the data, dropout.
     fork: work directory of another run, from whose newest checkpoint this one starts; None starts from scratch.
+    init_from: directory of an export (scripts/export.py), whose parameters a new run starts with, at step 0 and with a
+      new optimizer; the language model must fit whole, a head around it is drawn. None, or `fork` is.
     objective: what the model is trained for: a file of gau/objectives/, such as `lm` (next token, causal models) and
       `mlm` (masked tokens, bidirectional models), or `module:Class`.
     steps, tokens, epochs: length of the run, exactly one given.
@@ -79,6 +82,7 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.objective = 'lm'
     config.fork = config_dict.placeholder(str)
+    config.init_from = config_dict.placeholder(str)
     config.steps = 125_000
     config.tokens = config_dict.placeholder(int)
     config.epochs = config_dict.placeholder(float)
@@ -139,6 +143,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     objective = objectives.load(config.objective)
     optimizer = config.optimizer
     _resolve_optimizer(optimizer)
+    if config.fork is not None and config.init_from is not None:
+        raise UserError(f'fork={config.fork} and init_from={config.init_from}: a run starts from one of them')
     durations.given_unit(config, '', where='', units=durations.UNITS[:-1])
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
     _resolve_decay(optimizer)

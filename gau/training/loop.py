@@ -24,6 +24,7 @@ from gau.training.ahead import Ahead
 from gau.training.batches import local_rows, put_batch
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import library_versions, resolve
+from gau.training.init_from import with_exported
 from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
@@ -40,7 +41,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains the config's model in `workdir`, resuming what is there; returns what final.json says.
 
     The run starts from the first that exists: its own newest readable checkpoint; the newest one of the work
-    directory `config.fork`; freshly drawn parameters.
+    directory `config.fork`; the exported weights `config.init_from`; freshly drawn parameters.
 
     Raises:
       UserError: config, data or work directory are unusable.
@@ -66,6 +67,8 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         run.check()
         if config.fork is not None and not (workdir / files.CONFIG).exists():
             config.fork = str(pin_fork(run, Path(config.fork)))
+        if config.init_from is not None and not (workdir / files.CONFIG).exists():
+            with_exported(None, run.abstract_params, Path(config.init_from))
         total_steps = run.total_steps
         iterator = run.objective.train_batches(
             config.data,
@@ -77,7 +80,8 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         if stack.enter_context(claim(workdir, run)):
             # Where a run came from is settled when it begins.
-            config.fork = files.read_config(workdir).fork
+            stored = files.read_config(workdir)
+            config.fork, config.init_from = stored.fork, stored.init_from
         else:
             config.fork = distributed.of_first(config.fork or '') or None
         if first:

@@ -17,6 +17,7 @@ from gau.training import distributed
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
 from gau.training.config import differences, library_versions
+from gau.training.init_from import with_exported
 from gau.training.setup import Run
 from gau.training.step import TrainState
 
@@ -101,6 +102,8 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
         if distributed.is_first():
             _warn_of_changes(saved.meta(int(state.step)), run)
         return state, f'resumed at step {int(state.step)}'
+    if run.config.init_from is not None:
+        return _state_from_export(run, saved, iterator)
     if run.config.fork is None:
         return run.init_state(), 'new run'
     checkpoint = Path(run.config.fork)
@@ -117,6 +120,15 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
     # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
     saved.save(step, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
     return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
+
+
+def _state_from_export(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:
+    state = run.init_state()
+    params, drawn = with_exported(state.params, run.abstract_params, Path(run.config.init_from))
+    state = dataclasses.replace(state, params=params)
+    # At once a checkpoint of its own: the export may be gone when the run is resumed.
+    saved.save(0, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
+    return state, f'from the weights in {run.config.init_from}' + (f', drawn: {", ".join(drawn)}' if drawn else '')
 
 
 def _warn_of_changes(meta: dict[str, Any], run: Run) -> None:
