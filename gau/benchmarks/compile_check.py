@@ -8,6 +8,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +32,6 @@ Row = dict[str, Any]
 _DATA_FIELDS = ('context', 'batch_size', 'packing', 'attend_across_documents')
 # A sweep stops when it knows the answer to within this fraction of it.
 SWEEP_RESOLUTION = 1 / 16
-
-
-class _Vocabulary(NamedTuple):
-    """Stands where a run has its tokenizer: the program knows nothing of it but the size."""
-
-    vocab_size: int
 
 
 class Check(NamedTuple):
@@ -84,7 +79,8 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     meshes.check_batch(mesh, batch_size=rows, context=config.data.context, model=config.model)
     chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
-    objective, tokenizer = objectives.load(config.objective), _Vocabulary(vocab_size)
+    # The program knows nothing of a tokenizer but its size.
+    objective, tokenizer = objectives.load(config.objective), SimpleNamespace(vocab_size=vocab_size)
     model = objective.build(config.model, tokenizer=tokenizer, target=chip)
     return Run(config, objective, tokenizer, mesh, model)
 
