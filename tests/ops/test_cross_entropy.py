@@ -23,7 +23,7 @@ def test_slices_give_the_loss_and_its_gradients(positions_per_slice):
         y = f(h, embedding, targets)
         return (y * weights).sum(), y
 
-    run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
     expected = run(h, embedding, cross_entropy)
     sliced = run(h, embedding, lambda *x: sliced_cross_entropy(*x, positions_per_slice=positions_per_slice))
     assert max_error(sliced, expected) < 1e-13
@@ -67,7 +67,7 @@ def test_large_logits_are_computed_again_and_small_ones_are_kept(monkeypatch):
 def test_the_bound_on_logits_changes_no_number(monkeypatch, limit, kept):
     h, embedding = normal(0, B, N, D), normal(1, V, D)
     targets = jnp.asarray(np.random.default_rng(2).integers(0, V, (B, N)))
-    run = jax.value_and_grad(lambda h, e, f: (f(h, e, targets) ** 2).sum(), (0, 1))
+    run = jax.jit(jax.value_and_grad(lambda h, e, f: (f(h, e, targets) ** 2).sum(), (0, 1)), static_argnums=2)
     monkeypatch.setattr(module, 'MAX_LOGITS', limit)
     monkeypatch.setattr(module, 'SAVED_LOGITS', kept)
     sliced = run(h, embedding, lambda *x: sliced_cross_entropy(*x, positions_per_slice=100))
@@ -88,7 +88,10 @@ def weighted_inputs(seed=0, dtype='float64'):
     return h, embedding, jnp.asarray(generator.integers(0, V, (B, N))), jnp.asarray(weights)
 
 
-def reference_loss(h, embedding, targets, weights):
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def reference(h, embedding, targets, weights):
+    """The weighted loss and its gradients by the plain formula."""
     return (cross_entropy(h, embedding, targets) * weights).sum()
 
 
@@ -96,10 +99,10 @@ def reference_loss(h, embedding, targets, weights):
 @pytest.mark.parametrize(('dtype', 'value_bound', 'gradient_bound'), [
     ('float64', 1e-14, 1e-14), ('float32', 1e-6, 1e-6), ('bfloat16', 1e-6, 2**-8),
 ])  # fmt: skip
-@pytest.mark.parametrize('positions_per_slice', [1, 4, 5, 100])
+@pytest.mark.parametrize('positions_per_slice', [1, 4, 100])
 def test_hand_written_gradient(dtype, value_bound, gradient_bound, positions_per_slice):
     h, embedding, targets, weights = weighted_inputs(dtype=dtype)
-    expected, gradients = jax.value_and_grad(reference_loss, (0, 1))(h, embedding, targets, weights)
+    expected, gradients = reference(h, embedding, targets, weights)
 
     @jax.jit
     def run(h, embedding):
@@ -126,7 +129,7 @@ def test_rounding_d_logits_averages_out_over_positions():
     loss = functools.partial(weighted_cross_entropy, positions_per_slice=64)
     found = jax.jit(jax.grad(loss, 1))(h, embedding, targets, weights)
     wide = (x.astype('float64') for x in (h, embedding))
-    expected = jax.grad(reference_loss, 1)(*wide, targets, weights)
+    expected = reference(*wide, targets, weights)[1][1]
     assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 2**-10
 
 
@@ -175,7 +178,7 @@ def test_the_kernels_logits_are_nearer_than_those_of_a_rounded_embedding():
 
     def run(h, embedding, impl):
         f = functools.partial(weighted_cross_entropy, positions_per_slice=4, slice_loss=slice_loss(impl, v))
-        return jax.value_and_grad(lambda *x: f(*x, targets, weights), (0, 1))(h, embedding)
+        return jax.jit(jax.value_and_grad(lambda *x: f(*x, targets, weights), (0, 1)))(h, embedding)
 
     exact = run(h.astype('float64'), embedding.astype('float64'), 'xla')
     errors = {}
@@ -198,8 +201,9 @@ def test_what_no_float16_holds_is_a_large_number_and_not_infinite(where):
     h, embedding = h.astype(jnp.bfloat16), embedding.astype(jnp.float32)
     targets, weights = jnp.zeros((B, N), int), jnp.ones((B, N), jnp.float32)
     loss = functools.partial(weighted_cross_entropy, positions_per_slice=4, slice_loss=FUSED)
-    value, gradients = jax.value_and_grad(loss, (0, 1))(h, embedding, targets, weights)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, gradients = run(h, embedding, targets, weights)
     assert np.isfinite(value)
     assert all(np.isfinite(np.asarray(x, 'float64')).all() for x in gradients)
     # A NaN is none of these.
-    assert np.isnan(jax.grad(loss, 1)(h.at[0, 0, 0].set(jnp.nan), embedding, targets, weights)).any()
+    assert np.isnan(run(h.at[0, 0, 0].set(jnp.nan), embedding, targets, weights)[1][1]).any()

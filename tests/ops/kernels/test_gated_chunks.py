@@ -141,8 +141,8 @@ def test_weights_on_the_other_chunk_and_their_gradients(dtype, directions):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize('gate', GATES)
-def test_gates_that_are_zero_have_their_gradient(gate):
+@pytest.mark.parametrize('gates', GATES, ids=str)
+def test_gates_that_are_zero_have_their_gradient(gates):
     args, weights = inputs(0, batch=2, n=16, s=8, e=24, chunk=8)
     fields = {'chunk': 8, 'causal': True, 'ids': None, 'reduction': 'mean'}
 
@@ -152,4 +152,4 @@ def test_gates_that_are_zero_have_their_gradient(gate):
         found = value_and_gradients('triton', 'float32', *narrow, **fields)
         return (wanted[0], *wanted[1]), (found[0], *found[1])
 
-    expect_gates_to_have_their_gradient(gate, 0, args, compare, ('o', *NAMES))
+    expect_gates_to_have_their_gradient(gates, 0, args, compare, ('o', *NAMES))
