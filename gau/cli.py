@@ -104,6 +104,9 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
             return _complain(error)
         except RunFailed as error:
             return _complain(error, code=1)
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            return 130
         except BrokenPipeError:
             # Whoever reads the output has seen enough, as `| head` has. Nothing more is to be written at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,13 +117,21 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
                 raise
             return _complain(fault, code=1)
 
-    # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here.
-    logging.set_verbosity(logging.ERROR)
+    # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here, and Orbax logs what it raises,
+    # with a traceback for each of its threads.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _leave_out_closed_loops
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a file that is not UTF-8 gets escapes for what it cannot show.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
     app.run(guarded, flags_parser=functools.partial(_parse_flags, stored_config=stored_config))
+
+
+def _leave_out_closed_loops(unraisable: Any) -> None:
+    """In place of sys.unraisablehook: where a write of Orbax has failed, the others come back when nobody waits."""
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == 'Event loop is closed'):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
@@ -136,6 +147,8 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
             flags.FLAGS['config'].value.to_dict()
             _check_nones()
         return rest
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         sys.exit(_complain(_explain(error, argv, stored)))
 

@@ -21,6 +21,10 @@ from gau.training.config import library_versions
 from gau.training.mesh import path_name
 from gau.training.step import TrainState
 
+# Orbax gives a save up by the clock on the wall, which may jump (a machine that was asleep, a clock that was set): no
+# jump is to end a run.
+_PATIENCE_SECONDS = 10 * 365 * 86_400
+
 
 class Checkpoints:
     """The checkpoints of one run, in `DIR/checkpoints/STEP/{state,data,meta}`.
@@ -43,7 +47,11 @@ class Checkpoints:
                 policies.append(EveryNSteps(config.keep_every))
             if keep_step is not None:
                 policies.append(CustomSteps([keep_step]))
-            options = {'preservation_policy': AnyPreservationPolicy(policies), 'cleanup_tmp_directories': True}
+            options = {
+                'async_options': ocp.AsyncOptions(timeout_secs=_PATIENCE_SECONDS),
+                'preservation_policy': AnyPreservationPolicy(policies),
+                'cleanup_tmp_directories': True,
+            }
         self._open = lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(**options))
         self._manager = self._open()
 

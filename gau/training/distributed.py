@@ -65,13 +65,14 @@ def processes(
         jax.distributed.shutdown()
         raise
     except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
         if isinstance(error, RunFailed):
             print(f'error: {error}', file=sys.stderr)
-        else:
+        elif not interrupted:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(130 if interrupted else 1)
     jax.distributed.shutdown()
 
 

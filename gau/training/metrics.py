@@ -1,7 +1,8 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard event files, and a progress bar or plain lines."""
 
+import contextlib
 import json
-import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,27 +19,59 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, keep_evaluations: bool = True):
         """Continues a run at `first_step`: lines that the run will write again are dropped."""
-        with without_pytorch():
-            from tensorboardX import SummaryWriter
-
-        logging.getLogger('tensorboardX').setLevel(logging.ERROR)
         path = Path(workdir) / files.METRICS
         self.kept = files.truncate_metrics(path, last_step=first_step, keep_evaluations=keep_evaluations)
         self._file = path.open('a')
-        self._board = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1, flush_secs=10)
+        self._board = _EventFile(Path(workdir) / 'tensorboard', first_step=first_step)
 
     def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
         """Writes one line, on disk when this returns (a killed process loses nothing)."""
         self._file.write(json.dumps({'step': step, 'split': split, **metrics}) + '\n')
         self._file.flush()
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f'{split}/{name}', value, step)
+        scalars = {f'{split}/{name}': x for name, x in metrics.items() if isinstance(x, int | float)}
+        self._board.write(step, scalars)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
-        self._board.close()
+        """Closes both files; what could not be written has been said when it was."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class _EventFile:
+    """A TensorBoard event file, written at once.
+
+    tensorboardX's SummaryWriter writes in a thread, which dies of a full disk; then its queue holds the run up for
+    good.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int, flush_seconds: float = 10.0):
+        """Begins a file, in which what earlier ones say of steps after `first_step` is void."""
+        with without_pytorch():
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary, self._scalar = event_pb2.Event, summary_pb2.Summary, summary.scalar
+        directory.mkdir(exist_ok=True)
+        # Two files that begin in the same second must not be one.
+        self._writer = EventsWriter(str(directory / 'events'), f'.{os.getpid()}.{first_step}')
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+        self._flush_seconds, self._flushed = flush_seconds, time.monotonic()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars of a step, by their names; on disk after some seconds at most."""
+        values = [value for name, x in scalars.items() for value in self._scalar(name, x).value]
+        summary = self._summary(value=values)
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > self._flush_seconds:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
 
 
 class MetricsReader:
