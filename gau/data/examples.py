@@ -143,9 +143,11 @@ def finish(
         inputs, targets = table[..., INPUTS], table[..., TARGETS]
         if padded or not real.all():
             inputs, targets = (np.where(real, ids, tokenizer.pad_id) for ids in (inputs, targets))
+        inputs = np.array(inputs, np.int32)
         begins = inputs == BEGIN
+        np.copyto(inputs, tokenizer.bos_id, where=begins)
         out = {
-            'inputs': np.where(begins, np.int32(tokenizer.bos_id), inputs),
+            'inputs': inputs,
             'targets': np.ascontiguousarray(targets, np.int32),
             'weights': np.ascontiguousarray(weights(table, real), np.float32),
         }
