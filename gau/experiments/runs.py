@@ -77,8 +77,9 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             workdirs, own = [path], [_renewed(run) for run in load(path)[0]]
         else:
             workdirs = _workdirs(path)
-            own = [read(workdir) for workdir in workdirs if (workdir / files.FINAL).is_file()]
-            unfinished += [workdir.name for workdir in workdirs if not (workdir / files.FINAL).is_file()]
+            finished = [workdir for workdir in workdirs if files.read_final(workdir) is not None]
+            own = [read(workdir) for workdir in finished]
+            unfinished += [workdir.name for workdir in workdirs if workdir not in finished]
         for workdir in workdirs:
             if workdir.resolve() in seen:
                 raise UserError(f'{workdir} is given twice')
