@@ -7,8 +7,10 @@ import types
 import pytest
 
 from gau.errors import UserError
+from gau.sampling import generation
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
+from tests.programs import report
 from tests.training.test_commands import run
 from tests.training.tiny import tiny_config
 
@@ -36,6 +38,18 @@ def test_the_evaluators_of_training_on_the_same_checkpoint(trained, tmp_path):
     assert row == in_training
     assert sum(part['tokens'] for part in by_position) == row['tokens']
     assert by_position[0].keys() == {'first', 'last', 'loss', 'tokens'}
+
+
+def test_devices_that_the_width_does_not_divide_over_hold_copies(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / 'run')
+    found = report('tests.evaluation.on_six_devices', path)
+    # 32 wide: two parts, three copies of each.
+    assert found['mesh'] == {'data': 3, 'fsdp': 2, 'tensor': 1, 'sequence': 1}
+    final = workdir.read_json(trained / 'final.json')
+    assert found['loss'] == pytest.approx(final['eval']['valid']['loss'], rel=1e-5)
+    run, params, _ = load_run(trained)
+    own = generation.sample(run.model, params, [1, 2], bos_id=256, max_tokens=4, temperature=0.0, seed=0)
+    assert found['tokens'] == own.tolist()
 
 
 def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys):
