@@ -128,46 +128,23 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
 
 def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_axis):
     """The linear form: chunks attend within themselves and read a state of what lies before, or before and after."""
-    n, causal, mean = v.shape[1], spec.causal, spec.mean
+    n = v.shape[1]
     size = min(spec.chunk_size, n)
-    if segment_ids_BN is None and n % size and not causal:
+    if segment_ids_BN is None and n % size and not spec.causal:
         segment_ids_BN = jnp.ones((1, n), jnp.int32)  # The zeros that fill the last chunk must be seen by nobody.
     ids_BGC = None if segment_ids_BN is None else into_chunks(segment_ids_BN, size)
     q, k, q_lin, k_lin, v_BGCE = (into_chunks(x, size) for x in (q, k, q_lin, k_lin, v))
-    groups = v_BGCE.shape[1]
 
     # All that a chunk attends to is collected as terms: weights, and what they weigh.
-    a_BGCC = None
+    a_BGCC = _weights_in_chunk(q, k, spec, ids_BGC, bias_CC) if spec.has_local else None
     terms = []
     o_BGCE = 0
-    same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
-    if spec.has_local:
-        mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
-        bias = None if bias_CC is None else bias_CC[:size, :size]
-        fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
-        a_BGCC = attention_weights(q, k, mask=mask, bias=bias, **fields)
-    if spec.has_global and not causal and ids_BGC is None:
-        dtype = jnp.promote_types(v.dtype, jnp.float32)
-        kv_BSE = jnp.einsum('BGCS,BGCE->BSE', k_lin, v_BGCE, preferred_element_type=dtype)
-        if sequence_axis is not None:
-            kv_BSE, n = jax.lax.psum((kv_BSE, n), sequence_axis)
-        o_BGCE = jnp.einsum('BGCS,BSE->BGCE', q_lin, (kv_BSE / n if mean else kv_BSE).astype(v.dtype))
-    elif spec.has_global and (groups > 1 or not causal or sequence_axis is not None):
-        one_document = jnp.ones((1, groups, size), jnp.int32)
-        seen = states_of_other_chunks(
-            *(k_lin, v_BGCE, one_document if ids_BGC is None else ids_BGC), causal=causal, sequence_axis=sequence_axis
-        )
-        count_BGC = sum(s.sees_BGC * s.count_BG[..., None] for s in seen)
-        if not causal:
-            count_BGC += same_BGCC.sum(-1)
-        dtype = count_BGC.dtype
-        scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1, 0)
-        q_lin = q_lin.astype(dtype) * scale_BGC[..., None]
-        if not causal:
-            in_chunk = jnp.einsum('BGCS,BGMS->BGCM', q_lin.astype(v.dtype), k_lin, preferred_element_type=dtype)
-            in_chunk = jnp.where(same_BGCC, in_chunk, 0)
-            a_BGCC = in_chunk if a_BGCC is None else a_BGCC + in_chunk
-        terms = [(jnp.where(s.sees_BGC[..., None], q_lin, 0), s.state_BGSE) for s in seen]
+    if spec.has_global and not spec.causal and ids_BGC is None:
+        o_BGCE = _read_all(q_lin, k_lin, v_BGCE, n, spec, sequence_axis)
+    elif spec.has_global and (v_BGCE.shape[1] > 1 or not spec.causal or sequence_axis is not None):
+        in_chunk_BGCC, terms = _read_other_chunks(q_lin, k_lin, v_BGCE, spec, ids_BGC, sequence_axis)
+        if in_chunk_BGCC is not None:
+            a_BGCC = in_chunk_BGCC if a_BGCC is None else a_BGCC + in_chunk_BGCC
     if a_BGCC is not None:
         terms.insert(0, (a_BGCC, v_BGCE))
     if terms:
@@ -175,6 +152,53 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_a
         left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in terms], axis=-1)
         right = jnp.concatenate([value.astype(v.dtype) for _, value in terms], axis=-2)
         o_BGCE += left @ right
-    elif not spec.has_global or causal:
+    elif not spec.has_global or spec.causal:
         o_BGCE = jnp.zeros_like(v_BGCE)
-    return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, : v.shape[1]]
+    return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, :n]
+
+
+def _weights_in_chunk(q_BGCS, k_BGCS, spec, ids_BGC, bias_CC):
+    """The local branch's weights, [B, G, C, C]."""
+    size = q_BGCS.shape[2]
+    mask_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=spec.causal)
+    bias_CC = None if bias_CC is None else bias_CC[:size, :size]
+    fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
+    return attention_weights(q_BGCS, k_BGCS, mask=mask_BGCC, bias=bias_CC, **fields)
+
+
+def _read_all(q_lin_BGCS, k_lin_BGCS, v_BGCE, n, spec, sequence_axis):
+    """The global branch where every query sees all n tokens: one state for all, [B, G, C, E]."""
+    dtype = jnp.promote_types(v_BGCE.dtype, jnp.float32)
+    kv_BSE = jnp.einsum('BGCS,BGCE->BSE', k_lin_BGCS, v_BGCE, preferred_element_type=dtype)
+    if sequence_axis is not None:
+        kv_BSE, n = jax.lax.psum((kv_BSE, n), sequence_axis)
+    return jnp.einsum('BGCS,BSE->BGCE', q_lin_BGCS, (kv_BSE / n if spec.mean else kv_BSE).astype(v_BGCE.dtype))
+
+
+def _read_other_chunks(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, sequence_axis):
+    """The global branch as weights and what they weigh.
+
+    Returns:
+      The weights on the own chunk, [B, G, C, C], which a causal query does not have: None.
+      For each scan direction queries [B, G, C, S] and states [B, G, S, E].
+    """
+    groups, size = v_BGCE.shape[1:3]
+    one_document = jnp.ones((1, groups, size), jnp.int32)
+    seen = states_of_other_chunks(
+        *(k_lin_BGCS, v_BGCE, one_document if ids_BGC is None else ids_BGC),
+        causal=spec.causal,
+        sequence_axis=sequence_axis,
+    )
+    count_BGC = sum(s.sees_BGC * s.count_BG[..., None] for s in seen)
+    if not spec.causal:
+        same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
+        count_BGC += same_BGCC.sum(-1)
+    dtype = count_BGC.dtype
+    scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if spec.mean else 1, 0)
+    q_lin_BGCS = q_lin_BGCS.astype(dtype) * scale_BGC[..., None]
+    in_chunk_BGCC = None
+    if not spec.causal:
+        queries = q_lin_BGCS.astype(v_BGCE.dtype)
+        in_chunk_BGCC = jnp.einsum('BGCS,BGMS->BGCM', queries, k_lin_BGCS, preferred_element_type=dtype)
+        in_chunk_BGCC = jnp.where(same_BGCC, in_chunk_BGCC, 0)
+    return in_chunk_BGCC, [(jnp.where(s.sees_BGC[..., None], q_lin_BGCS, 0), s.state_BGSE) for s in seen]
