@@ -23,17 +23,19 @@ class MixedChunkCore(QuadraticCore):
       pairs: 'direct' for the local branch, inside chunks; 'linear' for the global one; or both.
       chunk_size: C.
       global_reduction: 'mean' or 'sum' over the tokens that a query sees.
+      global_decay: factor on the weight of a token in it for every chunk in between; 1 or, if causal, less.
     """
 
     pairs: tuple[str, ...] = ('direct', 'linear')
     chunk_size: int = 256
     global_reduction: str = 'mean'
+    global_decay: float = 1.0
 
     @property
     def spec(self) -> ChunkSpec:
         """What the op asks for."""
         branches = 'both' if len(self.pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.pairs[0]]
-        return ChunkSpec(self.chunk_size, self.scoring, self.causal, branches, self.global_reduction)
+        return ChunkSpec(self.chunk_size, self.scoring, self.causal, branches, self.global_reduction, self.global_decay)
 
     @nn.compact
     def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:

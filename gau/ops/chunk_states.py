@@ -13,7 +13,7 @@ of the document open at its end. This is all that devices tell each other.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
     Attributes:
       state_BGSE: sum of k v^T over tokens of other chunks, at least float32.
-      count_BG: number of tokens in that sum.
+      count_BG: number of tokens in that sum; where keys have factors, the sum of these, over the same scale.
       sees_BGC: which tokens of the chunk belong to the document of that state.
       log_scale_BG: the state is to be multiplied by exp of this; None where keys have no factors.
     """
@@ -74,19 +74,26 @@ def relative_weights(sees: Array, log_scale: Array | None, dtype) -> tuple[Array
     return jnp.where(sees, jnp.exp(log_scale - top[..., None]), 0).astype(dtype), top
 
 
-def add_scaled(x: Array, log_x: Array | None, y: Array, log_y: Array | None) -> tuple[Array, Array | None]:
+def add_scaled(x: Any, log_x: Array | None, y: Any, log_y: Array | None) -> tuple[Any, Array | None]:
     """Returns x exp(log_x) + y exp(log_y) over the larger of both factors, and its logarithm.
 
     Args:
-      x: [..., S, E].
+      x: [..., any], or a tree of such arrays.
       log_x: [...]; None, as `log_y` then is: both factors are 1.
       y: as x.
       log_y: as `log_x`.
     """
     if log_x is None:
-        return x + y, None
+        return jax.tree.map(jnp.add, x, y), None
     top = jnp.maximum(log_x, log_y)
-    return x * jnp.exp(log_x - top)[..., None, None] + y * jnp.exp(log_y - top)[..., None, None], top
+
+    def add(x, y):
+        scale_x, scale_y = (
+            jnp.exp(log - top).reshape(*top.shape, *[1] * (x.ndim - top.ndim)) for log in (log_x, log_y)
+        )
+        return x * scale_x + y * scale_y
+
+    return jax.tree.map(add, x, y), top
 
 
 def states_of_other_chunks(
@@ -124,12 +131,12 @@ def _states_before(k_BGCS, v_BGCE, ids_BGC, head_BG, tail_BG, log_scale_BGC, *, 
     dtype = jnp.promote_types(k_BGCS.dtype, jnp.float32)
     at_tail_BGC = (ids_BGC == tail_BG[..., None]) & (ids_BGC > 0)
     k_BGCS = jnp.where(at_tail_BGC[..., None], k_BGCS, 0)
-    log_scale_BG = None
+    weights_BGC, log_scale_BG = at_tail_BGC, None
     if log_scale_BGC is not None:
         weights_BGC, log_scale_BG = relative_weights(at_tail_BGC, log_scale_BGC, dtype)
         k_BGCS = k_BGCS * weights_BGC[..., None]
     kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', k_BGCS, v_BGCE, preferred_element_type=dtype)
-    n_BG = at_tail_BGC.sum(-1).astype(dtype)
+    n_BG = weights_BGC.sum(-1).astype(dtype)
     sum_before = _sum_before if ids_BGC.shape[1] <= GROUP else _sum_before_by_groups
     state = sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG)
     if sequence_axis is not None:
@@ -154,14 +161,14 @@ def _open_at_start(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG, *, sequence_ax
     head_B, tail_B = first_and_last_document(head_BG)[0], first_and_last_document(tail_BG)[1]
     at_tail_BG = (tail_BG == tail_B[:, None]) & (tail_BG > 0)
     w_BG, log_B = relative_weights(at_tail_BG, log_scale_BG, kv_BGSE.dtype)
-    own = (jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE), (at_tail_BG * n_BG).sum(-1), tail_B, log_B)
+    own = (jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE), (w_BG * n_BG).sum(-1), tail_B, log_B)
     kv_BASE, n_BA, tail_BA, log_BA = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis, axis=1), own)
 
     device, here = jnp.arange(tail_BA.shape[1]), jax.lax.axis_index(sequence_axis)
     earlier_A = device > here if backwards else device < here
     sees_BA = earlier_A & (tail_BA == head_B[:, None]) & (head_B > 0)[:, None]
     w_BA, log_B = relative_weights(sees_BA, log_BA, kv_BGSE.dtype)
-    return jnp.einsum('BA,BASE->BSE', w_BA, kv_BASE), (sees_BA * n_BA).sum(-1), head_B, log_B
+    return jnp.einsum('BA,BASE->BSE', w_BA, kv_BASE), (w_BA * n_BA).sum(-1), head_B, log_B
 
 
 def _add_open(state_BGSE, count_BG, log_BG, head_BG, open_kv_BSE, open_n_B, open_id_B, open_log_B):
@@ -169,24 +176,21 @@ def _add_open(state_BGSE, count_BG, log_BG, head_BG, open_kv_BSE, open_n_B, open
     continues_BG = (head_BG == open_id_B[:, None]) & (head_BG > 0)
     open_BGSE = continues_BG[..., None, None].astype(open_kv_BSE.dtype) * open_kv_BSE[:, None]
     open_log_BG = None if open_log_B is None else jnp.where(continues_BG, open_log_B[:, None], LOWEST)
-    state_BGSE, log_BG = add_scaled(state_BGSE, log_BG, open_BGSE, open_log_BG)
-    return state_BGSE, count_BG + continues_BG * open_n_B[:, None], log_BG
+    opened = open_BGSE, continues_BG * open_n_B[:, None]
+    (state_BGSE, count_BG), log_BG = add_scaled((state_BGSE, count_BG), log_BG, opened, open_log_BG)
+    return state_BGSE, count_BG, log_BG
 
 
 def _sum_before(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
     """M[g] = sum over h < g of kv[h] where the document at h's tail is the one at g's head; the counts likewise."""
     g = jnp.arange(head_BG.shape[1])
     w_BGI = (g[:, None] > g) & (head_BG[:, :, None] == tail_BG[:, None, :]) & (head_BG > 0)[:, :, None]
-    ones_BGI = w_BGI.astype(kv_BGSE.dtype)
     log_scale_B1G = None if log_scale_BG is None else log_scale_BG[:, None]
     w_BGI, log_scale_BG = relative_weights(w_BGI, log_scale_B1G, kv_BGSE.dtype)
-    if ones_BGI.shape[0] == 1:
-        count_BG = jnp.einsum('GI,BI->BG', ones_BGI[0], n_BG)
-    else:
-        count_BG = jnp.einsum('BGI,BI->BG', ones_BGI, n_BG)
     if w_BGI.shape[0] == 1:
-        return jnp.einsum('GI,BISE->BGSE', w_BGI[0], kv_BGSE), count_BG, log_scale_BG
-    return jnp.einsum('BGI,BISE->BGSE', w_BGI, kv_BGSE), count_BG, log_scale_BG
+        w_GI = w_BGI[0]
+        return jnp.einsum('GI,BISE->BGSE', w_GI, kv_BGSE), jnp.einsum('GI,BI->BG', w_GI, n_BG), log_scale_BG
+    return jnp.einsum('BGI,BISE->BGSE', w_BGI, kv_BGSE), jnp.einsum('BGI,BI->BG', w_BGI, n_BG), log_scale_BG
 
 
 def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
@@ -209,11 +213,10 @@ def _sum_before_by_groups(kv_BGSE, n_BG, head_BG, tail_BG, log_scale_BG):
         same_BG = (tail_BG == last_B[:, None]) & (tail_BG > 0)
         same_B = last_B == open_id_B
         w_BG, new_log_B = relative_weights(same_BG, log_scale_BG, kv_BGSE.dtype)
-        old_kv_BSE = same_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE
+        old = same_B[:, None, None].astype(kv_BGSE.dtype) * open_kv_BSE, same_B * open_n_B
         old_log_B = None if open_log_B is None else jnp.where(same_B, open_log_B, LOWEST)
-        new_kv_BSE = jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE)
-        open_kv_BSE, new_log_B = add_scaled(old_kv_BSE, old_log_B, new_kv_BSE, new_log_B)
-        open_n_B = same_B * open_n_B + (same_BG * n_BG).sum(-1)
+        new = jnp.einsum('BG,BGSE->BSE', w_BG, kv_BGSE), (w_BG * n_BG).sum(-1)
+        (open_kv_BSE, open_n_B), new_log_B = add_scaled(old, old_log_B, new, new_log_B)
         return (open_kv_BSE, open_n_B, last_B, new_log_B), state
 
     start_log_B = None if log_scale_BG is None else jnp.full_like(log_scale_BG[:, 0], LOWEST)

@@ -6,7 +6,8 @@ The states, for one head (H goes after B):
 
     quadratic      k [B, M, S], v [B, M, E]: every token so far, at most M
     mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
-                   sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C)
+                   sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C), and a
+                   chunk weighs global_decay^(complete chunks after it)
     linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
                    the sum is to be multiplied by exp of it
 
@@ -183,9 +184,12 @@ def mixed_chunk_block(
     return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
 
 
-def _weights_of_state(q_lin: Array, count: Array, mean: bool, dtype) -> Array:
-    """Queries of the global branch over the number of tokens they look back on; 0 where there are none."""
-    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1).astype(dtype) if mean else 1, 0).astype(dtype)
+def _weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
+    """Queries of the global branch over the tokens, by weight, of the chunks they look back on; 0 without any."""
+    count = chunks * spec.chunk_size
+    if spec.global_decay < 1:
+        count = spec.chunk_size * (1 - spec.global_decay ** chunks.astype(dtype)) / (1 - spec.global_decay)
+    scale = jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
     return q_lin.astype(dtype) * scale[..., None]
 
 
@@ -209,13 +213,16 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
         right.append(v_BCE)
     if 'sum' in state:
         total_BSE = state['sum']
-        left.append(_weights_of_state(q_lin_B1S, (position.start_B - offset_B)[:, None], spec.mean, total_BSE.dtype))
+        left.append(_weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
         right.append(total_BSE)
         full_B = offset_B + position.length_B == chunk_size
 
         def folded(total_BSE):
             k_BCS = jnp.where(full_B[:, None, None], state['k_lin'], 0)
-            return total_BSE + jnp.einsum('BCS,BCE->BSE', k_BCS, v_BCE, preferred_element_type=total_BSE.dtype)
+            kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, v_BCE, preferred_element_type=total_BSE.dtype)
+            if spec.global_decay < 1:
+                total_BSE = jnp.where(full_B[:, None, None], spec.global_decay, 1) * total_BSE
+            return total_BSE + kv_BSE
 
         state['sum'] = jax.lax.cond(full_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
     o_B1E = sum(
@@ -258,11 +265,17 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
         dtype = state['sum'].dtype
         kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', split['k_lin'], v_BGCE, preferred_element_type=dtype)
         # before[g]: the state as chunk g finds it.
-        sums_BGSE = jnp.cumsum(jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1), axis=1)
+        sums_BGSE = jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1)
+        if spec.global_decay < 1:
+            steps = jnp.arange(chunks + 1)
+            weights = jnp.tril(spec.global_decay ** jnp.maximum(steps[:, None] - steps, 0).astype(dtype))
+            sums_BGSE = jnp.einsum('GI,BISE->BGSE', weights, sums_BGSE, precision=jax.lax.Precision.HIGHEST)
+        else:
+            sums_BGSE = jnp.cumsum(sums_BGSE, axis=1)
         before_BGSE = sums_BGSE[:, :-1]
-        count_BG = (position.start_B - offset_B)[:, None] + jnp.arange(chunks) * chunk_size
+        before_BG = (position.start_B // chunk_size)[:, None] + jnp.arange(chunks)
         q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
-        left.append(_weights_of_state(q_lin_BGCS, count_BG[..., None], spec.mean, dtype))
+        left.append(_weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
         right.append(before_BGSE)
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
     dtype = v_BGCE.dtype

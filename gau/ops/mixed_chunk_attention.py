@@ -8,6 +8,7 @@ causal (so the first chunk gets exactly 0). No token of another document enters 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ class ChunkSpec(NamedTuple):
       causal: whether later tokens are hidden.
       branches: 'both', 'local' or 'global'.
       global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
+      global_decay: factor on the weight of a token in it for every chunk that stands between the token's and the
+        query's; 1 (paper), or, if causal, less.
     """
 
     chunk_size: int
@@ -37,6 +40,7 @@ class ChunkSpec(NamedTuple):
     causal: bool
     branches: str = 'both'
     global_reduction: str = 'mean'
+    global_decay: float = 1.0
 
     @property
     def has_local(self) -> bool:
@@ -120,9 +124,13 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
         mask_BNN = visible_BNN & (chunk[:, None] > chunk) if causal else visible_BNN
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         a_BNN = jnp.einsum('BNS,BMS->BNM', q_lin, k_lin, preferred_element_type=dtype)
+        weights_BNN = mask_BNN.astype(dtype)
+        if spec.global_decay < 1:
+            weights_BNN *= spec.global_decay ** jnp.maximum(chunk[:, None] - chunk - 1, 0)
         if spec.mean:
-            a_BNN /= jnp.maximum(mask_BNN.sum(-1, keepdims=True), 1)
-        o_BNE += jnp.where(mask_BNN, a_BNN, 0).astype(v.dtype) @ v
+            total_BN1 = weights_BNN.sum(-1, keepdims=True)
+            a_BNN /= jnp.where(total_BN1 > 0, total_BN1, 1)
+        o_BNE += (a_BNN * weights_BNN).astype(v.dtype) @ v
     return o_BNE
 
 
@@ -184,9 +192,15 @@ def _read_other_chunks(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, sequence_a
     """
     groups, size = v_BGCE.shape[1:3]
     one_document = jnp.ones((1, groups, size), jnp.int32)
+    log_decay_G = None
+    if spec.global_decay < 1:
+        # Chunk g - 1 has weight 1 in what chunk g reads: decay^(g - 1) of the query's, over decay^(g - 1) of its own.
+        first = 0 if sequence_axis is None else jax.lax.axis_index(sequence_axis) * groups
+        log_decay_G = math.log(spec.global_decay) * (first + jnp.arange(groups))
     seen = states_of_other_chunks(
         *(k_lin_BGCS, v_BGCE, one_document if ids_BGC is None else ids_BGC),
         causal=spec.causal,
+        log_scale_BGC=None if log_decay_G is None else -log_decay_G[None, :, None],
         sequence_axis=sequence_axis,
     )
     count_BGC = sum(s.sees_BGC * s.count_BG[..., None] for s in seen)
@@ -194,7 +208,11 @@ def _read_other_chunks(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, sequence_a
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
         count_BGC += same_BGCC.sum(-1)
     dtype = count_BGC.dtype
+    # A mean is the same over whatever scale its state has.
     scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if spec.mean else 1, 0)
+    if log_decay_G is not None and not spec.mean:
+        log_scale_BG = seen[0].log_scale_BG + log_decay_G - math.log(spec.global_decay)
+        scale_BGC *= jnp.exp(log_scale_BG)[..., None]
     q_lin_BGCS = q_lin_BGCS.astype(dtype) * scale_BGC[..., None]
     in_chunk_BGCC = None
     if not spec.causal:

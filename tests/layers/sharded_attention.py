@@ -35,8 +35,8 @@ def cases(*, every: bool):
     meshes = ((1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 1, 4), (1, 1, 2, 4)) if every else ((1, 1, 2, 4),)
     for shape in meshes:
         for heads in (1, 4) if every else (1,):
-            for op in ('mixed_chunk', 'quadratic'):
-                for causal in (True, False):
+            for op in ('mixed_chunk', 'mixed_chunk with decay', 'quadratic'):
+                for causal in (True,) if op == 'mixed_chunk with decay' else (True, False):
                     for segments in (True, False) if every else (True,):
                         yield f'{shape} {heads} {op} {causal=} {segments=}', shape, heads, op, causal, segments
 
@@ -49,9 +49,9 @@ def difference(shape, heads, op, causal, segments) -> float:
     v, weights = draw(B, heads, N, E), draw(B, heads, N, E)
     ids = jnp.asarray([LONG, SHORT], jnp.int32) if segments else None
     options = {'scoring': Scoring('relu2', 'paper'), 'causal': causal, 'impl': 'xla'}
-    if op == 'mixed_chunk':
+    if op != 'quadratic':
         operands, bias, multiple = (q, k, q_lin, k_lin, v), draw(heads, C, C), C
-        spec = ChunkSpec(C, Scoring('relu2', 'paper'), causal)
+        spec = ChunkSpec(C, Scoring('relu2', 'paper'), causal, global_decay=0.7 if 'decay' in op else 1.0)
 
         def attend(*x, segment_ids_BN, sequence_axis):
             *x, bias = x

@@ -89,7 +89,7 @@ def test_heads_fall_with_depth():
     ({'name': 'flsh'}, 'model.name=flsh does not exist; did you mean "flash"?'),
     ({'size': 'bse'}, 'model.size=bse does not exist; did you mean "base"?'),
     ({'attention_function': 'relu'}, 'model.attention_function=relu does not exist; did you mean "relu2"?'),
-    ({'impl': 'pallas'}, 'model.impl=pallas does not exist; choose from'),
+    ({'impl': 'handmade'}, 'model.impl=handmade does not exist; choose from'),
     ({'query_key_dim': 65}, 'model.query_key_dim=65 is odd; RoPE rotates pairs'),
     ({'query_key_dim': 65, 'rope': 'none', 'chunk_size': 1024}, 'odd; relative_bias=rotary rotates pairs'),
     ({'name': 'transformer_plus_plus', 'head_dim': 7}, 'model.head_dim=7 is odd; RoPE rotates pairs'),
@@ -131,6 +131,10 @@ def test_heads_fall_with_depth():
         'branches=global would see nothing',
     ),
     ({'global_reduction': 'sum', 'chunk_size': 1024}, 'global_reduction=sum changes nothing'),
+    ({'global_decay': 0.5, 'chunk_size': 1024}, 'global_decay=0.5 changes nothing'),
+    ({'global_decay': 0.5, 'branches': 'local'}, 'branches=local has no global branch'),
+    ({'global_decay': 0.5, 'objective': 'mlm'}, 'model.global_decay=0.5 is of causal models'),
+    ({'global_decay': 1.5}, 'model.global_decay must be above 0 and at most 1, not 1.5'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip
 def test_wrong_combinations_are_refused_in_one_line(fields, message):

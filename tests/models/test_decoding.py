@@ -22,7 +22,7 @@ FIRST = [
 ABLATIONS = {
     'scan, remat, heads, global': (
         'flash',
-        {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global'},
+        {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7},
     ),
     'scan, quadratic': ('transformer_plus_plus', {'layer_stack': 'scan'}),
     'local, rotary bias, post norm': (
@@ -31,7 +31,7 @@ ABLATIONS = {
     ),
     'sum, su, no gate, temperature': (
         'flash',
-        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned'},
+        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5},
     ),
     'visible, laplace, no bias': (
         'flash',

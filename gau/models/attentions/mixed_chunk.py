@@ -7,7 +7,7 @@ from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
 from gau.models.costs import Count, Shape, saved
-from gau.models.fields import Filler, choice, count, table, with_defaults
+from gau.models.fields import Filler, choice, count, number, table, with_defaults
 
 CHUNK_FIELDS = {
     'chunk_size': count('C, tokens in a chunk.', default=256),
@@ -19,6 +19,12 @@ CHUNK_FIELDS = {
     ),
     'global_reduction': choice(
         'What the global branch reads: the mean or the sum over the visible tokens.', 'mean', 'sum', default='mean'
+    ),
+    'global_decay': number(
+        'Factor on the weight of a token in that mean or sum for every chunk between it and the query; 1: none.',
+        default=1.0,
+        wrong=lambda value: not 0 < value <= 1,
+        right='above 0 and at most 1',
     ),
 }
 
@@ -43,6 +49,7 @@ class MixedChunk(ScoredAttention):
             pairs=self.pairs(config),
             chunk_size=config.chunk_size,
             global_reduction=config.global_reduction or 'mean',
+            global_decay=config.global_decay or 1.0,
             parent=None,
         )
 
@@ -60,7 +67,7 @@ class MixedChunk(ScoredAttention):
         if config.branches == 'global':
             void |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
         if config.branches == 'local':
-            void['global_reduction'] = 'branches=local has no global branch'
+            void |= dict.fromkeys(('global_reduction', 'global_decay'), 'branches=local has no global branch')
         return void | super().void(config)
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
@@ -72,15 +79,18 @@ class MixedChunk(ScoredAttention):
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
         super().check(config, causal=causal, context=context, chosen=chosen)
+        if not causal and (config.global_decay or 1) < 1:
+            raise UserError(
+                f'model.global_decay={config.global_decay} is of causal models: all chunks are read at once here'
+            )
         if not causal or config.chunk_size < context:
             return
         alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
         if config.branches == 'global':
             raise UserError(f'{alone}: branches=global would see nothing; use a smaller chunk_size or branches=both')
-        if 'global_reduction' in chosen:
-            raise UserError(
-                f'{alone}: global_reduction={config.global_reduction} changes nothing; use a smaller chunk_size'
-            )
+        for field in ('global_reduction', 'global_decay'):
+            if field in chosen:
+                raise UserError(f'{alone}: {field}={config[field]} changes nothing; use a smaller chunk_size')
 
     def count(self, config: ConfigDict, shape: Shape, *, causal: bool) -> Count:
         """See the base class."""

@@ -45,7 +45,7 @@ def gradient_of_added(q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGJ: Array, 
     Args:
       q_BGCF: queries of the states.
       dmixed_BGCE: gradient of q state_scale M.
-      carry_mask_BGJ: 1 where a scan carries its state on over a chunk, else 0.
+      carry_mask_BGJ: factor by which a scan carries its state on over a chunk: 1, a decay, or 0 where it drops it.
       state_scale_BGJ: factor on the state that a chunk reads, not 0.
     """
     from gau.ops.kernels.gated_chunks_triton import states_gradient_kernel
@@ -120,11 +120,11 @@ def _carried_between_parts(totals_BXFE: Array, carry_mask_BGJ: Array, *, against
     steps_BGJ = _in_order_of_scan(carry_mask_BGJ)
     padding = ((0, 0), (0, parts * length - groups), (0, 0))
     mask_BXgJ = jnp.pad(steps_BGJ, padding, constant_values=1).reshape(batch, parts, length, -1)
-    drops_BXJ = jnp.cumsum(1 - mask_BXgJ.prod(2), axis=1)
-    before_BXJ = jnp.pad(drops_BXJ, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    # From one part to a later one, [B, later, earlier, J]: no part between them may drop the state.
+    # From one part to a later one, [B, later, earlier, J]: the factors of all parts between them.
     x = jnp.arange(parts)
-    passes_BXXJ = (before_BXJ[:, :, None] == drops_BXJ[:, None]) & (x[:, None] > x)[..., None]
+    between_XXX = (x[:, None, None] > x) & (x > x[:, None])
+    passes_BXXJ = jnp.where(between_XXX[..., None], mask_BXgJ.prod(2)[:, None, None], 1).prod(3)
+    passes_BXXJ *= (x[:, None] > x)[..., None]
     # And within the later part no chunk before the one that is reached; after it, against the direction of the states.
     flip = jnp.flip if against_states else lambda x, _: x
     reached_BXgJ = flip(jnp.cumprod(flip(mask_BXgJ, 2), axis=2), 2)
@@ -133,9 +133,7 @@ def _carried_between_parts(totals_BXFE: Array, carry_mask_BGJ: Array, *, against
     if against_states:
         passes_BXXJ = passes_BXXJ.swapaxes(1, 2)
     totals_BXJSE = totals_BXFE.reshape(batch, parts, directions, -1, width)
-    carry_BXJSE = jnp.einsum(
-        'BXYJ,BYJSE->BXJSE', passes_BXXJ.astype(jnp.float32), totals_BXJSE, precision=jax.lax.Precision.HIGHEST
-    )
+    carry_BXJSE = jnp.einsum('BXYJ,BYJSE->BXJSE', passes_BXXJ, totals_BXJSE, precision=jax.lax.Precision.HIGHEST)
     carried_BXgJSE = reached_BXgJ[..., None, None] * carry_BXJSE[:, :, None]
     carried_BGJSE = carried_BXgJSE.reshape(batch, -1, *carry_BXJSE.shape[2:])[:, :groups]
     return _in_order_of_scan(carried_BGJSE).reshape(batch, groups, inner, width)

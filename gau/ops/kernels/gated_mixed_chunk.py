@@ -47,7 +47,7 @@ def gated_mixed_chunk(
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec)
-    scans = _scans(ids_BGC, causal=causal, mean=spec.mean)
+    scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay)
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
@@ -95,7 +95,7 @@ class _Scans(NamedTuple):
     Attributes:
       query_masks: for each direction, bool [B, G, C]: the tokens that read the state carried to their chunk.
       key_masks: for each direction, bool [B, G, C]: the tokens that a chunk adds to the state.
-      carry_mask_BGJ: 1 where a state is carried on over a chunk, 0 where it is dropped there; float32.
+      carry_mask_BGJ: 1, or the decay, where a state is carried on over a chunk, 0 where it is dropped there; float32.
       state_scale_BGJ: factor on the state that a chunk reads, float32. If causal, it makes means of sums: all queries
         of a chunk see the same tokens of other chunks. Else it is 1.
       query_scale_BGC: if not causal, the factor on each query that makes means of sums; else None.
@@ -108,7 +108,7 @@ class _Scans(NamedTuple):
     query_scale_BGC: Array | None
 
 
-def _scans(ids_BGC: Array, *, causal: bool, mean: bool) -> _Scans:
+def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float) -> _Scans:
     """Returns masks and scales of the forward scan and, unless causal, of the reverse one.
 
     A scan carries the state of one document, the one that is open at the start of a chunk. To this state a chunk adds
@@ -125,12 +125,13 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool) -> _Scans:
         latest_BG = jax.lax.cummax(jnp.where(leaves_BG > 0, groups, -1), axis=1)
         after_BG = jnp.where(latest_BG < 0, 0, jnp.take_along_axis(leaves_BG, jnp.maximum(latest_BG, 0), axis=1))
         open_BG = jnp.pad(after_BG, ((0, 0), (1, 0)))[:, :-1]
-        carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32)
+        carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32) * decay
         counts = carry_mask_BG, key_mask_BGC.sum(-1).astype(jnp.float32)
         total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
         query_mask_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
-        state_scales.append(flip(1 / jnp.maximum(carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)))
+        scale_BG = 1 / jnp.where(carried_BG > 0, carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)
+        state_scales.append(flip(scale_BG))
         counts_BGC.append(flip(query_mask_BGC * carried_BG[..., None]))
         query_masks.append(flip(query_mask_BGC))
         key_masks.append(flip(key_mask_BGC))

@@ -23,6 +23,11 @@ LAYOUTS = {
     'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
 }
 OPS = {'reference': reference.gated_mixed_chunk, 'triton': gated_mixed_chunk.gated_mixed_chunk}
+REDUCTIONS = {
+    'mean': {'global_reduction': 'mean'},
+    'sum': {'global_reduction': 'sum'},
+    'decay': {'global_decay': 0.6},
+}
 NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
@@ -41,7 +46,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
             p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
-            spec=ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, global_reduction=reduction),
+            spec=ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, **REDUCTIONS[reduction]),
             segment_ids_BN=ids,
             bias_P=bias_P,
         )
@@ -65,6 +70,7 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
         (23, 12, 4, 24, 'documents', 1, 'mean'),
         (10, 16, 8, 24, 'none', 1, 'mean'),
         (40, 5, 8, 24, 'padding', 8, 'mean'),
+        (56, 6, 8, 24, 'padding', 5, 'decay'),
         pytest.param(24, 12, 8, 40, 'one row', 1, 'sum', marks=pytest.mark.slow),
         pytest.param(16, 16, 8, 24, 'one row', 1, 'mean', marks=pytest.mark.slow),
         pytest.param(48, 16, 16, 32, 'none', 1, 'mean', marks=pytest.mark.slow),
@@ -76,6 +82,8 @@ def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduc
     ],
 )
 def test_values_and_all_gradients(constants, dtype, causal, n, chunk, s, e, packed, min_programs, reduction):
+    if reduction == 'decay' and not causal:
+        pytest.skip('a decay is of causal models')
     # Of four warps a program: how many programs there are at least.
     few = {
         name: {dtype: tiles._replace(min_warps=4 * min_programs) for dtype, tiles in getattr(tile_sizes, name).items()}
