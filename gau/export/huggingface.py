@@ -87,6 +87,8 @@ def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int)
             f'gau/export/modeling_gau.py, which holds {", ".join(held)}; --format=safetensors has the weights alone'
         )
     unknown = {name for name in model if model[name] is not None} - {*FIELDS, *NOT_OF_THE_MODEL}
+    if model.global_decay == 1:
+        unknown.discard('global_decay')
     if unknown:
         raise UserError(
             f'model.{min(unknown)} is not known to gau/export/modeling_gau.py: the model cannot be exported'

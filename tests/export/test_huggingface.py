@@ -115,6 +115,13 @@ def test_every_model_is_held_or_refused_with_the_reason(name, objective):
         assert described()['architecture'] == name
 
 
+def test_a_field_that_the_file_does_not_have_is_refused():
+    model = tiny_model('flash', 'lm')
+    model.global_decay = 0.5
+    with pytest.raises(UserError, match=r'model\.global_decay is not known'):
+        config_of(model, vocab_size=11, causal=True, context=24)
+
+
 def test_the_file_of_the_model_knows_neither_jax_nor_this_repository():
     for name in ('modeling_gau.py', 'tokenization_gau.py'):
         source = (Path(gau.__file__).parent / 'export' / name).read_text()
