@@ -9,8 +9,8 @@ SWEEPS = [
     ('relu2', 'models+rate,seed:3', 15),
     ('relu2', 'trials', 16),
     ('relu2', 'mlm', 4),
-    ('quality', 'models,seeds:3:8', 10),
-    ('quality', 'rates+long+base', 12),
+    ('quality', 'models,seed:5:3', 15),
+    ('quality', 'rates+long+memory+base', 19),
 ]
 
 
