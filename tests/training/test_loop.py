@@ -97,6 +97,22 @@ def test_a_run_from_before_there_were_streams_goes_on_and_is_read(finished, tmp_
     assert read_metrics(path) == read_metrics(finished)
 
 
+def test_entries_of_one_type_measure_each_in_its_own_time(tmp_path):
+    config = tiny_config(eval__every_steps=3)
+    # A step has 2 x 48 tokens.
+    config.evaluators.often = {'type': 'perplexity', 'every_tokens': 2 * 96}
+    config.evaluators.seldom = {'type': 'perplexity', 'every_percent': 100, 'max_tokens': 200}
+    loop.train(config, tmp_path)
+    steps, tokens = {}, {}
+    for row in read_metrics(tmp_path):
+        steps.setdefault(row['split'], []).append(row['step'])
+        tokens[row['split']] = row['tokens']
+    del steps['train']
+    assert steps == {'eval/valid': [3, 6], 'often/valid': [2, 4, 6], 'seldom/valid': [6]}
+    # Whole rows of 48 tokens.
+    assert tokens['seldom/valid'] == 5 * 48 < tokens['often/valid'] == tokens['eval/valid']
+
+
 def test_a_run_goes_on_with_another_implementation_and_says_which(finished, tmp_path, capsys):
     assert json.loads((finished / 'config.json').read_text())['model']['impl'] == 'auto'
     path = copy_until(finished, tmp_path / 'run', 4)
