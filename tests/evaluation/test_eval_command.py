@@ -18,7 +18,7 @@ from tests.training.tiny import tiny_config
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp('eval') / 'trained'
-    loop.train(tiny_config(), path)
+    loop.train(tiny_config(model__num_layers=1), path)
     return path
 
 

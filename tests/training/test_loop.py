@@ -1,5 +1,6 @@
 """The loop in one process: the files of the contract, resuming, forking, and the ways in which a run ends badly."""
 
+import functools
 import json
 import shutil
 import signal
@@ -12,7 +13,10 @@ from gau.models.architectures import ARCHITECTURES
 from gau.models.attentions.record import Needs
 from gau.training import loop, workdir
 from gau.training.load import load_run
-from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
+from tests.training import tiny
+from tests.training.tiny import assert_trees_equal, read_metrics, read_state
+
+tiny_config = functools.partial(tiny.tiny_config, model__num_layers=1)
 
 
 @pytest.fixture(scope='module')

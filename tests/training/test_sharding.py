@@ -4,9 +4,9 @@ import pytest
 
 from tests.programs import report
 
-# data, fsdp, tensor, sequence. The first three use every axis, and pairs of axes that divide one array.
-MESHES = ('1,8,1,1', '2,2,2,1', '1,1,2,4')
-MORE_MESHES = ('8,1,1,1', '1,2,1,4')
+# data, fsdp, tensor, sequence. The first two use every axis, and pairs of axes that divide one array.
+MESHES = ('2,2,2,1', '1,1,2,4')
+MORE_MESHES = ('1,8,1,1', '8,1,1,1', '1,2,1,4')
 SLOW = [
     pytest.param(model, objective, MESHES + MORE_MESHES, marks=pytest.mark.slow)
     for model in ('flash', 'flash_quad', 'transformer_plus_plus')
