@@ -237,19 +237,19 @@ def _file_system(options: str) -> Iterator[Path | None]:
 
 
 def clock(lab: Lab, tally: Tally) -> None:
-    """A clock that jumps by days, forward and back, and files that were written in the future."""
-    import os
-
+    """A clock that jumps by days, forward and back."""
     day = 86_400
     jumps = [lab.rng.choice((-1, 1)) * lab.rng.uniform(0, 400 * day) for _ in range(5)]
-    for path in lab.corpus.iterdir():
-        moment = 2e9 + lab.rng.uniform(-1e9, 1e9)
-        os.utime(path, (moment, moment))
     workdir, output = lab.new('clock'), lab.new('clock')
     tally.faults += 2
     tally.runs += 2
     done = lab.run(lab.train(workdir), clock=jumps)
     tally.prints('training under a jumping clock', done.err)
+    if done.code == 1 and 'not done in time' in done.err:
+        # By the clock it has hung for days.
+        tally.refused += 1
+        tally.runs += 1
+        done = lab.run(lab.train(workdir))
     different = compare_runs(workdir, lab.trained) if done.code == 0 else done.err[-500:]
     if different:
         tally.differs(f'training under a jumping clock: {different} in {workdir}')

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
-from gau.errors import NoSpace, RunFailed, UserError, is_no_space
+from gau.errors import NoSpace, RunFailed, UserError, chain, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
@@ -48,14 +48,21 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       Interrupted: a signal asked to stop, and the state is saved.
       NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint.
       NoSpace: the disk is full; the message says what is safe.
+      RunFailed: so does this one, where a save was given up by the clock.
     """
     workdir = Path(workdir)
     try:
         return _train(resolve(config), workdir)
     except Exception as error:
-        if not is_no_space(error):
-            raise
-        raise NoSpace(files.out_of_space(workdir)) from error
+        safe = f'--workdir={workdir}: {files.what_is_safe(workdir)}'
+        if is_no_space(error):
+            raise NoSpace(f'no space left for {safe}; when there is room the same command goes on') from error
+        if any(isinstance(cause, TimeoutError) for cause in chain(error)):
+            raise RunFailed(
+                f'a save was not done in time for {safe}; the same command goes on. Either the file system hangs, or '
+                'the clock jumped'
+            ) from error
+        raise
 
 
 def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:

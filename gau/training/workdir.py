@@ -86,11 +86,10 @@ def checkpointed_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def out_of_space(workdir: Path) -> str:
-    """Says what is safe of a run whose disk is full, and what to do."""
+def what_is_safe(workdir: Path) -> str:
+    """Says what is safe of a run that could not save."""
     steps = checkpointed_steps(workdir)
-    safe = f'the checkpoint of step {steps[-1]} is safe' if steps else 'there is no checkpoint yet'
-    return f'no space left for --workdir={workdir}: {safe}; when there is room the same command goes on'
+    return f'the checkpoint of step {steps[-1]} is safe' if steps else 'there is no checkpoint yet'
 
 
 def whole_config(stored: dict[str, Any]) -> ConfigDict:

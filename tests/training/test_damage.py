@@ -1,14 +1,16 @@
 """What a work directory may lack or have damaged, a disk that is full, and training where signals are not caught."""
 
 import asyncio
+import itertools
 import json
 import resource
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gau.errors import NoSpace, UserError
+from gau.errors import NoSpace, RunFailed, UserError
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
@@ -85,6 +87,17 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(finished, tmp_
     loop.train(tiny_config(**CONFIG), path)
     assert_trees_equal(read_state(path), read_state(finished))
     assert read_metrics(path) == read_metrics(finished)
+
+
+def test_a_clock_that_jumps_costs_nothing_that_was_saved(finished, tmp_path, monkeypatch):
+    looks, true_time = itertools.count(), time.time
+    # So often that Orbax takes a save for one that hangs.
+    monkeypatch.setattr(time, 'time', lambda: true_time() + 400 * 86_400 * (next(looks) // 3 % 2))
+    with pytest.raises(RunFailed, match=r'a save was not done in time .*; the same command goes on'):
+        loop.train(tiny_config(**CONFIG), tmp_path / 'run')
+    monkeypatch.undo()
+    loop.train(tiny_config(**CONFIG), tmp_path / 'run')
+    assert_trees_equal(read_state(tmp_path / 'run'), read_state(finished))
 
 
 def test_what_cannot_be_written_is_printed_all_the_same(finished, tmp_path, capsys):
