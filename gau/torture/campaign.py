@@ -43,8 +43,9 @@ def run(
     chosen = {name: _SCENES[name] for name in scenes or NAMES}
     tallies = {name: Tally(name) for name in chosen}
     # What all compare with is made before they begin.
-    for reference in ('armed_seconds', *(reference for _, references in chosen.values() for reference in references)):
-        getattr(lab, reference)
+    for _, references in chosen.values():
+        for reference in references:
+            getattr(lab, reference)
 
     jobs = ((number, name) for number in (itertools.count() if rounds is None else range(rounds)) for name in chosen)
     lock = threading.Lock()
