@@ -1,4 +1,7 @@
-"""Imports run one way: ops <- kernels <- layers <- models <- training and the rest; nobody imports the experiments."""
+"""Imports run one way: ops <- kernels <- layers <- models <- training and the rest; nobody imports what is at the end.
+
+Those are the experiments and the exports; the exports alone know the libraries of other frameworks.
+"""
 
 import ast
 from pathlib import Path
@@ -47,3 +50,20 @@ def test_a_room_knows_only_those_below_it(room):
             found += 1
             assert room_of(imported) in ROOMS[room] | SHARED, f'{module} imports {imported}'
     assert found
+
+
+EXTRAS = {'transformers', 'onnx', 'onnxscript', 'onnxruntime', 'safetensors'}
+
+
+def test_exports_and_their_libraries_stay_among_themselves():
+    found = set()
+    for path in (ROOT / 'gau').rglob('*.py'):
+        module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        if room_of(module) == 'gau.export':
+            continue
+        assert not any(room_of(imported) == 'gau.export' for imported in imports(path)), module
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+            found |= {module for name in names if name.split('.')[0] in EXTRAS}
+    assert found == {'gau.training.init_from'}

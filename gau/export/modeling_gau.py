@@ -82,9 +82,10 @@ def wide(x: Tensor) -> Tensor:
 
 def angles(positions: Tensor, half: int, dtype: torch.dtype) -> Tensor:
     """position * 10000^(-i / half), [..., half]."""
-    frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    # In float64, which not every device has: at far positions the last bit of a frequency shows.
+    frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64, device='cpu') / half)
     dtype = torch.promote_types(dtype, torch.float32)
-    return positions[..., None].to(dtype) * frequencies.to(dtype)
+    return positions[..., None].to(dtype) * frequencies.to(positions.device, dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
