@@ -3,7 +3,9 @@
     python scripts/reproduce.py norms --budget=small
 
 Question: is ScaleNorm, one number a layer, as good as LayerNorm and RMSNorm, and does pre-norm matter? The paper takes
-ScaleNorm and LayerNorm for what the task prefers. Another GAU of 110 M parameters is reported to diverge with pre-norm.
+ScaleNorm and LayerNorm for what the task prefers. GLM reports that a GAU of 110 M parameters diverged with pre-norm and
+trained with the sandwich norm, which normalises what a unit adds as well. Only ScaleNorm in pre-norm is fused with
+kernels on a GPU; the others run through XLA, so their speeds say less.
 
 Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet.
 """

@@ -408,26 +408,34 @@ class Block(nn.Module):
 
     def __init__(self, config: GAUConfig, layer: int):
         super().__init__()
-        self.pre = config.norm_placement == 'pre'
+        self.placement = config.norm_placement
         self.dropout = nn.Dropout(config.dropout_rate)
         if config.feed_forward is None:
-            self.norm, self.gau = Norm(config), GatedAttentionUnit(config, layer)
+            norms, self.gau = ['norm'], GatedAttentionUnit(config, layer)
         else:
-            self.attention_norm, self.attention = Norm(config), MultiHeadAttention(config, layer)
-            self.feed_forward_norm, self.feed_forward = Norm(config), FeedForward(config)
+            norms, self.attention = ['attention_norm', 'feed_forward_norm'], MultiHeadAttention(config, layer)
+            self.feed_forward = FeedForward(config)
+        for name in norms:
+            self.add_module(name, Norm(config))
+            if self.placement == 'sandwich':
+                self.add_module(name.replace('norm', 'output_norm'), Norm(config))
 
     def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
         """The new residual stream."""
         if hasattr(self, 'gau'):
-            return self.residual(x_BND, self.norm, lambda x: self.gau(x, tokens, attend))
-        x_BND = self.residual(x_BND, self.attention_norm, lambda x: self.attention(x, tokens, attend))
-        return self.residual(x_BND, self.feed_forward_norm, self.feed_forward)
+            return self.residual(x_BND, 'norm', lambda x: self.gau(x, tokens, attend))
+        x_BND = self.residual(x_BND, 'attention_norm', lambda x: self.attention(x, tokens, attend))
+        return self.residual(x_BND, 'feed_forward_norm', self.feed_forward)
 
-    def residual(self, x_BND: Tensor, norm: Norm, layer) -> Tensor:
-        """x + f(norm(x)), or norm(x + f(x))."""
-        if self.pre:
-            return x_BND + self.dropout(layer(norm(x_BND)))
-        return norm(x_BND + self.dropout(layer(x_BND)))
+    def residual(self, x_BND: Tensor, name: str, layer) -> Tensor:
+        """x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x)))."""
+        norm = getattr(self, name)
+        if self.placement == 'post':
+            return norm(x_BND + self.dropout(layer(x_BND)))
+        y_BND = layer(norm(x_BND))
+        if self.placement == 'sandwich':
+            y_BND = getattr(self, name.replace('norm', 'output_norm'))(y_BND)
+        return x_BND + self.dropout(y_BND)
 
 
 class GAUCache:
@@ -471,7 +479,7 @@ class GAUPreTrainedModel(PreTrainedModel):
             self.position = Scale()
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        if config.norm_placement == 'pre':
+        if config.norm_placement != 'post':
             self.final_norm = Norm(config)
         self.post_init()
 
@@ -510,7 +518,7 @@ class GAUPreTrainedModel(PreTrainedModel):
         tokens = Tokens(ids_BN, rope)
         for number, block in enumerate(self.blocks):
             x_BND = block(x_BND, tokens, lambda layer, made, v, number=number: attend(number, layer, made, v, tokens))
-        return self.final_norm(x_BND) if config.norm_placement == 'pre' else x_BND
+        return x_BND if config.norm_placement == 'post' else self.final_norm(x_BND)
 
     def hidden(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor) -> Tensor:
         """What the output layer reads of whole sequences, [B, N, D]."""

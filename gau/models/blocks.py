@@ -42,12 +42,18 @@ class Block(nn.Module):
         return x_BND, None
 
     def residual(self, x_BND: Array, norm_name: str, layer: nn.Module, tokens: TokenInfo, deterministic: bool) -> Array:
-        """Returns x + f(norm(x)), or norm(x + f(x))."""
-        norm = Norm(self.config.norm, self.config.model_dim, self.config.dtype, name=norm_name)
-        before = self.config.norm_placement == 'pre'
-        y_BND = self.dropout(layer(norm(x_BND) if before else x_BND, tokens), deterministic)
-        x_BND = x_BND + constrain(y_BND, 'batch', 'length', 'act_embed').astype(x_BND.dtype)
-        return constrain(x_BND if before else norm(x_BND), 'batch', 'length', 'act_embed')
+        """Returns x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x)))."""
+        placement = self.config.norm_placement
+        norm = self._norm(norm_name)
+        y_BND = layer(x_BND if placement == 'post' else norm(x_BND), tokens)
+        if placement == 'sandwich':
+            y_BND = self._norm(norm_name.replace('norm', 'output_norm'))(y_BND)
+        y_BND = constrain(self.dropout(y_BND, deterministic), 'batch', 'length', 'act_embed')
+        x_BND = x_BND + y_BND.astype(x_BND.dtype)
+        return constrain(norm(x_BND) if placement == 'post' else x_BND, 'batch', 'length', 'act_embed')
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self.config.norm, self.config.model_dim, self.config.dtype, name=name)
 
     def dropout(self, y_BND: Array, deterministic: bool) -> Array:
         """Returns y with dropout, where the model has it."""

@@ -47,6 +47,12 @@ def norm(config: ConfigDict) -> Count:
     return Count(numbers, 0, 2 * d * BYTES[config.dtype])
 
 
+def layer_norms(config: ConfigDict) -> Count:
+    """The norms of one layer in its residual connection."""
+    one = norm(config)
+    return one + one if config.norm_placement == 'sandwich' else one
+
+
 def linear(inputs: int, outputs: int) -> Count:
     """A dense layer with bias; its activations are counted by who uses them."""
     return Count(inputs * outputs + outputs, 2 * inputs * outputs, 0)

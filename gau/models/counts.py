@@ -54,7 +54,7 @@ def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) ->
     for layer in range(config.num_layers):
         cost = family.count(config, attention, layer=layer, context=context, causal=causal)
         parts.append((f'layer {layer}', cost))
-    if config.norm_placement == 'pre':
+    if config.norm_placement != 'post':
         parts.append(('final norm', norm(config)))
     # Of the logits nothing is saved: what waits for the backward pass is the gradient of the hidden states.
     parts.append(('head (tied)', Count(0, 2 * d * vocab_size, d * size)))

@@ -94,7 +94,10 @@ COMMON = {
     'model_dim': count('D; by default what `size` says.'),
     'norm': choice('Norm of the layers and before the head.', 'scale_norm', 'layer_norm', 'rms_norm'),
     'norm_placement': choice(
-        '"pre": x + f(norm(x)), one norm before the head; "post": norm(x + f(x)).', 'pre', 'post', default='pre'
+        '"pre": x + f(norm(x)), one norm before the head; "post": norm(x + f(x)); "sandwich": x + norm(f(norm(x))), '
+        'the two norms apart, one norm before the head.',
+        *('pre', 'post', 'sandwich'),
+        default='pre',
     ),
     'absolute_position': choice(
         'Added to the embedding: a sinusoid scaled by one learned number, or nothing.',

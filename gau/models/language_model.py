@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)
-        if config.norm_placement == 'pre':
+        if config.norm_placement != 'post':
             self.final_norm = (FusedScaleNorm if fused else Norm)(config.norm, config.model_dim, config.dtype)
         self.dropout = nn.Dropout(config.dropout_rate)
         scan = config.layer_stack == 'scan'
@@ -205,7 +205,7 @@ class LanguageModel(nn.Module):
             x, _ = block(x, tokens, deterministic)
         if isinstance(x, Residual):
             return self.final_norm.of_residual(x)[1]
-        return self.final_norm(x) if config.norm_placement == 'pre' else x
+        return x if config.norm_placement == 'post' else self.final_norm(x)
 
     def _rope_tables(self, positions_BN: Array) -> dict[int, tuple[Array, Array]]:
         """Cosines and sines for every width that the layers rotate, computed once."""

@@ -25,12 +25,12 @@ VARIANTS = [
     ('flash', 'lm', {'relative_bias': 'none', 'rope': 'none'}),
     ('flash_quad', 'lm', {'relative_bias': 'rotary', 'num_heads': 4, 'head_decay': 1.0}),
     ('flash_quad', 'mlm', {'relative_bias': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'}),
-    ('flash', 'lm', {'norm': 'rms_norm', 'gate': 'none', 'absolute_position': 'none'}),
+    ('flash', 'lm', {'norm': 'rms_norm', 'norm_placement': 'sandwich', 'gate': 'none', 'absolute_position': 'none'}),
     ('flash', 'lm', {'relative_bias_init': 'normal', 'expansion_factor': 1.5}),
     ('transformer_plus_plus', 'lm', {'feed_forward': 'swiglu', 'gate': 'silu', 'relative_bias': 'toeplitz'}),
     ('transformer_plus_plus', 'mlm', {'attention_function': 'relu2', 'head_decay': 1.0, 'temperature': 'learned'}),
     ('mc_transformer_plus_plus', 'lm', {'branches': 'global'}),
-    ('mc_transformer_plus_plus', 'mlm', {'branches': 'local', 'norm': 'scale_norm'}),
+    ('mc_transformer_plus_plus', 'mlm', {'branches': 'local', 'norm': 'scale_norm', 'norm_placement': 'sandwich'}),
 ]
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS]
 CASES_AND_VARIANTS = [(*case, {}) for case in HELD] + SLOW

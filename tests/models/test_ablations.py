@@ -31,6 +31,7 @@ GAU_OPTIONS = [
     {'norm': 'layer_norm'},
     {'norm': 'rms_norm'},
     {'norm_placement': 'post'},
+    {'norm_placement': 'sandwich'},
     {'expansion_factor': 3.0},
     {'query_key_dim': 6},
 ]
@@ -55,6 +56,7 @@ ATTENTION_OPTIONS = [
     {'rope': 'none'},
     {'norm': 'scale_norm'},
     {'norm_placement': 'post'},
+    {'norm_placement': 'sandwich'},
 ]
 OPTIONS = [
     *(('flash_quad', option) for option in [*GAU_OPTIONS, {'normalizer': 'paper'}]),
@@ -105,6 +107,15 @@ def test_every_choice_of_the_model_is_tried_above():
         defaults = {base[field] for base in bases.values()} - {None}
         required = set(choices[field]) - (defaults if len(defaults) == 1 else set())
         assert required <= tried, field
+
+
+def test_a_sandwich_norm_takes_the_size_of_what_a_layer_adds():
+    for placement, same in (('sandwich', True), ('pre', False)):
+        model, params = make('flash', norm_placement=placement, num_layers=1)
+        block = params['blocks_0']
+        louder = {**block, 'gau': {**block['gau'], 'out': jax.tree.map(lambda x: 100 * x, block['gau']['out'])}}
+        logits, expected = (apply(model, {**params, 'blocks_0': own}, tokens(1)) for own in (louder, block))
+        assert (max_error(logits, expected) < 1e-3) == same
 
 
 def output_at_start(relative_bias, gamma_init):

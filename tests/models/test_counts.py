@@ -41,11 +41,11 @@ def test_base_is_the_papers_size():
 OPTIONS = [
     {'name': 'flash', 'num_heads': 4},
     {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'},
-    {'name': 'flash', 'branches': 'local', 'temperature': 'learned'},
+    {'name': 'flash', 'branches': 'local', 'temperature': 'learned', 'norm_placement': 'sandwich'},
     {'name': 'flash', 'branches': 'global', 'absolute_position': 'none'},
     {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0},
     {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4, 'head_decay': 1.0},
-    {'name': 'transformer', 'gate': 'silu', 'head_dim': 6, 'norm': 'rms_norm'},
+    {'name': 'transformer', 'gate': 'silu', 'head_dim': 6, 'norm': 'rms_norm', 'norm_placement': 'sandwich'},
     {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
     {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4, 'head_decay': 1.0},

@@ -33,9 +33,12 @@ ABLATIONS = {
         'flash',
         {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5},
     ),
-    'visible, laplace, no bias': (
+    'visible, laplace, no bias, sandwich norm': (
         'flash',
-        {'normalizer': 'visible', 'attention_function': 'laplace', 'relative_bias': 'none', 'gamma_init': 'ones'},
+        {
+            **{'normalizer': 'visible', 'attention_function': 'laplace', 'relative_bias': 'none'},
+            **{'gamma_init': 'ones', 'norm_placement': 'sandwich'},
+        },
     ),
     'reference impl, no positions': ('flash', {'impl': 'reference', 'rope': 'none', 'absolute_position': 'none'}),
     'quad, rotary bias, heads, visible': (

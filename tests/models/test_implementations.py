@@ -202,7 +202,7 @@ def test_norm_and_loss_follow_the_attention():
     fused = {'dtype': 'bfloat16'}
     whole = settle(tiny_config('flash', **fused), target=HOPPER)
     assert whole[:3] == ('triton', 'triton', 'triton')
-    for fields in ({'norm': 'layer_norm'}, {'norm_placement': 'post'}):
+    for fields in ({'norm': 'layer_norm'}, {'norm_placement': 'post'}, {'norm_placement': 'sandwich'}):
         assert settle(tiny_config('flash', **fused, **fields), target=HOPPER)[:3] == ('triton', 'xla', 'triton')
     # Without a gate only the attention has kernels.
     assert settle(tiny_config('flash_quad', **fused, gate='none'), target=HOPPER)[:3] == ('triton', 'xla', 'triton')
