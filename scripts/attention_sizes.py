@@ -24,8 +24,9 @@ def main() -> None:
     """Trains and prints."""
     if not all(step.isdecimal() for step in _STEPS.value) or not _STEPS.value:
         raise UserError(f'--steps={",".join(_STEPS.value)}: want whole numbers from 0 on')
-    flags.FLAGS.config.model.impl = 'xla'
     config = cli.load_config()
+    if config.model.impl == 'auto':
+        config.model.impl = 'xla'
     from gau.experiments import attention_sizes
     from gau.training.setup import Run
 

@@ -1,4 +1,4 @@
-"""All models, at equal tokens and equal size.
+"""The same as configs/paper/models.py with masked tokens, and with Linformer.
 
     python scripts/reproduce.py models_mlm --budget=small
 
@@ -13,26 +13,11 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from configs.paper import budgets
+from configs.paper import budgets, models
+from configs.paper.models import sweep_contexts  # noqa: F401  a sweep of this program, too
 from gau.experiments.sweep import Overrides
-from gau.experiments.table import Table
 
-TABLE = Table(
-    'Models as masked language models',
-    {'small': 'models,seed:3', 'tiny': 'models,seed:2', 'paper': 'models,contexts,seed:3'},
-    {'by': 'model.name,data.context', 'against': 'model.name=transformer_plus_plus'},
-)
-MODELS = (
-    'flash',
-    'flash_quad',
-    'transformer_plus_plus',
-    'transformer_plus',
-    'transformer',
-    'mc_transformer_plus_plus',
-    'performer',
-    'combiner',
-    'linformer',
-)
+TABLE = models.TABLE._replace(title='Models as masked language models')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -40,13 +25,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return budgets.get_config(arg, objective='mlm')
 
 
-def sweep_models(*models: str) -> Iterator[Overrides]:
+def sweep_models(*names: str) -> Iterator[Overrides]:
     """Models by name; by default all."""
-    for model in models or MODELS:
-        yield {':model': model}
-
-
-def sweep_contexts(*contexts: int) -> Iterator[Overrides]:
-    """Tokens in a sequence; by default the paper's."""
-    for context in contexts or (512, 1024, 2048, 4096, 8192):
-        yield {':context': context}
+    return models.sweep_models(*(names or (*models.MODELS, 'linformer')))

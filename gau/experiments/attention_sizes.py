@@ -10,6 +10,10 @@ from jax import Array
 
 from gau.data import pipeline
 from gau.errors import UserError
+from gau.models.architectures import ARCHITECTURES
+from gau.models.attentions.mixed_chunk import MixedChunk
+from gau.models.attentions.quadratic import Quadratic
+from gau.models.families.gated_unit import GatedUnit
 from gau.objectives import objective as objectives
 from gau.ops.masks import document_length, visibility_mask
 from gau.ops.positions import bias_matrix
@@ -34,8 +38,11 @@ _NORM, _UNIT, _QUERY_KEY, _BIAS = 'norm', 'gau', 'query_key', 'relative_bias'
 def check(config: Any) -> None:
     """Raises UserError if a resolved config has no gated units that can be looked into."""
     model = config.model
-    if model.expansion_factor is None:
+    family, attention, _ = ARCHITECTURES[model.name]
+    if not isinstance(family, GatedUnit):
         raise UserError(f'model.name={model.name} has no gated units')
+    if not isinstance(attention, Quadratic | MixedChunk):
+        raise UserError(f'model.name={model.name}: only the attention of flash and flash_quad can be looked into')
     if model.branches == 'global':
         raise UserError('model.branches=global has no weights between tokens')
     wanted = {'layer_stack': 'unrolled', 'temperature': 'none', 'norm_placement': 'pre', 'impl': 'xla'}

@@ -55,8 +55,11 @@ def test_softmax_rows_sum_to_one():
 
 
 def test_models_without_gated_units_are_refused():
-    with pytest.raises(UserError, match='no gated units'):
-        attention_sizes.check(training_config.resolve(lm.get_config('runlocal,model=transformer')))
+    for name in ('transformer', 'combiner'):
+        with pytest.raises(UserError, match=f'model.name={name} has no gated units'):
+            attention_sizes.check(training_config.resolve(lm.get_config(f'runlocal,model={name}')))
+    with pytest.raises(UserError, match=r'model\.norm_placement=sandwich'):
+        attention_sizes.check(config_of(norm_placement='sandwich'))
     with pytest.raises(UserError, match='no weights'):
         attention_sizes.check(config_of(branches='global'))
     with pytest.raises(UserError, match=r'model\.temperature=learned'):
