@@ -8,12 +8,15 @@ import time
 
 import pytest
 
-from gau.experiments import publish
+from gau.experiments import publish, report, runs
+from gau.experiments.report import Options
+from gau.experiments.sweep import Program, find_points
+from gau.training import loop
 from gau.training import workdir as files
 from tests.conftest import ROOT
 from tests.training.tiny import read_metrics
 
-CONFIG = '--config=tests/experiments/program.py'
+PROGRAM = 'tests/experiments/program.py'
 
 
 def start(*arguments):
@@ -52,39 +55,43 @@ def kill_run(workdir):
                 os.kill(int(process), signal.SIGKILL)
 
 
+def check_undisturbed(sweep, directory, config, expression):
+    """Checks that every run of a sweep has the metrics of one that trains to its end, in this process."""
+    path, _, argument = config.partition(':')
+    points = find_points(Program(str(ROOT / path), argument), expression)
+    assert sorted(path.parent.name for path in sweep.glob('*/final.json')) == sorted(point.name for point in points)
+    for point in points:
+        loop.train(point.config, directory / point.name)
+        assert read_metrics(sweep / point.name) == read_metrics(directory / point.name)
+
+
 def test_a_killed_run_of_a_sweep_ends_like_an_undisturbed_one(tmp_path):
-    sweep = start('scripts/sweep.py', CONFIG, '--sweep=seed:2', f'--workdir={tmp_path / "sweep"}')
-    kill_run(wait_for_step(tmp_path / 'sweep', 6))
+    path = tmp_path / 'sweep'
+    sweep = start('scripts/sweep.py', f'--config={PROGRAM}', '--sweep=seed:2', f'--workdir={path}', '--per_device=2')
+    kill_run(wait_for_step(path, 6))
     out, err = sweep.communicate(timeout=1200)
     assert sweep.returncode == 0, out + err
-    code, _, err = run('train.py', CONFIG, '--config.seed=0', f'--workdir={tmp_path / "alone"}')
-    assert code == 0, err
-    assert read_metrics(tmp_path / 'sweep' / 'seed_0') == read_metrics(tmp_path / 'alone')
-    code, out, err = run('scripts/report.py', str(tmp_path / 'sweep'))
-    assert code == 0, err
-    assert '(n=2)' in out
-    assert publish.check(tmp_path / 'sweep' / 'report.jsonl') == publish.SAME
+    assert 'killed by SIGKILL' in out
+    check_undisturbed(path, tmp_path, PROGRAM, 'seed:2')
+    found, unfinished = runs.find([path])
+    assert not unfinished
+    assert '(n=2)' in publish.write(report.make(found, Options()), found, path / 'report')
+    assert publish.check(path / 'report.jsonl') == publish.SAME
 
 
 @pytest.mark.slow
 def test_two_chunk_sizes_by_two_expansions_by_two_seeds(tmp_path):
-    arguments = ['scripts/sweep.py', '--config=configs/quickstart.py:runlocal', '--per_device=2']
-    arguments += ['--sweep=model.chunk_size:16:32,model.expansion_factor:1.0:2.0,seed:2']
-    arguments += ['--config.eval.every_steps=5']
-    code, _, err = run(*arguments, f'--workdir={tmp_path / "undisturbed"}')
-    assert code == 0, err
-    killed = tmp_path / 'killed'
-    sweep = start(*arguments, f'--workdir={killed}')
+    config, killed = 'configs/quickstart.py:runlocal', tmp_path / 'killed'
+    expression = 'model.chunk_size:16:32,model.expansion_factor:1.0:2.0,seed:2'
+    arguments = ['scripts/sweep.py', f'--config={config}', f'--sweep={expression}', f'--workdir={killed}']
+    sweep = start(*arguments, '--per_device=2')
     kill_run(wait_for_step(killed, 11))
     time.sleep(1)
     sweep.kill()
     sweep.communicate()
-    code, out, err = run(*arguments, f'--workdir={killed}')
+    code, out, err = run(*arguments, '--per_device=2')
     assert code == 0, out + err
-    names = sorted(path.parent.name for path in killed.glob('*/final.json'))
-    assert len(names) == 8
-    for name in names:
-        assert read_metrics(killed / name) == read_metrics(tmp_path / 'undisturbed' / name)
+    check_undisturbed(killed, tmp_path, config, expression)
     output = tmp_path / 'table'
     code, out, err = run('scripts/report.py', str(killed), '--against=model.chunk_size=32', f'--output={output}')
     assert code == 0, err
@@ -92,6 +99,7 @@ def test_two_chunk_sizes_by_two_expansions_by_two_seeds(tmp_path):
     assert len(table) == 4
     p = next(line[6].strip() for line in table if line[1].strip() == '16')
     assert 0 <= float(p) <= 1
+    # Two evaluations a run: the curves over tokens and time are those of the training loss.
     for figure in ('tokens', 'time', 'values', 'speed'):
         assert (tmp_path / f'table_{figure}.png').stat().st_size > 5000
 
