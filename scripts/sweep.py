@@ -4,6 +4,7 @@
     python scripts/sweep.py --config=FILE --sweep=NAME,seed --dry_run            what it would run and cost
     python scripts/sweep.py --config=FILE --sweep=NAME --compile_check=v4:2x2x1  whether each point fits
     python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --point=3   one point, for job arrays
+    python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --executor=ray   on a Ray cluster
 
 A sweep is a generator `sweep_NAME` of the config program; `seed` is always there, and any field of the config is one:
 `FIELD:VALUE:VALUE`. A comma takes the product, `+` the union. Each point is a run of train.py in DIR/POINT with its
@@ -12,6 +13,10 @@ output in DIR/POINT.log. The same command goes on with what is not finished. Ctr
 Exit codes: 0 every point is finished; 1 some are not, for the reasons printed; 2 bad usage, in one line; 130 / 143
 stopped by SIGINT / SIGTERM.
 """
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import _root  # noqa: F401
 from absl import flags
@@ -22,10 +27,16 @@ from gau.errors import UserError
 from gau.experiments import plan
 from gau.experiments.sweep import Point, Program, find_points
 
+if TYPE_CHECKING:
+    from gau.experiments.runner import Runner
+
 _SWEEP = flags.DEFINE_string('sweep', None, 'Sweeps: "," product, "+" union; NAME:ARGUMENT, FIELD:VALUE:VALUE.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; each point has its own below it.')
 _PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device and its memory.', lower_bound=1)
 _POINT = flags.DEFINE_integer('point', None, 'Run this point alone, by its number from 0 (see --dry_run).')
+_EXECUTOR = flags.DEFINE_enum(
+    'executor', 'local', ['local', 'ray'], 'This machine, or the Ray cluster of RAY_ADDRESS or of this machine.'
+)
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
 _CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run estimates.')
 _UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
@@ -67,22 +78,36 @@ def _program() -> Program:
 
 
 def _run(program: Program, points: list[Point]) -> int:
-    from gau.experiments.devices import find_places
     from gau.experiments.directory import SweepDirectory
     from gau.experiments.display import Display
-    from gau.experiments.runner import Runner
 
     accepted = [point for point in points if point.config is not None]
-    places = find_places(_PER_DEVICE.value)
     directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, accepted)
+    make = _runner()
     directory.claim()
     chosen = accepted if _POINT.value is None else [points[_POINT.value]]
     with Display(plan.weights(chosen)) as display:
-        runner = Runner(program, chosen, directory, places, tell=display.tell, show=display.show)
+        runner = make(program, chosen, directory, tell=display.tell, show=display.show)
         code = runner.run()
     refused = len(points) - len(accepted)
     print(plan.outcome(runner.tasks, refused=refused if _POINT.value is None else 0))
     return code or int(refused > 0 and _POINT.value is None)
+
+
+def _runner() -> Callable[..., 'Runner']:
+    """Returns what makes the runner; raises UserError if there is nowhere to run."""
+    if _EXECUTOR.value == 'ray':
+        if _POINT.value is not None:
+            raise UserError('--point runs here: it does not go with --executor=ray')
+        try:
+            from gau.experiments.ray_runner import RayRunner
+        except ModuleNotFoundError as error:
+            raise UserError('--executor=ray needs Ray: pip install -r requirements-ray.txt') from error
+        return functools.partial(RayRunner, per_device=_PER_DEVICE.value)
+    from gau.experiments.devices import find_places
+    from gau.experiments.local_runner import LocalRunner
+
+    return functools.partial(LocalRunner, places=find_places(_PER_DEVICE.value))
 
 
 if __name__ == '__main__':

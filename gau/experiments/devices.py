@@ -9,6 +9,7 @@ from gau.errors import UserError
 
 # Of a GPU's memory, what the runs on it take together; the rest is for CUDA itself.
 MEMORY_FRACTION = 0.92
+_FRACTION = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
 DEVICE_FILES = Path('/dev')
 
 
@@ -34,11 +35,8 @@ def find_places(per_device: int) -> list[Place]:
     """
     gpus = [] if os.environ.get('JAX_PLATFORMS') in ('cpu', 'tpu') else _gpus()
     if gpus:
-        share = float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', MEMORY_FRACTION)) / per_device
-        places = [
-            Place(f'gpu {gpu}', {'CUDA_VISIBLE_DEVICES': gpu, 'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{share:.3f}'})
-            for gpu in gpus
-        ]
+        share = memory_share(per_device)
+        places = [Place(f'gpu {gpu}', {'CUDA_VISIBLE_DEVICES': gpu, **share}) for gpu in gpus]
         # One run on each device first, then a second one.
         return places * per_device
     chips = [] if os.environ.get('JAX_PLATFORMS') == 'cpu' else sorted(DEVICE_FILES.glob('accel[0-9]*'))
@@ -46,11 +44,22 @@ def find_places(per_device: int) -> list[Place]:
         # From v5e on. Other devices may lie there as well, so TPUs must be asked for.
         chips = sorted(DEVICE_FILES.glob('vfio/[0-9]*'))
     if chips:
-        if per_device > 1:
-            raise UserError(f'--per_device={per_device}: a TPU chip serves one run at a time')
+        check_tpu_share(per_device)
         alone = {'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1', 'TPU_PROCESS_BOUNDS': '1,1,1'}
         return [Place(f'tpu {number}', {'TPU_VISIBLE_CHIPS': str(number), **alone}) for number in range(len(chips))]
     return [Place('cpu', {})] * per_device
+
+
+def memory_share(per_device: int) -> dict[str, str]:
+    """Returns the environment of a run that shares a GPU's memory with others, `per_device` in all."""
+    share = float(os.environ.get(_FRACTION, MEMORY_FRACTION)) / per_device
+    return {_FRACTION: f'{share:.3f}'}
+
+
+def check_tpu_share(per_device: int) -> None:
+    """Raises UserError if runs are to share a TPU chip."""
+    if per_device > 1:
+        raise UserError(f'--per_device={per_device}: a TPU chip serves one run at a time')
 
 
 def _gpus() -> list[str]:

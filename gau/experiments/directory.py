@@ -129,6 +129,10 @@ class SweepDirectory:
             return 'nothing was printed'
         return lines[-1].strip() if lines else 'nothing was printed'
 
+    def starts(self) -> list[dict[str, Any]]:
+        """Returns the lines of attempts.jsonl that are starts, oldest first."""
+        return [line for line in files.read_metrics(self.path / ATTEMPTS) if line['event'] == 'start']
+
     def note(self, name: str, **fields: Any) -> None:
         """Appends a line to attempts.jsonl."""
         line = json.dumps({'point': name, 'time': round(time.time(), 3), **fields})

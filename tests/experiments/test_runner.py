@@ -18,8 +18,8 @@ sys.path.insert(0, 'scripts')
 from pathlib import Path
 sys.argv = ['scripts/sweep.py', *sys.argv[1:]]
 sys.path.insert(0, '.')
-from gau.experiments import runner
-runner.TRAIN = Path('tests/experiments/fake_train.py')
+from gau.experiments import process
+process.TRAIN = Path('tests/experiments/fake_train.py')
 runpy.run_path('scripts/sweep.py', run_name='__main__')
 """
 CONFIG = '--config=tests/experiments/program.py'
