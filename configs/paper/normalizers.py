@@ -3,10 +3,12 @@
     python scripts/reproduce.py normalizers --budget=small
 
 Question: q.k enters relu^2 as 1 / n^2; does the paper's n (the chunk's length here) hold the unit back? `su` divides
-inside by sqrt(S) and outside by the keys that a query sees. softmax, which has no normaliser, is the other end.
+inside by sqrt(S) and outside by the keys that a query sees. softmax, which has no normaliser, is the other end. With
+`su` the relative bias starts as N(0, 0.02) and not as a mean: that point changes two things; with the argument
+recipe=paper all start so.
 
-Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet; one seed each had 3.776 (paper),
-3.830 (su), 3.630 (softmax with gamma from ones).
+Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet; one seed each, all with that start,
+had 3.776 (paper), 3.830 (su), 3.630 (softmax with gamma from ones).
 """
 
 from collections.abc import Iterator
