@@ -22,7 +22,7 @@ def quadratic_attention(
     causal: bool,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    impl: str = 'reference',
+    impl: str = 'xla',
     sequence_axis: str | None = None,
 ) -> Array:
     """Returns A V for one head, A = f(q k^T / n + b) over the visible keys.
@@ -102,7 +102,7 @@ def gated_quadratic_attention(
     """
     u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
     fields = {'scoring': scoring, 'causal': causal, 'segment_ids_BN': segment_ids_BN, 'bias_P': bias_P}
-    return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, **fields)
+    return u_BNE * quadratic_attention(q_BNS, k_BNS, v_BNE, impl='reference', **fields)
 
 
 def gate_and_values(p_BNW: Array, bias_2E: Array) -> tuple[Array, Array]:

@@ -49,7 +49,11 @@ def run(q, k, v, g, ids, *, causal, implementation):
         if implementation is not None:
             return cudnn_attention(q, k, v, causal=causal, segment_ids_BN=ids, implementation=implementation)
         one_head = functools.partial(
-            quadratic_attention, scoring=Scoring('softmax', None), causal=causal, segment_ids_BN=ids
+            quadratic_attention,
+            scoring=Scoring('softmax', None),
+            causal=causal,
+            segment_ids_BN=ids,
+            impl='reference',
         )
         return jax.vmap(one_head, 2, 2)(q, k, v)
 

@@ -198,7 +198,9 @@ def test_one_chunk_is_quadratic_attention(causal):
     bias = bias_matrix(bias_P, N, N)
     scoring = Scoring('relu2', 'fixed', 9)
     y = apply(x, bias, chunk_size=30, branches='local', causal=causal, scoring=scoring, impl='xla')
-    expected = quadratic_attention(x[0], x[1], jnp.asarray(x[4]), scoring=scoring, causal=causal, bias_P=bias_P)
+    expected = quadratic_attention(
+        x[0], x[1], jnp.asarray(x[4]), scoring=scoring, causal=causal, bias_P=bias_P, impl='reference'
+    )
     np.testing.assert_allclose(y, expected, atol=1e-13)
 
 

@@ -16,7 +16,7 @@ from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expe
 
 OPS = {
     'reference': {
-        'plain': reference.quadratic_attention,
+        'plain': functools.partial(reference.quadratic_attention, impl='reference'),
         'gated': reference.gated_quadratic_attention,
     },
     'triton': {'plain': host.quadratic_attention, 'gated': gated_quadratic.gated_quadratic_attention},
