@@ -36,19 +36,23 @@ def positions(kind, batch, n):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('roles', [2, 4])
 @pytest.mark.parametrize(
-    ('batch', 'n', 's', 'rope'),
+    ('roles', 'batch', 'n', 's', 'rope'),
     [
         # Tiles that stick out of the rows; of half the width; an odd width; several tiles for a program.
-        (2, 13, 16, 'shared'),
-        (3, 5, 12, 'own'),
-        (1, 7, 9, 'none'),
-        (2, 37, 70, 'shared'),
-        (2, 37, 256, 'own'),
-        (1, 33, 128, 'none'),
+        (2, 2, 13, 16, 'shared'),
+        (4, 2, 13, 16, 'shared'),
+        (4, 3, 5, 12, 'own'),
+        (2, 1, 7, 9, 'none'),
+        (4, 1, 7, 9, 'none'),
+        (4, 2, 37, 70, 'shared'),
+        (2, 2, 37, 256, 'own'),
+        (4, 1, 33, 128, 'none'),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            (2, 3, 5, 12, 'own'), (2, 2, 37, 70, 'shared'), (4, 2, 37, 256, 'own'), (2, 1, 33, 128, 'none'),
+        ]),
     ],
-)
+)  # fmt: skip
 def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
     small = {
         'QUERIES_KEYS': tile_sizes.QUERIES_KEYS._replace(numbers=256),
