@@ -138,7 +138,6 @@ def _export(module: Any, example: tuple, path: Path, *, inputs: list[str], outpu
         program = torch.onnx.export(
             *(module, example),
             dynamo=True,
-            optimize=False,  # a third of the time; runtimes do it when they load a graph
             input_names=inputs,
             output_names=outputs,
             dynamic_shapes=shapes,
