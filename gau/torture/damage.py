@@ -13,11 +13,11 @@ import json
 import lzma
 import random
 import shutil
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from gau import cli
 from gau.errors import RunFailed, UserError
 from gau.torture.lab import STEPS, compare_runs
 from gau.torture.tally import Tally, to_json
@@ -186,15 +186,16 @@ def _tokenizer_file(directory: Path) -> Path:
     return path
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Prints a tally after every input, of that input alone."""
-    directory, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    files = _Files(directory, seed)
-    for _ in range(count):
+    directory, seed, count = arguments
+    files = _Files(Path(directory), int(seed))
+    for _ in range(int(count)):
         tally = Tally('damaged files')
         files.one(tally)
         print(to_json(tally), flush=True)
 
 
 if __name__ == '__main__':
-    main()
+    # As the commands start, which leave out what Orbax prints of reads that have failed.
+    cli.run(main, arguments=True)
