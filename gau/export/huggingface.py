@@ -19,7 +19,7 @@ FIELDS = (
     *('num_layers', 'model_dim', 'num_heads', 'head_decay', 'norm', 'norm_placement', 'absolute_position', 'rope'),
     *('dropout_rate', 'gate', 'query_key_dim', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
-    *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction'),
+    *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),
 )
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),
@@ -87,8 +87,6 @@ def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int)
             f'gau/export/modeling_gau.py, which holds {", ".join(held)}; --format=safetensors has the weights alone'
         )
     unknown = {name for name in model if model[name] is not None} - {*FIELDS, *NOT_OF_THE_MODEL}
-    if model.global_decay == 1:
-        unknown.discard('global_decay')
     if unknown:
         raise UserError(
             f'model.{min(unknown)} is not known to gau/export/modeling_gau.py: the model cannot be exported'

@@ -34,7 +34,7 @@ FIELDS = {
     **dict(num_heads=1, head_decay=0.0, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
     **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
     **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
-    **dict(chunk_size=256, branches='both', global_reduction='mean'),  # mixed chunk attention
+    **dict(chunk_size=256, branches='both', global_reduction='mean', global_decay=1.0),  # mixed chunk attention
     **dict(expanded_dim=1536, query_key_dim=128),  # gated attention units
     **dict(head_dim=None, feed_forward=None, feed_forward_dim=None),  # Transformers
 }
@@ -181,6 +181,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.heads, self.width = config, heads, width
         self.local, self.across = config.branches != 'global', config.branches in ('both', 'global')
+        self.decay = config.global_decay or 1.0  # of a chunk's weight in the sums, for every chunk that follows it
         if config.learned_temperature:
             self.temperature = Scale()
         if config.relative_bias in ('toeplitz', 'rotary'):
@@ -219,11 +220,13 @@ class Attention(nn.Module):
             out = self.weights(q, state['k'], seen, size, bias).to(v.dtype) @ state['v']
         if self.across:
             before_B = lengths_B - place_B
+            if self.decay < 1:
+                before_B = size * (1 - self.decay ** (before_B // size).to(wide(q_lin).dtype)) / (1 - self.decay)
             out = out + self.scaled(q_lin, before_B[:, None, None]).to(v.dtype) @ state['sum'].to(v.dtype)
             chunk = state['open'] + wide(k_lin).transpose(-1, -2) @ wide(v)
             full = (place_B == size - 1)[:, None, None, None]
             zero = torch.zeros_like(chunk)
-            state['sum'] = state['sum'] + torch.where(full, chunk, zero)
+            state['sum'] = torch.where(full, self.decay * state['sum'] + chunk, state['sum'])
             state['open'] = torch.where(full, zero, chunk)
         return out, state
 
@@ -248,7 +251,7 @@ class Attention(nn.Module):
     def scaled(self, q_lin: Tensor, count: Tensor) -> Tensor:
         """Queries of the linear attention over the number of tokens that they read; 0 where there are none."""
         dtype = wide(q_lin).dtype
-        share = 1 / count.clamp(min=1).to(dtype) if self.config.global_reduction == 'mean' else 1.0
+        share = 1 / torch.where(count > 0, count, 1).to(dtype) if self.config.global_reduction == 'mean' else 1.0
         return wide(q_lin) * ((count > 0).to(dtype) * share)[..., None]
 
     def quadratic(self, q: Tensor, k: Tensor, v: Tensor, ids_BN: Tensor | None) -> Tensor:
@@ -296,7 +299,8 @@ class Attention(nn.Module):
                 out = out + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
             if lengths_B is not None:
                 chunk_BG = torch.arange(groups, device=v.device) - (lengths_B // size)[:, None]
-                state['sum'] = torch.einsum('bg,bhgse->bhse', (chunk_BG < 0).to(kv.dtype), kv)
+                weights_BG = (chunk_BG < 0).to(kv.dtype) * self.decay ** (-1 - chunk_BG).clamp(min=0).to(kv.dtype)
+                state['sum'] = torch.einsum('bg,bhgse->bhse', weights_BG, kv)
                 state['open'] = torch.einsum('bg,bhgse->bhse', (chunk_BG == 0).to(kv.dtype), kv)
         if self.local and lengths_B is not None:
             rows, last_B = torch.arange(batch, device=v.device), (lengths_B // size).clamp(max=groups - 1)
@@ -324,6 +328,8 @@ class Attention(nn.Module):
             at_tail = (ids_BGC == tail) & real
             kv = torch.einsum('bhgcs,bhgce->bhgse', wide(k_lin * at_tail[:, None, ..., None]), wide(v))
             continues_BGG = (order_GG & (head == tail.transpose(1, 2)) & (head > 0)).to(kv.dtype)
+            if self.decay < 1:
+                continues_BGG = continues_BGG * self.decay ** (g[:, None] - g - 1).clamp(min=0).to(kv.dtype)
             sums = torch.einsum('bgi,bhise->bhgse', continues_BGG.expand(v.shape[0], -1, -1), kv)
             count = (continues_BGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype))[..., 0]
             seen.append((sums, count, (ids_BGC == head) & real))

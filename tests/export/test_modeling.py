@@ -21,6 +21,8 @@ VARIANTS = [
     *(('flash', 'mlm', {'normalizer': name}) for name in ('visible', 'su', 'fixed')),
     *(('flash', objective, {'branches': name}) for name in ('local', 'global') for objective in ('lm', 'mlm')),
     ('flash', 'lm', {'global_reduction': 'sum', 'temperature': 'learned'}),
+    ('flash', 'lm', {'global_decay': 0.7}),
+    ('flash', 'lm', {'global_decay': 0.5, 'global_reduction': 'sum'}),
     ('flash', 'lm', {'relative_bias': 'rotary', 'chunk_size': 6}),
     ('flash', 'lm', {'relative_bias': 'none', 'rope': 'none'}),
     ('flash_quad', 'lm', {'relative_bias': 'rotary', 'num_heads': 4, 'head_decay': 1.0}),
