@@ -1,5 +1,7 @@
 """Every ablation changes the computation: an option that is ignored fails here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,9 @@ OPTIONS = [
 ]
 
 
+_made = functools.cache(make)
+
+
 def shared(own, others):
     """`own` with every leaf that `others` has in the same shape taken from there."""
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(others)}
@@ -88,7 +93,7 @@ def test_the_option_changes_the_computation(name, option):
     base_option = {'num_heads': option['num_heads']} if 'head_decay' in option else {}
     base_layers = {'num_layers': 2 if 'head_decay' in option else 1}
     objective = 'mlm' if ARCHITECTURES[name].not_causal else 'lm'
-    _, base_params = (base := make(name, objective, **base_option, **base_layers))
+    _, base_params = (base := _made(name, objective, **base_option, **base_layers))
     expected = apply(*base, tokens(1))
     model, params = make(name, objective, **option, **base_layers)
     logits = apply(model, shared(params, base_params), tokens(1))

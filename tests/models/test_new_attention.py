@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,12 @@ def registered(monkeypatch):
 def python(*arguments, **environment):
     """Runs a program that registers the toy before it."""
     result = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment, 'PYTHONPATH': '.'},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -95,7 +101,7 @@ def test_it_is_described():
         "import runpy, sys; from tests.models import toy_attention; toy_attention.register(); sys.path[0] = 'scripts'; "
     )
     code += "sys.argv[0] = 'describe.py'; runpy.run_path('scripts/describe.py', run_name='__main__')"
-    out = python('-c', code, '--config=configs/lm.py:model=toy,size=tiny', '--contexts=512', PYTHONPATH='.')
+    out = python('-c', code, '--config=configs/lm.py:model=toy,size=tiny', '--contexts=512')
     assert out.startswith('toy, lm')
     assert 'layer 0 to 3, each' in out
 
@@ -123,7 +129,7 @@ def test_its_shards_are_checked():
 
 def test_devices_share_it():
     """Loss and gradients on four simulated devices, of which two share rows and two the width, and on one."""
-    found = json.loads(python('-m', 'tests.models.test_new_attention', JAX_PLATFORMS='cpu', PYTHONPATH='.'))
+    found = json.loads(python('-m', 'tests.models.test_new_attention', JAX_PLATFORMS='cpu'))
     assert sorted(found) == NAMES
     assert max(found.values()) < 1e-12
 
@@ -150,12 +156,12 @@ def main() -> None:
         def loss(params, sequence, weights, model=model):
             return model.apply({'params': params}, sequence, sequence, weights, method='weighted_loss')
 
-        alone = jax.jit(jax.value_and_grad(loss))(params, *batch)
+        alone = tiny.compile_fast(jax.value_and_grad(loss))(params, *batch)
         types = (jax.sharding.AxisType.Auto,) * 4
         mesh = jax.make_mesh((2, 1, 2, 1), ('data', 'fsdp', 'tensor', 'sequence'), axis_types=types)
         placed = jax.device_put(params, meshes.shardings(boxed, mesh))
         with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.AXIS_RULES):
-            step = jax.jit(jax.value_and_grad(lambda *args, loss=loss: loss(*args)))
+            step = tiny.compile_fast(jax.value_and_grad(lambda *args, loss=loss: loss(*args)))
             found = step(placed, *jax.device_put(batch, meshes.batch_sharding(mesh)))
         report[name] = max_error(found, alone)
     print(json.dumps(report))
