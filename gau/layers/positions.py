@@ -16,11 +16,10 @@ class RelativeBias(nn.Module):
     Attributes:
       kind: 'toeplitz', a table of 2 * length - 1 numbers; or 'rotary', two vectors `a` and `c` rotated by position.
       num_heads: H.
-      length: longest distance + 1 that the table serves.
+      length: longest distance + 1 that the table serves, and that `start` is for.
       width: S, even, of the vectors of the rotary form.
       dtype: compute type of the model.
-      start: sqrt(n) b at the start, alike for every distance between n positions: `length`, or for 'rotary' those that
-        the parameters are drawn for. None: every parameter is drawn from N(0, 0.02).
+      start: sqrt(length) b at the start, alike for every distance. None: every parameter is drawn from N(0, 0.02).
     """
 
     kind: str
@@ -52,7 +51,7 @@ class RelativeBias(nn.Module):
             if queries_BT is not None:
                 return jax.vmap(lambda w: toeplitz_bias_at(w, queries_BT, n))(w_HP)
             return jax.vmap(lambda w: toeplitz_bias(w, n))(w_HP)
-        init = KERNEL_INIT if self.start is None else slowest_pair_init(self.start * n**-0.5)
+        init = KERNEL_INIT if self.start is None else slowest_pair_init(self.start * self.length**-0.5)
         init = nn.with_logical_partitioning(init, ('heads', 'query_key'))
         a_HS = self.param('a', init, (self.num_heads, self.width), dtype)
         c_HS = self.param('c', init, (self.num_heads, self.width), dtype)

@@ -27,7 +27,7 @@ class QuadraticCore(AttentionCore):
       scoring: attention function f and normaliser n.
       temperature: 'learned' multiplies q.k by one learned number, 'none' does not.
       relative_bias: b: 'toeplitz', 'rotary' or 'none'.
-      relative_bias_length: positions that the Toeplitz table serves.
+      relative_bias_length: n, the positions that the Toeplitz table serves, and that a start is for.
       relative_bias_start: sqrt(n) b at the start, or None for the paper's (see `RelativeBias`).
     """
 

@@ -12,13 +12,13 @@ from gau.models.registry import build
 from gau.models.target import Target
 
 
-def relative_biases(context=64, **fields):
-    """Returns the resolved config and the parameters of every layer's bias of a freshly drawn model."""
+def relative_biases(context=64, drawn_for=None, **fields):
+    """Returns the resolved config and the parameters of every layer's bias, freshly drawn by a call of some length."""
     config = default_config()
     config.update({'size': 'tiny', 'num_layers': 2, 'model_dim': 32, 'dtype': 'float32', **fields})
     config = resolve(config, causal=True, context=context)
     model = build(config, vocab_size=64, causal=True, target=Target.of_device(jax.devices()[0], sequence_shards=1))
-    tokens_BN = jnp.zeros((1, context), jnp.int32)
+    tokens_BN = jnp.zeros((1, drawn_for or context), jnp.int32)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens_BN))['params']
     layers = [block.get('gau') or block['attention'] for name, block in params.items() if name.startswith('blocks_')]
     assert len(layers) == 2
@@ -47,7 +47,10 @@ def test_a_table_starts_so_that_weights_are_scale_squared_over_n(fields, positio
 def test_the_rotary_form_starts_near_the_same_bias_for_every_distance():
     from gau.ops.positions import rotary_bias
 
-    config, biases = relative_biases(name='flash_quad', relative_bias='rotary', relative_bias_init='mean', context=1024)
+    # Whatever the length of the call that draws the parameters.
+    fields = {'name': 'flash_quad', 'relative_bias': 'rotary', 'relative_bias_init': 'mean', 'context': 1024}
+    config, biases = relative_biases(**fields, drawn_for=2)
+    assert config.relative_bias_length == 1024
     for bias in biases:
         b_P = rotary_bias(bias['a'][0], bias['c'][0], 1024)
         start = config.relative_bias_scale / 1024**0.5

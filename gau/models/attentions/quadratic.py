@@ -39,7 +39,7 @@ class Quadratic(ScoredAttention):
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
         super().check(config, causal=causal, context=context, chosen=chosen)
-        length = config.relative_bias_length
+        length = self.longest_decoded(config)
         if length is not None and length < context:
             raise UserError(f'model.relative_bias_length={length} is too short for a context of {context}')
 
@@ -63,7 +63,7 @@ class Quadratic(ScoredAttention):
 
     def longest_decoded(self, config: ConfigDict) -> int | None:
         """See the base class."""
-        return config.relative_bias_length
+        return config.relative_bias_length if config.relative_bias == 'toeplitz' else None
 
 
 def _cudnn(config: ConfigDict, target: Target) -> str | None:

@@ -30,7 +30,10 @@ SCORING_FIELDS = {
         'of a chunk), else rotary; in Transformers none.',
         *('toeplitz', 'rotary', 'none'),
     ),
-    'relative_bias_length': count('Positions that the table serves; default the context, in chunks C.'),
+    'relative_bias_length': count(
+        'Positions that the table serves, or for which relative_bias_init=mean starts a rotary bias; default the '
+        'context, in chunks C.'
+    ),
     'relative_bias_init': choice(
         'Where b starts, for relu2. "mean" (default): alike for all distances, so large that a weight starts as '
         'relative_bias_scale^2 / n, n the positions (docs/results/quality.md). "normal", the paper\'s: N(0, 0.02); '
@@ -41,6 +44,11 @@ SCORING_FIELDS = {
         'Of relative_bias_init=mean.', default=2.0, wrong=lambda value: not value > 0, right='positive'
     ),
 }
+
+
+def _has_length(bias: str, start: str | None) -> bool:
+    """Whether a relative bias depends on how many positions it is made for."""
+    return bias == 'toeplitz' or (bias == 'rotary' and start == 'mean')
 
 
 class ScoredAttention(Attention):
@@ -65,7 +73,7 @@ class ScoredAttention(Attention):
             void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
         if config.normalizer not in ('fixed', None):
             void['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
-        if config.relative_bias not in ('toeplitz', None):
+        if not _has_length(config.relative_bias or 'toeplitz', start):
             void['relative_bias_length'] = f'it is the length of a toeplitz table, and this is {config.relative_bias}'
         return void
 
@@ -77,11 +85,11 @@ class ScoredAttention(Attention):
         positions = self.positions(fill.config, context)
         by_length = 'toeplitz' if positions <= TOEPLITZ_LIMIT else 'rotary'
         fill('relative_bias', self.fields['relative_bias'].default or by_length)
-        if fill.config.relative_bias == 'toeplitz':
+        fill('relative_bias_init', self._start(fill.config))
+        if _has_length(fill.config.relative_bias, fill.config.relative_bias_init):
             fill('relative_bias_length', positions)
         else:
             fill.drop('relative_bias_length')
-        fill('relative_bias_init', self._start(fill.config))
 
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
