@@ -130,8 +130,8 @@ class SweepDirectory:
         return lines[-1].strip() if lines else 'nothing was printed'
 
     def starts(self) -> list[dict[str, Any]]:
-        """Returns the lines of attempts.jsonl that are starts, oldest first."""
-        return [line for line in files.read_metrics(self.path / ATTEMPTS) if line['event'] == 'start']
+        """See `read_starts`."""
+        return read_starts(self.path)
 
     def note(self, name: str, **fields: Any) -> None:
         """Appends a line to attempts.jsonl."""
@@ -158,6 +158,17 @@ class SweepDirectory:
         changed = differences(old, files.config_to_dict(self._points[name].config))
         if changed:
             raise UserError(f'--workdir={self.path} {complaint} (point {name}: {"; ".join(changed)})')
+
+
+def read_starts(sweep: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a sweep's attempts.jsonl that are starts, oldest first; what cannot be read is left out."""
+    path, lines = sweep / ATTEMPTS, []
+    for text in path.read_text(errors='backslashreplace').splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and line.get('event') == 'start']
 
 
 def commit() -> str | None:

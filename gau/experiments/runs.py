@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
-from gau.experiments.directory import ATTEMPTS, SWEEP
+from gau.experiments.directory import SWEEP, read_starts
 from gau.training import workdir as files
 from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
 
@@ -191,8 +191,7 @@ def _of_sweep(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return {}, []
     name = workdir.resolve().name
     point = files.read_json(sweep / SWEEP)['points'].get(name, {})
-    lines = files.read_metrics(sweep / ATTEMPTS)
-    return point, [line for line in lines if line['point'] == name and line['event'] == 'start']
+    return point, [line for line in read_starts(sweep) if line['point'] == name]
 
 
 def _data_of_checkpoint(workdir: Path) -> dict[str, str]:

@@ -75,6 +75,7 @@ def test_a_killed_run_of_a_sweep_ends_like_an_undisturbed_one(tmp_path):
     check_undisturbed(path, tmp_path, PROGRAM, 'seed:2')
     found, unfinished = runs.find([path])
     assert not unfinished
+    assert all(found[0].facts[name] for name in ('command', 'commits'))
     assert '(n=2)' in publish.write(report.make(found, Options()), found, path / 'report')
     assert publish.check(path / 'report.jsonl') == publish.SAME
 
