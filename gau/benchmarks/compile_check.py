@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from gau.benchmarks.chips import Target
 from gau.benchmarks.hlo import ON_CHIP, Collective, Program
 from gau.data.config import default_config as default_data_config
 from gau.errors import UserError
+from gau.models.architectures import ARCHITECTURES
 from gau.models.target import Target as Implementing
 from gau.objectives import objective as objectives
 from gau.training import config as training_config
@@ -73,16 +74,59 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     """Returns the run of a resolved config on the target's devices.
 
     Raises:
-      UserError: the mesh does not fit the devices, or the batch not the mesh.
+      UserError: the mesh does not fit the devices, or the batch not the mesh; the message then says what would.
     """
     mesh = meshes.make_mesh(config.mesh, target.devices)
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    meshes.check_batch(mesh, batch_size=rows, context=config.data.context, model=config.model)
+    try:
+        meshes.check_batch(mesh, batch_size=rows, context=config.data.context, model=config.model)
+    except UserError as error:
+        fits = what_fits(config, dict(mesh.shape))
+        raise UserError(f'{error}: {" or ".join(fits)} would' if fits else str(error)) from error
     chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
     # The program knows nothing of a tokenizer but its size.
     objective, tokenizer = objectives.load(config.objective), SimpleNamespace(vocab_size=vocab_size)
     model = objective.build(config.model, tokenizer=tokenizer, target=chip)
     return Run(config, objective, tokenizer, mesh, model)
+
+
+def what_fits(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:
+    """Returns the nearest settings with which the batch of a resolved config fits a mesh, as for a command line.
+
+    First fewer devices for the rows and more for every sequence, then a larger batch, then a longer context.
+
+    Args:
+      config: whose batch does not fit.
+      mesh: size of every axis.
+    """
+    accumulation, data, fits = config.optimizer.accumulation_steps, config.data, []
+
+    def works(batch_size: int, context: int, **axes: int) -> bool:
+        changed = SimpleNamespace(shape={**mesh, **axes})
+        try:
+            rows = batch_size // accumulation
+            meshes.check_batch(changed, batch_size=rows, context=context, model=config.model)
+        except UserError:
+            return False
+        return True
+
+    for factor in range(2, mesh['data'] + 1):
+        axes = {'data': mesh['data'] // factor, 'sequence': mesh['sequence'] * factor}
+        if mesh['data'] % factor == 0 and works(data.batch_size, data.context, **axes):
+            # Of an axis of -1 the size follows from the others.
+            given = [f'mesh.{axis}={size}' for axis, size in axes.items() if config.mesh[axis] != -1]
+            fits.append(' with '.join(reversed(given)))
+            break
+    rows = mesh['data'] * mesh['fsdp'] * accumulation
+    tokens = mesh['sequence'] * ARCHITECTURES[config.model.name].attention.shard_multiple(config.model)
+    batch, context = (-(-size // unit) * unit for size, unit in ((data.batch_size, rows), (data.context, tokens)))
+    for field, size, values in (
+        ('batch_size', batch, (batch, data.context)),
+        ('context', context, (data.batch_size, context)),
+    ):
+        if size != data[field] and works(*values):
+            fits.append(f'data.{field}={size}')
+    return fits
 
 
 def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
@@ -93,9 +137,10 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     (None where its memory is not known); `flops` of the matmuls in a step as traced, recomputation and masked
     halves included, and `model_flops`, three times the forward pass in closed form; `traffic_bytes` of its memory and
     `on_chip_bytes`, those that memories on the chip spare it;
-    `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, and
-    `compiler`, the compiler's own estimate of its kernels; `step_seconds`, and `mfu`, the model FLOPs utilisation that
-    goes with it. If it does not fit, only what was known before.
+    `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, `compiler`,
+    the compiler's own estimate of its kernels, and `kernels`, what those of Pallas, of which it estimates nothing, need
+    at least by our counts, `kernel_flops` and `kernel_bytes`; `step_seconds`, and `mfu`, the model FLOPs utilisation
+    that goes with it. If it does not fit, only what was known before.
 
     Raises:
       UserError: the config is impossible.
@@ -107,6 +152,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     with run.context():
         traced = train_step.trace(state, batch)
         row['flops'] = flops(traced.jaxpr) / run.mesh.size
+        row['kernel_flops'] = flops(traced.jaxpr, custom_kernels_only=True) / run.mesh.size
         lowered = traced.lower()
         start = time.perf_counter()
         try:
@@ -131,6 +177,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     row |= {
         'traffic_bytes': program.traffic(),
         'on_chip_bytes': program.traffic(ON_CHIP),
+        'kernel_bytes': program.custom_kernel_traffic(),
         'collectives': _by_kind(collectives),
     }
     row |= _times(row, collectives, program.cycles(), target)
@@ -225,9 +272,12 @@ def _times(row: Row, collectives: list[Collective], cycles: int | None, target: 
         'memory': row['traffic_bytes'] / target.chip.hbm_bandwidth,
         'links': sum(collective.sent for collective in collectives) / target.chip.link_bandwidth,
         'compiler': cycles / target.chip.clock if cycles else None,
+        'kernels': max(row['kernel_flops'] / target.peak_flops, row['kernel_bytes'] / target.chip.hbm_bandwidth)
+        or None,
     }
     at_least = max(seconds['compute'], seconds['memory'], seconds['links'])
-    likely = max(at_least, (seconds['compiler'] or at_least) + seconds['links'])
+    by_compiler = seconds['compiler'] + (seconds['kernels'] or 0) if seconds['compiler'] else at_least
+    likely = max(at_least, by_compiler + seconds['links'])
     mfu = {name: row['model_flops'] / target.peak_flops / time for name, time in (('', likely), ('_bound', at_least))}
     return {
         'seconds': seconds,

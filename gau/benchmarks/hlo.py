@@ -68,8 +68,14 @@ class Instruction(NamedTuple):
     def estimated_cycles(self) -> int | None:
         """Cycles of one run as libtpu's compiler estimates them, 0 for what it counts none for; None: it cannot say."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        cycles = int(match[1]) if match else 0
-        return None if cycles >= _UNKNOWN_CYCLES else cycles
+        if match is None:
+            return None if self.is_custom_kernel else 0
+        return None if int(match[1]) >= _UNKNOWN_CYCLES else int(match[1])
+
+    @property
+    def is_custom_kernel(self) -> bool:
+        """Whether it is a kernel of Pallas for TPUs, into which the compiler does not see."""
+        return 'custom_call_target="tpu_custom_call"' in self.attributes
 
     @property
     def source(self) -> str:
@@ -178,9 +184,23 @@ class Program:
             times * self.instruction_traffic(instruction, where, memory) for instruction, where, times in self.runs
         )
 
+    def custom_kernel_traffic(self) -> int:
+        """Returns the bytes of main memory that Pallas kernels get and return in a step, each array once."""
+        runs = ((instruction, where, times) for instruction, where, times in self.runs if instruction.is_custom_kernel)
+        return sum(
+            times * self.instruction_traffic(instruction, where, MAIN_MEMORY) for instruction, where, times in runs
+        )
+
     def cycles(self) -> int | None:
-        """Returns the cycles that libtpu's compiler estimates for a step's kernels; None where it cannot say."""
-        counted = [(times, instruction.estimated_cycles) for instruction, _, times in self.runs]
+        """Returns the cycles that libtpu's compiler estimates for a step's kernels; None where it cannot say.
+
+        Those of Pallas are left out: it has no estimate for them.
+        """
+        counted = [
+            (times, instruction.estimated_cycles)
+            for instruction, _, times in self.runs
+            if not instruction.is_custom_kernel
+        ]
         if any(cycles is None for _, cycles in counted):
             return None
         return sum(times * cycles for times, cycles in counted) or None

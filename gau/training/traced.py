@@ -10,9 +10,24 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 
-def flops(jaxpr: Any) -> int:
-    """Returns the FLOPs of all matrix products of a traced program, over all devices, loops as often as they run."""
-    return sum(times * _product_flops(equation) for equation, _, times in _equations(jaxpr.jaxpr))
+def flops(jaxpr: Any, *, custom_kernels_only: bool = False) -> int:
+    """Returns the FLOPs of all matrix products of a traced program, over all devices, loops as often as they run.
+
+    Args:
+      jaxpr: the program.
+      custom_kernels_only: whether to count those inside of Pallas kernels alone, and what these pass over, too.
+    """
+    equations = _equations(jaxpr.jaxpr)
+    if custom_kernels_only:
+        kernels = ((e, times) for e, _, times in equations if e.primitive.name == 'pallas_call')
+        return sum(times * _inside(kernel) for kernel, times in kernels)
+    return sum(times * _product_flops(equation) for equation, _, times in equations)
+
+
+def _inside(kernel: Any) -> int:
+    """FLOPs of one call of a kernel."""
+    steps = math.prod(kernel.params['grid_mapping'].grid)
+    return steps * sum(times * _product_flops(e) for e, _, times in _equations(kernel.params['jaxpr']))
 
 
 def largest_arrays(jaxpr: Any, devices: int, number: int = 5) -> list[tuple[int, str, str]]:

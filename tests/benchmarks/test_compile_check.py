@@ -55,6 +55,29 @@ def test_the_step_is_compiled_for_simulated_devices(tmp_path):
     assert any(line.startswith('residual stream float32[4,128,64] [1,128,64] ') for line in lines), out
     code, _, err = run('scripts/compile_check.py', *TINY, '--topology=cpu:4', '--config.mesh.data=3')
     assert (code, err.count('\n')) == (2, 1)
+    few = ['--topology=cpu:4', '--config.mesh.data=4', '--config.data.batch_size=2']
+    code, _, err = run('scripts/compile_check.py', *TINY, *few)
+    assert code == 2
+    assert err.endswith(': mesh.sequence=2 with mesh.data=2 or data.batch_size=4 would\n')
+
+
+@pytest.mark.parametrize(('batch', 'context', 'mesh', 'accumulation', 'expected'), [
+    (32, 8192, {'data': 64}, 1, ['mesh.sequence=2 with mesh.data=32', 'data.batch_size=64']),
+    (32, 8192, {'data': -1}, 1, ['mesh.sequence=2', 'data.batch_size=64']),
+    # A chunk of 256 on two devices would be none.
+    (32, 256, {'data': -1}, 1, ['data.batch_size=64']),
+    (48, 1024, {'data': 8, 'fsdp': 4}, 2, ['mesh.sequence=4 with mesh.data=2', 'data.batch_size=64']),
+    (4, 300, {'data': 4, 'sequence': 2}, 1, ['data.context=512']),
+    # Both are wrong.
+    (3, 300, {'data': 4, 'sequence': 2}, 1, []),
+])  # fmt: skip
+def test_what_would_fit_where_a_batch_does_not(batch, context, mesh, accumulation, expected):
+    config = default_config()
+    config.model.name, config.optimizer.accumulation_steps = 'flash', accumulation
+    config.data.update({'batch_size': batch, 'context': context})
+    config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1} | mesh)
+    shape = {axis: 64 if size == -1 else size for axis, size in config.mesh.items()}
+    assert compile_check.what_fits(compile_check.without_data(config), shape) == expected
 
 
 def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):

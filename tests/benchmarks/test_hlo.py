@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from gau.benchmarks.hlo import ON_CHIP, Program
 from gau.training.traced import flops
@@ -169,6 +170,32 @@ def test_flops_of_loops_and_recomputation():
     assert flops(jax.make_jaxpr(loss)(w, x)) == 5 * product
     # Forward, once more for the backward pass, and a product for each of the two gradients.
     assert flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(w, x)) == pytest.approx(4 * 5 * product)
+
+
+def test_flops_inside_of_kernels():
+    def kernel(x_ref, y_ref, o_ref):
+        o_ref[...] = x_ref[...] @ y_ref[...]
+
+    def step(x, y):
+        block = pl.BlockSpec((4, 8), lambda i: (i, 0))
+        whole = pl.BlockSpec((8, 8), lambda i: (0, 0))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        call = pl.pallas_call(kernel, grid=(3,), in_specs=[block, whole], out_specs=block, out_shape=shape)
+        return jax.lax.scan(lambda x, _: (call(x, y), None), x, None, length=5)[0] @ y
+
+    jaxpr = jax.make_jaxpr(step)(jnp.ones((12, 8)), jnp.ones((8, 8)))
+    product = 2 * 12 * 8 * 8
+    assert flops(jaxpr) == 6 * product
+    assert flops(jaxpr, custom_kernels_only=True) == 5 * product
+
+
+def test_kernels_of_pallas_have_bytes_and_no_cycles():
+    config = 'backend_config={"custom_call_config":{"body":"TUz"}}'
+    call = f'%row = f32[1,8]{{1,0}} custom-call(%x, %j), custom_call_target="tpu_custom_call", {config}'
+    lines = [call if ' fusion(%x, %j)' in line else line for line in LOOP.splitlines()]
+    program = Program('\n'.join(lines).replace(call, '  ' + call))
+    assert program.cycles() is None, 'there is no other kernel'
+    assert program.custom_kernel_traffic() == 10 * (320 + 4 + 32)
 
 
 def test_a_compiled_scan_is_read_back():
