@@ -1,16 +1,18 @@
-"""The gated attention unit in kernels, for a GPU: parameters of `GatedAttentionUnit`, and its results up to rounding.
+"""The gated attention unit in kernels: parameters of `GatedAttentionUnit`, and its results up to rounding.
 
 U, V and Z come from one matmul where no device has a part of them; bias, silu, scale, offset and RoPE of the queries
 and keys are one kernel, and activations, attention and gate another operation (`gau.ops.kernels`). The bias of the last
-projection may be left to the kernel of the next norm (`gau.layers.fused_norm`). The same in plain JAX, to read:
+projection may be left to the kernel of the next norm (`gau.layers.fused_norm`). So it is on a GPU; on a TPU kernels are
+fewer (`PallasGatedAttentionUnit`). The same in plain JAX, to read:
 `gau.ops.queries_keys`, `gau.ops.gated_mixed_chunk`, and `gated_quadratic_attention` in `gau.ops.quadratic_attention`.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.layers.common import TokenInfo, Weights
+from gau.layers.common import Linear, TokenInfo, Weights
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.sharding import over_mesh, parts_of
 from gau.ops.kernels.queries_keys import queries_and_keys
@@ -85,6 +87,23 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             result_axes=('batch', 'length', columns[-1]),
             token_multiple=None,
         )
+
+
+class PallasGatedAttentionUnit(FusedGatedAttentionUnit):
+    """The same for a TPU, where activations, attention and gate are kernels and the rest is the compiler's."""
+
+    @nn.compact
+    def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
+        """Applies the unit to normalised inputs."""
+        e, s = self.expanded_dim, self.query_key_dim
+        uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
+        z_BNS = jax.nn.silu(Linear((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND))
+        queries_keys = tuple(x_BHNS[:, 0] for x_BHNS in self.scale_offset(ScaleOffset)(z_BNS, tokens=tokens))
+        if parts_of('act_expanded') == 1:
+            # Without a dimension of 2, which a TPU would pad.
+            uv_D2E = uv_D2E.reshape(len(uv_D2E), -1)
+        o_BNE = self.attend(jnp.tensordot(x_BND, uv_D2E, axes=1), bias_2E, queries_keys, tokens)
+        return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
 
 
 class FusedScaleOffset(ScaleOffset):

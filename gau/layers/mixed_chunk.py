@@ -81,4 +81,5 @@ class MixedChunkCore(QuadraticCore):
             spec=self.spec,
             segment_ids_BN=segment_ids_BN,
             bias_P=bias_P,
+            kernels=self.impl,
         )

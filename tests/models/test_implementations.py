@@ -21,6 +21,7 @@ from gau.ops.kernels.cross_entropy import slice_loss
 from tests.models.tiny import CAUSAL, apply, make, tiny_config, tokens
 from tests.numerics import LAYOUTS, max_error
 
+IMPLEMENTATIONS = {'triton', 'cudnn', 'splash', 'pallas', 'xla', 'reference'}
 CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('gpu', (9, 0), triton=True)
 INTERPRETER = Target('cpu', triton=True, interpreted=True)
 
@@ -59,7 +60,7 @@ def test_an_unknown_implementation_is_refused_wherever_it_is_named():
     config = tiny_config('flash')
     config.impl = 'xal'
     with pytest.raises(
-        UserError, match=r'^model.impl=xal does not exist for flash; choose from triton, xla, reference$'
+        UserError, match=r'^model.impl=xal does not exist for flash; choose from triton, pallas, xla, reference$'
     ):
         settle(config, target=CPU)
     model, params = make('flash', num_layers=1)
@@ -79,9 +80,7 @@ def test_an_unknown_implementation_is_refused_wherever_it_is_named():
 
 def test_every_choice_of_impl_is_some_records():
     named = {impl for architecture in ARCHITECTURES.values() for impl in architecture.attention.implementations}
-    assert (
-        named == set(declared_fields()['impl'].choices) - {'auto'} == {'triton', 'cudnn', 'splash', 'xla', 'reference'}
-    )
+    assert named == set(declared_fields()['impl'].choices) - {'auto'} == IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize(('attributes', 'expected'), [
@@ -196,6 +195,63 @@ def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
         settle(fused, target=INTERPRETER._replace(triton=False))
     with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is tpu$'):
         settle(fused, target=TPU._replace(interpreted=True))
+
+
+FLASH_ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
+
+
+@pytest.mark.parametrize('objective', ['lm', 'mlm'])
+@pytest.mark.parametrize('fields', [{}, {'attention_function': 'softmax'}], ids=str)
+def test_pallas_is_the_choice_for_flash_on_a_tpu_and_nowhere_else(objective, fields):
+    config = tiny_config('flash', objective, **FLASH_ON_TPU | fields)
+    for target in (TPU, TPU._replace(triton=True)):
+        assert settle(config, target=target) == Implementation('pallas')
+    interpreter = CPU._replace(pallas_interpreted=True)
+    for target in (CPU, HOPPER, interpreter):
+        assert settle(config, target=target).attention != 'pallas'
+    config.dtype = 'float32'
+    assert settle(config, target=TPU).attention == 'xla'
+    config.impl = 'pallas'
+    for target in (TPU, interpreter):
+        assert settle(config, target=target) == Implementation('pallas')
+
+
+@pytest.mark.parametrize(('fields', 'target', 'reason'), [
+    ({}, CPU, 'a TPU, this is cpu'),
+    ({}, HOPPER, 'a TPU, this is gpu'),
+    ({'dtype': 'float64'}, TPU, 'dtype=bfloat16 or float32, this is float64'),
+    ({'num_heads': 2}, TPU, 'num_heads=1, this is 2'),
+    ({'branches': 'local'}, TPU, 'branches=both, this is local'),
+    ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
+    ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
+    ({'query_key_dim': 258}, TPU, 'query_key_dim up to 256, this is 258'),
+    ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),
+    ({}, TPU._replace(sequence_shards=2), 'mesh.sequence=1'),
+], ids=str)  # fmt: skip
+def test_where_pallas_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
+    config = tiny_config('flash', context=1200, **FLASH_ON_TPU | fields)
+    assert settle(config, target=target).attention in ('triton', 'xla')
+    config.impl = 'pallas'
+    with pytest.raises(UserError) as error:
+        settle(config, target=target)
+    assert str(error.value) == f'model.impl=pallas needs {reason}'
+
+
+@pytest.mark.parametrize('objective', ['lm', 'mlm'])
+def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, objective):
+    monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
+    model, params = make('flash', objective, num_layers=1, temperature='learned', dtype='float32')
+    fused = model.clone(implementation=Implementation('pallas'))
+    with jax.enable_x64(False):
+        text, ids = tokens().astype('int32'), jnp.asarray([LAYOUTS['packed']], 'int32')
+        shapes = [jax.eval_shape(m.init, jax.random.key(0), text)['params'] for m in (fused, model)]
+        assert shapes[0] == shapes[1]
+
+        def gradient(model):
+            logits = lambda params: (model.apply({'params': params}, text, segment_ids_BN=ids) ** 2).sum()  # noqa: E731
+            return jax.jit(jax.grad(logits))(params)
+
+        assert max_error(gradient(fused), gradient(model)) < 1e-4
 
 
 def test_norm_and_loss_follow_the_attention():

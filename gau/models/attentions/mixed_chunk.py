@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
+from gau.models.attentions.pallas import PALLAS
 from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
@@ -33,7 +34,9 @@ class MixedChunk(ScoredAttention):
     """Quadratic attention inside chunks and linear attention between them, in a gated unit."""
 
     fields = SCORING_FIELDS | CHUNK_FIELDS
-    implementations = table(triton=triton(gate='silu', branches='both'), xla=ANYWHERE, reference=ANYWHERE)
+    implementations = table(
+        triton=triton(gate='silu', branches='both'), pallas=PALLAS, xla=ANYWHERE, reference=ANYWHERE
+    )
     laptop = table(chunk_size=32)  # several chunks in a sequence, or the global branch would have nothing to do
 
     def core(self, config, *, heads, width, causal, impl):

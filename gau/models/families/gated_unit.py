@@ -28,11 +28,13 @@ class GatedUnit(Family):
 
     def layers(self, config, attention, *, layer, causal, implementation, decoding) -> Iterator:
         """See the base class."""
-        from gau.layers.fused_unit import FusedGatedAttentionUnit
+        from gau.layers.fused_unit import FusedGatedAttentionUnit, PallasGatedAttentionUnit
         from gau.layers.gated_attention_unit import GatedAttentionUnit
 
         impl, heads = implementation.attention, heads_at(config, layer)
-        unit = FusedGatedAttentionUnit if self._fused(config, impl) and not decoding else GatedAttentionUnit
+        kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
+        fused = impl in kernels and config.gate == 'silu' and not decoding
+        unit = kernels[impl] if fused else GatedAttentionUnit
         yield (
             'norm',
             unit(
@@ -80,7 +82,4 @@ class GatedUnit(Family):
 
     def leaves_bias_to_norm(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
-        return self._fused(config, impl)
-
-    def _fused(self, config: ConfigDict, impl: str) -> bool:
         return impl == 'triton' and config.gate == 'silu'

@@ -11,12 +11,16 @@
 | ScaleNorm | `norms` | `norm` | `norm_triton` |
 | vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |
 | softmax attention | `quadratic_attention` | `cudnn_attention` | none: cuDNN's |
-| the same on a TPU | `quadratic_attention` | `splash_attention` | none: JAX's own, in Pallas |
+| FLASH, gated, on a TPU | `gated_chunks` | `gated_mixed_chunk` | none: `tpu_gated_chunks`, in Pallas |
+| softmax attention on a TPU | `quadratic_attention` | `splash_attention` | none: JAX's own, in Pallas |
 
 To change a kernel: its `*_triton` file has it, with a header that says what it computes, its grid, its tiles, what it
 reads and writes, and the bytes of a layer; `tile_sizes` has its tile sizes; the file of the fast path launches it. In
 comments at loads BM, BN, ... are sides of tiles, BLOCK_M, BLOCK_N, ..., and `# [BM, BK] @ [BK, BN]` is the next matmul.
 `launch` calls kernels, through `compat` on a GPU and `interpreter` on a CPU; `load_store` loads and stores with masks.
 
-Triton and jax-triton are imported when a kernel is launched, so that these modules can be imported without them.
+The kernels in Pallas have their host side in the same file; `pallas` says whether they are interpreted.
+
+Triton, jax-triton and Pallas are imported when a kernel is launched, so that these modules can be imported without
+them.
 """

@@ -1,4 +1,4 @@
-"""FLASH's attention with its activations and its gate on a GPU: the fast path of `gau.ops.gated_mixed_chunk`.
+"""FLASH's attention with its activations and its gate in kernels: the fast path of `gau.ops.gated_mixed_chunk`.
 
     [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
 
@@ -6,7 +6,7 @@ What is [N, E] is read and written as little as possible, and the backward pass 
 projections, A, Q and K, the states M, v and o. (A sequence of two chunks has no states: `gau.ops.kernels.chunk_pairs`.)
 
 This file says which tokens see which, and hands weights, masked queries and keys and the scans' factors to
-`gau.ops.kernels.gated_chunks`, which computes o and the gradients.
+`gau.ops.kernels.gated_chunks`, which computes o and the gradients; on a TPU to `tpu_gated_chunks`, which does the same.
 """
 
 from typing import NamedTuple
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
-from gau.ops.kernels.gated_chunks import gated_chunk_matmul
+from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import attention_weights
-from gau.ops.tracing import traced_once
+from gau.ops.tracing import choose, traced_once
 
 
-@traced_once('spec')
+@traced_once('spec', 'kernels')
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -37,8 +37,13 @@ def gated_mixed_chunk(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
+    kernels: str = 'triton',
 ) -> Array:
-    """Returns what its reference in `gau.ops.gated_mixed_chunk` does; see there for the arguments."""
+    """Returns what its reference in `gau.ops.gated_mixed_chunk` does; see there for the arguments.
+
+    `kernels` are 'triton', for a GPU, or 'pallas', for a TPU.
+    """
+    module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
     batch, n = p_BNW.shape[:2]
     size, dtype, causal = min(spec.chunk_size, n), p_BNW.dtype, spec.causal
     q, k, q_lin, k_lin = (into_chunks(x, size) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS))
@@ -46,7 +51,7 @@ def gated_mixed_chunk(
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
-    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec)
+    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
     scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay)
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
@@ -61,7 +66,7 @@ def gated_mixed_chunk(
     else:
         q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
         k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
-    o_BGCE = gated_chunk_matmul(
+    o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
         bias_2E,
         a_BGCC,
@@ -73,11 +78,11 @@ def gated_mixed_chunk(
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 
 
-def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec) -> Array:
+def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec, kernels) -> Array:
     """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
     scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
-    if scoring.function == 'relu2':
+    if scoring.function == 'relu2' and kernels == 'triton':
         ids = None if ids_BGC is None else jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
         fields = {'scoring': scoring, 'causal': causal, 'sequence_length': spec.chunk_size, 'width': q_BGCS.shape[-1]}
         q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))

@@ -1,0 +1,354 @@
+"""The gated chunk matmul on a TPU, in Pallas: the operation with its own gradient, its kernels and their order.
+
+    o[g] = silu(U[g]) * (A[g] v[g] + Q[g] M[g])      v = silu(V)
+
+A TPU runs a kernel's grid in order: the chunks of a sequence come one after the other, and the state M stays in memory
+on the chip from one to the next. No state is written to main memory, and the backward pass makes them again on its
+way. What it gets saved are the operands and, if not causal, what the reverse scan added to the values.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.kernels import pallas
+
+# Columns of E that a step of the grid has: the first of these that divides E and with which a block [C, BE] has no more
+# numbers than the 16 MiB of a v4's vector memory allow for; all of E where none does, which only the interpreter takes.
+BLOCKS = (512, 384, 256, 128)
+BLOCK_NUMBERS = 256 * 512
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def gated_chunk_matmul(
+    p_BGCW: Array,
+    bias_2E: Array,
+    a_BGCC: Array,
+    q_BGCF: Array,
+    k_BGCF: Array,
+    carry_mask_BGJ: Array,
+    state_scale_BGJ: Array,
+    causal: bool,
+) -> Array:
+    """Returns silu(u) * (a silu(v) + q state_scale m), [B, G, C, E]: see `gau.ops.kernels.gated_chunks`.
+
+    Any weights `a` will do; `causal` says nothing new here, for J does.
+    """
+    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal)[0]
+
+
+def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal):
+    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
+    call = _Call.of(*arrays)
+    read_BGCE = None
+    if call.directions == 2:
+        read_BGCE = call(_output_kernel, ('pv', 'bias', 'q', 'k'), ('o',), scan=1)[0]
+    o_BGCE = call(_output_kernel, ('pu', 'pv', 'bias', 'a', 'q', 'k'), ('o',), read=read_BGCE)[0]
+    return o_BGCE, (*arrays, read_BGCE)
+
+
+def _backward(causal, residuals, do_BGCE):
+    *arrays, read_BGCE = residuals
+    call = _Call.of(*arrays, do_BGCE)
+    operands = ('pu', 'pv', 'bias', 'a', 'q', 'k', 'do')
+    dp, dbias_u, da_BGCC, dq = call(_query_gradient_kernel, operands, ('dpu', 'dbias', 'da', 'dq'), read=read_BGCE)
+    dqs, dks, dv = [dq], [], None
+    if call.directions == 2:
+        part = ('pu', 'pv', 'bias', 'q', 'k', 'do')
+        dqs += call(_query_gradient_kernel, part, ('dq',), scan=1)
+        dv, dk = call(_value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True)
+        dks = [dk]
+    dp, dbias_v, dk = call(_value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), read=dv, against=True, dp=dp)
+    dq_BGCF, dk_BGCF = jnp.concatenate(dqs, axis=-1), jnp.concatenate([dk, *dks], axis=-1)
+    columns = 2 * bias_width(arrays[1])
+    if dp.shape[-1] > columns:
+        # Of another reader, and not written.
+        dp = jnp.pad(dp[..., :columns], [(0, 0)] * 3 + [(0, dp.shape[-1] - columns)])
+    dbias_2E = jnp.stack([dbias_u.sum(0), dbias_v.sum(0)]).reshape(arrays[1].shape).astype(arrays[1].dtype)
+    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, *map(jnp.zeros_like, arrays[5:])
+
+
+gated_chunk_matmul.defvjp(_forward, _backward)
+
+
+def bias_width(bias_2E: Array) -> int:
+    """Returns E."""
+    return bias_2E.shape[-1]
+
+
+class _Step(NamedTuple):
+    """One step of a grid [B, G, blocks of E]: its arrays in the chip's memory, by name, and where it stands.
+
+    Attributes:
+      refs: the blocks of inputs and outputs, and the scratch, which lives as long as the grid.
+      carry: carry mask of the chunk.
+      scale: state scale of the chunk.
+      scan: which columns of q and k the scan has.
+      block: of E.
+      first_chunk: whether the chunk is the first that the scan comes to.
+      first_block: whether this is the first block of E of the chunk.
+      last_block: whether it is the last one.
+    """
+
+    refs: dict[str, Any]
+    carry: Array
+    scale: Array
+    scan: int
+    block: Array
+    first_chunk: Array
+    first_block: Array
+    last_block: Array
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the kernel has an array of this name."""
+        return name in self.refs
+
+    def load(self, name: str) -> Array:
+        """Returns a block; of queries and keys the columns of the scan."""
+        x = self.refs[name][...]
+        if name in ('q', 'k'):
+            width = self.refs['state'].shape[1]
+            return x[:, self.scan * width : (self.scan + 1) * width]
+        return x
+
+    def silu(self, name: str) -> tuple[Array, Array]:
+        """Returns silu(p + bias) of the gate's or the values' projections and its derivative, float32 [C, BE]."""
+        x = self.load(name).astype(jnp.float32) + self.refs['bias'][0 if name == 'pu' else 1]
+        sigmoid = jax.nn.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+    def state(self) -> Array:
+        """Returns what is carried to the chunk, float32 [S, BE]; zeros for the first."""
+        return jnp.where(self.first_chunk, 0.0, self.refs['state'][self.block])
+
+    def carry_on(self, state: Array) -> None:
+        """Keeps a state for the next chunk."""
+        self.refs['state'][self.block] = state
+
+    def add(self, name: str, x: Array) -> None:
+        """Adds to a gradient [C, ...] that is summed over the blocks of E, and writes it after the last one."""
+        from jax.experimental import pallas as pl
+
+        total = self.refs[f'{name}_sum']
+        total[...] = jnp.where(self.first_block, x, total[...] + x)
+
+        @pl.when(self.last_block)
+        def _():
+            self.store(name, total[...])
+
+    def add_over_chunks(self, name: str, x: Array) -> None:
+        """Adds the sum over tokens of x [C, BE] to that of the chunks before."""
+        total, x = self.refs[name], x.sum(axis=0, keepdims=True)
+        total[self.block] = jnp.where(self.first_chunk, x, total[self.block] + x)
+
+    def store(self, name: str, x: Array) -> None:
+        """Writes a block."""
+        ref = self.refs[name]
+        ref[...] = x.astype(ref.dtype)
+
+
+def _dot(x: Array, y: Array, contract: str = 'ij,jk') -> Array:
+    """Returns x y, or x y^T for 'ij,kj', or x^T y for 'ji,jk', float32; factors of float32 are not rounded."""
+    left, right = contract.split(',')
+    dimensions = ((left.index('j'),), (right.index('j'),)), ((), ())
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _mixed(step: _Step, state: Array, v: Array) -> Array:
+    """Returns A v + Q M of a block, or Q M alone where there is no A; float32 [C, BE]."""
+    mixed = _dot(step.load('q'), state)
+    if 'read' in step:
+        mixed += step.load('read').astype(jnp.float32)
+    return mixed + _dot(step.load('a'), v) if 'a' in step else mixed
+
+
+def _output_kernel(step: _Step, dtype: Any) -> None:
+    """o = u (A v + Q M); without A what one scan adds to the values."""
+    v, state = step.silu('pv')[0].astype(dtype), step.state()
+    mixed = _mixed(step, (step.scale * state).astype(dtype), v)
+    step.store('o', step.silu('pu')[0] * mixed if 'a' in step else mixed)
+    step.carry_on(step.carry * state + _dot(step.load('k'), v, 'ji,jk'))
+
+
+def _query_gradient_kernel(step: _Step, dtype: Any) -> None:
+    """Gradients of u and A, and of the queries of one scan; the states are made again."""
+    (u, du), v = step.silu('pu'), step.silu('pv')[0].astype(dtype)
+    do, state = step.load('do').astype(jnp.float32), step.state()
+    scaled, dmixed = (step.scale * state).astype(dtype), (do * u).astype(dtype)
+    step.add('dq', _dot(dmixed, scaled, 'ij,kj'))
+    if 'a' in step:
+        dpu = do * _mixed(step, scaled, v) * du
+        step.store('dpu', dpu)
+        step.add_over_chunks('dbias', dpu)
+        step.add('da', _dot(dmixed, v, 'ij,kj'))
+    step.carry_on(step.carry * state + _dot(step.load('k'), v, 'ji,jk'))
+
+
+def _value_gradient_kernel(step: _Step, dtype: Any) -> None:
+    """Gradients of v and of the keys of one scan, whose chunks come in the other order, with the state's gradient."""
+    (v, dsilu), u = step.silu('pv'), step.silu('pu')[0]
+    dmixed, dstate = (step.load('do').astype(jnp.float32) * u).astype(dtype), step.state()
+    step.add('dk', _dot(v.astype(dtype), dstate.astype(dtype), 'ij,kj'))
+    dv = _dot(step.load('k'), dstate.astype(dtype))
+    if 'read' in step:
+        dv += step.load('read').astype(jnp.float32)
+    if 'a' in step:
+        dpv = (dv + _dot(step.load('a'), dmixed, 'ji,jk')) * dsilu
+        step.store('dpv', dpv)
+        step.add_over_chunks('dbias', dpv)
+    else:
+        step.store('dv', dv)
+    step.carry_on(step.carry * dstate + step.scale * _dot(step.load('q'), dmixed, 'ji,jk'))
+
+
+# Matmuls of a kernel: with [C, C] weights, and with [S, E] states, in a whole one and in one of a second scan.
+_MATMULS = {
+    _output_kernel: ((1, 2), (0, 2)),
+    _query_gradient_kernel: ((2, 3), (0, 2)),
+    _value_gradient_kernel: ((1, 3), (0, 3)),
+}
+
+
+class _Call(NamedTuple):
+    """The operands of one call, by their names in kernels, and their sizes."""
+
+    arrays: dict[str, Array]
+    carry: Array
+    scale: Array
+    batch: int
+    groups: int
+    size: int
+    width: int
+    columns: int
+    directions: int
+    block: int
+
+    @classmethod
+    def of(cls, p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, do_BGCE=None) -> '_Call':
+        batch, groups, size, columns = p_BGCW.shape
+        width = bias_width(bias_2E)
+        fit = (block for block in BLOCKS if width % block == 0 and block * size <= BLOCK_NUMBERS)
+        block = next(fit, width)
+        # [1, BE] are whole dimensions, as the blocks of a TPU's kernel must be, or multiples of a tile.
+        bias = bias_2E.astype(jnp.float32).reshape(2, width // block, 1, block)
+        arrays = {'pu': p_BGCW, 'pv': p_BGCW, 'bias': bias, 'a': a_BGCC, 'q': q_BGCF, 'k': k_BGCF, 'do': do_BGCE}
+        # Scalars of chunks in one row: a second dimension would be padded to 128.
+        scalars = (x.astype(jnp.float32).reshape(-1) for x in (carry_mask_BGJ, state_scale_BGJ))
+        return cls(arrays, *scalars, batch, groups, size, width, columns, carry_mask_BGJ.shape[-1], block)
+
+    def __call__(
+        self,
+        kernel: Callable[[_Step, Any], None],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        scan: int = 0,
+        against: bool = False,
+        read: Array | None = None,
+        dp: Array | None = None,
+    ) -> list[Array]:
+        """Runs a kernel and returns its outputs.
+
+        Args:
+          kernel: one of those above.
+          inputs: names of operands.
+          outputs: names of results.
+          scan: 0 for the forward scan, 1 for the reverse one.
+          against: whether the chunks come in the other order than the scan's.
+          read: one more operand [B, G, C, E], or None.
+          dp: the gradient of p with what was written before, to be written on; or None.
+        """
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        reverse, blocks = (scan == 1) != against, self.width // self.block
+        given = [self.arrays[name] for name in inputs]
+        names = [*inputs]
+        if read is not None:
+            given, names = [*given, read], [*names, 'read']
+        dtype, width = self.arrays['pu'].dtype, self.arrays['q'].shape[-1] // self.directions
+        results = {name: self._result(name, width) for name in outputs}
+        scratch = {'state': (blocks, width, self.block)}
+        sums = {'da': self.size, 'dq': width, 'dk': width}
+        scratch |= {f'{name}_sum': (self.size, sums[name]) for name in outputs if name in sums}
+        aliases = {}
+        in_specs = [self._spec(name, reverse) for name in names]
+        if dp is not None:
+            aliases = {2 + len(given): 0}
+            given, names = [*given, dp], [*names, 'dp']
+            in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+
+        def run(carry_ref, scale_ref, *refs):
+            chunk, block = pl.program_id(1), pl.program_id(2)
+            group = self.groups - 1 - chunk if reverse else chunk
+            at = (pl.program_id(0) * self.groups + group) * self.directions + scan
+            arrays = dict(zip((*names, *outputs, *scratch), refs, strict=True))
+            kernel(
+                _Step(arrays, carry_ref[at], scale_ref[at], scan, block, chunk == 0, block == 0, block == blocks - 1),
+                dtype,
+            )
+
+        call = pl.pallas_call(
+            run,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(self.batch, self.groups, blocks),
+                in_specs=in_specs,
+                out_specs=[self._spec(name, reverse) for name in outputs],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+            ),
+            out_shape=list(results.values()),
+            input_output_aliases=aliases,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
+            cost_estimate=self._cost(kernel, 'a' in names, names, results),
+            interpret=pallas.interpreted(),
+            name=kernel.__name__.strip('_') + ('_of_reverse_scan' if scan else ''),
+        )
+        return call(self.carry, self.scale, *given)
+
+    def _spec(self, name: str, reverse: bool) -> Any:
+        from jax.experimental import pallas as pl
+
+        def group(g):
+            return self.groups - 1 - g if reverse else g
+
+        blocks = self.width // self.block
+        if name == 'bias':
+            return pl.BlockSpec((2, None, 1, self.block), lambda b, g, e, *_: (0, e, 0, 0))
+        if name == 'dbias':
+            return pl.BlockSpec((None, blocks, 1, self.block), lambda b, g, e, *_: (b, 0, 0, 0))
+        if name in ('a', 'da', 'q', 'k', 'dq', 'dk'):
+            inner = self.size if name in ('a', 'da') else self.arrays['q'].shape[-1]
+            inner = inner // self.directions if name in ('dq', 'dk') else inner
+            return pl.BlockSpec((None, None, self.size, inner), lambda b, g, e, *_: (b, group(g), 0, 0))
+        first = blocks if name in ('pv', 'dpv') else 0
+        return pl.BlockSpec((None, None, self.size, self.block), lambda b, g, e, *_: (b, group(g), 0, first + e))
+
+    def _result(self, name: str, width: int) -> jax.ShapeDtypeStruct:
+        dtype = self.arrays['pu'].dtype
+        if name == 'dbias':
+            return jax.ShapeDtypeStruct((self.batch, self.width // self.block, 1, self.block), jnp.float32)
+        columns = {'dpu': self.columns, 'dpv': self.columns, 'da': self.size, 'dq': width, 'dk': width}
+        return jax.ShapeDtypeStruct((self.batch, self.groups, self.size, columns.get(name, self.width)), dtype)
+
+    def _cost(self, kernel: Callable, whole: bool, names: Sequence[str], results: dict[str, Any]) -> Any:
+        """Returns what the compiler is told: it sees into no kernel."""
+        from jax.experimental import pallas as pl
+
+        squares, states = _MATMULS[kernel][0 if whole else 1]
+        tokens, width = self.batch * self.groups * self.size, self.arrays['q'].shape[-1] // self.directions
+        inner = squares * self.size + states * width
+        by_column = sum(name in ('pu', 'pv', 'do', 'read', 'o', 'dpu', 'dpv', 'dv') for name in (*names, *results))
+        narrow = self.size * ('a' in names) + self.arrays['q'].shape[-1] * 2
+        narrow += sum({'da': self.size, 'dq': width, 'dk': width}.get(name, 0) for name in results)
+        itemsize = self.arrays['pu'].dtype.itemsize
+        return pl.CostEstimate(
+            flops=2 * tokens * self.width * inner,
+            transcendentals=tokens * self.width * (('pu' in names) + ('pv' in names)),
+            bytes_accessed=tokens * itemsize * (by_column * self.width + narrow),
+        )

@@ -1,0 +1,118 @@
+"""FLASH's Pallas kernels for TPUs against the reference in float64, interpreted on a CPU: values and all gradients."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops import gated_mixed_chunk as reference
+from gau.ops.kernels import gated_mixed_chunk as fast
+from gau.ops.kernels import tpu_gated_chunks
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.scores import Scoring
+from tests.models.tiny import compile_fast
+from tests.numerics import max_error
+from tests.programs import report
+
+NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
+    with jax.default_matmul_precision('highest'):
+        yield
+
+
+def documents(n):
+    """Documents that end inside chunks and one that spans several, with padding at two places."""
+    first = np.repeat([1, 2, 3, 4], [3, n // 2, n // 8, n - 3 - n // 2 - n // 8])
+    first[-(n // 8) :] = 0
+    return np.stack([first, np.repeat([7, 0, 5, 6], [n // 3, n // 6, 2, n - 2 - n // 3 - n // 6])])
+
+
+def padding(n):
+    """Chunks of nothing else, within a document and before one."""
+    return np.where(np.array([[1] * n, [0] * n]) == np.arange(n) // (n // 4) % 2, 0, 3)
+
+
+def value_and_gradients(op, dtype, args, weights, *, spec, ids):
+    @functools.partial(compile_fast)
+    def run(args, weights):
+        def loss(args):
+            p, bias, *queries_keys, bias_P = args
+            o = op(
+                *(p.astype(dtype), bias, *(x.astype(dtype) for x in queries_keys)),
+                spec=spec,
+                segment_ids_BN=ids,
+                bias_P=bias_P,
+            )
+            return jnp.sum(o * weights), o
+
+        return jax.value_and_grad(loss, has_aux=True)(args)
+
+    (_, o), gradients = run(args, weights)
+    return o, *gradients
+
+
+# Sizes that no tile divides, three blocks of E, a sequence shorter than a chunk, chunks of padding.
+@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype'), [
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'float32'),
+    (False, 30, 8, 12, documents, 'softmax', 'mean', 'float32'),
+    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32'),
+    (False, 40, 5, 8, padding, 'relu2', 'sum', 'float32'),
+    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', marks=pytest.mark.slow),
+    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', marks=pytest.mark.slow),
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16'),
+    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', marks=pytest.mark.slow),
+])  # fmt: skip
+def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype):
+    e = 24
+    constants(fast.gated_mixed_chunk, tpu_gated_chunks, BLOCKS=(8,))
+    rng = np.random.default_rng(0)
+    # Columns of p that belong to another reader.
+    shapes = [(2, n, 3 * e), (2, e), *[(2, n, s)] * 4, (2 * min(n, chunk) - 1,)]
+    args, weights = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes], rng.standard_normal((2, n, e))
+    ids = None if layout is None else jnp.asarray(layout(n), jnp.int32)
+    if ids is not None:
+        # What stands at padding is not cleared, and must not be found anywhere.
+        args = [jnp.where((ids == 0)[..., None], 100.0, x) if x.ndim == 3 else x for x in args]
+    fields = {'spec': ChunkSpec(chunk, _scoring(function), causal, global_reduction=reduction), 'ids': ids}
+    wanted = value_and_gradients(reference.gated_mixed_chunk, 'float64', args, weights, **fields)
+    op = functools.partial(fast.gated_mixed_chunk, kernels='pallas')
+    with jax.enable_x64(False):
+        narrow = jax.tree.map(lambda x: jnp.asarray(x, 'float32'), (args, weights))
+        found = value_and_gradients(op, dtype, *narrow, **fields)
+    valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
+    for name, a, b in zip(('o', *NAMES), found, wanted, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        if name == 'p':
+            assert (a[..., 2 * e :] == 0).all()
+            a, b = a[valid], b[valid]
+        assert max_error(a, b) < TOLERANCE[dtype], name
+
+
+def _scoring(function):
+    return Scoring(function, None) if function == 'softmax' else Scoring(function, 'fixed', 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+@pytest.mark.parametrize('topology', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1'])
+def test_kernels_compile_for_tpus(topology):
+    found = report('tests.ops.tpu_kernels', topology)
+    assert {name: number for name, number in found.items() if name.startswith('splash')} == {
+        f'splash {width}': 3 for width in (64, 96, 128, 256)
+    }
+    # The output, the gradients of queries and of values; without causality each for two scans.
+    assert {name: number for name, number in found.items() if name.startswith('flash')} == {
+        'flash base': 3,
+        'flash bidirectional': 6,
+        'flash large': 3,
+        'flash narrow': 6,
+    }
