@@ -41,7 +41,7 @@ def padding(n):
 
 
 def value_and_gradients(op, dtype, args, weights, *, spec, ids):
-    @functools.partial(compile_fast)
+    @compile_fast
     def run(args, weights):
         def loss(args):
             p, bias, *queries_keys, bias_P = args

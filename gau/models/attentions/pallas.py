@@ -6,7 +6,13 @@ from gau.models.attentions.record import Needs
 from gau.models.target import Target
 from gau.models.widths import expanded_dim
 
-WANTED = {'num_heads': (1,), 'gate': ('silu',), 'branches': ('both',), 'dtype': ('bfloat16', 'float32')}
+WANTED = {
+    'num_heads': (1,),
+    'gate': ('silu',),
+    'branches': ('both',),
+    'dtype': ('bfloat16', 'float32'),
+    'global_decay': (1.0,),
+}
 # What has been compiled into the vector memory of a v4, the smallest.
 LONGEST_CHUNK = 512
 WIDEST_KEY = 256
