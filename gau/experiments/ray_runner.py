@@ -180,4 +180,4 @@ def _resources(per_device: int) -> tuple[dict[str, Any], dict[str, str]]:
 def _describe(failure: exceptions.RayError) -> str:
     """Returns in a line what a run or its node died of."""
     text = str(failure.cause if isinstance(failure, exceptions.RayTaskError) else failure)
-    return text.strip().splitlines()[0]
+    return next(iter(text.strip().splitlines()), type(failure).__name__)
