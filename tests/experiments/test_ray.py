@@ -80,7 +80,7 @@ def test_failures_and_signals_on_a_cluster(tmp_path, monkeypatch):
         sweep.kill()
         sweep.communicate()
         wait_for(lambda: all('saved at step 3' in log.read_text() for log in killed.glob('*.log')))
-        assert not any(_alive(pid) for pid in pids(killed).values())
+        wait_for(lambda: not any(map(_alive, pids(killed).values())))
     finally:
         cluster.shutdown()
 
