@@ -122,7 +122,8 @@ def test_an_axis_of_the_mesh_may_be_half_of_a_physical_one():
     assert mesh.devices.shape == (32, 1, 1, 2)
 
 
-@pytest.mark.parametrize('objective', [pytest.param('lm', marks=pytest.mark.slow), 'mlm'])
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['lm', 'mlm'])
 def test_nothing_of_the_length_of_a_text_is_gathered_by_flash(objective):
     def compiled(devices, context):
         arguments = ['-m', 'tests.benchmarks.sequence_program', objective, str(devices), str(context)]

@@ -78,6 +78,7 @@ def test_a_forward_pass_measured_in_this_process():
     assert result['compiler_bytes'] > 4 * result['parameters']
 
 
+@pytest.mark.slow
 def test_writing_and_reading_measured_in_this_process():
     measures = {'decode': decoding.measure_decode, 'prefill': decoding.measure_prefill}
     state_bytes = set()

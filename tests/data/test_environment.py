@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -19,6 +21,7 @@ def environment(folder):
     return subprocess.run(['bash', '-c', script], cwd=folder, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_one_interrupted_while_being_made_is_made_anew_and_a_whole_one_is_reused(tmp_path):
     # What venv has when it is interrupted before it comes to pip.
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / '.venv'], check=True)

@@ -126,8 +126,8 @@ def test_max_tokens_takes_of_every_source_of_a_mixture(tmp_path, by_bytes, packi
         ('lm', {'packing': 'concat', 'read_threads': 0, 'prefetch_batches': 0, 'attend_across_documents': True}),
         ('lm', {'packing': 'first_fit', 'shuffle': 'none'}),
         ('lm', {'packing': 'document'}),
-        ('mlm', {'packing': 'first_fit'}),
-        ('mlm', {'packing': 'concat', 'mlm_masking': 'span'}),
+        pytest.param('mlm', {'packing': 'first_fit'}, marks=pytest.mark.slow),
+        pytest.param('mlm', {'packing': 'concat', 'mlm_masking': 'span'}, marks=pytest.mark.slow),
         ('mlm', {'packing': 'document', 'mlm_masking': 'whole_word', 'shuffle': 'documents'}),
     ],
 )
@@ -352,7 +352,7 @@ def test_what_cannot_be_fed_is_said(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(('source', 'objective'), [
-    ('jsonl', 'mlm'), ('tokens', 'lm'),
+    ('tokens', 'lm'), pytest.param('jsonl', 'mlm', marks=pytest.mark.slow),
     pytest.param('jsonl', 'lm', marks=pytest.mark.slow), pytest.param('tokens', 'mlm', marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_places_of_an_epoch_hold_its_padding_too(corpus, by_bytes, source, objective):

@@ -54,6 +54,7 @@ def test_rendering_shows_borders_and_masks(by_bytes):
     assert report.render(batch, 0, by_bytes, 'lm') == '|1|<BOS>a<MASK><MASK>c<EOS>|2|<BOS>b<PAD x 1>'
 
 
+@pytest.mark.slow
 def test_the_scripts_run(corpus, tmp_path):
     common = ['--config=configs/mlm.py:runlocal', f'--config.data.source={corpus["tokens"]}']
     inspect = [sys.executable, 'scripts/inspect_data.py', *common, f'--plot={tmp_path}/p.png']

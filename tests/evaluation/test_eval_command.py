@@ -40,6 +40,7 @@ def test_the_evaluators_of_training_on_the_same_checkpoint(trained, tmp_path):
     assert by_position[0].keys() == {'first', 'last', 'loss', 'tokens'}
 
 
+@pytest.mark.slow
 def test_devices_that_the_width_does_not_divide_over_hold_copies(trained, tmp_path):
     path = shutil.copytree(trained, tmp_path / 'run')
     found = report('tests.evaluation.on_six_devices', path)

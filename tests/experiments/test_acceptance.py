@@ -65,6 +65,7 @@ def check_undisturbed(sweep, directory, config, expression):
         assert read_metrics(sweep / point.name) == read_metrics(directory / point.name)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_a_sweep_ends_like_an_undisturbed_one(tmp_path):
     path = tmp_path / 'sweep'
     sweep = start('scripts/sweep.py', f'--config={PROGRAM}', '--sweep=seed:2', f'--workdir={path}', '--per_device=2')

@@ -39,7 +39,7 @@ def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk(
     assert all(found['score'] < 1e-4)
 
 
-@pytest.mark.parametrize('name', ['flash', 'flash_quad'])
+@pytest.mark.parametrize('name', ['flash', pytest.param('flash_quad', marks=pytest.mark.slow)])
 def test_the_papers_start_leaves_about_half_of_the_weights_dead(name):
     first, last = sizes(config_of(name=name, relative_bias_init='normal'), steps=(0, 2))
     assert (first[0], last[0]) == (0, 2)

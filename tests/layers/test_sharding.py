@@ -13,6 +13,7 @@ def test_sharded_tokens_give_the_same_values_and_gradients(cases):
         assert difference < 1e-11, case
 
 
+@pytest.mark.slow
 def test_a_sum_over_devices_has_the_same_value_and_gradients():
     found = report('tests.layers.sharded_loss')
     assert len(found) == 5

@@ -53,7 +53,9 @@ def python(*arguments, **environment):
     return result.stdout
 
 
-@pytest.mark.parametrize(('name', 'objective'), [('toy', 'lm'), ('toy_transformer', 'mlm')])
+@pytest.mark.parametrize(
+    ('name', 'objective'), [('toy', 'lm'), pytest.param('toy_transformer', 'mlm', marks=pytest.mark.slow)]
+)
 def test_it_trains(name, objective):
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))

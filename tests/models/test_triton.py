@@ -159,6 +159,7 @@ def test_numbers_at_padding_reach_nothing_in_any_layer(name, objective):
     expect_padding_to_reach_nothing(fused, params, IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['flash', pytest.param('flash_quad', marks=pytest.mark.slow)])
 def test_scan_remat_and_the_fused_loss_change_nothing(name):
     fields = {'impl': 'triton', 'dtype': 'float32', 'context': 8}

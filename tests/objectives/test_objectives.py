@@ -54,6 +54,7 @@ def test_it_resumes_bitwise(trained, tmp_path):
     assert read_metrics(path) == read_metrics(trained)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_from_its_checkpoint_in_micro_batches_as_well(trained, tmp_path):
     path = shutil.copytree(trained, tmp_path / 'run')
     evaluate.evaluate(path)

@@ -79,6 +79,7 @@ def test_other_documents_and_poisoned_padding_reach_nothing():
         assert (np.where(padding, a, 0) == 0).all()
 
 
+@pytest.mark.slow
 def test_queries_over_devices_give_the_same():
     found = report('tests.ops.sharded_splash')
     assert len(found) == 4

@@ -8,6 +8,7 @@ from tests.data.conftest import make_texts, write_jsonl
 from tests.training.tiny import read_metrics, tiny_config
 
 
+@pytest.mark.slow
 def test_a_held_out_line_costs_no_work_either(tmp_path):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(60))
     (tmp_path / 'v.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n{"text": "fine"}\n')
@@ -25,7 +26,7 @@ def test_a_held_out_line_costs_no_work_either(tmp_path):
     assert read_metrics(tmp_path / 'run') == read_metrics(tmp_path / 'undisturbed')
 
 
-@pytest.mark.parametrize('streams', [1, 2])
+@pytest.mark.parametrize('streams', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_run_is_saved_and_goes_on_without_the_line(tmp_path, streams):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(60, longest=4))
     lines = path.read_text('utf-8').splitlines()

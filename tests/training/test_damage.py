@@ -89,6 +89,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(finished, tmp_
     assert read_metrics(path) == read_metrics(finished)
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_costs_nothing_that_was_saved(finished, tmp_path, monkeypatch):
     looks, true_time = itertools.count(), time.time
     # So often that Orbax takes a save for one that hangs.

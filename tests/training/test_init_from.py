@@ -30,6 +30,7 @@ def exported(trained):
     return export(trained, trained.parent / 'exported')
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_parameters_and_resumes_without_the_export(trained, exported, tmp_path):
     copy = shutil.copytree(exported, tmp_path / 'copy')
     config = tiny_config(init_from=str(copy), checkpoint__keep_last=9)

@@ -23,6 +23,7 @@ def test_a_finished_run_is_made_longer_in_its_directory(tmp_path):
         loop.train(tiny_config(steps=9, data__batch_size=4, **TINY), tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_run_that_has_decayed_is_forked_from_where_it_had_not(tmp_path):
     decaying = {**TINY, 'optimizer__schedule': 'wsd', 'optimizer__decay_steps': 2, 'checkpoint__keep_last': 1}
     loop.train(tiny_config(steps=6, **decaying), tmp_path / 'run')

@@ -77,7 +77,7 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
     assert (finished / 'metrics.jsonl').read_bytes() == before
 
 
-@pytest.mark.parametrize('step', [2, 4, 6])
+@pytest.mark.parametrize('step', [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bitwise(finished, tmp_path, step):
     path = copy_until(finished, tmp_path / 'run', step)
     loop.train(tiny_config(), path)
@@ -85,6 +85,7 @@ def test_resumed_equals_uninterrupted_bitwise(finished, tmp_path, step):
     assert read_metrics(path) == read_metrics(finished)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_streams_goes_on_and_is_read(finished, tmp_path):
     path = copy_until(finished, tmp_path / 'run', 4)
     tree = workdir.read_json(path / 'config.json')
@@ -228,7 +229,7 @@ def two_splits(tmp_path_factory):
     return config, path
 
 
-@pytest.mark.parametrize('step', [4, 6])
+@pytest.mark.parametrize('step', [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_signal_during_evaluation_saves_and_goes_on_there(two_splits, tmp_path, step):
     config, straight = two_splits
     original = loop._Loop._report
@@ -256,6 +257,7 @@ def test_a_fork_that_fails_leaves_nothing_and_can_be_corrected(finished, tmp_pat
     assert not (tmp_path / 'fork').exists()
 
 
+@pytest.mark.slow
 def test_a_fork_stays_at_the_checkpoint_it_began_from(finished, tmp_path):
     parent = copy_until(finished, tmp_path / 'parent', 2)
     config = tiny_config(fork=str(parent), optimizer__learning_rate=1e-4)

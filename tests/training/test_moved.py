@@ -62,6 +62,7 @@ def test_a_moved_project_goes_on(project, tmp_path, monkeypatch, capsys):
     assert read_metrics(again / 'runs' / 'b')[-1] == whole[-1]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_too(project, tmp_path, monkeypatch, capsys):
     train(config(), 'runs/a')
     forget_the_end(project / 'runs' / 'a')

@@ -12,13 +12,8 @@ from gau.training import config as training_config
 from tests.programs import report
 from tests.training import golden
 
-# What continuous integration runs: the four kinds of layer, and both objectives.
-IN_CI = (
-    ('lm', 'flash'),
-    ('mlm', 'flash_quad'),
-    ('lm', 'transformer_plus_plus'),
-    ('mlm', 'mc_transformer_plus_plus'),
-)
+# What continuous integration runs: gated units and a Transformer, both objectives.
+IN_CI = (('lm', 'flash'), ('mlm', 'flash_quad'), ('lm', 'transformer_plus_plus'))
 
 
 @pytest.fixture(scope='module')
