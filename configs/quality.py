@@ -34,8 +34,8 @@ QUAD = {**MEAN, ':model': 'flash_quad'}
 TRANSFORMER = {':model': 'transformer_plus_plus'}
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config for `--config=configs/quality.py:arg`."""
+def get_config(arg: str | None = None, *, checkpoint_steps: int = 1000) -> ConfigDict:
+    """Returns the config for `--config=configs/quality.py:arg`, with a checkpoint every `checkpoint_steps`."""
     arg = common.parse_arg(arg, model='flash', size='small', context=1024, data=budgets.DATA['small'])
     config = training_config.default_config()
     config.model.name = arg.model
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.98
-    config.checkpoint.every_steps = 1000
+    config.checkpoint.every_steps = checkpoint_steps
     config.eval.every_steps = 500
     config.eval.max_tokens = 800_000
     config.log.every_steps = 50

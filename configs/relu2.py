@@ -5,8 +5,8 @@
 
 Question: is relu^2 behind softmax, and FLASH behind Transformer++, because of where the bias starts?
 
-Arguments: data (any source; by default tokens:data/wiki_en), context, runlocal. Sweeps: `models` (those that are
-compared), `rate` (one more learning rate), `trials` (what was tried on one seed), `mlm` (masked language modelling).
+Arguments: those of configs/quality.py. Sweeps: `models` (those that are compared), `rate` (one more learning rate),
+`trials` (what was tried on one seed), `mlm` (masked language modelling).
 
 A run is 2,000 steps of 64 rows of 1,024 tokens, 131 M tokens: 5 minutes of an NVIDIA H200 that four runs share.
 
@@ -18,10 +18,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from configs import common
-from configs.paper import budgets
+from configs import quality
 from gau.experiments.sweep import Overrides
-from gau.training import config as training_config
 
 NAME, RATE = 'model.name', 'optimizer.learning_rate'
 START, SCALE = 'model.relative_bias_init', 'model.relative_bias_scale'
@@ -30,22 +28,7 @@ SOFTMAX = {'model.attention_function': 'softmax', 'model.gamma_init': 'ones'}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/relu2.py:arg`."""
-    arg = common.parse_arg(arg, context=1024, data=budgets.DATA['small'])
-    config = training_config.default_config()
-    config.model.name = 'flash'
-    config.model.size = 'small'
-    config.data.source = arg.data
-    config.data.context = arg.context
-    config.data.batch_size = 65_536 // arg.context
-    config.steps = 2000
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 100
-    config.optimizer.b2 = 0.98
-    config.checkpoint.every_steps = 2000
-    config.eval.every_steps = 500
-    config.eval.max_tokens = 800_000
-    config.log.every_steps = 50
-    return common.run_local(config, arg.given) if arg.runlocal else config
+    return quality.get_config(arg, checkpoint_steps=2000)
 
 
 def sweep_models() -> Iterator[Overrides]:
