@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return budgets.get_config(arg)
 
 
-def sweep_branches() -> Iterator[Overrides]:
-    """Both, and each alone."""
-    for branches in ('both', 'local', 'global'):
+def sweep_branches(*names: str) -> Iterator[Overrides]:
+    """Branches by name; by default both together, and each alone."""
+    for branches in names or ('both', 'local', 'global'):
         yield {'model.branches': branches}
