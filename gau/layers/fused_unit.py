@@ -63,10 +63,10 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         bias_HP = self.core.bias_of_sequence(p.shape[1])
 
         def op(p, *operands, sequence_axis):
-            del sequence_axis  # Tokens stay whole: see token_multiple.
             *arrays, bias_P, segment_ids_BN = operands
             p_BNW = p.reshape(*p.shape[:2], -1)
-            return self.core.gated(p_BNW, *arrays, bias_P=bias_P, segment_ids_BN=segment_ids_BN)
+            fields = {'bias_P': bias_P, 'segment_ids_BN': segment_ids_BN, 'sequence_axis': sequence_axis}
+            return self.core.gated(p_BNW, *arrays, **fields)
 
         q_BNS, *others = queries_keys
         by_token = ('batch', 'length', None)
@@ -85,7 +85,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             ],
             result_like=0,
             result_axes=('batch', 'length', columns[-1]),
-            token_multiple=None,
+            token_multiple=self.core.gated_token_multiple,
         )
 
 

@@ -74,7 +74,20 @@ class MixedChunkCore(QuadraticCore):
         """Returns the bias between the positions of a chunk by distance, [H, 2 min(n, C) - 1], or None."""
         return self.bias(min(self.chunk_size, n))
 
-    def gated(self, p_BNW: Array, bias_2E: Array, *queries_keys: Array, bias_P: Array | None, segment_ids_BN) -> Array:
+    @property
+    def gated_token_multiple(self) -> int | None:
+        """See the base class."""
+        return self.chunk_size if self.impl == 'pallas' else None
+
+    def gated(
+        self,
+        p_BNW: Array,
+        bias_2E: Array,
+        *queries_keys: Array,
+        bias_P: Array | None,
+        segment_ids_BN: Array | None,
+        sequence_axis: str | None,
+    ) -> Array:
         """See the base class."""
         return gated_mixed_chunk(
             *(p_BNW, bias_2E, *queries_keys),
@@ -82,4 +95,5 @@ class MixedChunkCore(QuadraticCore):
             segment_ids_BN=segment_ids_BN,
             bias_P=bias_P,
             kernels=self.impl,
+            sequence_axis=sequence_axis,
         )

@@ -119,7 +119,20 @@ class QuadraticCore(AttentionCore):
         """Returns the bias by distance for a sequence of n tokens, [H, 2 n - 1], or None."""
         return self.bias(n)
 
-    def gated(self, p_BNW: Array, bias_2E: Array, *queries_keys: Array, bias_P: Array | None, segment_ids_BN) -> Array:
+    @property
+    def gated_token_multiple(self) -> int | None:
+        """A multiple of which a device must have of a sequence's tokens for `gated`; None: it takes whole ones."""
+        return None
+
+    def gated(
+        self,
+        p_BNW: Array,
+        bias_2E: Array,
+        *queries_keys: Array,
+        bias_P: Array | None,
+        segment_ids_BN: Array | None,
+        sequence_axis: str | None,
+    ) -> Array:
         """Returns U * (A V) of one head in kernels, [B, N, E], from the projections of gate and values.
 
         Args:
@@ -128,6 +141,7 @@ class QuadraticCore(AttentionCore):
           *queries_keys: queries and keys of each of `pairs`, [B, N, S], scaled.
           bias_P: `bias_of_sequence` of the head, or None.
           segment_ids_BN: documents and padding, or None.
+          sequence_axis: mesh axis over which the tokens are spread, inside `jax.shard_map`, or None.
         """
         return gated_quadratic.gated_quadratic_attention(
             *(p_BNW, bias_2E, *queries_keys),

@@ -204,7 +204,7 @@ FLASH_ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
 @pytest.mark.parametrize('fields', [{}, {'attention_function': 'softmax'}], ids=str)
 def test_pallas_is_the_choice_for_flash_on_a_tpu_and_nowhere_else(objective, fields):
     config = tiny_config('flash', objective, **FLASH_ON_TPU | fields)
-    for target in (TPU, TPU._replace(triton=True)):
+    for target in (TPU, TPU._replace(triton=True), TPU._replace(sequence_shards=2)):
         assert settle(config, target=target) == Implementation('pallas')
     interpreter = CPU._replace(pallas_interpreted=True)
     for target in (CPU, HOPPER, interpreter):
@@ -226,7 +226,6 @@ def test_pallas_is_the_choice_for_flash_on_a_tpu_and_nowhere_else(objective, fie
     ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
     ({'query_key_dim': 258}, TPU, 'query_key_dim up to 256, this is 258'),
     ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),
-    ({}, TPU._replace(sequence_shards=2), 'mesh.sequence=1'),
 ], ids=str)  # fmt: skip
 def test_where_pallas_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
     config = tiny_config('flash', context=1200, **FLASH_ON_TPU | fields)

@@ -60,18 +60,18 @@ def value_and_gradients(op, dtype, args, weights, *, spec, ids):
 
 
 # Sizes that no tile divides, three blocks of E, a sequence shorter than a chunk, chunks of padding.
-@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype'), [
-    (True, 30, 8, 12, documents, 'relu2', 'mean', 'float32'),
-    (False, 30, 8, 12, documents, 'softmax', 'mean', 'float32'),
-    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32'),
-    (False, 40, 5, 8, padding, 'relu2', 'sum', 'float32'),
-    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', marks=pytest.mark.slow),
-    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', marks=pytest.mark.slow),
-    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', marks=pytest.mark.slow),
-    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16'),
-    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', marks=pytest.mark.slow),
+@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'decay'), [
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 0.7),
+    (False, 30, 8, 12, documents, 'softmax', 'mean', 'float32', 1.0),
+    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32', 1.0),
+    (False, 40, 5, 8, padding, 'relu2', 'sum', 'float32', 1.0),
+    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', 0.7, marks=pytest.mark.slow),
+    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', 1.0, marks=pytest.mark.slow),
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0),
+    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', 1.0, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype):
+def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay):
     e = 24
     constants(fast.gated_mixed_chunk, tpu_gated_chunks, BLOCKS=(8,))
     rng = np.random.default_rng(0)
@@ -82,7 +82,8 @@ def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, functi
     if ids is not None:
         # What stands at padding is not cleared, and must not be found anywhere.
         args = [jnp.where((ids == 0)[..., None], 100.0, x) if x.ndim == 3 else x for x in args]
-    fields = {'spec': ChunkSpec(chunk, _scoring(function), causal, global_reduction=reduction), 'ids': ids}
+    spec = ChunkSpec(chunk, _scoring(function), causal, global_reduction=reduction, global_decay=decay)
+    fields = {'spec': spec, 'ids': ids}
     wanted = value_and_gradients(reference.gated_mixed_chunk, 'float64', args, weights, **fields)
     op = functools.partial(fast.gated_mixed_chunk, kernels='pallas')
     with jax.enable_x64(False):
@@ -99,6 +100,14 @@ def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, functi
 
 def _scoring(function):
     return Scoring(function, None) if function == 'softmax' else Scoring(function, 'fixed', 8)
+
+
+@pytest.mark.slow
+def test_chunks_over_devices_give_the_same():
+    found = report('tests.ops.sharded_pallas')
+    assert len(found) == 5
+    for case, difference in found.items():
+        assert difference < 1e-5, case
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ WANTED = {
     'gate': ('silu',),
     'branches': ('both',),
     'dtype': ('bfloat16', 'float32'),
-    'global_decay': (1.0,),
 }
 # What has been compiled into the vector memory of a v4, the smallest.
 LONGEST_CHUNK = 512
@@ -24,8 +23,6 @@ def _lacks(config: ConfigDict, target: Target) -> str | None:
     for field, values in WANTED.items():
         if config[field] not in values:
             return f'{field}={" or ".join(map(str, values))}, this is {config[field]}'
-    if target.sequence_shards > 1:
-        return 'mesh.sequence=1'
     for field, most in {'chunk_size': LONGEST_CHUNK, 'query_key_dim': WIDEST_KEY}.items():
         if config[field] > most:
             return f'{field} up to {most}, this is {config[field]}'

@@ -9,6 +9,7 @@ This file says which tokens see which, and hands weights, masked queries and key
 `gau.ops.kernels.gated_chunks`, which computes o and the gradients; on a TPU to `tpu_gated_chunks`, which does the same.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from gau.ops.scores import attention_weights
 from gau.ops.tracing import choose, traced_once
 
 
-@traced_once('spec', 'kernels')
+@traced_once('spec', 'kernels', 'sequence_axis')
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -38,11 +39,18 @@ def gated_mixed_chunk(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
     kernels: str = 'triton',
+    sequence_axis: str | None = None,
 ) -> Array:
     """Returns what its reference in `gau.ops.gated_mixed_chunk` does; see there for the arguments.
 
-    `kernels` are 'triton', for a GPU, or 'pallas', for a TPU.
+    `kernels` are 'triton', for a GPU, or 'pallas', for a TPU. The latter may run inside `jax.shard_map` with the tokens
+    in order and in whole chunks over the devices of the mesh axis `sequence_axis`; N is then those of one device.
+
+    Raises:
+      ValueError: unknown `kernels`, or a `sequence_axis` for 'triton'.
     """
+    if sequence_axis is not None and kernels == 'triton':
+        raise ValueError("kernels='triton' take whole sequences")
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
     batch, n = p_BNW.shape[:2]
     size, dtype, causal = min(spec.chunk_size, n), p_BNW.dtype, spec.causal
@@ -52,7 +60,7 @@ def gated_mixed_chunk(
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
-    scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay)
+    scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay, sequence_axis=sequence_axis)
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
@@ -66,14 +74,17 @@ def gated_mixed_chunk(
     else:
         q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
         k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
+    by_chunk = scans.carry_mask_BGJ, scans.state_scale_BGJ
+    shards = () if scans.shards is None else (scans.shards, sequence_axis)
     o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
         bias_2E,
         a_BGCC,
         q_BGCF.astype(dtype),
         k_BGCF.astype(dtype),
-        *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (scans.carry_mask_BGJ, scans.state_scale_BGJ)),
+        *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in by_chunk),
         causal,
+        *shards,
     )
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 
@@ -104,6 +115,7 @@ class _Scans(NamedTuple):
       state_scale_BGJ: factor on the state that a chunk reads, float32. If causal, it makes means of sums: all queries
         of a chunk see the same tokens of other chunks. Else it is 1.
       query_scale_BGC: if not causal, the factor on each query that makes means of sums; else None.
+      shards: how scans go on from device to device, or None.
     """
 
     query_masks: list[Array]
@@ -111,14 +123,23 @@ class _Scans(NamedTuple):
     carry_mask_BGJ: Array
     state_scale_BGJ: Array
     query_scale_BGC: Array | None
+    shards: tpu_gated_chunks.Shards | None
 
 
-def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float) -> _Scans:
+def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_axis: str | None) -> _Scans:
     """Returns masks and scales of the forward scan and, unless causal, of the reverse one.
 
     A scan carries the state of one document, the one that is open at the start of a chunk. To this state a chunk adds
     its tokens of the document that is open at its end; if that is another document, the carried state is dropped first.
     """
+    own_ids_BGC, own = ids_BGC, lambda x: x
+    if sequence_axis is not None:
+        # Ids are small: every device has all of them, and cuts its own part out of what follows from them.
+        on_device, device = ids_BGC.shape[1], jax.lax.axis_index(sequence_axis)
+        own = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
+        )
+        ids_BGC = jax.lax.all_gather(ids_BGC, sequence_axis, axis=1, tiled=True)
     first_BG, last_BG = first_and_last_document(ids_BGC)
     query_masks, key_masks, carry_masks, state_scales, counts_BGC = [], [], [], [], []
     for reverse in (False,) if causal else (False, True):
@@ -141,10 +162,29 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float) -> _Scans:
         query_masks.append(flip(query_mask_BGC))
         key_masks.append(flip(key_mask_BGC))
         carry_masks.append(flip(carry_mask_BG))
+    carry_mask_BGJ, state_scale_BGJ = (jnp.stack(x, axis=-1) for x in (carry_masks, state_scales))
+    query_masks, key_masks = [own(x) for x in query_masks], [own(x) for x in key_masks]
+    shards = None if sequence_axis is None else _shards(carry_mask_BGJ, on_device, device)
     query_scale_BGC = None
     if not causal:
-        size = ids_BGC.shape[-1]
-        count_BGC = sum(counts_BGC) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
+        size, ids_BGC = own_ids_BGC.shape[-1], own_ids_BGC
+        count_BGC = own(sum(counts_BGC)) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
         query_scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
-    carry_mask_BGJ, state_scale_BGJ = (jnp.stack(x, axis=-1) for x in (carry_masks, state_scales))
-    return _Scans(query_masks, key_masks, carry_mask_BGJ, state_scale_BGJ, query_scale_BGC)
+    return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGC, shards)
+
+
+def _shards(carry_mask_BGJ: Array, on_device: int, device: Array) -> tpu_gated_chunks.Shards:
+    """Returns how scans go on from device to device, from the carry masks of all chunks, `on_device` on each."""
+    batch, _, directions = carry_mask_BGJ.shape
+    over_BAJ = carry_mask_BGJ.reshape(batch, -1, on_device, directions).prod(axis=2)
+    a = jnp.arange(over_BAJ.shape[1])
+    begins, leaves = a[:, None], a
+    # A state is carried over all devices between the one that left it and the one that begins with it.
+    between = (a > jnp.minimum(begins, leaves)[..., None]) & (a < jnp.maximum(begins, leaves)[..., None])
+    weights = [
+        jnp.where(before, jnp.where(between, over_BAJ[:, None, None, :, j], 1).prod(axis=-1), 0)
+        for j, before in enumerate((leaves < begins, leaves > begins)[:directions])
+    ]
+    weights_BJAA = jnp.stack(weights, axis=1)
+    begin_BJA, leave_BJA = (jnp.take(weights_BJAA, device, axis=axis) for axis in (2, 3))
+    return tpu_gated_chunks.Shards(begin_BJA, leave_BJA)

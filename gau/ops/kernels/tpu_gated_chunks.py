@@ -5,6 +5,9 @@
 A TPU runs a kernel's grid in order: the chunks of a sequence come one after the other, and the state M stays in memory
 on the chip from one to the next. No state is written to main memory, and the backward pass makes them again on its
 way. What it gets saved are the operands and, if not causal, what the reverse scan added to the values.
+
+Where the chunks of a sequence are spread over devices, each of them first makes the state that its own chunks leave,
+S x E, and begins with what those of the others are together; the gradients of states go the other way likewise.
 """
 
 import functools
@@ -23,7 +26,19 @@ BLOCKS = (512, 384, 256, 128)
 BLOCK_NUMBERS = 256 * 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+class Shards(NamedTuple):
+    """How the scans of a sequence go on from device to device; factors, float32, without a gradient.
+
+    Attributes:
+      begin_BJA: of the state that each of A devices leaves, in the one with which a scan of this device begins.
+      leave_BJA: of the state that this device leaves, in the one with which a scan of each of the others begins.
+    """
+
+    begin_BJA: Array
+    leave_BJA: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 9))
 def gated_chunk_matmul(
     p_BGCW: Array,
     bias_2E: Array,
@@ -33,46 +48,74 @@ def gated_chunk_matmul(
     carry_mask_BGJ: Array,
     state_scale_BGJ: Array,
     causal: bool,
+    shards: Shards | None = None,
+    sequence_axis: str | None = None,
 ) -> Array:
     """Returns silu(u) * (a silu(v) + q state_scale m), [B, G, C, E]: see `gau.ops.kernels.gated_chunks`.
 
-    Any weights `a` will do; `causal` says nothing new here, for J does.
+    Any weights `a` will do; `causal` says nothing new here, for J does. `shards` is given where this runs inside
+    `jax.shard_map` with the chunks in order over the devices of the mesh axis `sequence_axis`.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal)[0]
+    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
+    return _forward(*arrays, causal, shards, sequence_axis)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal):
+def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal, shards, sequence_axis):
     arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
     call = _Call.of(*arrays)
+    begins = [None] * call.directions
+    if shards is not None:
+        left = [call(_state_kernel, ('pv', 'bias', 'k'), ('left',), scan=scan)[0] for scan in range(call.directions)]
+        begins = _of_other_shards(left, shards.begin_BJA, sequence_axis)
     read_BGCE = None
     if call.directions == 2:
-        read_BGCE = call(_output_kernel, ('pv', 'bias', 'q', 'k'), ('o',), scan=1)[0]
-    o_BGCE = call(_output_kernel, ('pu', 'pv', 'bias', 'a', 'q', 'k'), ('o',), read=read_BGCE)[0]
-    return o_BGCE, (*arrays, read_BGCE)
+        read_BGCE = call(_output_kernel, ('pv', 'bias', 'q', 'k'), ('o',), scan=1, begin=begins[1])[0]
+    operands = ('pu', 'pv', 'bias', 'a', 'q', 'k')
+    o_BGCE = call(_output_kernel, operands, ('o',), read=read_BGCE, begin=begins[0])[0]
+    return o_BGCE, (*arrays, shards, read_BGCE, begins)
 
 
-def _backward(causal, residuals, do_BGCE):
-    *arrays, read_BGCE = residuals
+def _backward(causal, sequence_axis, residuals, do_BGCE):
+    *arrays, shards, read_BGCE, begins = residuals
     call = _Call.of(*arrays, do_BGCE)
+    dbegins = [None] * call.directions
+    if shards is not None:
+        operands = ('pu', 'bias', 'q', 'do')
+        left = [
+            call(_state_gradient_kernel, operands, ('left',), scan=scan, against=True)[0]
+            for scan in range(call.directions)
+        ]
+        dbegins = _of_other_shards(left, shards.leave_BJA, sequence_axis)
     operands = ('pu', 'pv', 'bias', 'a', 'q', 'k', 'do')
-    dp, dbias_u, da_BGCC, dq = call(_query_gradient_kernel, operands, ('dpu', 'dbias', 'da', 'dq'), read=read_BGCE)
+    results = ('dpu', 'dbias', 'da', 'dq')
+    dp, dbias_u, da_BGCC, dq = call(_query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
     dqs, dks, dv = [dq], [], None
     if call.directions == 2:
         part = ('pu', 'pv', 'bias', 'q', 'k', 'do')
-        dqs += call(_query_gradient_kernel, part, ('dq',), scan=1)
-        dv, dk = call(_value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True)
+        dqs += call(_query_gradient_kernel, part, ('dq',), scan=1, begin=begins[1])
+        dv, dk = call(_value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True, begin=dbegins[1])
         dks = [dk]
-    dp, dbias_v, dk = call(_value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), read=dv, against=True, dp=dp)
+    fields = {'read': dv, 'against': True, 'dp': dp, 'begin': dbegins[0]}
+    dp, dbias_v, dk = call(_value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), **fields)
     dq_BGCF, dk_BGCF = jnp.concatenate(dqs, axis=-1), jnp.concatenate([dk, *dks], axis=-1)
     columns = 2 * bias_width(arrays[1])
     if dp.shape[-1] > columns:
         # Of another reader, and not written.
         dp = jnp.pad(dp[..., :columns], [(0, 0)] * 3 + [(0, dp.shape[-1] - columns)])
     dbias_2E = jnp.stack([dbias_u.sum(0), dbias_v.sum(0)]).reshape(arrays[1].shape).astype(arrays[1].dtype)
-    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, *map(jnp.zeros_like, arrays[5:])
+    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, *jax.tree.map(jnp.zeros_like, (*arrays[5:], shards))
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
+
+
+def _of_other_shards(left: Sequence[Array], weights_BJA: Array, sequence_axis: str) -> list[Array]:
+    """Returns with what the scans of this device begin, [B, S, E] each, given what they leave on every device."""
+    of_all = [jax.lax.all_gather(left_BSE, sequence_axis, axis=1) for left_BSE in left]
+    return [
+        jnp.einsum('BA,BASE->BSE', weights_BJA[:, j], left_BASE, precision=jax.lax.Precision.HIGHEST)
+        for j, left_BASE in enumerate(of_all)
+    ]
 
 
 def bias_width(bias_2E: Array) -> int:
@@ -85,11 +128,12 @@ class _Step(NamedTuple):
 
     Attributes:
       refs: the blocks of inputs and outputs, and the scratch, which lives as long as the grid.
-      carry: carry mask of the chunk.
+      carry: factor by which the scan carries its state on over the chunk: 1, a decay, or 0.
       scale: state scale of the chunk.
       scan: which columns of q and k the scan has.
       block: of E.
       first_chunk: whether the chunk is the first that the scan comes to.
+      last_chunk: whether it is the last one.
       first_block: whether this is the first block of E of the chunk.
       last_block: whether it is the last one.
     """
@@ -100,6 +144,7 @@ class _Step(NamedTuple):
     scan: int
     block: Array
     first_chunk: Array
+    last_chunk: Array
     first_block: Array
     last_block: Array
 
@@ -122,12 +167,20 @@ class _Step(NamedTuple):
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
     def state(self) -> Array:
-        """Returns what is carried to the chunk, float32 [S, BE]; zeros for the first."""
-        return jnp.where(self.first_chunk, 0.0, self.refs['state'][self.block])
+        """Returns what is carried to the chunk, float32 [S, BE]; for the first zeros, or what was given to begin."""
+        begin = self.load('begin') if 'begin' in self else 0.0
+        return jnp.where(self.first_chunk, begin, self.refs['state'][self.block])
 
     def carry_on(self, state: Array) -> None:
-        """Keeps a state for the next chunk."""
+        """Keeps a state for the next chunk, or leaves it after the last one."""
+        from jax.experimental import pallas as pl
+
         self.refs['state'][self.block] = state
+        if 'left' in self:
+
+            @pl.when(self.last_chunk)
+            def _():
+                self.store('left', state)
 
     def add(self, name: str, x: Array) -> None:
         """Adds to a gradient [C, ...] that is summed over the blocks of E, and writes it after the last one."""
@@ -206,11 +259,25 @@ def _value_gradient_kernel(step: _Step, dtype: Any) -> None:
     step.carry_on(step.carry * dstate + step.scale * _dot(step.load('q'), dmixed, 'ji,jk'))
 
 
+def _state_kernel(step: _Step, dtype: Any) -> None:
+    """The state that the chunks leave."""
+    v = step.silu('pv')[0].astype(dtype)
+    step.carry_on(step.carry * step.state() + _dot(step.load('k'), v, 'ji,jk'))
+
+
+def _state_gradient_kernel(step: _Step, dtype: Any) -> None:
+    """The gradient of the state with which the chunks begin."""
+    dmixed = (step.load('do').astype(jnp.float32) * step.silu('pu')[0]).astype(dtype)
+    step.carry_on(step.carry * step.state() + step.scale * _dot(step.load('q'), dmixed, 'ji,jk'))
+
+
 # Matmuls of a kernel: with [C, C] weights, and with [S, E] states, in a whole one and in one of a second scan.
 _MATMULS = {
     _output_kernel: ((1, 2), (0, 2)),
     _query_gradient_kernel: ((2, 3), (0, 2)),
     _value_gradient_kernel: ((1, 3), (0, 3)),
+    _state_kernel: ((0, 1), (0, 1)),
+    _state_gradient_kernel: ((0, 1), (0, 1)),
 }
 
 
@@ -250,6 +317,7 @@ class _Call(NamedTuple):
         scan: int = 0,
         against: bool = False,
         read: Array | None = None,
+        begin: Array | None = None,
         dp: Array | None = None,
     ) -> list[Array]:
         """Runs a kernel and returns its outputs.
@@ -261,16 +329,16 @@ class _Call(NamedTuple):
           scan: 0 for the forward scan, 1 for the reverse one.
           against: whether the chunks come in the other order than the scan's.
           read: one more operand [B, G, C, E], or None.
+          begin: the state of the first chunk, float32 [B, S, E]; None: zeros.
           dp: the gradient of p with what was written before, to be written on; or None.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
         reverse, blocks = (scan == 1) != against, self.width // self.block
-        given = [self.arrays[name] for name in inputs]
-        names = [*inputs]
-        if read is not None:
-            given, names = [*given, read], [*names, 'read']
+        more = {name: x for name, x in (('read', read), ('begin', begin)) if x is not None}
+        given = [*(self.arrays[name] for name in inputs), *more.values()]
+        names = [*inputs, *more]
         dtype, width = self.arrays['pu'].dtype, self.arrays['q'].shape[-1] // self.directions
         results = {name: self._result(name, width) for name in outputs}
         scratch = {'state': (blocks, width, self.block)}
@@ -288,10 +356,8 @@ class _Call(NamedTuple):
             group = self.groups - 1 - chunk if reverse else chunk
             at = (pl.program_id(0) * self.groups + group) * self.directions + scan
             arrays = dict(zip((*names, *outputs, *scratch), refs, strict=True))
-            kernel(
-                _Step(arrays, carry_ref[at], scale_ref[at], scan, block, chunk == 0, block == 0, block == blocks - 1),
-                dtype,
-            )
+            ends = chunk == 0, chunk == self.groups - 1, block == 0, block == blocks - 1
+            kernel(_Step(arrays, carry_ref[at], scale_ref[at], scan, block, *ends), dtype)
 
         call = pl.pallas_call(
             run,
@@ -322,6 +388,11 @@ class _Call(NamedTuple):
             return pl.BlockSpec((2, None, 1, self.block), lambda b, g, e, *_: (0, e, 0, 0))
         if name == 'dbias':
             return pl.BlockSpec((None, blocks, 1, self.block), lambda b, g, e, *_: (b, 0, 0, 0))
+        if name in ('begin', 'left'):
+            # One is read at the first chunk and the other written at the last, where every block comes once.
+            held, other = (0, blocks - 1) if name == 'begin' else (self.groups - 1, 0)
+            width = self.arrays['q'].shape[-1] // self.directions
+            return pl.BlockSpec((None, width, self.block), lambda b, g, e, *_: (b, 0, jnp.where(g == held, e, other)))
         if name in ('a', 'da', 'q', 'k', 'dq', 'dk'):
             inner = self.size if name in ('a', 'da') else self.arrays['q'].shape[-1]
             inner = inner // self.directions if name in ('dq', 'dk') else inner
@@ -333,6 +404,8 @@ class _Call(NamedTuple):
         dtype = self.arrays['pu'].dtype
         if name == 'dbias':
             return jax.ShapeDtypeStruct((self.batch, self.width // self.block, 1, self.block), jnp.float32)
+        if name == 'left':
+            return jax.ShapeDtypeStruct((self.batch, width, self.width), jnp.float32)
         columns = {'dpu': self.columns, 'dpv': self.columns, 'da': self.size, 'dq': width, 'dk': width}
         return jax.ShapeDtypeStruct((self.batch, self.groups, self.size, columns.get(name, self.width)), dtype)
 
