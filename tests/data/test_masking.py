@@ -16,8 +16,11 @@ def choose(tokens, tokenizer, seed, **fields):
 @pytest.mark.parametrize('kind', ['token', 'whole_word', 'span'])
 @pytest.mark.parametrize(('n', 'rate'), [(3, 0.15), (40, 0.15), (1000, 0.15), (200, 0.5), (7, 1.0)])
 def test_the_expected_share_is_the_rate(by_bytes, kind, n, rate):
-    tokens = by_bytes.encode(TEXT)[:n]
-    shares = [choose(tokens, by_bytes, seed, masking=kind, rate=rate).mean() for seed in range(1500)]
+    tokens, begins = by_bytes.encode(TEXT)[:n], np.zeros(n, bool)
+    config = make_config('mlm', mlm_masking=kind, mlm_rate=rate).mlm
+    shares = [
+        masking.choose(tokens, begins, config, by_bytes, np.random.default_rng(seed)).mean() for seed in range(1500)
+    ]
     error = 4 * np.std(shares) / np.sqrt(len(shares)) + 1e-12
     assert abs(np.mean(shares) - rate) < error
     assert len(set(np.round(shares, 6))) > 1 or rate == 1.0 or kind == 'token'

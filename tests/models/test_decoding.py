@@ -68,16 +68,17 @@ def through_files(state, folder):
     return jax.tree.unflatten(tree, [jnp.asarray(x) for x in loaded])
 
 
-def staircase(name, *, block=BLOCK, folder=None, **fields):
+def staircase(name, *, block=BLOCK, folder=None, full_impl=None, **fields):
     """Largest difference between decoding and the full forward, for the prompts of 1, 2, ... N tokens in one batch.
 
     Each row has a text of its own. Prompts are read in blocks that do not fit the chunks of 5; then every row steps to
     the end of its text. With `folder` the state after the prompts is saved there, in mid-chunk for most rows, and what
-    goes on from it must do so bitwise alike.
+    goes on from it must do so bitwise alike. `full_impl` is that of the full forward, if it is another.
     """
     model, params = tiny.make(name, **fields)
+    full_model, _ = tiny.make(name, **fields | ({'impl': full_impl} if full_impl else {}))
     tokens_BN = tiny.tokens(N, N)
-    full_BNV = np.asarray(tiny.apply(model, params, tokens_BN), np.float64)
+    full_BNV = np.asarray(tiny.apply(full_model, params, tokens_BN), np.float64)
     length_B = jnp.arange(1, N + 1)
     # What stands behind a prompt must not matter.
     prompts_BN = jnp.where(jnp.arange(N) < length_B[:, None], tokens_BN, 7)
@@ -113,8 +114,10 @@ def test_decoding_is_the_full_forward_at_every_position(name):
 
 @pytest.mark.parametrize(('name', 'layer_stack'), [('flash', 'unrolled'), ('flash_quad', 'scan')])
 def test_a_model_built_for_kernels_decodes(name, layer_stack):
+    """Against the reference's full forward: that of the kernels is the same (test_triton.py)."""
     pytest.importorskip('triton')
-    worst, size = staircase(name, impl='triton', dtype='float32', layer_stack=layer_stack, num_layers=1)
+    fields = {'impl': 'triton', 'dtype': 'float32', 'layer_stack': layer_stack, 'num_layers': 1}
+    worst, size = staircase(name, full_impl='reference', **fields)
     assert size > 0.1
     assert worst < 1e-5
 

@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 
+from gau.errors import UserError
+from gau.training import evaluate, loop, workdir
 from tests.conftest import ROOT
 from tests.training.processes import train_with
-from tests.training.tiny import assert_trees_equal, read_metrics, read_state
+from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
 TINY = [
     '--config=configs/quickstart.py:runlocal',
@@ -47,14 +49,21 @@ def undisturbed(tmp_path_factory):
     return path
 
 
-def test_killed_or_told_to_stop_at_any_moment_and_resumed_ends_the_same(undisturbed, tmp_path):
-    # Killed before the first checkpoint, and while one is being written. (At more moments: the slow test below.)
-    for signum, step, expected in (
-        (signal.SIGKILL, 3, -signal.SIGKILL),
-        (signal.SIGINT, 3, 130),
-        (signal.SIGKILL, 16, -signal.SIGKILL),
-        (signal.SIGTERM, 18, 143),
-    ):
+KILL, INT, TERM = (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)
+
+
+@pytest.mark.parametrize(
+    'deeds',
+    [
+        # While a checkpoint is being written. (SIGTERM at exit code 143: test_processes.py.)
+        [(*KILL, 16), (*INT, 18)],
+        # Before the first one as well.
+        pytest.param([(*KILL, 3), (*INT, 3), (*KILL, 16), (*TERM, 18)], marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_killed_or_told_to_stop_at_any_moment_and_resumed_ends_the_same(undisturbed, tmp_path, deeds):
+    for signum, expected, step in deeds:
         disturbed = train_with(f'os.kill(os.getpid(), {int(signum)})', step=step)
         code, _, err = run(*disturbed, *TINY, f'--workdir={tmp_path}')
         assert code == expected, err
@@ -126,22 +135,25 @@ def test_bad_input_is_one_line_and_code_2(name, tmp_path):
 
 
 def test_unusable_work_directories_are_one_line(undisturbed, tmp_path):
+    """Each a UserError; that the command writes it and ends with code 2 is seen once."""
     (tmp_path / 'file').write_text('precious')
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'notes.txt').write_text('precious')
-    for path, hint in ((tmp_path / 'file', 'not a directory'), (tmp_path / 'other', 'not empty')):
-        code, _, err = run('train.py', *TINY, f'--workdir={path}')
-        assert (code, err.count('\n')) == (2, 1), err
-        assert hint in err
-    code, _, err = run('train.py', *TINY, '--config.seed=1', f'--workdir={undisturbed}')
-    assert code == 2
-    assert 'seed: 0 -> 1' in err
-    code, _, err = run('eval.py', f'--workdir={tmp_path / "other"}')
-    assert code == 2
-    assert 'holds no run' in err
-    code, _, err = run('eval.py', f'--workdir={undisturbed}', '--splits=vald')
-    assert code == 2
-    assert 'valid' in err
+    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path / "other"}')
+    assert (code, err.count('\n')) == (2, 1), err
+    assert 'not empty' in err
+    with pytest.raises(UserError, match='not a directory'):
+        loop.train(tiny_config(), tmp_path / 'file')
+    config = workdir.read_config(undisturbed)
+    config.seed = 1
+    with pytest.raises(UserError, match='seed: 0 -> 1'):
+        loop.train(config, undisturbed)
+    with pytest.raises(UserError, match='holds no run'):
+        evaluate.evaluate(tmp_path / 'other')
+    with pytest.raises(UserError, match='valid'):
+        evaluate.evaluate(undisturbed, splits=['vald'])
+    assert [(path.name, path.read_text()) for path in (tmp_path / 'other').iterdir()] == [('notes.txt', 'precious')]
+    assert (tmp_path / 'file').read_text() == 'precious'
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')

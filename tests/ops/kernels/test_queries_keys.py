@@ -45,11 +45,12 @@ def positions(kind, batch, n):
         (4, 3, 5, 12, 'own'),
         (2, 1, 7, 9, 'none'),
         (4, 1, 7, 9, 'none'),
-        (4, 2, 37, 70, 'shared'),
-        (2, 2, 37, 256, 'own'),
-        (4, 1, 33, 128, 'none'),
+        (4, 2, 11, 70, 'shared'),
+        (2, 2, 9, 256, 'own'),
+        (4, 1, 17, 128, 'none'),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [
             (2, 3, 5, 12, 'own'), (2, 2, 37, 70, 'shared'), (4, 2, 37, 256, 'own'), (2, 1, 33, 128, 'none'),
+            (4, 2, 37, 70, 'shared'), (2, 2, 37, 256, 'own'), (4, 1, 33, 128, 'none'),
         ]),
     ],
 )  # fmt: skip
