@@ -6,4 +6,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment requirements.txt requirements-test.txt
+# Programs that the tests start would else compile all of the project's Python again, each of them.
+unset PYTHONDONTWRITEBYTECODE
 exec "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
