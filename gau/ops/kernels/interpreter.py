@@ -1,7 +1,9 @@
 """Runs Triton kernels in Triton's interpreter, program by program in NumPy: slow, to prove kernels without a GPU."""
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -31,11 +33,37 @@ def interpret(
             results[target] = arrays[source].copy()
             # Nor must a kernel read what was overwritten from where it was.
             arrays[source] = np.full_like(arrays[source], np.nan)
-        with _LOCK:
+        with _LOCK, _patched_once():
             kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
         return results
 
     return list(jax.pure_callback(call, list(outputs), *inputs))
+
+
+@contextlib.contextmanager
+def _patched_once() -> Iterator[None]:
+    """Triton's functions are changed once a launch, where Triton does it again at each call of a kernel's functions.
+
+    What is changed are the modules `triton.language` and `.core` that a function sees. To do so a second time changes
+    nothing, and would be half of all the time.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_lang(function):
+        seen = frozenset(x.__name__ for x in function.__globals__.values() if x is language or x is language.core)
+        if seen in patched:
+            return SimpleNamespace(restore=lambda: None)
+        patched.add(seen)
+        return patch(function)
+
+    interpreter._patch_lang = patch_lang
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
 
 
 class _Tensor:
