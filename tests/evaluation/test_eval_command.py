@@ -7,6 +7,7 @@ import types
 import pytest
 
 from gau.errors import UserError
+from gau.evaluation.whole_documents import WholeDocuments
 from gau.sampling import generation
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
@@ -53,7 +54,8 @@ def test_devices_that_the_width_does_not_divide_over_hold_copies(trained, tmp_pa
     assert found['tokens'] == own.tolist()
 
 
-def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys):
+def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(WholeDocuments, 'options', {'rows': 2, 'block': 64})
     path = shutil.copytree(trained, tmp_path / 'run')
     evaluate.evaluate(path, evaluators=['whole_documents'], contexts=[16], max_tokens=400)
     carried, forgotten = rows(path)
