@@ -33,17 +33,16 @@ def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[li
     of the logits of a batch, which are by far the largest array of a run with short texts.
     """
     run = Run.from_config(config, devices=devices)
-    state, compiled = run.init_state(), None
+    state, train_step = run.init_state(), run.train_step()
     iterator = pipeline.train_iterator(
         config.data, objective=config.objective, tokenizer=run.tokenizer, seed=config.seed
     )
     losses = []
     with run.context():
         for _ in range(STEPS):
-            batch = put_batch(next(iterator), meshes.batch_sharding(run.mesh))
-            compiled = compiled or run.train_step().lower(state, batch).compile()
-            state, metrics = compiled(state, batch)
+            state, metrics = train_step(state, put_batch(next(iterator), meshes.batch_sharding(run.mesh)))
             losses.append(float(metrics['loss']))
+        compiled = train_step.lower(state, put_batch(next(iterator), meshes.batch_sharding(run.mesh))).compile()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     largest = max(math.prod(map(int, shape.split(','))) for shape in re.findall(r'f32\[([\d,]+)\]', compiled.as_text()))
     logits = config.data.batch_size * config.data.context * run.tokenizer.vocab_size
