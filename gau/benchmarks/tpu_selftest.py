@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from gau.benchmarks.meshes import Steps, train_over
 from gau.ops import gated_mixed_chunk as flash_reference
-from gau.ops.kernels import pallas
+from gau.ops.kernels import pallas, tpu_quadratic
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.kernels.splash_attention import splash_attention
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -24,7 +24,7 @@ from gau.training.config import resolve
 TOLERANCE = {'float32': 1e-3, 'bfloat16': 3e-2}
 # How far the losses of two runs that differ in rounding alone may be apart, in nats.
 CURVES_TOLERANCE = 0.1
-MODELS = {'flash': 'pallas', 'transformer_plus_plus': 'splash'}
+MODELS = {'flash': 'pallas', 'flash_quad': 'pallas', 'transformer_plus_plus': 'splash'}
 
 
 class Sizes(NamedTuple):
@@ -71,6 +71,7 @@ def check_kernels(sizes: Sizes) -> Iterator[Check]:
     for causal in (True, False):
         seen = 'causal' if causal else 'bidirectional'
         cases = {'splash': _splash(sizes, causal)}
+        cases['flash_quad'] = _flash_quad(sizes, causal)
         for function in ('relu2', 'softmax'):
             cases[f'flash, {function}'] = _flash(sizes, causal, function)
         for name, (kernel, reference, arrays) in cases.items():
@@ -150,6 +151,19 @@ def _splash(sizes: Sizes, causal: bool) -> tuple[Callable, Callable, list[Array]
 
     kernel = functools.partial(splash_attention, causal=causal, interpret=pallas.interpreted())
     return kernel, reference, arrays
+
+
+def _flash_quad(sizes: Sizes, causal: bool) -> tuple[Callable, Callable, list[Array]]:
+    by_token = (sizes.batch, sizes.tokens)
+    shapes = [*[(*by_token, sizes.key)] * 2, (*by_token, sizes.expanded), (2 * sizes.tokens - 1,)]
+    fields = {'scoring': Scoring('relu2', 'fixed', 16), 'causal': causal}
+
+    def op(of, *arrays, segment_ids_BN):
+        *operands, bias_P = arrays
+        return of(*operands, **fields, segment_ids_BN=segment_ids_BN, bias_P=bias_P)
+
+    kernel, reference = tpu_quadratic.quadratic_attention, functools.partial(quadratic_attention, impl='reference')
+    return functools.partial(op, kernel), functools.partial(op, reference), _draw(*shapes)
 
 
 def _flash(sizes: Sizes, causal: bool, function: str) -> tuple[Callable, Callable, list[Array]]:

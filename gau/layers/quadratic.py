@@ -10,11 +10,11 @@ from gau.layers.core import AttentionCore
 from gau.layers.positions import RelativeBias
 from gau.layers.sharding import attention_over_mesh, over_mesh
 from gau.layers.state import quadratic_with_state
-from gau.ops.kernels import gated_quadratic, pallas
+from gau.ops.kernels import gated_quadratic, pallas, tpu_quadratic
 from gau.ops.kernels import quadratic as quadratic_kernels
 from gau.ops.kernels.cudnn_attention import cudnn_attention
 from gau.ops.kernels.splash_attention import splash_attention
-from gau.ops.quadratic_attention import quadratic_attention
+from gau.ops.quadratic_attention import gate_and_values, quadratic_attention
 from gau.ops.scores import Scoring
 
 
@@ -80,6 +80,8 @@ class QuadraticCore(AttentionCore):
             }
             if self.impl == 'triton':
                 return quadratic_kernels.quadratic_attention(*arrays, **fields)
+            if self.impl == 'pallas':
+                return tpu_quadratic.quadratic_attention(*arrays, **fields, sequence_axis=sequence_axis)
             return quadratic_attention(*arrays, **fields, impl=self.impl, sequence_axis=sequence_axis)
 
         return attention_over_mesh(
@@ -87,7 +89,7 @@ class QuadraticCore(AttentionCore):
             *(q_BHNS, k_BHNS, v_BHNE),
             bias=self.bias_of_sequence(v_BHNE.shape[2]),
             segment_ids_BN=tokens.segment_ids_BN,
-            token_multiple=1 if self.impl == 'xla' else None,
+            token_multiple=1 if self.impl in ('xla', 'pallas') else None,
         )
 
     def splash(self, q_BHNS: Array, k_BHNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
@@ -122,7 +124,7 @@ class QuadraticCore(AttentionCore):
     @property
     def gated_token_multiple(self) -> int | None:
         """A multiple of which a device must have of a sequence's tokens for `gated`; None: it takes whole ones."""
-        return None
+        return 1 if self.impl == 'pallas' else None
 
     def gated(
         self,
@@ -143,10 +145,14 @@ class QuadraticCore(AttentionCore):
           segment_ids_BN: documents and padding, or None.
           sequence_axis: mesh axis over which the tokens are spread, inside `jax.shard_map`, or None.
         """
-        return gated_quadratic.gated_quadratic_attention(
-            *(p_BNW, bias_2E, *queries_keys),
-            scoring=self.scoring,
-            causal=self.causal,
-            segment_ids_BN=segment_ids_BN,
-            bias_P=bias_P,
-        )
+        fields = {
+            'scoring': self.scoring,
+            'causal': self.causal,
+            'segment_ids_BN': segment_ids_BN,
+            'bias_P': bias_P,
+        }
+        if self.impl == 'pallas':
+            u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
+            arrays = *queries_keys, v_BNE
+            return u_BNE * tpu_quadratic.quadratic_attention(*arrays, **fields, sequence_axis=sequence_axis)
+        return gated_quadratic.gated_quadratic_attention(p_BNW, bias_2E, *queries_keys, **fields)

@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 from types import SimpleNamespace
 
 import jax
@@ -197,13 +198,18 @@ def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
         settle(fused, target=TPU._replace(interpreted=True))
 
 
-FLASH_ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
+ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
 
 
 @pytest.mark.parametrize('objective', ['lm', 'mlm'])
-@pytest.mark.parametrize('fields', [{}, {'attention_function': 'softmax'}], ids=str)
-def test_pallas_is_the_choice_for_flash_on_a_tpu_and_nowhere_else(objective, fields):
-    config = tiny_config('flash', objective, **FLASH_ON_TPU | fields)
+@pytest.mark.parametrize(('name', 'fields'), [
+    ('flash', {}),
+    ('flash', {'attention_function': 'softmax'}),
+    ('flash_quad', {}),
+    ('flash_quad', {'gate': 'none'}),
+], ids=str)  # fmt: skip
+def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective, name, fields):
+    config = tiny_config(name, objective, **ON_TPU | fields)
     for target in (TPU, TPU._replace(triton=True), TPU._replace(sequence_shards=2)):
         assert settle(config, target=target) == Implementation('pallas')
     interpreter = CPU._replace(pallas_interpreted=True)
@@ -228,7 +234,7 @@ def test_pallas_is_the_choice_for_flash_on_a_tpu_and_nowhere_else(objective, fie
     ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),
 ], ids=str)  # fmt: skip
 def test_where_pallas_cannot_be_it_says_why_and_auto_takes_another(fields, target, reason):
-    config = tiny_config('flash', context=1200, **FLASH_ON_TPU | fields)
+    config = tiny_config('flash', context=1200, **ON_TPU | fields)
     assert settle(config, target=target).attention in ('triton', 'xla')
     config.impl = 'pallas'
     with pytest.raises(UserError) as error:
@@ -236,10 +242,22 @@ def test_where_pallas_cannot_be_it_says_why_and_auto_takes_another(fields, targe
     assert str(error.value) == f'model.impl=pallas needs {reason}'
 
 
-@pytest.mark.parametrize('objective', ['lm', 'mlm'])
-def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, objective):
+def test_pallas_for_flash_quad_needs_relu2_and_a_width_that_fits():
+    for fields, reason in (
+        ({'attention_function': 'softmax'}, 'attention_function=relu2, this is softmax'),
+        ({'model_dim': 2048}, 'E = expansion_factor * model_dim up to 3072, this is 4096'),
+    ):
+        config = tiny_config('flash_quad', **ON_TPU | fields)
+        assert settle(config, target=TPU).attention == 'xla'
+        config.impl = 'pallas'
+        with pytest.raises(UserError, match=f'^model.impl=pallas needs {re.escape(reason)}$'):
+            settle(config, target=TPU)
+
+
+@pytest.mark.parametrize(('name', 'objective'), [('flash', 'lm'), ('flash', 'mlm'), ('flash_quad', 'lm')])
+def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, name, objective):
     monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
-    model, params = make('flash', objective, num_layers=1, temperature='learned', dtype='float32')
+    model, params = make(name, objective, num_layers=1, temperature='learned', dtype='float32')
     fused = model.clone(implementation=Implementation('pallas'))
     with jax.enable_x64(False):
         text, ids = tokens().astype('int32'), jnp.asarray([LAYOUTS['packed']], 'int32')

@@ -1,4 +1,4 @@
-"""Run as a program by test_tpu_gated_chunks.py: FLASH's Pallas kernels over simulated devices, and alone.
+"""Run as a program by test_tpu_gated_chunks.py: Pallas kernels for TPUs over simulated devices, and alone.
 
 Prints the largest difference of values and gradients, over the largest of either, for every case.
 """
@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from gau.layers.sharding import over_mesh
 from gau.models.target import Implementation
 from gau.ops.gated_mixed_chunk import gated_mixed_chunk as reference
-from gau.ops.kernels import tpu_gated_chunks
+from gau.ops.kernels import tpu_gated_chunks, tpu_quadratic
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
@@ -69,9 +69,10 @@ def difference(*, causal: bool, segments: bool, decay: float, reduction: str) ->
     return largest(found, wanted)
 
 
-def model_difference() -> float:
+def model_difference(name: str) -> float:
     """Returns the same of the gradients of a model, which lays out the operands itself."""
-    xla, params = make('flash', context=N, chunk_size=C, num_layers=1, dtype='float32')
+    chunks = {'chunk_size': C} if name == 'flash' else {}
+    xla, params = make(name, context=N, num_layers=1, dtype='float32', **chunks)
     params = jax.tree.map(lambda x: x.astype('float32'), params)
     sequence, ids = tokens(2, N), jnp.asarray(DOCUMENTS)
 
@@ -92,7 +93,7 @@ def largest(found: Any, wanted: Any) -> float:
 
 def main() -> None:
     """Prints {case: difference}."""
-    tpu_gated_chunks.BLOCKS = (8,)
+    tpu_gated_chunks.BLOCKS = tpu_quadratic.BLOCKS = (8,)
     cases = [
         {'causal': True, 'segments': True, 'decay': 0.7, 'reduction': 'mean'},
         {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'mean'},
@@ -101,7 +102,7 @@ def main() -> None:
     ]
     with jax.default_matmul_precision('highest'):
         found = {str(case): difference(**case) for case in cases}
-        print(json.dumps(found | {'model': model_difference()}))
+        print(json.dumps(found | {name: model_difference(name) for name in ('flash', 'flash_quad')}))
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
-from gau.models.attentions.pallas import PALLAS
+from gau.models.attentions.pallas import pallas
 from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
@@ -35,7 +35,10 @@ class MixedChunk(ScoredAttention):
 
     fields = SCORING_FIELDS | CHUNK_FIELDS
     implementations = table(
-        triton=triton(gate='silu', branches='both'), pallas=PALLAS, xla=ANYWHERE, reference=ANYWHERE
+        triton=triton(gate='silu', branches='both'),
+        pallas=pallas(at_most={'chunk_size': 512}, gate='silu', branches='both'),
+        xla=ANYWHERE,
+        reference=ANYWHERE,
     )
     laptop = table(chunk_size=32)  # several chunks in a sequence, or the global branch would have nothing to do
 

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
+from gau.models.attentions.pallas import pallas
 from gau.models.attentions.record import ANYWHERE, Needs
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
@@ -16,7 +17,12 @@ class Quadratic(ScoredAttention):
     """Every query against every key that it sees, in a gated unit."""
 
     fields = SCORING_FIELDS
-    implementations = table(triton=triton(attention_function='relu2'), xla=ANYWHERE, reference=ANYWHERE)
+    implementations = table(
+        triton=triton(attention_function='relu2'),
+        pallas=pallas(widest=3072, attention_function='relu2'),
+        xla=ANYWHERE,
+        reference=ANYWHERE,
+    )
     keeps_all_tokens = True
 
     def core(self, config, *, heads, width, causal, impl):
@@ -47,7 +53,8 @@ class Quadratic(ScoredAttention):
         """See the base class."""
         context = shape.context
         # 'auto' may become any of the others, which are all linear in memory when sequences are long.
-        linear = config.impl in ('cudnn', 'splash', 'triton') or (config.impl != 'reference' and context > 1024)
+        kernels = config.impl in ('cudnn', 'splash', 'triton', 'pallas')
+        linear = kernels or (config.impl != 'reference' and context > 1024)
         matrix = 0 if linear else shape.heads * context
         weights = self.count_weights(config, shape, seen=context / 2 if causal else context, matrix=matrix)
         return weights + self.count_scoring(config, shape, positions=context)

@@ -12,6 +12,7 @@
 | vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |
 | softmax attention | `quadratic_attention` | `cudnn_attention` | none: cuDNN's |
 | FLASH, gated, on a TPU | `gated_chunks` | `gated_mixed_chunk` | none: `tpu_gated_chunks`, in Pallas |
+| FLASH-Quad on a TPU | `quadratic_attention` | `tpu_quadratic` | none: in Pallas, the same file |
 | softmax attention on a TPU | `quadratic_attention` | `splash_attention` | none: JAX's own, in Pallas |
 
 To change a kernel: its `*_triton` file has it, with a header that says what it computes, its grid, its tiles, what it

@@ -204,20 +204,12 @@ class _Step(NamedTuple):
         ref[...] = x.astype(ref.dtype)
 
 
-def _dot(x: Array, y: Array, contract: str = 'ij,jk') -> Array:
-    """Returns x y, or x y^T for 'ij,kj', or x^T y for 'ji,jk', float32; factors of float32 are not rounded."""
-    left, right = contract.split(',')
-    dimensions = ((left.index('j'),), (right.index('j'),)), ((), ())
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _mixed(step: _Step, state: Array, v: Array) -> Array:
     """Returns A v + Q M of a block, or Q M alone where there is no A; float32 [C, BE]."""
-    mixed = _dot(step.load('q'), state)
+    mixed = pallas.dot(step.load('q'), state)
     if 'read' in step:
         mixed += step.load('read').astype(jnp.float32)
-    return mixed + _dot(step.load('a'), v) if 'a' in step else mixed
+    return mixed + pallas.dot(step.load('a'), v) if 'a' in step else mixed
 
 
 def _output_kernel(step: _Step, dtype: Any) -> None:
@@ -225,7 +217,7 @@ def _output_kernel(step: _Step, dtype: Any) -> None:
     v, state = step.silu('pv')[0].astype(dtype), step.state()
     mixed = _mixed(step, (step.scale * state).astype(dtype), v)
     step.store('o', step.silu('pu')[0] * mixed if 'a' in step else mixed)
-    step.carry_on(step.carry * state + _dot(step.load('k'), v, 'ji,jk'))
+    step.carry_on(step.carry * state + pallas.dot(step.load('k'), v, 'ji,jk'))
 
 
 def _query_gradient_kernel(step: _Step, dtype: Any) -> None:
@@ -233,42 +225,42 @@ def _query_gradient_kernel(step: _Step, dtype: Any) -> None:
     (u, du), v = step.silu('pu'), step.silu('pv')[0].astype(dtype)
     do, state = step.load('do').astype(jnp.float32), step.state()
     scaled, dmixed = (step.scale * state).astype(dtype), (do * u).astype(dtype)
-    step.add('dq', _dot(dmixed, scaled, 'ij,kj'))
+    step.add('dq', pallas.dot(dmixed, scaled, 'ij,kj'))
     if 'a' in step:
         dpu = do * _mixed(step, scaled, v) * du
         step.store('dpu', dpu)
         step.add_over_chunks('dbias', dpu)
-        step.add('da', _dot(dmixed, v, 'ij,kj'))
-    step.carry_on(step.carry * state + _dot(step.load('k'), v, 'ji,jk'))
+        step.add('da', pallas.dot(dmixed, v, 'ij,kj'))
+    step.carry_on(step.carry * state + pallas.dot(step.load('k'), v, 'ji,jk'))
 
 
 def _value_gradient_kernel(step: _Step, dtype: Any) -> None:
     """Gradients of v and of the keys of one scan, whose chunks come in the other order, with the state's gradient."""
     (v, dsilu), u = step.silu('pv'), step.silu('pu')[0]
     dmixed, dstate = (step.load('do').astype(jnp.float32) * u).astype(dtype), step.state()
-    step.add('dk', _dot(v.astype(dtype), dstate.astype(dtype), 'ij,kj'))
-    dv = _dot(step.load('k'), dstate.astype(dtype))
+    step.add('dk', pallas.dot(v.astype(dtype), dstate.astype(dtype), 'ij,kj'))
+    dv = pallas.dot(step.load('k'), dstate.astype(dtype))
     if 'read' in step:
         dv += step.load('read').astype(jnp.float32)
     if 'a' in step:
-        dpv = (dv + _dot(step.load('a'), dmixed, 'ji,jk')) * dsilu
+        dpv = (dv + pallas.dot(step.load('a'), dmixed, 'ji,jk')) * dsilu
         step.store('dpv', dpv)
         step.add_over_chunks('dbias', dpv)
     else:
         step.store('dv', dv)
-    step.carry_on(step.carry * dstate + step.scale * _dot(step.load('q'), dmixed, 'ji,jk'))
+    step.carry_on(step.carry * dstate + step.scale * pallas.dot(step.load('q'), dmixed, 'ji,jk'))
 
 
 def _state_kernel(step: _Step, dtype: Any) -> None:
     """The state that the chunks leave."""
     v = step.silu('pv')[0].astype(dtype)
-    step.carry_on(step.carry * step.state() + _dot(step.load('k'), v, 'ji,jk'))
+    step.carry_on(step.carry * step.state() + pallas.dot(step.load('k'), v, 'ji,jk'))
 
 
 def _state_gradient_kernel(step: _Step, dtype: Any) -> None:
     """The gradient of the state with which the chunks begin."""
     dmixed = (step.load('do').astype(jnp.float32) * step.silu('pu')[0]).astype(dtype)
-    step.carry_on(step.carry * step.state() + step.scale * _dot(step.load('q'), dmixed, 'ji,jk'))
+    step.carry_on(step.carry * step.state() + step.scale * pallas.dot(step.load('q'), dmixed, 'ji,jk'))
 
 
 # Matmuls of a kernel: with [C, C] weights, and with [S, E] states, in a whole one and in one of a second scan.
