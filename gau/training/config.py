@@ -17,6 +17,7 @@ from gau.training import durations
 
 SCHEDULES = ('linear', 'cosine', 'constant', 'wsd')
 CLIPPINGS = ('local', 'global', 'none')
+SHARDINGS = ('parameters', 'data')
 # Each optimizer's own fields with their defaults; the others are refused. Muon's are those of the AdamW that moves what
 # is no matrix.
 _ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6}
@@ -25,12 +26,14 @@ OPTIMIZERS = {'adamw': _ADAM, 'adafactor': {}, 'lion': {'b1': 0.9, 'b2': 0.99}, 
 _IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule', 'constant'))
 # How much of a run the schedule `wsd` decays over, unless the config says.
 _DECAY_PERCENT = 20.0
+# Optimizers that move every number by what is known of it alone, and so can be cut anywhere.
+_ELEMENTWISE = ('adamw', 'lion')
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
 # (`fork` and `init_from`, too: they are settled when a run begins.)
 RESUMABLE_CHANGES = (
-    *('mesh.', 'log.', 'fork', 'init_from', 'model.impl'),
+    *('mesh.', 'optimizer.sharding', 'log.', 'fork', 'init_from', 'model.impl'),
     *('data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
     # What to do with documents that cannot be taken as they are: a run that meets one can go on without it.
     *('data.bad_lines', 'data.special_in_text'),
@@ -66,6 +69,8 @@ def default_config() -> ConfigDict:
       clip: `local` (each parameter's gradient by its own norm), `global` or `none`; clip_norm: the bound
         (None: 0.1).
       accumulation_steps: micro-batches a step; the gradient is that of the whole batch.
+      sharding: how its state lies: as the `parameters`, or cut over the mesh axis `data`, too (ZeRO-1; adamw and lion):
+        each device then updates its part of the parameters, and gets the rest from the others.
     checkpoint: every_steps, _tokens, _epochs, _percent; keep_last: newest ones kept; keep_every: steps whose multiples
       are kept for good (None: none). The last step is always saved.
     eval: what every evaluator does, unless its own entry says otherwise.
@@ -104,6 +109,7 @@ def default_config() -> ConfigDict:
     optimizer.clip = 'local'
     optimizer.clip_norm = config_dict.placeholder(float)
     optimizer.accumulation_steps = 1
+    optimizer.sharding = 'parameters'
 
     config.checkpoint = checkpoint = ConfigDict()
     _add_duration(checkpoint, 'every_', steps=1000)
@@ -165,6 +171,12 @@ def _resolve_optimizer(optimizer: ConfigDict) -> None:
     check_name('optimizer.name', optimizer.name, tuple(OPTIMIZERS))
     check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
     check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
+    check_name('optimizer.sharding', optimizer.sharding, SHARDINGS)
+    if optimizer.sharding == 'data' and optimizer.name not in _ELEMENTWISE:
+        raise UserError(
+            f'optimizer.sharding=data is for {" and ".join(_ELEMENTWISE)}, not {optimizer.name}, '
+            'whose steps need whole matrices'
+        )
     own = OPTIMIZERS[optimizer.name]
     settings = [(field, own.get(field), field not in own, f'name={optimizer.name}') for field in _ADAM]
     settings += [

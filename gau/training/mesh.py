@@ -106,6 +106,21 @@ def shardings(boxed_tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes, specs)
 
 
+def over_data(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """Returns the sharding with the first dimension that the mesh axis `data` divides cut over it, too.
+
+    So the optimizer's state lies with `optimizer.sharding=data` (ZeRO-1; Rajbhandari et al. 2020, arXiv 1910.02054).
+    """
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for dimension, (size, entry) in enumerate(zip(shape, entries, strict=True)):
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        if size % (mesh.shape['data'] * math.prod(mesh.shape[axis] for axis in axes)) == 0:
+            entries[dimension] = (*axes, 'data')
+            return NamedSharding(mesh, PartitionSpec(*entries))
+    return sharding
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every [B, N] array of a batch."""
     return NamedSharding(mesh, partition_spec(('batch', 'length')))

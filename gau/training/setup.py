@@ -207,7 +207,18 @@ class Run:
         init = self._init
         with self._drawing():
             boxed = jax.eval_shape(init)
-        return checkpoints.abstract(nn.unbox(boxed), meshes.shardings(boxed, self.mesh))
+        shardings = meshes.shardings(boxed, self.mesh)
+        if self._over_data:
+            opt_state = jax.tree.map(
+                lambda leaf, sharding: meshes.over_data(leaf.shape, sharding),
+                *(nn.unbox(boxed.opt_state), shardings.opt_state),
+            )
+            shardings = shardings.replace(opt_state=opt_state)
+        return checkpoints.abstract(nn.unbox(boxed), shardings)
+
+    @property
+    def _over_data(self) -> bool:
+        return self.config.optimizer.sharding == 'data' and self.mesh.shape['data'] > 1
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -241,6 +252,7 @@ class Run:
             seed=self.config.seed,
             accumulation_steps=self.config.optimizer.accumulation_steps,
             dropout=self.config.model.dropout_rate > 0,
+            update_shardings=self._update_shardings,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         # The metrics are whole everywhere, because every process reads them.
@@ -251,6 +263,12 @@ class Run:
             out_shardings=(shardings, metrics),
             compiler_options=dict(self.model.implementation.compiler_options),
         )
+
+    @property
+    def _update_shardings(self) -> Any:
+        if not self._over_data:
+            return None
+        return jax.tree.map(lambda leaf: meshes.over_data(leaf.shape, leaf.sharding), self.abstract_params)
 
     def evaluators(self) -> list[Evaluator]:
         """Returns the evaluators of the config's entries.

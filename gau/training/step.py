@@ -52,6 +52,7 @@ def make_train_step(
     seed: int,
     accumulation_steps: int,
     dropout: bool,
+    update_shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns (state, batch) -> (state, metrics), pure, to be jitted with the state donated.
 
@@ -59,6 +60,9 @@ def make_train_step(
     loss, grad_norm (before clipping), learning_rate, the sum of the weights (by the objective's `targets`), the
     means of the objective's `metrics`, parameter_grad_norms (a vector in the order of the tree's leaves, there to name
     the culprit when a loss is not finite).
+
+    `update_shardings`: a tree like the parameters of the shardings with which they are updated, where these are not
+    their own; None: they are.
     """
 
     def summed_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -92,8 +96,11 @@ def make_train_step(
         targets = sums.pop(objective.targets)
         scale = 1.0 / jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
+        params = state.params
+        if update_shardings is not None:
+            grads, params = (jax.lax.with_sharding_constraint(tree, update_shardings) for tree in (grads, params))
         norms = jnp.stack([jnp.sqrt(jnp.sum(jnp.square(grad))) for grad in jax.tree.leaves(grads)])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
         metrics = {
             'loss': loss_sum * scale,
             objective.targets: targets,
@@ -102,7 +109,7 @@ def make_train_step(
             'parameter_grad_norms': norms,
             **{name: x * scale for name, x in sums.items()},
         }
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -57,7 +57,7 @@ def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[li
 
 def main() -> None:
     """Compares every mesh with one device, for one model and objective; prints a JSON object."""
-    model, objective, *shapes = sys.argv[1:]
+    model, objective, sharding, *shapes = sys.argv[1:]
     report = {}
     alone = None
     for shape in ['1,1,1,1', *shapes]:
@@ -74,6 +74,7 @@ def main() -> None:
         config.data.batch_size = 8
         config.data.context = 64
         config.optimizer.learning_rate = 1e-2
+        config.optimizer.sharding = sharding
         config = training_config.resolve(config)
         losses, params, memory = losses_and_params(config, jax.devices()[: int(np.prod(sizes))])
         if alone is None:
