@@ -244,6 +244,7 @@ def _about(run: Run, target: Target) -> Row:
         'context': config.data.context,
         'batch_size': config.data.batch_size,
         'layer_stack': config.model.layer_stack,
+        'num_layers': config.model.num_layers,
         'remat': config.model.remat,
         'impl': run.model.implementation.attention,
         'topology': target.name,

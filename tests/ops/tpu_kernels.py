@@ -1,13 +1,15 @@
-"""Run as a program by test_tpu_kernels.py: compiles the kernels for TPUs and their gradients for one, by libtpu.
+"""Run as a program by test_tpu_gated_chunks.py: compiles kernels for TPUs, and training steps that have them.
 
-Prints, for every case, how many kernels of Pallas the program has.
+Prints, for every case, how many kernels of Pallas the program has. libtpu compiles; no TPU is there.
 """
 
 import functools
 import json
 import sys
 
-from gau.benchmarks import chips
+from gau.benchmarks import chips, compile_check
+from gau.benchmarks.hlo import Program
+from gau.training.config import default_config
 
 
 def main() -> None:
@@ -16,6 +18,7 @@ def main() -> None:
     import jax
     from jax.sharding import SingleDeviceSharding
 
+    from gau.ops.kernels import tpu_quadratic
     from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
     from gau.ops.kernels.splash_attention import splash_attention
     from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -28,8 +31,7 @@ def main() -> None:
         def loss(arrays, ids):
             return op(*arrays, segment_ids_BN=ids).astype('float32').sum()
 
-        text = jax.jit(jax.value_and_grad(loss)).lower(arrays, ids).compile().as_text()
-        return text.count('custom_call_target="tpu_custom_call"')
+        return count(Program(jax.jit(jax.value_and_grad(loss)).lower(arrays, ids).compile().as_text()))
 
     found = {}
     for width in (64, 96, 128, 256):
@@ -50,7 +52,31 @@ def main() -> None:
             *(array(2, n, 2 * e, dtype=dtype), array(2, e, dtype='float32'), *[array(2, n, s, dtype=dtype)] * 4),
             ids=array(2, n, dtype='int32'),
         )
+    for name, causal, n, s, e, dtype in (
+        ('base', True, 600, 128, 1536, 'bfloat16'),
+        ('large', False, 600, 256, 3072, 'bfloat16'),
+        ('narrow', True, 300, 64, 128, 'float32'),
+    ):
+        fields = {'scoring': Scoring('relu2', 'fixed', 512), 'causal': causal}
+
+        def attend(q, k, v, bias_P, fields=fields, **named):
+            return tpu_quadratic.quadratic_attention(q, k, v, bias_P=bias_P, **fields, **named)
+
+        arrays = *[array(2, n, s, dtype=dtype)] * 2, array(2, n, e, dtype=dtype), array(2 * n - 1, dtype='float32')
+        found[f'flash_quad {name}'] = kernels(attend, *arrays, ids=array(2, n, dtype='int32'))
+    # Every sequence on two of four chips.
+    for model in ('flash', 'flash_quad', 'transformer_plus_plus'):
+        config = default_config()
+        config.model.update({'name': model, 'num_layers': 2})
+        config.data.update({'context': 1024, 'batch_size': 4})
+        config.mesh.update({'data': 2, 'sequence': 2})
+        found[f'step {model}'] = count(compile_check.check(config, target, vocab_size=1024).program)
     print(json.dumps(found))
+
+
+def count(program: Program) -> int:
+    """Returns how many kernels of Pallas a compiled program runs."""
+    return sum(times for instruction, _, times in program.runs if instruction.is_custom_kernel)
 
 
 if __name__ == '__main__':
