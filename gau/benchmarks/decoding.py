@@ -20,10 +20,9 @@ Result = dict[str, Any]
 
 # Of the device's memory, for the state: parameters and one step's arrays want the rest.
 STATE_SHARE = 0.75
-# Tokens written for one sample, samples, and tokens of a prompt read at once.
+# Tokens written for one sample, and samples.
 STEPS = {'full': 64, 'quick': 16}
 SAMPLES = {'full': 5, 'quick': 3}
-BLOCK = {'full': 2048, 'quick': 512}
 
 
 def measure_decode(cell: Cell, result: Result) -> None:
@@ -35,9 +34,11 @@ def measure_decode(cell: Cell, result: Result) -> None:
     steps = STEPS[cell.effort]
     model, params = _model(cell, result)
     result['tokens'] = cell.batch_size * steps
+    position = max(cell.context - steps, 0)
+    result['bytes_per_step'] = bytes_per_step(model, params, batch_size=cell.batch_size, first=position, steps=steps)
     write = jax.jit(functools.partial(_write, model, steps), donate_argnums=1)
     # The last token written is the one that looks back on the whole context.
-    _measure(cell, model, functools.partial(write, params), result, position=max(cell.context - steps, 0))
+    _measure(cell, model, functools.partial(write, params), result, position=position)
 
 
 def measure_prefill(cell: Cell, result: Result) -> None:
@@ -46,18 +47,36 @@ def measure_prefill(cell: Cell, result: Result) -> None:
     Raises:
       UserError: the model cannot decode, or its state does not fit.
     """
-    block = BLOCK[cell.effort]
     model, params = _model(cell, result)
     tokens_BN = jax.random.randint(jax.random.key(1), (cell.batch_size, cell.context), 0, cell.vocab_size)
-    read = jax.jit(functools.partial(_prefill, model, block), donate_argnums=1)
-    result.update(tokens=tokens_BN.size, block=block)
+    read = jax.jit(functools.partial(_prefill, model), donate_argnums=1)
+    result['tokens'] = tokens_BN.size
     _measure(cell, model, lambda state: read(params, state, tokens_BN), result, position=0)
+
+
+def bytes_per_step(model: LanguageModel, params: Any, *, batch_size: int, first: int, steps: int) -> float:
+    """Returns the bytes that a step cannot do without, the mean of `steps` from position `first` on.
+
+    All parameters once, in the types that they are held in; of every row the keys and values that its token looks back
+    on, and what is summed up, once in the compute type.
+    """
+    state = jax.eval_shape(functools.partial(decoding.init_state, model, batch_size=batch_size, capacity=first + steps))
+    size = model.config.get('chunk_size')
+    seen = sum(position % (size or first + steps) + 1 for position in range(first, first + steps)) / steps
+    total = float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if path[-1].key in ('k', 'v'):
+            total += leaf.size * leaf.dtype.itemsize * seen / leaf.shape[-2]
+        elif path[-1].key == 'sum':
+            total += leaf.size * jnp.dtype(model.config.dtype).itemsize
+    return total
 
 
 def _model(cell: Cell, result: Result) -> tuple[LanguageModel, Any]:
     model = registry.build(cell.model_config(), vocab_size=cell.vocab_size, causal=cell.causal)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))['params'])
     params = nn.unbox(init(jax.random.key(0)))
+    params = jax.jit(functools.partial(decoding.in_compute_type, model))(params)
     result['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
     return model, params
 
@@ -95,16 +114,15 @@ def _random_state(abstract):
 
 def _write(model, steps, params, state):
     """Writes `steps` tokens, each the likeliest, in one loop on the device."""
-    tokens_B = jnp.zeros_like(state['position'])
+    batch = len(state['position'])
+    logits_BV = jnp.zeros((batch, model.vocab_size), jnp.promote_types(model.config.dtype, jnp.float32))
 
-    def body(carry, _):
-        state, tokens_B = carry
-        logits_BV, state = decoding.step(model, params, state, tokens_B)
-        return (state, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)), None
+    def likeliest(logits_BV, _):
+        return jnp.argmax(logits_BV, axis=-1)
 
-    return jax.lax.scan(body, (state, tokens_B), None, length=steps)[0][0]
+    return decoding.decode(model, params, state, logits_BV, likeliest, jnp.arange(steps))[1]
 
 
-def _prefill(model, block, params, state, tokens_BN):
+def _prefill(model, params, state, tokens_BN):
     length_B = jnp.full(tokens_BN.shape[0], tokens_BN.shape[1], jnp.int32)
-    return decoding.prefill(model, params, state, tokens_BN, length_B, block=block)[1]
+    return decoding.prefill(model, params, state, tokens_BN, length_B, fresh=True)[1]

@@ -30,6 +30,11 @@ class TokenInfo(NamedTuple):
     rope: dict[int, tuple[Array, Array]]
     decode: DecodePosition | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the implementation of training computes the layers: of whole sequences, or of blocks like them."""
+        return self.decode is None or self.decode.whole
+
 
 def param_dtype(dtype) -> jnp.dtype:
     """Returns the type of parameters: float32, or float64 where the computation is in float64."""

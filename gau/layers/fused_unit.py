@@ -33,7 +33,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         Raises:
           ValueError: no gate, several heads, or a block of a sequence that is decoded.
         """
-        if self.gate != 'silu' or self.num_heads != 1 or tokens.decode is not None:
+        if self.gate != 'silu' or self.num_heads != 1 or not tokens.whole:
             raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
@@ -69,6 +69,10 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             return self.core.gated(p_BNW, *arrays, **fields)
 
         q_BNS, *others = queries_keys
+        if tokens.decode is not None:
+            bias_P = None if bias_HP is None else bias_HP[0]
+            arrays = p.reshape(*p.shape[:2], -1), bias_2E, self.core.scaled(q_BNS), *others
+            return self.core.gated_with_state(*arrays, bias_P=bias_P, tokens=tokens)
         by_token = ('batch', 'length', None)
         columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
         return over_mesh(

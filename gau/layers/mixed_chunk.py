@@ -9,7 +9,7 @@ from gau.layers.common import TokenInfo
 from gau.layers.positions import bias_in_chunk
 from gau.layers.quadratic import QuadraticCore
 from gau.layers.sharding import attention_over_mesh
-from gau.layers.state import mixed_chunk_with_state
+from gau.layers.state import gated_mixed_chunk_with_state, mixed_chunk_with_state
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 
@@ -46,7 +46,7 @@ class MixedChunkCore(QuadraticCore):
         if self.spec.has_local:
             q_BHNS = self.scaled(q_BHNS)
         arrays = q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS, v_BHNE
-        if tokens.decode is not None:
+        if not tokens.whole:
             return mixed_chunk_with_state(self, *arrays, tokens)
         if self.spec.has_local:
             bias_HCC = bias_in_chunk(self.bias_of_sequence(v_BHNE.shape[2]))
@@ -78,6 +78,10 @@ class MixedChunkCore(QuadraticCore):
     def gated_token_multiple(self) -> int | None:
         """See the base class."""
         return self.chunk_size if self.impl == 'pallas' else None
+
+    def gated_with_state(self, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+        """See the base class."""
+        return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, tokens=tokens)
 
     def gated(
         self,

@@ -9,8 +9,8 @@ from gau.layers.common import Temperature, TokenInfo
 from gau.layers.core import AttentionCore
 from gau.layers.positions import RelativeBias
 from gau.layers.sharding import attention_over_mesh, over_mesh
-from gau.layers.state import quadratic_with_state
-from gau.ops.kernels import gated_quadratic, pallas, tpu_quadratic
+from gau.layers.state import begin_quadratic_state, quadratic_with_state
+from gau.ops.kernels import decode_cache, gated_quadratic, launch, pallas, tpu_quadratic
 from gau.ops.kernels import quadratic as quadratic_kernels
 from gau.ops.kernels.cudnn_attention import cudnn_attention
 from gau.ops.kernels.splash_attention import splash_attention
@@ -59,8 +59,10 @@ class QuadraticCore(AttentionCore):
         """
         q_BHNS, k_BHNS = queries_keys
         q_BHNS = self.scaled(q_BHNS)
-        if tokens.decode is not None:
+        if not tokens.whole:
             return quadratic_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens)
+        if tokens.decode is not None:
+            begin_quadratic_state(self, k_BHNS, v_BHNE)
         if self.impl in ('cudnn', 'splash') and (self.scoring.function != 'softmax' or self.relative_bias != 'none'):
             raise ValueError(f'{self.impl} has softmax without a relative bias only')
         if self.impl == 'splash':
@@ -107,6 +109,13 @@ class QuadraticCore(AttentionCore):
             axes=[head, head, head, ('batch', 'length')],
             result_like=2,
             token_multiple=1,
+        )
+
+    @property
+    def decodes_in_kernels(self) -> bool:
+        """Whether single tokens look back in a kernel (`gau.ops.kernels.decode_cache`)."""
+        return (
+            self.impl in ('triton', 'cudnn') and self.scoring.function in decode_cache.FUNCTIONS and launch.available()
         )
 
     def scaled(self, q: Array) -> Array:
@@ -156,3 +165,16 @@ class QuadraticCore(AttentionCore):
             arrays = *queries_keys, v_BNE
             return u_BNE * tpu_quadratic.quadratic_attention(*arrays, **fields, sequence_axis=sequence_axis)
         return gated_quadratic.gated_quadratic_attention(p_BNW, bias_2E, *queries_keys, **fields)
+
+    def gated_with_state(self, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+        """Returns `gated` of the first tokens of sequences, and puts their keys and values into the state.
+
+        Args:
+          *arrays: those of `gated`.
+          bias_P: see there.
+          tokens: where they stand.
+        """
+        p_BNW, bias_2E, _, k_BNS = arrays
+        _, v_BNE = gate_and_values(p_BNW, bias_2E)
+        begin_quadratic_state(self, k_BNS[:, None], v_BNE[:, None])
+        return self.gated(*arrays, bias_P=bias_P, segment_ids_BN=None, sequence_axis=None)

@@ -12,7 +12,10 @@ from jax import Array
 
 from gau.layers.common import TokenInfo, over_heads, param_dtype
 from gau.layers.positions import bias_in_chunk
+from gau.ops.chunk_window import window_token
 from gau.ops.decoding import linear_block, mixed_chunk_block, quadratic_block
+from gau.ops.kernels.decode_cache import decode_with_cache
+from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 
 
 def quadratic_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE: Array, tokens: TokenInfo) -> Array:
@@ -25,6 +28,13 @@ def quadratic_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE: 
     capacity = core.get_variable('cache', 'k').shape[2] if exists else tokens.decode.capacity
     shapes = {name: ((*x.shape[:2], capacity, x.shape[-1]), x.dtype) for name, x in (('k', k_BHTS), ('v', v_BHTE))}
     bias_HBTM = core.bias(capacity, tokens.decode.positions_BT(v_BHTE.shape[2]))
+    if exists and v_BHTE.shape[2] == 1 and core.decodes_in_kernels:
+        state = {name: core.get_variable('cache', name) for name in shapes}
+        fields = {'position': tokens.decode, 'scoring': core.scoring, 'bias_HB1M': bias_HBTM}
+        o_BH1E, state = decode_with_cache(q_BHTS, k_BHTS, v_BHTE, state, **fields)
+        for name in shapes:
+            core.put_variable('cache', name, state[name])
+        return o_BH1E
     return carried(core, shapes, attend, q_BHTS, k_BHTS, v_BHTE, bias=bias_HBTM)
 
 
@@ -37,11 +47,14 @@ def mixed_chunk_with_state(
     v_BHTE: Array,
     tokens: TokenInfo,
 ) -> Array:
-    """`mixed_chunk_block` over the heads of a `MixedChunkCore`; returns [B, H, T, E]."""
+    """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E]."""
 
     def attend(*arrays_and_state):
         *arrays, state, bias_CC = arrays_and_state
-        return mixed_chunk_block(*arrays, state, position=tokens.decode, spec=core.spec, bias_CC=bias_CC)
+        fields = {'position': tokens.decode, 'spec': core.spec}
+        if tokens.decode.opened_B is not None:
+            return window_token(*arrays, state, bias_B1C=bias_CC, **fields)
+        return mixed_chunk_block(*arrays, state, bias_CC=bias_CC, **fields)
 
     def chunk_of(x):
         return (*x.shape[:2], core.chunk_size, x.shape[-1]), x.dtype
@@ -58,6 +71,24 @@ def mixed_chunk_with_state(
         sums = (*v_BHTE.shape[:2], k_lin_BHTS.shape[-1], v_BHTE.shape[-1])
         shapes['sum'] = sums, param_dtype(v_BHTE.dtype)
     return carried(core, shapes, attend, q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, v_BHTE, bias=bias_HCC)
+
+
+def gated_mixed_chunk_with_state(core: nn.Module, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+    """`gated_mixed_chunk_block` with the variables of a `MixedChunkCore` of one head; returns [B, T, E]."""
+    names = 'k', 'k_lin', 'v', 'sum'
+    state = {name: core.get_variable('cache', name)[:, 0] for name in names}
+    o_BTE, state = gated_mixed_chunk_block(*arrays, state, position=tokens.decode, spec=core.spec, bias_P=bias_P)
+    for name in names:
+        core.put_variable('cache', name, state[name][:, None])
+    return o_BTE
+
+
+def begin_quadratic_state(core: nn.Module, k_BHTS: Array, v_BHTE: Array) -> None:
+    """Puts keys and values of the first T tokens of every sequence into the state of a `QuadraticCore`."""
+    for name, x_BHTS in (('k', k_BHTS), ('v', v_BHTE)):
+        x_BHMS = core.get_variable('cache', name)
+        n = min(x_BHTS.shape[2], x_BHMS.shape[2])
+        core.put_variable('cache', name, x_BHMS.at[:, :, :n].set(x_BHTS[:, :, :n].astype(x_BHMS.dtype)))
 
 
 def linear_with_state(

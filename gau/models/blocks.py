@@ -36,7 +36,8 @@ class Block(nn.Module):
             layer=self.layer,
             causal=self.causal,
             implementation=self.implementation,
-            decoding=tokens.decode is not None,
+            decoding=not tokens.whole,
+            in_window=tokens.decode is not None and tokens.decode.opened_B is not None,
         ):
             x_BND = self.residual(x_BND, norm_name, layer, tokens, deterministic)
         return x_BND, None

@@ -1,4 +1,5 @@
-"""Decoding of causal models: the state, `prefill` for a prompt, `step` for one token.
+"""Decoding of causal models: the state, `prefill` for a prompt, `decode` for what
+follows, `step` for one token.
 
 The state is a plain tree of arrays (nested dicts, all zeros at the start of a sequence), so it can be saved, copied and
 cut by rows:
@@ -15,6 +16,8 @@ layers'. FLASH's number of tokens in its sum is no array of its own: C * (positi
 These functions are traced: call them inside `jax.jit`, and donate the state so that it is updated in place.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +31,10 @@ from gau.ops.decoding import DecodePosition
 
 State = dict[str, Any]
 
-# Tokens of a prompt that are prefilled at once: memory does not grow with the prompt, and matrices are large enough.
+# Tokens of a row that the reference prefills at once: memory does not grow with the prompt, and matrices are large
+# enough; and tokens of all rows together that kernels do.
 PREFILL_BLOCK = 512
+WHOLE_BLOCK_TOKENS = 16_384
 
 
 def keeps_all_tokens(model: LanguageModel) -> bool:
@@ -76,34 +81,128 @@ def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = 
     def read():
         tokens_B1, length_B = jnp.zeros((batch_size, 1), jnp.int32), jnp.zeros(batch_size, jnp.int32)
         params = model.init(jax.random.key(0), tokens_B1)['params']
-        position = DecodePosition(length_B, length_B, capacity)
+        position = DecodePosition(length_B, length_B, capacity=capacity)
         cache = model.apply({'params': params}, tokens_B1, position, method='extend', mutable=['cache'])[1]['cache']
         return {'position': length_B, **cache}
 
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read))
 
 
-def extend(model: LanguageModel, params: Any, state: State, tokens_BT: Array, length_B: Array) -> tuple[Array, State]:
+def in_compute_type(model: LanguageModel, params: Any) -> Any:
+    """Returns the parameters with matrices in the compute type, as layers cast them: once, and not in every step."""
+
+    def cast(path, leaf):
+        return leaf.astype(model.config.dtype) if path[-1].key == 'kernel' else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def extend(
+    model: LanguageModel,
+    params: Any,
+    state: State,
+    tokens_BT: Array,
+    length_B: Array,
+    *,
+    opened_B: Array | None = None,
+    whole: bool = False,
+) -> tuple[Array, State]:
     """Reads a block of T tokens, right-padded: row b takes the first length_B[b] (0..T).
+
+    Args:
+      model: a causal model.
+      params: its parameters.
+      state: from `init_state`, or of sequences to go on with.
+      tokens_BT: the next tokens of every row.
+      length_B: int32, how many of them are the row's.
+      opened_B: where the state is one that `open_window` opened, the positions then; T is 1.
+      whole: whether training's implementation reads the block (`DecodePosition`).
 
     Returns:
       What the output layer reads, [B, T, D], meaningless at padding; and the new state.
     """
     layers = {name: leaf for name, leaf in state.items() if name != 'position'}
-    position = DecodePosition(state['position'], length_B)
+    position = DecodePosition(state['position'], length_B, opened_B, whole)
     h_BTD, new = model.apply(
         {'params': params, 'cache': layers}, tokens_BT, position, method='extend', mutable=['cache']
     )
     return h_BTD, {'position': state['position'] + length_B, **new['cache']}
 
 
-def step(model: LanguageModel, params: Any, state: State, tokens_B: Array) -> tuple[Array, State]:
+def step(
+    model: LanguageModel, params: Any, state: State, tokens_B: Array, *, opened_B: Array | None = None
+) -> tuple[Array, State]:
     """Reads one token a row; returns the logits of the next, [B, V] float32 (float64), and the new state.
 
-    Past the capacity of a model that has one the logits are NaN.
+    Past the capacity of a model that has one the logits are NaN. `opened_B` is that of `extend`.
     """
-    h_B1D, state = extend(model, params, state, tokens_B[:, None], jnp.ones_like(tokens_B, jnp.int32))
+    h_B1D, state = extend(
+        model, params, state, tokens_B[:, None], jnp.ones_like(tokens_B, jnp.int32), opened_B=opened_B
+    )
     return model.apply({'params': params}, h_B1D, method='logits')[:, 0], state
+
+
+def decode(
+    model: LanguageModel,
+    params: Any,
+    state: State,
+    logits_BV: Array,
+    draw: Callable[[Array, Array], Array],
+    numbers_N: Array,
+) -> tuple[Array, State, Array]:
+    """Draws a token of every row from the logits and reads it, once for each of N numbers, in a loop on the device.
+
+    Steps are alike and without branches, so that XLA can launch one as a CUDA graph: a state with chunks is opened for
+    a few tokens (`gau.ops.chunk_window`), and complete chunks are added to its sum when it is closed.
+
+    Args:
+      model: a causal model.
+      params: its parameters, best those of `in_compute_type`.
+      state: after some tokens.
+      logits_BV: of the tokens that come next.
+      draw: from logits [B, V] and a number to int32 tokens [B].
+      numbers_N: what `draw` is told, one after the other.
+
+    Returns:
+      The tokens [N, B], the state after them, and the logits of the tokens that come next.
+    """
+    attention, n = ARCHITECTURES[model.config.name].attention, len(numbers_N)
+    most = attention.window(model.config) or n
+    window = next(tokens for tokens in range(min(most, n), 0, -1) if n % tokens == 0)
+
+    def one(carry, number):
+        logits_BV, opened, opened_B = carry
+        tokens_B = draw(logits_BV, number).astype(jnp.int32)
+        logits_BV, opened = step(model, params, opened, tokens_B, opened_B=opened_B)
+        return (logits_BV, opened, opened_B), tokens_B
+
+    def whole_window(carry, numbers_T):
+        logits_BV, state = carry
+        start_B = state['position']
+        opened = _layer_states(lambda layer: attention.open_window(model.config, layer, window), state)
+        (logits_BV, opened, _), tokens_TB = jax.lax.scan(one, (logits_BV, opened, start_B), numbers_T)
+        fields = {'start_B': start_B, 'end_B': opened['position']}
+        state = _layer_states(functools.partial(attention.close_window, model.config, **fields), state, opened)
+        return (logits_BV, state | {'position': opened['position']}), tokens_TB
+
+    carry = logits_BV, state
+    if window == n:
+        (logits_BV, state), tokens_NB = whole_window(carry, numbers_N)
+        return tokens_NB, state, logits_BV
+    (logits_BV, state), tokens_GTB = jax.lax.scan(whole_window, carry, numbers_N.reshape(-1, window))
+    return tokens_GTB.reshape(n, -1), state, logits_BV
+
+
+def _layer_states(function: Callable[..., dict], state: State, *others: State) -> State:
+    """Applies a function to the states of each layer, dicts of arrays; what is no layer's stays."""
+
+    def one(layer, *others):
+        return function(layer, *others) if isinstance(layer, dict) else layer
+
+    def is_layer(node):
+        return isinstance(node, dict) and not any(isinstance(value, dict) for value in node.values())
+
+    return jax.tree.map(one, state, *others, is_leaf=is_layer)
 
 
 def prefill(
@@ -113,9 +212,13 @@ def prefill(
     tokens_BN: Array,
     length_B: Array,
     *,
-    block: int = PREFILL_BLOCK,
+    block: int | None = None,
+    fresh: bool = False,
 ) -> tuple[Array, State]:
-    """Reads prompts in parallel, `block` tokens of every row at a time.
+    """Reads prompts in parallel, `block` tokens of every row at a time, where it can in the kernels of training.
+
+    Memory grows with the block and not with the prompt; but a fresh prompt of a model that keeps all tokens is one
+    block where training has kernels for it.
 
     Args:
       model: a causal model.
@@ -123,27 +226,71 @@ def prefill(
       state: from `init_state`, or of sequences to go on with.
       tokens_BN: prompts, padded on the right.
       length_B: int32, tokens of each prompt, 1..N (0 leaves the row's state alone; its logits say nothing).
-      block: tokens at a time; memory grows with it and not with N.
+      block: tokens at a time; None: what is fast.
+      fresh: whether the state is that of `init_state`.
 
     Returns:
       The logits of the token after each prompt, [B, V] float32 (float64), and the new state.
     """
-    batch, n = tokens_BN.shape
-    block = min(block, n)
+    config, (batch, n) = model.config, tokens_BN.shape
+    attention = ARCHITECTURES[config.name].attention
+    where = attention.whole_blocks(config, model.implementation.attention)
+    last_BD = jnp.zeros((batch, config.model_dim), config.dtype)
+    whole = where == 'chunk' or (where == 'sequence' and fresh)
+    if whole and where == 'sequence':
+        # The rest is padding, for which there may be no relative bias.
+        block = n = min(n, attention.longest_decoded(config) or n)
+    elif whole:
+        size = config.chunk_size
+        if not fresh:
+            # To the end of the chunk that is current.
+            head_B = jnp.minimum(length_B, -state['position'] % size).astype(jnp.int32)
+            last_BD, state = _read(model, params, state, last_BD, tokens_BN[:, :size], head_B, whole=False)
+            places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
+            tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
+        most = block or max(size, WHOLE_BLOCK_TOKENS // batch)
+        # Blocks alike, of whole chunks.
+        block = -(-n // -(-n // most))
+        block = -(-block // size) * size
+    block = block or min(PREFILL_BLOCK, n)
     blocks = -(-n // block)
-    tokens_GBT = jnp.pad(tokens_BN, ((0, 0), (0, blocks * block - n))).reshape(batch, blocks, block).swapaxes(0, 1)
+    tokens_BN = jnp.pad(tokens_BN[:, :n], ((0, 0), (0, blocks * block - n)))
+    tokens_GBT = tokens_BN.reshape(batch, blocks, block).swapaxes(0, 1)
 
     def read(carry, xs):
         last_BD, state = carry
         first, tokens_BT = xs
         here_B = jnp.clip(length_B - first, 0, block).astype(jnp.int32)
-        h_BTD, state = extend(model, params, state, tokens_BT, here_B)
-        own_BD = jnp.take_along_axis(h_BTD, jnp.maximum(here_B - 1, 0)[:, None, None], axis=1)[:, 0]
-        return (jnp.where(here_B[:, None] > 0, own_BD, last_BD), state), None
+        return _read(model, params, state, last_BD, tokens_BT, here_B, whole=whole), None
 
-    last_BD = jnp.zeros((batch, model.config.model_dim), model.config.dtype)
     (last_BD, state), _ = jax.lax.scan(read, (last_BD, state), (jnp.arange(blocks) * block, tokens_GBT))
     return model.apply({'params': params}, last_BD[:, None], method='logits')[:, 0], state
+
+
+def _read(model, params, state, last_BD, tokens_BT, length_B, *, whole) -> tuple[Array, State]:
+    """Reads a block; returns what the output layer reads of each row's last token so far, and the new state."""
+    h_BTD, state = extend(model, params, state, tokens_BT, length_B, whole=whole)
+    own_BD = jnp.take_along_axis(h_BTD, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(length_B[:, None] > 0, own_BD, last_BD), state
+
+
+def with_capacity(model: LanguageModel, state: State, capacity: int) -> State:
+    """Returns a state with room for so many tokens, of a model that keeps all tokens; other states as they are.
+
+    Raises:
+      UserError: see `check`.
+    """
+    check(model, capacity=capacity)
+    if not keeps_all_tokens(model):
+        return state
+
+    def resized(path, leaf):
+        if path[-1].key == 'position':
+            return leaf
+        missing = max(0, capacity - leaf.shape[-2])
+        return jnp.pad(leaf[..., :capacity, :], [(0, 0)] * (leaf.ndim - 2) + [(0, missing), (0, 0)])
+
+    return jax.tree_util.tree_map_with_path(resized, state)
 
 
 def map_rows(function, *states: State, stacked: bool) -> State:

@@ -5,20 +5,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.layers.common import TokenInfo, constrain, param_dtype
+from gau.layers.decode_unit import DecodeGatedAttentionUnit
 from gau.layers.fused_norm import FusedScaleNorm, Residual
 from gau.models.blocks import Block
 
 
 class FusedBlock(Block):
-    """A `Block` with norms before its layers, whose stream is a `Residual`; where sequences are decoded, an array."""
+    """A `Block` with norms before its layers, whose stream is a `Residual`; of decoded single tokens, an array."""
 
     def residual(
         self, x: Residual | Array, norm_name: str, layer: nn.Module, tokens: TokenInfo, deterministic: bool
     ) -> Residual | Array:
-        """Returns x + f(norm(x)), the bias of f in the residual's own."""
-        if not isinstance(x, Residual):
+        """Returns x + f(norm(x)); of a `Residual` the bias of f in its own."""
+        in_one = isinstance(layer, DecodeGatedAttentionUnit)
+        if not isinstance(x, Residual) and not in_one:
             return super().residual(x, norm_name, layer, tokens, deterministic)
         norm = FusedScaleNorm(self.config.norm, self.config.model_dim, self.config.dtype, name=norm_name)
+        if in_one:
+            return layer(x, tokens, norm.scale)
         x, h_BND = norm.of_residual(x)
         y_BND, bias_D = layer.without_bias(h_BND, tokens)
         if self.config.dropout_rate and not deterministic:

@@ -168,9 +168,11 @@ class LanguageModel(nn.Module):
         """
         n = tokens_BT.shape[1]
         positions_BT = position.positions_BT(n)
+        # A whole block has its padding after all that is read.
+        ids_BT = None if position.whole else position.real_BT(n)
         return self._stack(
             tokens_BT,
-            TokenInfo(position.real_BT(n), positions_BT, self._rope_tables(positions_BT), position),
+            TokenInfo(ids_BT, positions_BT, self._rope_tables(positions_BT), position),
             deterministic=True,
         )
 
@@ -199,7 +201,7 @@ class LanguageModel(nn.Module):
         x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)
         x_BND = constrain(x_BND, 'batch', 'length', 'act_embed')
         x = x_BND
-        if self.implementation.norm == 'triton' and tokens.decode is None:
+        if self.implementation.norm == 'triton' and tokens.whole:
             x = first_residual(x_BND, config.dtype)
         for block in [self.blocks] if config.layer_stack == 'scan' else self.blocks:
             x, _ = block(x, tokens, deterministic)

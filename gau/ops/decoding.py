@@ -39,11 +39,17 @@ class DecodePosition:
     Attributes:
       start_B: int32, tokens of each row before the block.
       length_B: int32, tokens of the block that are the row's, the first ones.
+      opened_B: int32, tokens of each row before the window, where single tokens are decoded in one
+        (`gau.ops.chunk_window`); else None.
+      whole: whether training's implementation takes the block, as it takes whole sequences: rows stand where it needs
+        them (`gau.models.attentions.record.Attention.whole_blocks`).
       capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
     """
 
     start_B: Array
     length_B: Array
+    opened_B: Array | None = None
+    whole: bool = dataclasses.field(default=False, metadata={'static': True})
     capacity: int | None = dataclasses.field(default=None, metadata={'static': True})
 
     def real_BT(self, n: int) -> Array:
@@ -184,13 +190,17 @@ def mixed_chunk_block(
     return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
 
 
-def _weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
+def weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
     """Queries of the global branch over the tokens, by weight, of the chunks they look back on; 0 without any."""
+    return q_lin.astype(dtype) * scale_of_state(chunks, spec, dtype)[..., None]
+
+
+def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
+    """Returns the factor on the sum over so many chunks that a query reads: of a mean 1 / their tokens, by weight."""
     count = chunks * spec.chunk_size
     if spec.global_decay < 1:
         count = spec.chunk_size * (1 - spec.global_decay ** chunks.astype(dtype)) / (1 - spec.global_decay)
-    scale = jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
-    return q_lin.astype(dtype) * scale[..., None]
+    return jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
 
 
 def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
@@ -213,7 +223,7 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
         right.append(v_BCE)
     if 'sum' in state:
         total_BSE = state['sum']
-        left.append(_weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
+        left.append(weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
         right.append(total_BSE)
         full_B = offset_B + position.length_B == chunk_size
 
@@ -275,7 +285,7 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
         before_BGSE = sums_BGSE[:, :-1]
         before_BG = (position.start_B // chunk_size)[:, None] + jnp.arange(chunks)
         q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
-        left.append(_weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
+        left.append(weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
         right.append(before_BGSE)
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
     dtype = v_BGCE.dtype

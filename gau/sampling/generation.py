@@ -71,64 +71,80 @@ def drawn_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     return logits_BV
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(model: nn.Module, params: Any, state: Any, tokens_BN: jax.Array, length_B: jax.Array):
-    return decoding.prefill(model, params, state, tokens_BN, length_B)
+class Prefilled(NamedTuple):
+    """Sequences that have been read, to be gone on from.
+
+    Attributes:
+      state: decoding state of B rows (`gau.models.decoding`).
+      logits_BV: of the token after each.
+    """
+
+    state: Any
+    logits_BV: jax.Array
+
+    def repeated(self, model: nn.Module, times: int) -> 'Prefilled':
+        """Returns every row so many times, one after the other."""
+
+        def repeat(x):
+            # Always a copy: the loop overwrites what it is given.
+            return x[jnp.arange(len(x) * times) // times]
+
+        stacked = model.config.layer_stack == 'scan'
+        return Prefilled(decoding.map_rows(repeat, self.state, stacked=stacked), repeat(self.logits_BV))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _in_compute_type(model: nn.Module, params: Any):
+    return decoding.in_compute_type(model, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def _prefill(model: nn.Module, params: Any, state: Any, tokens_BN: jax.Array, length_B: jax.Array, fresh: bool):
+    return decoding.prefill(model, params, state, tokens_BN, length_B, fresh=fresh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2, 3))
 def _draw_block(model, params, state, logits_BV, key_B, sampling: SamplingParams, block: int, first):
     """Draws `block` tokens a row and reads them; returns them, [block, B], with state and logits to go on from."""
 
-    def body(carry, number):
-        state, logits_BV = carry
-        if sampling.temperature:
-            # Every row has draws of its own, whatever the other rows are.
-            keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
-            tokens_B = jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, sampling))
-        else:
-            tokens_B = jnp.argmax(logits_BV, axis=-1)
-        tokens_B = tokens_B.astype(jnp.int32)
-        logits_BV, state = decoding.step(model, params, state, tokens_B)
-        return (state, logits_BV), tokens_B
+    def draw(logits_BV, number):
+        if not sampling.temperature:
+            return jnp.argmax(logits_BV, axis=-1)
+        # Every row has draws of its own, whatever the other rows are.
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+        return jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, sampling))
 
-    (state, logits_BV), tokens_NB = jax.lax.scan(body, (state, logits_BV), first + jnp.arange(block))
-    return tokens_NB, state, logits_BV
+    return decoding.decode(model, params, state, logits_BV, draw, first + jnp.arange(block))
 
 
-def generate(
+def prefill(
     model: nn.Module,
     params: Any,
     prompts: Sequence[np.ndarray],
     *,
     max_tokens: int,
-    sampling: SamplingParams,
-    seed: int,
-    block: int = BLOCK,
-) -> Iterator[np.ndarray]:
-    """Continues prompts, all at once, without an end of its own: the caller stops at what it takes for the end.
-
-    Row b draws with the key (seed, b): it is the same text alone and beside others, up to rounding.
+    start: Prefilled | None = None,
+) -> Prefilled:
+    """Reads prompts, all at once.
 
     Args:
       model: a causal LanguageModel.
       params: its parameters.
-      prompts: int32 [n] tokens each, of any lengths, at least one (BOS).
-      max_tokens: tokens to add.
-      sampling: how tokens are drawn.
-      seed: of the draws.
-      block: tokens drawn between two results.
-
-    Yields:
-      int32 [B, block], the next tokens (fewer in the last block).
+      prompts: int32 [n] tokens each, of any lengths, at least one (BOS); none are needed after a start.
+      max_tokens: for how many more the state shall have room.
+      start: what the prompts go on from, one row for each; or None.
 
     Raises:
-      UserError: the model cannot be decoded, or not so far (see `decoding.check`); see `check`.
+      UserError: the model cannot be decoded, or not so far (see `decoding.check`).
     """
-    check(sampling, seed=seed)
     longest = max(len(prompt) for prompt in prompts)
-    capacity = longest + max_tokens
-    state = decoding.init_state(model, batch_size=len(prompts), capacity=capacity)
+    if start is None:
+        state = decoding.init_state(model, batch_size=len(prompts), capacity=longest + max_tokens)
+    else:
+        capacity = longest + max_tokens + int(start.state['position'].max())
+        state = decoding.with_capacity(model, start.state, capacity)
+        if not longest:
+            return start._replace(state=state)
     # Few different shapes, so that prompts of other lengths find their program compiled.
     width = decoding.PREFILL_BLOCK
     width = 2 ** math.ceil(math.log2(longest)) if longest <= width else -(-longest // width) * width
@@ -136,12 +152,59 @@ def generate(
     for row, prompt in zip(tokens_BN, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    logits_BV, state = _prefill(model, params, state, tokens_BN, length_B)
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
+    logits_BV, state = _prefill(model, _in_compute_type(model, params), state, tokens_BN, length_B, start is None)
+    if start is not None:
+        logits_BV = jnp.where(length_B[:, None] > 0, logits_BV, start.logits_BV)
+    return Prefilled(state, logits_BV)
+
+
+def decode(
+    model: nn.Module,
+    params: Any,
+    prefilled: Prefilled,
+    *,
+    max_tokens: int,
+    sampling: SamplingParams,
+    seed: int,
+    block: int = BLOCK,
+    first_row: int = 0,
+) -> Iterator[np.ndarray]:
+    """Continues sequences, all at once, without an end of its own: the caller stops at what it takes for the end.
+
+    Row b draws with the key (seed, b): it is the same text alone and beside others, up to rounding.
+
+    Args:
+      model: a causal LanguageModel.
+      params: its parameters.
+      prefilled: from `prefill`; its arrays are used up.
+      max_tokens: tokens to add.
+      sampling: how tokens are drawn.
+      seed: of the draws.
+      block: tokens drawn between two results.
+      first_row: number b of the first row.
+
+    Yields:
+      int32 [B, block], the next tokens (fewer in the last block).
+
+    Raises:
+      UserError: see `check`.
+    """
+    check(sampling, seed=seed)
+    params, (state, logits_BV) = _in_compute_type(model, params), prefilled
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first_row + jnp.arange(len(logits_BV)))
     for first in range(0, max_tokens, block):
         # Always whole blocks, so that one program serves; what is drawn past the end (and past the capacity) is cut.
         tokens_NB, state, logits_BV = _draw_block(model, params, state, logits_BV, key_B, sampling, block, first)
         yield np.asarray(tokens_NB).T[:, : max_tokens - first]
+
+
+def generate(
+    model: nn.Module, params: Any, prompts: Sequence[np.ndarray], *, max_tokens: int, **fields: Any
+) -> Iterator[np.ndarray]:
+    """Reads prompts with `prefill` and continues them with `decode`, which has the fields."""
+    check(fields['sampling'], seed=fields['seed'])
+    prefilled = prefill(model, params, prompts, max_tokens=max_tokens)
+    yield from decode(model, params, prefilled, max_tokens=max_tokens, **fields)
 
 
 def sample(
@@ -155,7 +218,7 @@ def sample(
     seed: int,
     num: int = 1,
 ) -> np.ndarray:
-    """Continues a prompt `num` times; see `generate` for the rest.
+    """Continues a prompt `num` times; see `decode` for the rest.
 
     Args:
       model: a causal LanguageModel.
@@ -170,7 +233,8 @@ def sample(
     Returns:
       int32 [num, max_tokens].
     """
-    prompts = [np.concatenate([[bos_id], prompt]).astype(np.int32)] * num
-    sampling = SamplingParams(temperature)
-    blocks = generate(model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, block=max_tokens)
+    prompt = np.concatenate([[bos_id], prompt]).astype(np.int32)
+    prefilled = prefill(model, params, [prompt], max_tokens=max_tokens).repeated(model, num)
+    fields = {'max_tokens': max_tokens, 'sampling': SamplingParams(temperature), 'seed': seed}
+    blocks = decode(model, params, prefilled, **fields)
     return np.concatenate(list(blocks), axis=1)

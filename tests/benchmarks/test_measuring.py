@@ -9,6 +9,7 @@ import pytest
 from gau.benchmarks import decoding, processes, timing, training
 from gau.benchmarks.cells import Cell, Spec
 from gau.errors import UserError
+from tests.models import tiny
 
 TINY = {'size': 'tiny', 'context': 32, 'batch_size': 2, 'vocab_size': 50, 'dtype': 'float32', 'effort': 'quick'}
 
@@ -89,6 +90,20 @@ def test_writing_and_reading_measured_in_this_process():
         assert min(result['seconds']) > 0
         state_bytes.add(result['state_bytes'])
     assert len(state_bytes) == 1
+
+
+def test_bytes_that_a_step_cannot_do_without():
+    for name, state in (
+        # Two layers: sums of 4 x 16; keys and values of the 1 + ... + 5 tokens of a chunk, three on average.
+        ('flash', 2 * (4 * 16 + 3 * (4 + 16))),
+        # Keys and values of 21 to 25 tokens.
+        ('flash_quad', 2 * 23 * (4 + 16)),
+    ):
+        model, params = tiny.make(name, dtype='bfloat16', context=32)
+        params = jax.tree.map(lambda x: x.astype('float32'), params)
+        found = decoding.bytes_per_step(model, params, batch_size=3, first=20, steps=5)
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert found == 4 * numbers + 3 * 2 * state
 
 
 def test_a_state_that_does_not_fit_is_told_with_its_size(monkeypatch):

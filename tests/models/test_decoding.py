@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gau.errors import UserError
+from gau.layers import decode_unit, quadratic
 from gau.models import decoding
+from gau.models.target import Implementation
 from tests.models import tiny
 from tests.numerics import float64
 
@@ -68,17 +70,16 @@ def through_files(state, folder):
     return jax.tree.unflatten(tree, [jnp.asarray(x) for x in loaded])
 
 
-def staircase(name, *, block=BLOCK, folder=None, full_impl=None, **fields):
+def staircase(name, *, block=BLOCK, folder=None, **fields):
     """Largest difference between decoding and the full forward, for the prompts of 1, 2, ... N tokens in one batch.
 
     Each row has a text of its own. Prompts are read in blocks that do not fit the chunks of 5; then every row steps to
     the end of its text. With `folder` the state after the prompts is saved there, in mid-chunk for most rows, and what
-    goes on from it must do so bitwise alike. `full_impl` is that of the full forward, if it is another.
+    goes on from it must do so bitwise alike.
     """
     model, params = tiny.make(name, **fields)
-    full_model, _ = tiny.make(name, **fields | ({'impl': full_impl} if full_impl else {}))
     tokens_BN = tiny.tokens(N, N)
-    full_BNV = np.asarray(tiny.apply(full_model, params, tokens_BN), np.float64)
+    full_BNV = np.asarray(tiny.apply(model, params, tokens_BN), np.float64)
     length_B = jnp.arange(1, N + 1)
     # What stands behind a prompt must not matter.
     prompts_BN = jnp.where(jnp.arange(N) < length_B[:, None], tokens_BN, 7)
@@ -104,6 +105,114 @@ def staircase(name, *, block=BLOCK, folder=None, full_impl=None, **fields):
             jax.tree.map(np.testing.assert_array_equal, (logits_BV, state), (again_BV, loaded))
 
 
+def in_one_loop(name, steps, **fields):
+    """Largest difference between `decoding.decode` and the full forward, rows at every place of their chunks.
+
+    Row b has read b + 1 tokens when it is told what to read in the next `steps`, in two calls of half of them.
+    """
+    model, params = tiny.make(name, **fields)
+    rows = np.arange(6)
+    tokens_BN = tiny.tokens(len(rows), N)
+    # The full forward in kernels is that of the reference (test_triton.py).
+    exact, _ = tiny.make(name, **fields | ({'impl': 'reference'} if 'impl' in fields else {}))
+    full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN), np.float64)
+    length_B = jnp.asarray(rows + 1, jnp.int32)
+    found = []
+
+    def draw(logits_BV, number):
+        # As bytes: to a callback float64 would be float32.
+        bytes_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint8)
+        jax.debug.callback(lambda x: found.append(np.asarray(x).view(logits_BV.dtype)[..., 0]), bytes_BV, ordered=True)
+        return tokens_BN[rows, length_B + number]
+
+    prefill, _ = functions(model)
+    loop = tiny.compile_fast(
+        lambda params, state, logits_BV, first: decoding.decode(
+            model, params, state, logits_BV, draw, first + jnp.arange(steps // 2)
+        )
+    )
+    state = decoding.init_state(model, batch_size=len(rows), capacity=N)
+    logits_BV, state = prefill(params, state, tokens_BN, length_B)
+    for first in (0, steps // 2):
+        tokens_NB, state, logits_BV = loop(decoding.in_compute_type(model, params), state, logits_BV, first)
+        np.testing.assert_array_equal(
+            tokens_NB, [tokens_BN[rows, length_B + number] for number in range(first, first + steps // 2)]
+        )
+    jax.effects_barrier()
+    wanted = [full_BNV[rows, rows + step] for step in range(steps + 1)]
+    worst = max(np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip([*found, logits_BV], wanted, strict=True))
+    np.testing.assert_array_equal(state['position'], length_B + steps)
+    return worst, np.abs(full_BNV).max()
+
+
+@pytest.mark.parametrize('name', FIRST)
+def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
+    # Chunks have 5 tokens: half of the steps are four windows of four tokens, or one of eight.
+    with float64():
+        worst, size = in_one_loop(name, 16)
+    assert size > 0.1
+    assert worst < 1e-12
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7},
+        {'branches': 'local', 'relative_bias': 'rotary', 'normalizer': 'visible', 'num_layers': 1},
+        {'global_reduction': 'sum', 'global_decay': 0.5, 'attention_function': 'softmax', 'num_layers': 1},
+    ],
+)
+def test_the_loop_of_an_ablation(fields):
+    with float64():
+        # Windows of five tokens, a whole chunk.
+        worst, size = in_one_loop('flash', 10, **fields)
+    assert size > 0.1
+    assert worst < 1e-12
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'},
+        pytest.param({'layer_stack': 'scan', 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
+        pytest.param(
+            {
+                'normalizer': 'visible',
+                'relative_bias': 'none',
+                'gamma_init': 'ones',
+                'rope': 'none',
+                'query_key_dim': 3,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_loop_in_kernels(fields, monkeypatch):
+    pytest.importorskip('triton')
+    calls = []
+    kernels = decode_unit.decode_gated_chunks
+    monkeypatch.setattr(decode_unit, 'decode_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
+    worst, size = in_one_loop('flash', 10, impl='triton', dtype='float32', **{'num_layers': 1} | fields)
+    assert calls
+    assert size > 0.1
+    assert worst < 1e-5 * size
+
+
+@pytest.mark.parametrize('fields', [{}, {'normalizer': 'su', 'relative_bias': 'rotary'}])
+def test_the_loop_of_quadratic_attention_in_kernels(fields):
+    pytest.importorskip('triton')
+    worst, size = in_one_loop('flash_quad', 10, impl='triton', dtype='float32', num_layers=1, **fields)
+    assert size > 0.1
+    assert worst < 1e-5 * size
+
+
+@pytest.mark.parametrize('name', ['flash', 'transformer_plus_plus'])
+def test_the_loop_in_bfloat16(name):
+    worst, size = in_one_loop(name, 16, dtype='bfloat16', num_layers=1)
+    assert size > 0.1
+    assert worst < 0.05 * size
+
+
 @pytest.mark.parametrize('name', FIRST)
 def test_decoding_is_the_full_forward_at_every_position(name):
     with float64():
@@ -112,14 +221,62 @@ def test_decoding_is_the_full_forward_at_every_position(name):
     assert worst < 1e-12
 
 
-@pytest.mark.parametrize(('name', 'layer_stack'), [('flash', 'unrolled'), ('flash_quad', 'scan')])
-def test_a_model_built_for_kernels_decodes(name, layer_stack):
-    """Against the reference's full forward: that of the kernels is the same (test_triton.py)."""
+@pytest.mark.parametrize(
+    ('name', 'fields'),
+    [
+        ('flash', {'global_decay': 0.7, 'num_layers': 1}),
+        ('flash_quad', {'num_layers': 1}),
+        pytest.param('flash', {'layer_stack': 'scan'}, marks=pytest.mark.slow),
+    ],
+)
+def test_prompts_in_the_kernels_of_training(name, fields):
+    """Prompts at once and in two parts, of which the second begins anywhere in a chunk."""
     pytest.importorskip('triton')
-    fields = {'impl': 'triton', 'dtype': 'float32', 'layer_stack': layer_stack, 'num_layers': 1}
-    worst, size = staircase(name, full_impl='reference', **fields)
-    assert size > 0.1
-    assert worst < 1e-5
+    model, params = tiny.make(name, impl='triton', dtype='float32', **fields)
+    exact, _ = tiny.make(name, impl='reference', **fields)
+    length_B, first_B = jnp.array([1, 4, 10, 21, 22]), jnp.array([0, 1, 5, 8, 11])
+    rows, last = np.arange(5), np.asarray(length_B) - 1
+    tokens_BN = tiny.tokens(5, N)
+    with float64():
+        full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
+    prefill = functools.partial(decoding.prefill, model, block=BLOCK)
+    whole, step = tiny.compile_fast(functools.partial(prefill, fresh=True)), functions(model)[1]
+    rest_BN = tokens_BN[rows[:, None], np.minimum(first_B[:, None] + np.arange(N), N - 1)]
+    empty = decoding.init_state(model, batch_size=5, capacity=N)
+    _, state = whole(params, empty, tokens_BN, first_B)
+    ways = {
+        'at once': whole(params, empty, tokens_BN, length_B),
+        'in two parts': tiny.compile_fast(prefill)(params, state, rest_BN, length_B - first_B),
+    }
+    for way, (logits_BV, state) in ways.items():
+        assert np.array_equal(state['position'], length_B)
+        assert np.abs(logits_BV - full_BNV[rows, last]).max() < 1e-5 * np.abs(full_BNV).max(), way
+        for more in (1, 2):
+            logits_BV, state = step(params, state, tokens_BN[rows, last + more])
+            difference = logits_BV - full_BNV[rows, last + more]
+            assert np.abs(difference).max() < 1e-5 * np.abs(full_BNV).max(), (way, more)
+
+
+def test_a_transformer_built_for_cudnn(monkeypatch):
+    """A fresh prompt is one block of cuDNN's causal attention (here: in XLA), tokens look back in a kernel."""
+    pytest.importorskip('triton')
+    monkeypatch.setattr(
+        quadratic, 'cudnn_attention', functools.partial(quadratic.cudnn_attention, implementation='xla')
+    )
+    exact, params = tiny.make('transformer_plus_plus', dtype='float32', num_layers=1)
+    model = exact.clone(implementation=Implementation('cudnn'))
+    length_B, rows = jnp.array([1, 10, 21]), np.arange(3)
+    tokens_BN = tiny.tokens(3, N)
+    full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
+    state = decoding.init_state(model, batch_size=3, capacity=N - 1)
+    prefill = tiny.compile_fast(functools.partial(decoding.prefill, model, fresh=True))
+    step = tiny.compile_fast(functools.partial(decoding.step, model))
+    logits_BV, state = prefill(params, state, tokens_BN, length_B)
+    for more in range(3):
+        assert np.abs(logits_BV - full_BNV[rows, length_B - 1 + more]).max() < 1e-5 * np.abs(full_BNV).max()
+        logits_BV, state = step(params, state, tokens_BN[rows, length_B + more])
+    # The last row was past the capacity.
+    assert np.isnan(logits_BV).all(axis=1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize('case', ABLATIONS)

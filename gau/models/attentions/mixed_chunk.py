@@ -114,6 +114,31 @@ class MixedChunk(ScoredAttention):
         """See the base class."""
         return None  # Its core has a state.
 
+    def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
+        """See the base class."""
+        return 'chunk' if impl == 'triton' else None
+
+    def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
+        """See the base class."""
+        return impl == 'triton' and config.attention_function == 'relu2' and config.temperature == 'none'
+
+    def window(self, config: ConfigDict) -> int:
+        """See the base class."""
+        return config.chunk_size
+
+    def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
+        """See the base class."""
+        from gau.ops.chunk_window import open_window
+
+        return open_window(state, tokens)
+
+    def close_window(self, config, state, window, *, start_B, end_B):
+        """See the base class."""
+        from gau.ops.chunk_window import close_window
+
+        fields = {'chunk_size': config.chunk_size, 'decay': config.global_decay or 1.0}
+        return close_window(state, window, start_B=start_B, end_B=end_B, **fields)
+
     def shard_multiple(self, config: ConfigDict) -> int:
         """See the base class."""
         return config.chunk_size

@@ -68,6 +68,10 @@ class Quadratic(ScoredAttention):
             )
         return None
 
+    def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
+        """See the base class."""
+        return 'sequence' if impl in ('triton', 'cudnn') else None
+
     def longest_decoded(self, config: ConfigDict) -> int | None:
         """See the base class."""
         return config.relative_bias_length if config.relative_bias == 'toeplitz' else None

@@ -10,6 +10,8 @@ from gau.models.fields import Field, Filler
 from gau.models.target import Target
 
 if TYPE_CHECKING:
+    from jax import Array
+
     from gau.layers.core import AttentionCore
 
 
@@ -81,6 +83,29 @@ class Attention:
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """Returns why a causal model with it cannot be decoded; None: its core has a state (`gau.layers.state`)."""
         return f'{config.name} cannot be decoded: its attention has no decoding state'
+
+    def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
+        """Returns where a row must stand for an implementation to read a block of a prompt as training would.
+
+        'chunk': where a chunk begins; 'sequence': before its first token; None: it never does, the reference does.
+        """
+        return None
+
+    def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
+        """Returns whether a gated unit decodes single tokens in kernels (`gau.layers.decode_unit`)."""
+        return False
+
+    def window(self, config: ConfigDict) -> int | None:
+        """Returns the most single tokens that are decoded before `close_window`; None: any number, without a window."""
+        return None
+
+    def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
+        """Returns a layer's decoding state, opened for so many single tokens; see `gau.ops.chunk_window`."""
+        return state
+
+    def close_window(self, config: ConfigDict, state: dict, window: dict, *, start_B: 'Array', end_B: 'Array') -> dict:
+        """Returns the state after the tokens of its window, from its positions at the start to those at the end."""
+        return window
 
     def longest_decoded(self, config: ConfigDict) -> int | None:
         """Returns the most tokens that a decoded sequence may have, or None."""

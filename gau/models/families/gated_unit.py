@@ -26,8 +26,9 @@ class GatedUnit(Family):
         ),
     )
 
-    def layers(self, config, attention, *, layer, causal, implementation, decoding) -> Iterator:
+    def layers(self, config, attention, *, layer, causal, implementation, decoding, in_window=False) -> Iterator:
         """See the base class."""
+        from gau.layers.decode_unit import DecodeGatedAttentionUnit
         from gau.layers.fused_unit import FusedGatedAttentionUnit, PallasGatedAttentionUnit
         from gau.layers.gated_attention_unit import GatedAttentionUnit
 
@@ -35,6 +36,8 @@ class GatedUnit(Family):
         kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
         fused = impl in kernels and config.gate == 'silu' and not decoding
         unit = kernels[impl] if fused else GatedAttentionUnit
+        if in_window and implementation.norm == 'triton' and attention.decodes_in_kernels(config, impl):
+            unit = DecodeGatedAttentionUnit
         yield (
             'norm',
             unit(

@@ -34,6 +34,7 @@ class Family:
         causal: bool,
         implementation: Implementation,
         decoding: bool,
+        in_window: bool = False,
     ) -> Iterator[tuple[str, 'nn.Module']]:
         """Yields the layers of a block, called with (x_BND, tokens), and the names of their norms.
 
@@ -43,7 +44,8 @@ class Family:
           layer: index of the block from 0.
           causal: whether later tokens are hidden.
           implementation: what the model is built with.
-          decoding: whether sequences are decoded: no kernels then.
+          decoding: whether sequences are decoded otherwise than in whole blocks: no kernels then.
+          in_window: whether it is single tokens with the state in a window (`gau.ops.chunk_window`).
         """
         raise NotImplementedError
 

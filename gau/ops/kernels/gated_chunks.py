@@ -104,6 +104,33 @@ def _backward(causal, residuals, do_BGCE):
 gated_chunk_matmul.defvjp(_forward, _backward)
 
 
+def gated_chunk_matmul_from_state(
+    p_BGCW: Array,
+    bias_2E: Array,
+    a_BGCC: Array,
+    q_BGCS: Array,
+    k_BGCS: Array,
+    carry_mask_BG1: Array,
+    state_scale_BG1: Array,
+    state_BSE: Array,
+) -> tuple[Array, Array]:
+    """The causal `gated_chunk_matmul` of a sequence that goes on: its scan begins with a state. Without a gradient.
+
+    Args:
+      p_BGCW: and the others: see there.
+      state_BSE: m of the first chunk, float32.
+
+    Returns:
+      The output and the values silu(v), [B, G, C, E].
+    """
+    (batch, groups, size, columns), width = p_BGCW.shape, bias_2E.shape[-1]
+    v_BGCE, m_BGSE = values_and_states(p_BGCW, bias_2E, k_BGCS, carry_mask_BG1, state_scale_BG1)
+    reached_BG1 = jnp.cumprod(carry_mask_BG1, axis=1) / carry_mask_BG1 * state_scale_BG1
+    m_BGSE = (m_BGSE.astype(jnp.float32) + reached_BG1[..., None] * state_BSE[:, None]).astype(m_BGSE.dtype)
+    sizes = _Sizes(batch * groups, size, width, columns, True, 0, q_BGCS.shape[-1])
+    return _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCC, q_BGCS, m_BGSE), causal=True), v_BGCE
+
+
 class _Sizes(NamedTuple):
     """The sizes of one call.
 

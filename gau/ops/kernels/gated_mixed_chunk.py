@@ -59,7 +59,7 @@ def gated_mixed_chunk(
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
-    a_BGCC = _weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
+    a_BGCC = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
     scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay, sequence_axis=sequence_axis)
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
@@ -89,8 +89,8 @@ def gated_mixed_chunk(
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 
 
-def _weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec, kernels) -> Array:
-    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q."""
+def weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec: ChunkSpec, kernels: str) -> Array:
+    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q; no ids are one whole document."""
     scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
     if scoring.function == 'relu2' and kernels == 'triton':

@@ -216,3 +216,54 @@ QUERIES_KEYS_GRADIENT = RowSumTiles(numbers=512, num_warps=4, num_stages=1, max_
 def rows_of(tiles: RowTiles | RowSumTiles, width: int) -> int:
     """Returns how many rows of `width` numbers a tile has."""
     return max(1, tiles.numbers // width)
+
+
+# --- decode_chunks_triton: one token of each row ----------------------------------------------------------------------
+
+
+class DecodeTiles(NamedTuple):
+    """Tiles of the matmuls have up to block_b rows, sums in steps of block_k, and columns: block_n of u and v, block_h
+    of either half of z, block_out of the output. Attention has block_e columns of one row, block_w places at a time.
+    """
+
+    block_b: int
+    block_k: int
+    block_n: int
+    block_h: int
+    block_out: int
+    num_warps: int
+    num_stages: int
+    block_w: int
+    block_e: int
+    attention_warps: int
+
+
+def decode_tiles(batch: int, dtype: str) -> DecodeTiles:
+    """Returns the tiles for a batch: of few rows tiles are narrow, so that there are programs for all SMs."""
+    if dtype == 'float32':
+        return DecodeTiles(16, 32, 32, 16, 16, 4, 1, block_w=32, block_e=64, attention_warps=4)
+    if batch <= 8:
+        return DecodeTiles(16, 256, 32, 16, 16, 4, 3, block_w=128, block_e=16, attention_warps=8)
+    return DecodeTiles(64, 128, 32, 16, 16, 4, 4, block_w=64, block_e=128, attention_warps=8)
+
+
+# --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------
+
+
+class CacheTiles(NamedTuple):
+    """A program has block_e columns of a row and goes through up to most_blocks times block_m places of it, through
+    fewer where there would be fewer than `min_programs` programs. Parts are added up block_sum columns at a time.
+    """
+
+    block_m: int
+    block_e: int
+    block_sum: int
+    most_blocks: int
+    min_programs: int
+    num_warps: int
+    num_stages: int
+
+
+DECODE_CACHE = CacheTiles(
+    block_m=64, block_e=256, block_sum=64, most_blocks=16, min_programs=1056, num_warps=4, num_stages=2
+)

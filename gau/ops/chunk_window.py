@@ -1,0 +1,112 @@
+"""Mixed chunk attention token by token in a window: the state of `gau.ops.decoding`, opened for the next few tokens.
+
+A loop of single tokens would fold a full chunk into the sum at another step in every row: a branch in each step, and a
+sum in float32 that is read, and may be written, each time. In a window nothing is folded. It has room for the current
+chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
+
+    v [B, C + T, E]; k, k_lin [B, C + T, S]     the tokens from the start of the chunk that was current
+    sum [B, S, E]                               as it was, in the compute type: only read
+
+A token of the next chunk reads the chunk before token by token, with the weights of the global branch, which is what
+it would read from the sum. So steps are alike whatever the rows' places, without a branch; `close_window` folds the
+chunks that were completed, once in T tokens.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.decoding import DecodePosition, State, weights_of_state
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.scores import attention_weights
+
+# Of a state's arrays, those with a row for each token.
+BY_TOKEN = ('k', 'k_lin', 'v')
+
+
+def open_window(state: State, tokens: int) -> State:
+    """Returns the window on a state for this many tokens; arrays may have further axes before the last two."""
+
+    def opened(name, x):
+        if name in BY_TOKEN:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
+        return x.astype(state['v'].dtype)
+
+    return {name: opened(name, x) for name, x in state.items()}
+
+
+def close_window(state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, decay: float) -> State:
+    """Returns the state after the tokens of a window.
+
+    Args:
+      state: what the window was opened on, [B, H, ...] or with one more axis before.
+      window: its window, after tokens up to `end_B`.
+      start_B: position of each row when it was opened.
+      end_B: position now.
+      chunk_size: C.
+      decay: factor on the sum for every chunk that comes after.
+    """
+    size = chunk_size
+    full_B111 = (end_B // size > start_B // size)[:, None, None, None]
+
+    def chunk(x):
+        current = x[..., :size, :]
+        rest = jnp.zeros_like(current).at[..., : x.shape[-2] - size, :].set(x[..., size:, :])
+        return jnp.where(full_B111, rest, current)
+
+    closed = {name: chunk(x) for name, x in window.items() if name in BY_TOKEN}
+    if 'sum' in state:
+        total, k_lin = state['sum'], jnp.where(full_B111, window['k_lin'][..., :size, :], 0)
+        added = jnp.einsum('...CS,...CE->...SE', k_lin, window['v'][..., :size, :], preferred_element_type=total.dtype)
+        if decay < 1:
+            total = jnp.where(full_B111, decay, 1).astype(total.dtype) * total
+        closed['sum'] = total + added
+    return closed
+
+
+def window_token(
+    q_B1S: Array,
+    k_B1S: Array,
+    q_lin_B1S: Array,
+    k_lin_B1S: Array,
+    v_B1E: Array,
+    window: State,
+    *,
+    position: DecodePosition,
+    spec: ChunkSpec,
+    bias_B1C: Array | None = None,
+) -> tuple[Array, State]:
+    """Decodes one token of each row in a window; arguments and results are those of `gau.ops.decoding`'s blocks.
+
+    `position.opened_B` says where the window was opened. A token that has no place in it would be dropped.
+    """
+    size, places = spec.chunk_size, window['v'].shape[1]
+    place_B = position.start_B - position.opened_B // size * size
+    rows_B = jnp.arange(place_B.shape[0])
+    to_B = jnp.where(position.length_B > 0, place_B, places)
+    new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E}
+    window = window | {
+        name: window[name].at[rows_B, to_B].set(x[:, 0], mode='drop') for name, x in new.items() if name in window
+    }
+    v_BWE = window['v']
+    place_W, place_B1 = jnp.arange(places), place_B[:, None]
+    own_BW = (place_W // size == place_B1 // size) & (place_W <= place_B1)
+
+    weights, o_B1E = [], 0
+    if 'k' in window:
+        bias = None if bias_B1C is None else bias_B1C[..., place_W % size]
+        fields = {'scoring': spec.scoring, 'sequence_length': size, 'mask': own_BW[:, None], 'bias': bias}
+        weights.append(attention_weights(q_B1S, window['k'], **fields))
+    if 'sum' in window:
+        chunks_B1, before_B1 = (position.start_B // size)[:, None], place_B1 // size
+        # The type of the sum outside the window.
+        dtype = jnp.promote_types(v_BWE.dtype, jnp.float32)
+        q_lin_B1S = weights_of_state(q_lin_B1S, chunks_B1, spec, dtype)
+        k_lin_BWS = window['k_lin']
+        far_B1W = jnp.einsum('BNS,BWS->BNW', q_lin_B1S.astype(k_lin_BWS.dtype), k_lin_BWS, preferred_element_type=dtype)
+        weights.append(jnp.where((place_W // size < before_B1)[:, None], far_B1W, 0))
+        if spec.global_decay < 1:
+            # The chunk that was completed in the window stands between the token and the sum.
+            q_lin_B1S *= (spec.global_decay ** before_B1.astype(dtype))[..., None]
+        o_B1E = q_lin_B1S.astype(v_BWE.dtype) @ window['sum']
+    # The branches look at different places: one matmul serves both.
+    return sum(weights).astype(v_BWE.dtype) @ v_BWE + o_B1E, window

@@ -1,0 +1,168 @@
+"""One token of a FLASH layer on a GPU: norm, projections, attention, gate, output and residual in three kernels.
+
+    h = ScaleNorm(x)     [u, v, z] = silu(h W + b)     q, k, q_lin, k_lin = rope(z gamma + beta)
+    y = x + (u * (a v + q_lin sum)) Wo + bo
+
+The state is a window of `gau.ops.chunk_window`, whose arrays are written in place. Reading the weights takes a row of
+the batch as long as dozens, so what is to be saved are kernels: the compiler makes a dozen and more for a layer.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.decoding import DecodePosition, State, scale_of_state
+from gau.ops.kernels import tile_sizes
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.tile_sizes import cdiv, power_of_two
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.norms import NORM_EPSILON
+from gau.ops.tracing import choose, traced_once
+
+# How the matrix units round the factors of a float32 matmul: not at all.
+PRECISION = 'ieee'
+
+
+class Parameters(NamedTuple):
+    """The parameters of a layer with its norm: matrices in the compute type, the rest float32.
+
+    Attributes:
+      norm: the scale of ScaleNorm, one number.
+      uv_D2E, uv_bias_2E: the projections of gate and values, [D, 2, E] or [D, 2 E].
+      z_DS, z_bias_S: the projection of queries and keys.
+      gamma_RS, beta_RS: scale and offset of the four of them.
+      out_ED, out_bias_D: the last projection.
+      bias_P: relative bias by distance in a chunk, [2 C - 1], or None.
+    """
+
+    norm: Array
+    uv_D2E: Array
+    uv_bias_2E: Array
+    z_DS: Array
+    z_bias_S: Array
+    gamma_RS: Array
+    beta_RS: Array
+    out_ED: Array
+    out_bias_D: Array
+    bias_P: Array | None
+
+
+@traced_once('spec')
+def decode_gated_chunks(
+    x_BD: Array,
+    parameters: Parameters,
+    table: tuple[Array, Array] | None,
+    window: State,
+    *,
+    position: DecodePosition,
+    spec: ChunkSpec,
+) -> tuple[Array, State]:
+    """Returns x + GAU(ScaleNorm(x)) of a token in each row, [B, D], and the new window.
+
+    Args:
+      x_BD: the residual stream, bfloat16 or float32.
+      parameters: of the layer.
+      table: cosines and sines of each row's position, float32 [B, S / 2], or None.
+      window: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.chunk_window`).
+      position: where the tokens stand, and where the window was opened.
+      spec: causal, relu2, both branches.
+    """
+    from gau.ops.kernels import decode_chunks_triton as kernels
+
+    (batch, width), dtype = x_BD.shape, x_BD.dtype
+    places, expanded = window['v'].shape[1:]
+    inner = parameters.z_DS.shape[1]
+    tiles = tile_sizes.decode_tiles(batch, str(dtype))
+    place_B, scales = _place(position, spec), _scales(position, spec, inner)
+    place_B = jnp.where(position.length_B > 0, place_B, places).astype(jnp.int32)
+
+    block_b = min(power_of_two(batch), tiles.block_b)
+    rows = {'B': batch, 'BLOCK_B': block_b, 'PRECISION': PRECISION}
+    half = (inner + 1) // 2
+    like_q = jax.ShapeDtypeStruct((batch, inner), dtype)
+    like_e = jax.ShapeDtypeStruct((batch, expanded), dtype)
+    old = window['v'], window['k'], window['k_lin']
+    inputs = (
+        *(x_BD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm)), place_B, *old),
+    )
+    first = len(inputs) - len(old)
+    u_BE, q_BS, q_lin_BS, v, k, k_lin = launch(
+        kernels.decode_projections_kernel,
+        *inputs,
+        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old)],
+        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(batch, block_b)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        overwrite={first: 3, first + 1: 4, first + 2: 5},
+        D=width,
+        E=expanded,
+        S=inner,
+        PLACES=places,
+        ROPE=table is not None,
+        EPSILON=NORM_EPSILON,
+        BLOCK_K=min(power_of_two(width), tiles.block_k),
+        BLOCK_N=tiles.block_n,
+        BLOCK_H=tiles.block_h,
+        **rows,
+    )
+    window = window | {'v': v, 'k': k, 'k_lin': k_lin}
+
+    bias_P = parameters.bias_P
+    block_e = min(power_of_two(expanded), tiles.block_e)
+    (o_BE,) = launch(
+        kernels.decode_attention_kernel,
+        *(q_BS, q_lin_BS, u_BE, k, k_lin, v, window['sum'], scales if bias_P is None else bias_P, place_B, scales),
+        outputs=[like_e],
+        grid=(cdiv(expanded, block_e), batch),
+        num_warps=tiles.attention_warps,
+        num_stages=1,
+        C=spec.chunk_size,
+        S=inner,
+        E=expanded,
+        PLACES=places,
+        BIAS=bias_P is not None,
+        BLOCK_W=min(power_of_two(places), tiles.block_w),
+        BLOCK_S=power_of_two(inner),
+        BLOCK_E=block_e,
+    )
+    (y_BD,) = launch(
+        kernels.decode_output_kernel,
+        *(o_BE, parameters.out_ED, parameters.out_bias_D, x_BD),
+        outputs=[jax.ShapeDtypeStruct(x_BD.shape, dtype)],
+        grid=(cdiv(width, tiles.block_out), cdiv(batch, block_b)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        E=expanded,
+        D=width,
+        BLOCK_K=min(power_of_two(expanded), tiles.block_k),
+        BLOCK_N=tiles.block_out,
+        **rows,
+    )
+    return y_BD, window
+
+
+def _place(position: DecodePosition, spec: ChunkSpec) -> Array:
+    return position.start_B - position.opened_B // spec.chunk_size * spec.chunk_size
+
+
+def _scales(position: DecodePosition, spec: ChunkSpec, width: int) -> Array:
+    """Returns factors of each row: on q.k, on weights in the chunk, on those before it, on the sum; float32 [4, B]."""
+    size, scoring = spec.chunk_size, spec.scoring
+    visible_B = (position.start_B % size + 1).astype(jnp.float32)
+    ones_B = jnp.ones_like(visible_B)
+    score_B = choose(
+        scoring.normalizer,
+        {
+            'paper': ones_B / size,
+            'fixed': ones_B / scoring.length,
+            'visible': 1 / visible_B,
+            'su': ones_B * width**-0.5,
+        },
+    )
+    weight_B = 1 / visible_B if scoring.normalizer == 'su' else ones_B
+    state_B = scale_of_state(position.start_B // size, spec, jnp.float32)
+    before_B = (_place(position, spec) // size).astype(jnp.float32)
+    return jnp.stack([score_B, weight_B, state_B, state_B * spec.global_decay**before_B])

@@ -1,0 +1,116 @@
+"""FLASH's layer for one token, and its attention for a block of a prompt, in kernels, against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops.chunk_window import open_window, window_token
+from gau.ops.decoding import DecodePosition, mixed_chunk_block
+from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
+from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.norms import scale_norm
+from gau.ops.positions import apply_rope, bias_matrix, rope_table
+from gau.ops.quadratic_attention import gate_and_values
+from gau.ops.scores import Scoring
+from tests.numerics import max_error, normal
+from tests.ops.kernels.conftest import DTYPES, TOLERANCE
+
+C, S, E, D, WINDOW = 12, 8, 40, 24, 7
+SPECS = {
+    'mean': ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0),
+    'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
+    'mean, decay, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True, 'both', 'mean', 0.7),
+}
+# Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
+OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49])
+B = len(OPENED_B)
+
+
+def state_of(dtype):
+    parts = {'k': (C, S), 'k_lin': (C, S), 'v': (C, E), 'sum': (S, E)}
+    state = {name: normal(i, B, *shape) for i, (name, shape) in enumerate(parts.items())}
+    return {name: x.astype(dtype if name != 'sum' or dtype == 'float64' else 'float32') for name, x in state.items()}
+
+
+def window_of(dtype):
+    """A window with something at all its places."""
+    window = open_window(state_of(dtype), WINDOW)
+    return {
+        name: x if name == 'sum' else x.at[:, C:].set(normal(9, *x[:, C:].shape).astype(dtype))
+        for name, x in window.items()
+    }
+
+
+def expect_close(found, wanted, dtype, name):
+    a, b = (np.asarray(x, np.float64) for x in (found, wanted))
+    assert max_error(a, b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', SPECS)
+def test_one_token_of_a_layer(case, dtype):
+    spec, position = SPECS[case], DecodePosition(START_B, jnp.ones(B, jnp.int32), OPENED_B)
+    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
+    parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
+    if case == 'mean':
+        parameters = parameters._replace(bias_P=None)
+    table = rope_table(START_B[:, None], S) if case != 'mean' else None
+    x_BD = normal(40, B, D)
+
+    h_B1D = scale_norm(x_BD, parameters.norm, dtype='float64')[:, None]
+    p_B1W = h_B1D @ parameters.uv_D2E.reshape(D, -1)
+    u_B1E, v_B1E = gate_and_values(p_B1W, parameters.uv_bias_2E)
+    z_B1S = jax.nn.silu(h_B1D @ parameters.z_DS + parameters.z_bias_S)
+    roles = [z_B1S * gamma + beta for gamma, beta in zip(parameters.gamma_RS, parameters.beta_RS, strict=True)]
+    q, k, q_lin, k_lin = roles if table is None else (apply_rope(x, table) for x in roles)
+    bias_B1C = None
+    if parameters.bias_P is not None:
+        bias_B1C = bias_matrix(parameters.bias_P, C, C)[START_B % C][:, None]
+    av_B1E, wanted = window_token(
+        *(q, k, q_lin, k_lin, v_B1E), window_of('float64'), position=position, spec=spec, bias_B1C=bias_B1C
+    )
+    y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
+
+    narrow = {
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
+        for name, x in parameters._asdict().items()
+    }
+    table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
+    found_BD, found = decode_gated_chunks(
+        x_BD.astype(dtype), Parameters(**narrow), table, window_of(dtype), position=position, spec=spec
+    )
+    expect_close(found_BD, y_BD, dtype, 'y')
+    for name in ('k', 'k_lin', 'v'):
+        expect_close(found[name], wanted[name], dtype, name)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('case', SPECS)
+def test_a_block_of_a_prompt(case, dtype):
+    spec, t = SPECS[case], 3 * C
+    # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
+    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
+    position = DecodePosition(start_B, length_B)
+    q, k, q_lin, k_lin = (normal(50 + i, B, t, S) for i in range(4))
+    p_BTW, bias_2E, bias_P = normal(54, B, t, 2 * E + S), normal(55, 2, E), normal(56, 2 * C - 1)
+    u_BTE, v_BTE = gate_and_values(p_BTW, bias_2E)
+    wanted_BTE, wanted = mixed_chunk_block(
+        *(q, k, q_lin, k_lin, v_BTE),
+        state_of('float64'),
+        position=position,
+        spec=spec,
+        bias_CC=bias_matrix(bias_P, C, C),
+    )
+    arrays = [x.astype(dtype) for x in (p_BTW, q, k, q_lin, k_lin)]
+    vectors = [x.astype('float32') for x in (bias_2E, bias_P)]
+    found_BTE, found = gated_mixed_chunk_block(
+        *(arrays[0], vectors[0], *arrays[1:]), state_of(dtype), position=position, spec=spec, bias_P=vectors[1]
+    )
+    real = (jnp.arange(t) < length_B[:, None])[..., None]
+    expect_close(jnp.where(real, found_BTE, 0), jnp.where(real, u_BTE * wanted_BTE, 0), dtype, 'o')
+    expect_close(found['sum'], wanted['sum'], dtype, 'sum')
+    filled = (jnp.arange(C) < (start_B + length_B)[:, None] % C)[..., None]
+    for name in ('k', 'k_lin', 'v'):
+        expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)
