@@ -3,9 +3,14 @@
     python scripts/sample.py --workdir=DIR --prompt='Once upon' --max_tokens=512 --temperature=0.8 --top_p=0.95
     python scripts/sample.py --workdir=DIR --prompt_file=chapter.txt --num=4 --json
     python scripts/sample.py --workdir=DIR --interactive
+    python scripts/sample.py --workdir=DIR --prompts=prompts.jsonl > texts.jsonl
+    python scripts/sample.py --workdir=DIR --prompt_file=book.txt --save_state=book.state --max_tokens=0
+    python scripts/sample.py --workdir=DIR --state=book.state --prompts=questions.jsonl
 
 One text is printed as it is written; several, one after the other when they are done. The same seed writes the same
-text. Tokens a second go to stderr at the end (of all blocks of 32 but the first, which waits for the compiler).
+text. `--prompts` has a JSON object with a "prompt" in each line, and answers in the same order; `--state` goes on from
+what `--save_state` read before, so that a long document is read once. Speeds go to stderr at the end: of reading, with
+the compiler's time where the program is new; and of writing, of all blocks of 32 tokens but the first.
 """
 
 import json
@@ -23,8 +28,12 @@ flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.')
 flags.DEFINE_string('prompt', None, 'Text to continue.')
 flags.DEFINE_string('prompt_file', None, 'UTF-8 file with the text to continue.')
+flags.DEFINE_string('prompts', None, 'File of JSON lines, each with a "prompt"; prints JSON lines in the same order.')
+flags.DEFINE_integer('batch_size', 8, 'Of --prompts: how many are continued side by side.', lower_bound=1)
+flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
+flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
-flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most.', lower_bound=1)
+flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most; 0 with --save_state: only read.', lower_bound=0)
 flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token each time.', lower_bound=0.0)
 flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens only; 0: from all.', lower_bound=0)
 flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens that have this probability together.')
@@ -35,29 +44,60 @@ flags.DEFINE_boolean('interactive', False, 'Continue one line of the terminal af
 
 
 def main() -> None:
-    """Reads the prompt and writes what the model makes of it."""
-    prompt = _prompt()
+    """Reads the prompts and writes what the model makes of them."""
+    prompts = _prompts()
     from gau.models import decoding
-    from gau.sampling import generation
+    from gau.sampling import generation, saved_states
     from gau.training.load import load_run
 
     sampling = generation.SamplingParams(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p)
     generation.check(sampling, seed=flags.FLAGS.seed)
+    if flags.FLAGS.save_state:
+        saved_states.check_new(flags.FLAGS.save_state)
     run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
     decoding.check(run.model)
-    if not flags.FLAGS.interactive:
-        return _write(run, params, prompt, sampling)
-    while prompt := _line():
-        _write(run, params, prompt, sampling)
+    start = saved_states.load(flags.FLAGS.state, run.model, params) if flags.FLAGS.state else None
+    speed = _Speed()
+    if flags.FLAGS.interactive:
+        while prompt := _line():
+            _write(run, params, [prompt], start, sampling, speed)
+            speed.tell()
+        return
+    size = flags.FLAGS.batch_size
+    for first in range(0, len(prompts), size):
+        _write(run, params, prompts[first : first + size], start, sampling, speed, first=first)
+    speed.tell()
 
 
-def _prompt() -> str:
-    given = [name for name in ('prompt', 'prompt_file', 'interactive') if flags.FLAGS[name].value]
+def _prompts() -> list[str]:
+    ways = ('prompt', 'prompt_file', 'prompts', 'interactive')
+    given = [name for name in ways if flags.FLAGS[name].value]
     if len(given) > 1:
         raise UserError(f'give one of --{given[0]} and --{given[1]}')
-    if not flags.FLAGS.prompt_file:
-        return flags.FLAGS.prompt or ''
-    return plain.read_text(flags.FLAGS.prompt_file)
+    if flags.FLAGS.save_state and given[-1:] in (['prompts'], ['interactive']):
+        raise UserError(f'--save_state is of one prompt, and --{given[0]} has several')
+    if not flags.FLAGS.max_tokens and not flags.FLAGS.save_state:
+        raise UserError('--max_tokens=0 writes nothing: it is of --save_state')
+    if flags.FLAGS.prompts:
+        return _prompts_of_lines(flags.FLAGS.prompts)
+    return [plain.read_text(flags.FLAGS.prompt_file) if flags.FLAGS.prompt_file else flags.FLAGS.prompt or '']
+
+
+def _prompts_of_lines(path: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(plain.read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f'{path}:{number} is no JSON: {error}') from error
+        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
+            raise UserError(f'{path}:{number} has no "prompt" that is a string')
+        prompts.append(record['prompt'])
+    if not prompts:
+        raise UserError(f'{path} has no prompts')
+    return prompts
 
 
 def _line() -> str:
@@ -67,50 +107,74 @@ def _line() -> str:
         return ''
 
 
-def _write(run, params, prompt: str, sampling) -> None:
-    """Prints the continuations of one prompt."""
+class _Speed:
+    """Counts tokens and seconds of reading, and of all blocks that were written but the first of each batch."""
+
+    def __init__(self):
+        self.counts = {'read': [0, 0.0], 'wrote': [0, 0.0], 'wrote at first': [0, 0.0]}
+
+    def add(self, what: str, tokens: int, started: float) -> None:
+        """Counts so many tokens since a time."""
+        count = self.counts[what]
+        count[0] += tokens
+        count[1] += time.perf_counter() - started
+
+    def tell(self) -> None:
+        """Prints the speeds, and begins anew."""
+        parts, compiling = [], ', compiling included'
+        for what, about in (('read', compiling), ('wrote', ''), ('wrote at first', compiling)):
+            tokens, seconds = self.counts[what]
+            if tokens and not (what == 'wrote at first' and self.counts['wrote'][0]):
+                parts.append(f'{what.split()[0]} {tokens} tokens at {tokens / seconds:.0f} tokens/s{about}')
+        print('; '.join(parts), file=sys.stderr)
+        self.__init__()
+
+
+def _write(run, params, prompts: list[str], start, sampling, speed: _Speed, *, first: int = 0) -> None:
+    """Prints the continuations of prompts, of which `first` stood before."""
+    import jax
     import numpy as np
 
-    from gau.sampling import generation
+    from gau.sampling import generation, saved_states
     from gau.sampling.detokenizer import Detokenizer
 
-    tokens = np.concatenate([[run.tokenizer.bos_id], run.tokenizer.encode(prompt)]).astype(np.int32)
-    num, live = flags.FLAGS.num, flags.FLAGS.num == 1 and not flags.FLAGS.json
-    texts = [Detokenizer(run.tokenizer, before=tokens[1:], stop=flags.FLAGS.stop) for _ in range(num)]
-    blocks = generation.generate(
-        run.model,
-        params,
-        [tokens] * num,
-        max_tokens=flags.FLAGS.max_tokens,
-        sampling=sampling,
-        seed=flags.FLAGS.seed,
-    )
+    num, max_tokens = flags.FLAGS.num, flags.FLAGS.max_tokens
+    as_json = flags.FLAGS.json or flags.FLAGS.prompts
+    live = num == len(prompts) == 1 and not as_json
+    begin = [] if start else [run.tokenizer.bos_id]
+    tokens = [np.concatenate([begin, run.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
     if live:
-        print(prompt, end='', flush=True)
-    begun, started, first, counted, seconds = time.perf_counter(), None, 0, 0, 0.0
+        print(prompts[0], end='', flush=True)
+    started = time.perf_counter()
+    fields = {'max_tokens': max_tokens, 'start': start and start.repeated(run.model, len(prompts))}
+    prefilled = jax.block_until_ready(generation.prefill(run.model, params, tokens, **fields))
+    speed.add('read', sum(map(len, tokens)), started)
+    if flags.FLAGS.save_state:
+        saved_states.save(flags.FLAGS.save_state, run.model, params, prefilled)
+    texts = [
+        Detokenizer(run.tokenizer, before=row if start else row[1:], stop=flags.FLAGS.stop)
+        for row in tokens
+        for _ in range(num)
+    ]
+    fields = {'max_tokens': max_tokens, 'sampling': sampling, 'seed': flags.FLAGS.seed, 'first_row': first * num}
+    blocks = generation.decode(run.model, params, prefilled.repeated(run.model, num), **fields)
+    started, what = time.perf_counter(), 'wrote at first'
     for block in blocks:
-        if started is not None:
-            counted, seconds = counted + block.size, time.perf_counter() - started
-        else:
-            first, started = block.size, time.perf_counter()
+        speed.add(what, block.size, started)
         for text, row in zip(texts, block, strict=True):
             new = text.push(row)
             if live:
                 print(new, end='', flush=True)
         if all(text.finished for text in texts):
             break
-    for text in texts:
-        rest = text.close()
-        if flags.FLAGS.json:
+        started, what = time.perf_counter(), 'wrote'
+    for number, text in enumerate(texts):
+        prompt, rest = prompts[number // num], text.close()
+        if as_json:
             record = {'prompt': prompt, 'text': text.text, 'tokens': text.tokens, 'finished': text.finished}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
             print(rest if live else prompt + text.text)
-    # The first block waits for the prompt and the compiler; speed is that of the others, if there are any.
-    about = ''
-    if not counted:
-        counted, seconds, about = first, started - begun, ', reading the prompt and compiling included'
-    print(f'{counted / seconds:.0f} tokens/s over {counted} tokens{about}', file=sys.stderr)
 
 
 if __name__ == '__main__':

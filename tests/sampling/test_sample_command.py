@@ -24,6 +24,7 @@ def trained(tmp_path_factory):
         (['scripts/sample.py', '--workdir=nowhere', '--top_p=0'], 'top_p=0'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt=a', '--interactive'], '--prompt and --interactive'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt_file=missing.txt'], 'missing.txt'),
+        (['scripts/sample.py', '--workdir=nowhere', '--max_tokens=0'], '--max_tokens=0 writes nothing'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -37,14 +38,35 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     prompt = 'Zoë — 漢字\n'
     (tmp_path / 'prompt.txt').write_text(prompt, encoding='utf-8')
     arguments = [f'--prompt_file={tmp_path / "prompt.txt"}', '--num=2', '--max_tokens=70', '--temperature=0', '--json']
+    arguments.append(f'--save_state={tmp_path / "state"}')
     code, out, err = run('scripts/sample.py', f'--workdir={trained}', *arguments)
     assert code == 0, err
     first, second = (json.loads(line) for line in out.splitlines())
     assert first == second
     assert first.keys() == {'prompt', 'text', 'tokens', 'finished'}
     assert first['prompt'] == prompt
-    # Two rows, without the first block of 32.
-    assert err.endswith('tokens/s over 76 tokens\n') or first['finished']
+    # Two rows, without the first block of 32; the prompt is read once, with BOS.
+    assert '; wrote 76 tokens at ' in err or first['finished']
+    assert err.startswith(f'read {len(prompt.encode()) + 1} tokens at ')
+    # What was read is gone on from, in every line of a file.
+    lines = tmp_path / 'prompts.jsonl'
+    lines.write_text('{"prompt": ""}\n\n{"prompt": "b"}\n{"prompt": ""}\n')
+    ask = ['scripts/sample.py', f'--workdir={trained}', f'--state={tmp_path / "state"}', '--temperature=0']
+    code, out, err = run(*ask, f'--prompts={lines}', '--batch_size=2', '--max_tokens=70')
+    assert code == 0, err
+    asked = [json.loads(line) for line in out.splitlines()]
+    assert [record['prompt'] for record in asked] == ['', 'b', '']
+    assert asked[0]['text'] == asked[2]['text'] == first['text']
+    # And what is wrong is said in one line: a line without a prompt, a name that is taken, a file that is no state.
+    lines.write_text('{"prompt": ""}\n{"text": "b"}\n')
+    for arguments, message in (
+        ([f'--prompts={lines}'], 'prompts.jsonl:2 has no "prompt"'),
+        ([f'--save_state={tmp_path / "state"}'], 'state exists'),
+        ([f'--state={lines}'], 'prompts.jsonl is no decoding state'),
+    ):
+        code, out, err = run('scripts/sample.py', f'--workdir={trained}', *arguments)
+        assert (code, out, err.count('\n')) == (2, '', 1), err
+        assert message in err
 
 
 def test_interactive_writes_each_line_on_by_the_same_seed(trained):
@@ -57,7 +79,7 @@ def test_interactive_writes_each_line_on_by_the_same_seed(trained):
     assert out[:size] == out[size : 2 * size]
     assert out.startswith('> né')
     assert 'e' not in out
-    assert err.count(' tokens/s over ') == 2
+    assert err.count('read 4 tokens at ') == 2
 
 
 @pytest.mark.slow
