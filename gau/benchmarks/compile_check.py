@@ -129,6 +129,28 @@ def what_fits(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:
     return fits
 
 
+def what_saves_memory(config: ConfigDict, mesh: Mapping[str, int]) -> list[str]:
+    """Returns settings with which a step of a resolved config holds less on a device, as for a command line.
+
+    Args:
+      config: of a step that does not fit.
+      mesh: size of every axis.
+    """
+    optimizer, saves = config.optimizer, []
+    if config.model.remat != 'full':
+        saves.append('model.remat=full')
+    rows, steps = config.data.batch_size // (mesh['data'] * mesh['fsdp']), optimizer.accumulation_steps
+    more = next((n for n in range(steps + 1, rows + 1) if rows % n == 0), None)
+    if more is not None:
+        saves.append(f'optimizer.accumulation_steps={more}')
+    if mesh['data'] > 1 and optimizer.sharding == 'parameters' and optimizer.name in training_config.ELEMENTWISE:
+        saves.append('optimizer.sharding=data')
+    if mesh['data'] % 2 == 0:
+        halved = {'fsdp': 2 * mesh['fsdp'], 'data': mesh['data'] // 2}
+        saves.append(' with '.join(f'mesh.{axis}={size}' for axis, size in halved.items() if config.mesh[axis] != -1))
+    return saves
+
+
 def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     """Compiles the training step of a config and returns what its program says.
 
@@ -140,7 +162,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
     `collectives`, kind to count and bytes a step; `seconds` that compute, memory and links need at least, `compiler`,
     the compiler's own estimate of its kernels, and `kernels`, what those of Pallas, of which it estimates nothing, need
     at least by our counts, `kernel_flops` and `kernel_bytes`; `step_seconds`, and `mfu`, the model FLOPs utilisation
-    that goes with it. If it does not fit, only what was known before.
+    that goes with it. If it does not fit, only what was known before, and `smaller_with`, settings that hold less.
 
     Raises:
       UserError: the config is impossible.
@@ -161,6 +183,7 @@ def check(config: ConfigDict, target: Target, *, vocab_size: int) -> Check:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
             row |= {'fits': False, 'error': str(error).partition(': ')[2].splitlines()[0]}
+            row['smaller_with'] = what_saves_memory(config, run.mesh.shape)
             return Check(row, [], largest_arrays(traced.jaxpr, run.mesh.size))
     row['compile_seconds'] = time.perf_counter() - start
     memory = compiled.memory_analysis()
@@ -306,6 +329,8 @@ def describe(check: Check) -> str:
             f'{_gib(row["output_bytes"])}, temporaries {_gib(row["temporary_bytes"])}, code {_gib(row["code_bytes"])}'
         )
     lines.append(f'              {verdict(row)}')
+    if row.get('smaller_with'):
+        lines.append(f'              smaller with {" or ".join(row["smaller_with"])}')
     if row['fits'] is not True:
         lines.append(
             'largest       ' + ('as compiled' if 'total_bytes' in row else 'as traced, if divided evenly') + ':'

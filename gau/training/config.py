@@ -27,7 +27,7 @@ _IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule',
 # How much of a run the schedule `wsd` decays over, unless the config says.
 _DECAY_PERCENT = 20.0
 # Optimizers that move every number by what is known of it alone, and so can be cut anywhere.
-_ELEMENTWISE = ('adamw', 'lion')
+ELEMENTWISE = ('adamw', 'lion')
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
@@ -172,9 +172,9 @@ def _resolve_optimizer(optimizer: ConfigDict) -> None:
     check_name('optimizer.schedule', optimizer.schedule, SCHEDULES)
     check_name('optimizer.clip', optimizer.clip, CLIPPINGS)
     check_name('optimizer.sharding', optimizer.sharding, SHARDINGS)
-    if optimizer.sharding == 'data' and optimizer.name not in _ELEMENTWISE:
+    if optimizer.sharding == 'data' and optimizer.name not in ELEMENTWISE:
         raise UserError(
-            f'optimizer.sharding=data is for {" and ".join(_ELEMENTWISE)}, not {optimizer.name}, '
+            f'optimizer.sharding=data is for {" and ".join(ELEMENTWISE)}, not {optimizer.name}, '
             'whose steps need whole matrices'
         )
     own = OPTIMIZERS[optimizer.name]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from gau.benchmarks import chips, compile_check
 from gau.errors import UserError
-from gau.training.config import default_config
+from gau.training.config import default_config, resolve
 from gau.training.mesh import make_mesh
 from tests.training.test_commands import run
 
@@ -76,6 +76,23 @@ def test_what_would_fit_where_a_batch_does_not(batch, context, mesh, accumulatio
     config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1} | mesh)
     shape = {axis: 64 if size == -1 else size for axis, size in config.mesh.items()}
     assert compile_check.what_fits(compile_check.without_data(config), shape) == expected
+
+
+@pytest.mark.parametrize(('batch', 'mesh', 'fields', 'expected'), [
+    (8, {'data': 4}, {}, ['model.remat=full', 'optimizer.accumulation_steps=2', 'optimizer.sharding=data',
+                          'mesh.fsdp=2 with mesh.data=2']),
+    (4, {'data': 2, 'fsdp': 2}, {'sharding': 'data'}, ['model.remat=full', 'mesh.fsdp=4 with mesh.data=1']),
+    (12, {'data': 1}, {'accumulation_steps': 2}, ['model.remat=full', 'optimizer.accumulation_steps=3']),
+    (4, {'data': 4}, {'name': 'muon'}, ['model.remat=full', 'mesh.fsdp=2 with mesh.data=2']),
+])  # fmt: skip
+def test_what_holds_less_where_a_step_does_not_fit(batch, mesh, fields, expected):
+    config = default_config()
+    config.data.batch_size = batch
+    mesh = {'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1} | mesh
+    config.mesh.update(mesh)
+    config.optimizer.update(fields)
+    config = resolve(config)
+    assert compile_check.what_saves_memory(config, mesh) == expected
 
 
 def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):
