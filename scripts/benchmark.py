@@ -7,6 +7,7 @@
 
 `train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient;
 `decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length.
+GB/s of `decode` are bytes that a step cannot do without, parameters and what tokens look back on, over its time.
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
 the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. It may

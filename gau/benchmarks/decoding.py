@@ -49,7 +49,8 @@ def measure_prefill(cell: Cell, result: Result) -> None:
     """
     model, params = _model(cell, result)
     tokens_BN = jax.random.randint(jax.random.key(1), (cell.batch_size, cell.context), 0, cell.vocab_size)
-    read = jax.jit(functools.partial(_prefill, model), donate_argnums=1)
+    options = dict(model.implementation.compiler_options)
+    read = jax.jit(functools.partial(_prefill, model), donate_argnums=1, compiler_options=options)
     result['tokens'] = tokens_BN.size
     _measure(cell, model, lambda state: read(params, state, tokens_BN), result, position=0)
 

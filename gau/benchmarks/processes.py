@@ -85,6 +85,8 @@ def merge(cell: Cell, results: Sequence[Result]) -> Row:
     stem, steps = ('step_ms', 1) if cell.benchmark in PASSES else ('ms_per_token', tokens / cell.batch_size)
     for name, value in (('', median), ('_min', min(seconds)), ('_max', max(seconds))):
         row[stem + name] = 1000 * value / steps
+    if 'bytes_per_step' in row:
+        row['bytes_per_second'] = 1000 * row['bytes_per_step'] / row[stem]
     launches = [second for result in results for second in result.get('launch_seconds', ())]
     if launches:
         row['host_ms'] = 1000 * statistics.median(launches)

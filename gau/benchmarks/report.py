@@ -26,7 +26,7 @@ _PICTURES = {
 }
 _HEADS = {
     'passes': 'context step ms     min-max k tok/s  MFU rate    GiB   plan comp s',
-    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB',
+    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB  GB/s',
 }
 _LEGEND = """k tok/s: thousand tokens a second. MFU: model FLOPs over the data sheet's peak; rate: over the
 matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. comp s: compiling."""
@@ -87,7 +87,9 @@ def _decoding(row: Row) -> str:
     # Reading is a thousand times as fast as writing.
     digits = 3 if row['ms_per_token'] >= 0.1 else 4
     median, least, most = (f'{row["ms_per_token" + end]:.{digits}f}' for end in ('', '_min', '_max'))
-    return f'{text} {median:>8} {f"{least}-{most}":>13} {_short(row["tokens_per_second"] / 1000):>8} {state:>10}'
+    speed = _short(row['tokens_per_second'] / 1000)
+    memory = _or_dash(row.get('bytes_per_second') and row['bytes_per_second'] / 1e9, '.0f')
+    return f'{text} {median:>8} {f"{least}-{most}":>13} {speed:>8} {state:>10} {memory:>5}'
 
 
 _SHARES = (('mfu', 4), ('share_of_matrix_rate', 4))

@@ -41,7 +41,7 @@ class Implementation(NamedTuple):
       attention: a name of the attention record's `implementations`.
       norm: 'triton' has a kernel for the residual stream, its ScaleNorm and the biases of the layers; 'xla'.
       loss: 'triton' has a kernel for the loss and the gradient of the logits; 'xla'.
-      compiler_options: what XLA is to be told where a training step is compiled, as (name, value).
+      compiler_options: what XLA is to be told where a training step or a prefill is compiled, as (name, value).
     """
 
     attention: str

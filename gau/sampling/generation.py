@@ -98,9 +98,12 @@ def _in_compute_type(model: nn.Module, params: Any):
     return decoding.in_compute_type(model, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def _prefill(model: nn.Module, params: Any, state: Any, tokens_BN: jax.Array, length_B: jax.Array, fresh: bool):
-    return decoding.prefill(model, params, state, tokens_BN, length_B, fresh=fresh)
+@functools.cache
+def _prefill(model: nn.Module, fresh: bool):
+    """Returns the jitted `decoding.prefill` of a model, (params, state, tokens_BN, length_B) -> (logits_BV, state)."""
+    function = functools.partial(decoding.prefill, model, fresh=fresh)
+    options = dict(model.implementation.compiler_options)
+    return jax.jit(function, donate_argnums=1, compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2, 3))
@@ -152,7 +155,8 @@ def prefill(
     for row, prompt in zip(tokens_BN, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    logits_BV, state = _prefill(model, _in_compute_type(model, params), state, tokens_BN, length_B, start is None)
+    read = _prefill(model, start is None)
+    logits_BV, state = read(_in_compute_type(model, params), state, tokens_BN, length_B)
     if start is not None:
         logits_BV = jnp.where(length_B[:, None] > 0, logits_BV, start.logits_BV)
     return Prefilled(state, logits_BV)

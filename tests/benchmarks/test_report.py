@@ -65,6 +65,12 @@ def test_decoding_is_told_per_token_of_one_text():
     assert row['tokens_per_second'] == pytest.approx(8 * 64 / 0.64)
 
 
+def test_bytes_that_a_step_cannot_do_without_are_told_as_a_rate():
+    row = decode_row(bytes_per_step=3.2e9)
+    assert row['bytes_per_second'] == pytest.approx(3.2e11)
+    assert report.table([row]).splitlines()[-1].endswith(' 320')
+
+
 def test_utilisation_is_against_the_data_sheet_and_the_measured_rate():
     rows = [matmul_row(), train_row(), train_row(kind='forward'), train_row(results=[{'error': 'x'}])]
     processes.add_utilisation(rows)

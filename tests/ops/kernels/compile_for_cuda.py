@@ -1,0 +1,78 @@
+"""Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
+
+Prints a line for each kernel: its name, and the bytes of its machine code.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gau.ops.chunk_window import open_window
+from gau.ops.decoding import DecodePosition
+from gau.ops.kernels import compat
+from gau.ops.kernels.decode_cache import decode_with_cache
+from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
+from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.scores import Scoring
+
+H100 = GPUTarget('cuda', 90, 32)
+TYPES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
+DTYPE, D, E, S, C = 'bfloat16', 768, 1536, 128, 256
+
+
+def compile_only(kernel, inputs, outputs, *, grid, num_warps, num_stages, overwrite, constants):
+    """Stands for `compat.triton_call`; the results are zeros."""
+    del grid, overwrite
+    pointers = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: 'constexpr' for name in constants}
+    signature |= {name: f'*{TYPES[str(x.dtype)]}' for name, x in zip(pointers, [*inputs, *outputs], strict=True)}
+    places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        {name: signature[name] for name in kernel.arg_names},
+        {places[name]: value for name, value in constants.items()},
+        # JAX's arrays are aligned.
+        {places[name]: [['tt.divisibility', 16]] for name in pointers},
+    )
+    compiled = triton.compile(source, target=H100, options={'num_warps': num_warps, 'num_stages': num_stages})
+    print(kernel.__name__, len(compiled.asm['cubin']))
+    return [jnp.zeros(output.shape, output.dtype) for output in outputs]
+
+
+def zeros(*shape, dtype=DTYPE):
+    return jnp.zeros(shape, dtype)
+
+
+def main():
+    """Every decoding kernel at size base, for one row and for many."""
+    compat.triton_call = compile_only
+    spec = ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0)
+    vector = {'dtype': 'float32'}
+    for batch in (1, 64):
+        at_B = jnp.zeros(batch, jnp.int32)
+        position = DecodePosition(at_B, at_B + 1, at_B)
+        state = {'k': zeros(batch, C, S), 'k_lin': zeros(batch, C, S), 'v': zeros(batch, C, E)}
+        state['sum'] = zeros(batch, S, E, **vector)
+        parameters = Parameters(
+            *(zeros(**vector), zeros(D, 2, E), zeros(2, E, **vector), zeros(D, S), zeros(S, **vector)),
+            *(zeros(4, S, **vector), zeros(4, S, **vector), zeros(E, D), zeros(D, **vector)),
+            zeros(2 * C - 1, **vector),
+        )
+        table = (zeros(batch, S // 2, **vector),) * 2
+        window = open_window(state, 32)
+        decode_gated_chunks(zeros(batch, D), parameters, table, window, position=position, spec=spec)
+        for function, normalizer, heads, s, e in (('softmax', None, 12, 64, 64), ('relu2', 'fixed', 1, S, E)):
+            q, v = zeros(batch, heads, 1, s), zeros(batch, heads, 1, e)
+            cache = {'k': zeros(batch, heads, 512, s), 'v': zeros(batch, heads, 512, e)}
+            decode_with_cache(q, q, v, cache, position=position, scoring=Scoring(function, normalizer))
+    queries_keys = [zeros(batch, C, S)] * 4
+    p, bias = zeros(batch, C, 2 * E + S), zeros(2, E, **vector)
+    gated_mixed_chunk_block(p, bias, *queries_keys, state, position=position, spec=spec, bias_P=parameters.bias_P)
+
+
+if __name__ == '__main__':
+    with jax.disable_jit():
+        main()
