@@ -100,6 +100,8 @@ def _tpu(name: str, chip: Chip, sizes: list[int]) -> Target:
     for variable, value in (('SKIP_MDS_QUERY', '1'), ('WORKER_HOSTNAMES', 'localhost'), ('STDERR_LOG_LEVEL', '3')):
         os.environ.setdefault(f'TPU_{variable}', value)
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v4-8')
+    # No chip is opened, so that several processes may compile at once.
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     # A host has 2 x 2 chips, or is asked for with one.
     one = {'chips_per_host_bounds': (1, 1, 1)} if set(sizes) == {1} else {}
     try:

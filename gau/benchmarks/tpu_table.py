@@ -37,9 +37,10 @@ with, with a + if there were changes on top.
 - TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (docs/models.md).
 - traffic: bytes read from and written to main memory. collectives, of the scan: number / MiB (payload).
 - ms: a step = the compiler's cycles at 1.05 GHz + the collectives at 300 GB/s, unhidden (ours) + kernels of Pallas, of
-  which the compiler has no cycles: what their FLOPs or their bytes take at least (ours). Where it estimates nothing for
-  some other operation, a bound in brackets: the longest of FLOPs, traffic and links (ours). MFU: of the closed form, by
-  the unrolled step. Estimates, not measurements.
+  which the compiler has no cycles: what their FLOPs or their bytes take at least (ours). In JAX's splash attention, for
+  `transformer_plus_plus`, these are the FLOPs of all blocks, and it passes over nearly half of them where it is causal.
+  Where the compiler estimates nothing for some other operation, a bound in brackets: the longest of FLOPs, traffic and
+  links (ours). MFU: of the closed form, by the unrolled step. Estimates, not measurements.
 
 """
 COLUMNS = ('model', 'impl', 'objective', 'context', 'mesh', 'memory GiB', 'TFLOP', 'collectives', 'scan: traffic GiB')

@@ -15,7 +15,8 @@ def flops(jaxpr: Any, *, custom_kernels_only: bool = False) -> int:
 
     Args:
       jaxpr: the program.
-      custom_kernels_only: whether to count those inside of Pallas kernels alone, and what these pass over, too.
+      custom_kernels_only: whether to count those of Pallas kernels alone: what a kernel says that it costs, or else all
+        that is inside of it, with blocks that it passes over.
     """
     equations = _equations(jaxpr.jaxpr)
     if custom_kernels_only:
@@ -26,6 +27,8 @@ def flops(jaxpr: Any, *, custom_kernels_only: bool = False) -> int:
 
 def _inside(kernel: Any) -> int:
     """FLOPs of one call of a kernel."""
+    if kernel.params['cost_estimate'] is not None:
+        return kernel.params['cost_estimate'].flops
     steps = math.prod(kernel.params['grid_mapping'].grid)
     return steps * sum(times * _product_flops(e) for e, _, times in _equations(kernel.params['jaxpr']))
 

@@ -1,5 +1,7 @@
 """The reader of compiled programs, on programs small enough to count by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -176,17 +178,22 @@ def test_flops_inside_of_kernels():
     def kernel(x_ref, y_ref, o_ref):
         o_ref[...] = x_ref[...] @ y_ref[...]
 
-    def step(x, y):
+    def step(x, y, cost=None):
         block = pl.BlockSpec((4, 8), lambda i: (i, 0))
         whole = pl.BlockSpec((8, 8), lambda i: (0, 0))
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        call = pl.pallas_call(kernel, grid=(3,), in_specs=[block, whole], out_specs=block, out_shape=shape)
+        specs = {'grid': (3,), 'in_specs': [block, whole], 'out_specs': block, 'out_shape': shape}
+        call = pl.pallas_call(kernel, **specs, cost_estimate=cost)
         return jax.lax.scan(lambda x, _: (call(x, y), None), x, None, length=5)[0] @ y
 
     jaxpr = jax.make_jaxpr(step)(jnp.ones((12, 8)), jnp.ones((8, 8)))
     product = 2 * 12 * 8 * 8
     assert flops(jaxpr) == 6 * product
     assert flops(jaxpr, custom_kernels_only=True) == 5 * product
+    # A kernel that passes over something says what is left.
+    cost = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0)
+    jaxpr = jax.make_jaxpr(functools.partial(step, cost=cost))(jnp.ones((12, 8)), jnp.ones((8, 8)))
+    assert flops(jaxpr, custom_kernels_only=True) == 5 * 7
 
 
 def test_kernels_of_pallas_have_bytes_and_no_cycles():
