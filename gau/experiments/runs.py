@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from gau.data import config as data_config
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
 from gau.experiments.directory import SWEEP, read_starts
@@ -36,7 +37,7 @@ class Run(NamedTuple):
       config: by dotted field.
       metrics: by split, as in final.json.
       curves: by split ('train' and the evaluated ones), rows (tokens, seconds of training, loss).
-      facts: command, commits, device, versions, data (identity of each source), tokenizer (fingerprint), tokens,
+      facts: command, commits, device, versions, data (what each source holds), tokenizer (fingerprint), tokens,
         parameters, flops_per_token, tokens_per_second.
     """
 
@@ -116,15 +117,15 @@ def read(workdir: Path) -> Run:
     point, attempts = _of_sweep(workdir)
     overrides = point.get('overrides', {})
     fields = [path for path in overrides if path != 'seed']
-    data = dict(final.get('data') or _data_of_checkpoint(workdir))
+    identities = dict(final.get('data') or _data_of_checkpoint(workdir))
     train = rows[rows['split'] == 'train']
     facts = {
         'command': _command(attempts[-1]['command']) if attempts else None,
-        'commits': sorted({attempt['commit'] for attempt in attempts if attempt['commit']}),
+        'commits': sorted({_short(attempt['commit']) for attempt in attempts if attempt['commit']}),
         'device': final['device'],
         'versions': final['versions'],
-        'tokenizer': data.pop('tokenizer', None),
-        'data': {without_place(source): identity for source, identity in data.items()},
+        'tokenizer': identities.pop('tokenizer', None),
+        'data': {without_place(name): held for name, held in (_contents(workdir, config) or identities).items()},
         'tokens': final['step'] * tokens_per_step(config),
         'parameters': final['parameters'],
         'flops_per_token': final['flops_per_token'],
@@ -192,6 +193,24 @@ def _of_sweep(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     name = workdir.resolve().name
     point = files.read_json(sweep / SWEEP)['points'].get(name, {})
     return point, [line for line in read_starts(sweep) if line['point'] == name]
+
+
+def _short(commit: str) -> str:
+    return re.sub(r'\b([0-9a-f]{10})[0-9a-f]{30}\b', r'\1', commit)
+
+
+def _contents(workdir: Path, config: ConfigDict) -> dict[str, str]:
+    """Returns what each source of the run holds, which is the same however often it was prepared; {} of older runs."""
+    if not (workdir / files.DATA).is_file():
+        return {}
+    lines = [line.partition(' ') for line in files.read_json(workdir / files.DATA)['contents']]
+    training = iter(data_config.sources(config.data))
+    names = {kind: config.data[kind] for kind in ('valid_source', 'test_source')}
+    return {
+        next(training) if kind == 'source' else names[kind]: held
+        for kind, _, held in lines
+        if kind == 'source' or kind in names
+    }
 
 
 def _data_of_checkpoint(workdir: Path) -> dict[str, str]:

@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from configs import quickstart
 from gau.errors import UserError
 from gau.experiments import publish, report, runs
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
+from gau.training import workdir as files
 from gau.training.config import default_config, flatten, resolve
 from gau.training.workdir import config_to_dict
 
@@ -230,6 +232,27 @@ def test_places_on_a_machine_are_not_kept():
     assert runs.without_place('--config.data.source=jsonl:/a/b/*.jsonl') == '--config.data.source=jsonl:*.jsonl'
     assert runs.without_place('tfds:wiki40b/en') == 'tfds:wiki40b/en'
     assert runs.without_place('--config=configs/lm.py:data=embedded') == '--config=configs/lm.py:data=embedded'
+
+
+def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
+    final = {'step': 3, 'device': 'cpu', 'versions': {}, 'parameters': 1, 'flops_per_token': 1, 'eval': {}}
+    for place, plan in (('a', 'manifest 1'), ('b', 'manifest 2')):
+        workdir = tmp_path / place
+        workdir.mkdir()
+        config = quickstart.get_config()
+        config.data.source, config.data.valid_source = f'tokens:/{place}/wiki', f'jsonl:/{place}/held.jsonl'
+        data = {config.data.source: plan, 'tokenizer': 'f00d'}
+        files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
+        files.write_json(workdir / files.FINAL, final | {'data': data})
+        files.write_json(
+            workdir / files.DATA, {'contents': ['source abc', 'valid_source def', 'tokenizer f00d'], 'directories': []}
+        )
+        (workdir / files.METRICS).write_text('{"step": 3, "split": "train", "loss": 1.0, "tokens": 512, "step_seconds": 0.1}\n')
+        facts = runs.read(workdir).facts
+        assert (facts['data'], facts['tokenizer']) == ({'tokens:wiki': 'abc', 'jsonl:held.jsonl': 'def'}, 'f00d')
+        # A run of an older version has no such record.
+        (workdir / files.DATA).unlink()
+        assert runs.read(workdir).facts['data'] == {'tokens:wiki': plan}
 
 
 def test_a_directory_without_runs_is_refused(tmp_path):
