@@ -6,8 +6,8 @@ Question: what does the linear global branch add to exact attention inside chunk
 are best and that local alone is better than global alone (no numbers recalled). Global alone has no attention function,
 no normaliser and no relative bias: those fields are refused there.
 
-Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet; one seed with softmax in the chunk
-had 3.630 for both and 3.677 for local alone.
+Arguments: see configs/paper/budgets.py. Results: docs/results/branches.md: both are 0.068 better
+than local alone, global alone hardly learns.
 """
 
 from collections.abc import Iterator
