@@ -247,7 +247,8 @@ def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
         files.write_json(
             workdir / files.DATA, {'contents': ['source abc', 'valid_source def', 'tokenizer f00d'], 'directories': []}
         )
-        (workdir / files.METRICS).write_text('{"step": 3, "split": "train", "loss": 1.0, "tokens": 512, "step_seconds": 0.1}\n')
+        row = {'step': 3, 'split': 'train', 'loss': 1.0, 'tokens': 512, 'step_seconds': 0.1}
+        (workdir / files.METRICS).write_text(json.dumps(row) + '\n')
         facts = runs.read(workdir).facts
         assert (facts['data'], facts['tokenizer']) == ({'tokens:wiki': 'abc', 'jsonl:held.jsonl': 'def'}, 'f00d')
         # A run of an older version has no such record.
