@@ -112,7 +112,7 @@ class QuadraticCore(AttentionCore):
         )
 
     @property
-    def decodes_in_kernels(self) -> bool:
+    def has_cache_kernel(self) -> bool:
         """Whether single tokens look back in a kernel (`gau.ops.kernels.decode_cache`)."""
         return (
             self.impl in ('triton', 'cudnn') and self.scoring.function in decode_cache.FUNCTIONS and launch.available()

@@ -32,9 +32,10 @@ from gau.ops.decoding import DecodePosition
 State = dict[str, Any]
 
 # Tokens of a row that the reference prefills at once: memory does not grow with the prompt, and matrices are large
-# enough; and tokens of all rows together that kernels do.
+# enough; tokens of all rows together that kernels do; and the most of whole prompts, whose activations are all there.
 PREFILL_BLOCK = 512
 WHOLE_BLOCK_TOKENS = 16_384
+MOST_WHOLE_TOKENS = 2**18
 
 
 def keeps_all_tokens(model: LanguageModel) -> bool:
@@ -217,8 +218,8 @@ def prefill(
 ) -> tuple[Array, State]:
     """Reads prompts in parallel, `block` tokens of every row at a time, where it can in the kernels of training.
 
-    Memory grows with the block and not with the prompt; but a fresh prompt of a model that keeps all tokens is one
-    block where training has kernels for it.
+    Memory grows with the block and not with the prompt; but fresh prompts of a model that keeps all tokens are one
+    block where training has kernels for them, up to 2^18 tokens in all.
 
     Args:
       model: a causal model.
@@ -236,7 +237,7 @@ def prefill(
     attention = ARCHITECTURES[config.name].attention
     where = attention.whole_blocks(config, model.implementation.attention)
     last_BD = jnp.zeros((batch, config.model_dim), config.dtype)
-    whole = where == 'chunk' or (where == 'sequence' and fresh)
+    whole = where == 'chunk' or (where == 'sequence' and fresh and batch * n <= MOST_WHOLE_TOKENS)
     if whole and where == 'sequence':
         # The rest is padding, for which there may be no relative bias.
         block = n = min(n, attention.longest_decoded(config) or n)

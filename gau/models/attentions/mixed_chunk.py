@@ -116,11 +116,18 @@ class MixedChunk(ScoredAttention):
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        return 'chunk' if impl == 'triton' else None
+        return 'chunk' if impl == 'triton' and self._known_to_decoding_kernels(config) else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
-        return impl == 'triton' and config.attention_function == 'relu2' and config.temperature == 'none'
+        plain = config.attention_function == 'relu2' and config.temperature == 'none'
+        return impl == 'triton' and plain and self._known_to_decoding_kernels(config)
+
+    def _known_to_decoding_kernels(self, config: ConfigDict) -> bool:
+        """Whether fields that kernels of prefill and decoding have not heard of say what they would without them."""
+        known = SCORING_FIELDS.keys() | CHUNK_FIELDS.keys()
+        others = {name: field.default for name, field in self.fields.items() if name not in known}
+        return all(config[name] in (None, default) for name, default in others.items())
 
     def window(self, config: ConfigDict) -> int:
         """See the base class."""
