@@ -76,8 +76,16 @@ def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = 
       UserError: see `check`; or a model that keeps all tokens and no capacity.
     """
     check(model, capacity=capacity)
-    if keeps_all_tokens(model) and not capacity:
+    if not keeps_all_tokens(model):
+        capacity = None
+    elif not capacity:
         raise UserError(f'{model.config.name} keeps the keys and values of all tokens and needs a capacity for them')
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _abstract_state(model, batch_size, capacity))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_state(model: LanguageModel, batch_size: int, capacity: int | None) -> State:
+    """Returns shapes and types of a state; found by tracing a step, which takes seconds for a deep model."""
 
     def read():
         tokens_B1, length_B = jnp.zeros((batch_size, 1), jnp.int32), jnp.zeros(batch_size, jnp.int32)
@@ -86,7 +94,7 @@ def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = 
         cache = model.apply({'params': params}, tokens_B1, position, method='extend', mutable=['cache'])[1]['cache']
         return {'position': length_B, **cache}
 
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read))
+    return jax.eval_shape(read)
 
 
 def in_compute_type(model: LanguageModel, params: Any) -> Any:
