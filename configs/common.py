@@ -1,13 +1,18 @@
 """What the config programs share: their argument, the data presets, and the shrinking to a laptop."""
 
 import difflib
+import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
+from gau.models import config as model_config
 from gau.models.architectures import ARCHITECTURES
+from gau.objectives import objective as objectives
 from gau.training import config as training_config
+from gau.training import workdir as files
 
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
@@ -15,6 +20,9 @@ TOKENS_PER_STEP = 2**18
 # Of the gated models: `best` is what reached the lowest loss here; `paper` is the paper's letter: the relative bias
 # starts as N(0, 0.02), and scores are divided by the length of the sequence (of the chunk).
 RECIPES = ('best', 'paper')
+
+# The config of the run that an export comes from, beside the export's own.
+TRAINING_CONFIG = 'training_config.json'
 
 # Data sets of the paper, as scripts/prepare_data.py leaves them (docs/data.md).
 PREPARED = ('wiki40b', 'pg19', 'c4', 'lm1b')
@@ -97,6 +105,39 @@ def _apply_recipe(config: ConfigDict, recipe: str) -> None:
     if recipe == 'paper' and config.model.name in ('flash', 'flash_quad'):
         config.model.relative_bias_init = 'normal'
         config.model.normalizer = 'paper'
+
+
+def start_from(config: ConfigDict, source: str) -> bool:
+    """Lets a config start from a trained model, in place: `init_from`, the fields of its model, and its tokenizer.
+
+    Args:
+      config: to change. Dropout, and what computes the model, stay as they are.
+      source: a work directory, a checkpoint in one, or an export.
+
+    Returns:
+      Whether that model is causal.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    path = Path(source).absolute()
+    workdir, _ = files.checkpoint_of(path)
+    exported = path / TRAINING_CONFIG
+    try:
+        trained = json.loads((exported if exported.is_file() else workdir / files.CONFIG).read_text(encoding='utf-8'))
+        model, tokenizer = trained['model'], trained['data']['tokenizer']
+        causal = objectives.load(trained['objective']).causal
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'config argument {source}: neither a work directory, nor a checkpoint in one, nor an export'
+        ) from error
+    config.init_from = str(path)
+    own = {field: config.model[field] for field in ('dropout_rate', 'impl', 'layer_stack', 'remat')}
+    dtype = {'dtype': config.model.dtype}
+    config.model = model_config.default_config()
+    config.model.update(dtype | {field: value for field, value in model.items() if value is not None} | own)
+    config.data.tokenizer = tokenizer
+    return causal
 
 
 def run_local(config: ConfigDict, given: Sequence[str] = ()) -> ConfigDict:

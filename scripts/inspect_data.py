@@ -8,6 +8,7 @@ from absl import flags
 
 from gau import cli
 from gau.data import pipeline, report, sources, tokenizers
+from gau.objectives import objective as objectives
 from gau.training import config as training_config
 
 cli.define_config()
@@ -25,7 +26,7 @@ _ROWS = 512
 def main() -> None:
     """Prints the report."""
     config = training_config.resolve(cli.load_config())
-    data, objective = config.data, config.objective
+    data, objective = config.data, objectives.load(config.objective).rows
     tokenizer = tokenizers.load(data.tokenizer)
     print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
     print(f'tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}')
@@ -79,17 +80,17 @@ def _print_overlaps(data) -> None:
 
 def _batches(config, tokenizer) -> list:
     """Batches as the run would get them; splits other than train as an evaluation would."""
-    data = config.data
+    data, rows = config.data, objectives.load(config.objective).rows
     count = max(1, _ROWS // data.batch_size)
     if _SPLIT.value == 'train':
-        iterator = pipeline.train_iterator(data, objective=config.objective, tokenizer=tokenizer, seed=config.seed)
+        iterator = pipeline.train_iterator(data, objective=rows, tokenizer=tokenizer, seed=config.seed)
         return [next(iterator) for _ in range(count)]
     iterator = pipeline.eval_iterator(
         data,
         split=_SPLIT.value,
         context=data.context,
         batch_size=data.batch_size,
-        objective=config.objective,
+        objective=rows,
         tokenizer=tokenizer,
         max_tokens=count * data.batch_size * data.context,
     )

@@ -86,7 +86,7 @@ def make_run(config: ConfigDict, target: Target, *, vocab_size: int) -> Run:
     chip = Implementing.of_device(target.devices[0], sequence_shards=mesh.shape['sequence'])
     # The program knows nothing of a tokenizer but its size.
     objective, tokenizer = objectives.load(config.objective), SimpleNamespace(vocab_size=vocab_size)
-    model = objective.build(config.model, tokenizer=tokenizer, target=chip)
+    model = objective.build(config.model, data=config.data, tokenizer=tokenizer, target=chip)
     return Run(config, objective, tokenizer, mesh, model)
 
 

@@ -88,6 +88,9 @@ def default_config() -> ConfigDict:
       rate: share of the tokens to predict. masking: `token`, `whole_word` (all of a word's tokens or none) or `span`
         (runs of geometric length as in SpanBERT); mask_share of the chosen become MASK, random_share a random token,
         the rest stay as they are. span_mean, span_max: of the lengths, for `span` only (None: 5 before the cut, 10).
+    classification: for the objectives of classification.
+      label_field, second_text_field: of a JSON line, beside text_field; the second text is there or not line by line.
+      labels: all of them, in the order of the classes (none: those of the training split, sorted).
     """
     config = ConfigDict()
     config.source = 'embedded'
@@ -112,7 +115,12 @@ def default_config() -> ConfigDict:
     config.read_threads = 1
     config.prefetch_batches = 2
     config.mlm = _default_mlm()
+    config.classification = _default_classification()
     return config
+
+
+def _default_classification() -> ConfigDict:
+    return ConfigDict({'label_field': 'label', 'second_text_field': 'text_b', 'labels': ()})
 
 
 def _default_mlm() -> ConfigDict:
@@ -140,13 +148,13 @@ def resolve(config: ConfigDict, *, objective: 'str | RowFormat') -> ConfigDict:
     config = config.copy_and_resolve_references()
     row_format = formats.get(objective)
     _resolve_paths(config)
-    own = {source_kind(source) for source in sources(config)}
+    kinds = {source_kind(source) for source in sources(config)}
     separate = {
         source_kind(config[field], f'data.{field}') for field in ('valid_source', 'test_source') if config[field]
     }
     for field, owners in _OPTIONS_OF.items():
-        kinds = own if field in _OF_THE_SOURCE else own | separate
-        if not kinds.isdisjoint(owners):
+        asked = kinds if field in _OF_THE_SOURCE else kinds | separate
+        if not asked.isdisjoint(owners):
             if config[field] is None and field in _DEFAULTS and not _replaced(config, field):
                 config[field] = _DEFAULTS[field]
         elif config[field] is not None:
@@ -162,8 +170,26 @@ def resolve(config: ConfigDict, *, objective: 'str | RowFormat') -> ConfigDict:
     _resolve_tokenizer(config)
     config.packing = config.packing or row_format.packing
     _resolve_rows(config)
-    _resolve_mlm(config.mlm, row_format.name)
+    for section, defaults in (('mlm', _default_mlm()), ('classification', _default_classification())):
+        # A config read back from JSON holds lists.
+        own = {field: tuple(x) if isinstance(x, list) else x for field, x in config[section].items()}
+        changed = [field for field, value in defaults.items() if own[field] != value]
+        if changed and section != row_format.name:
+            raise UserError(
+                f'data.{section}.{changed[0]} does nothing for the objective {row_format.name}: leave it out'
+            )
+    if row_format.name == 'mlm':
+        _resolve_mlm(config.mlm)
+    if row_format.name == 'classification':
+        _check_classification(config, kinds | separate)
     return config
+
+
+def _check_classification(config: ConfigDict, kinds: set[str]) -> None:
+    if config.packing != 'document':
+        raise UserError(f'data.packing={config.packing}: what is classified has a row of its own (document)')
+    for kind in sorted(kinds - {'jsonl', 'embedded'}):
+        raise UserError(f'data.source: a {kind} source has no labels; texts to classify are jsonl:GLOB')
 
 
 def _resolve_paths(config: ConfigDict) -> None:
@@ -245,12 +271,7 @@ def _resolve_rows(config: ConfigDict) -> None:
         raise UserError(f'data.shuffle_window is for data.shuffle="rows", which is "{config.shuffle}"')
 
 
-def _resolve_mlm(mlm: ConfigDict, objective: str) -> None:
-    if objective != 'mlm':
-        changed = [field for field, value in _default_mlm().items() if mlm[field] != value]
-        if changed:
-            raise UserError(f'data.mlm.{changed[0]} does nothing for the objective {objective}: leave it out')
-        return
+def _resolve_mlm(mlm: ConfigDict) -> None:
     check_name('data.mlm.masking', mlm.masking, MASKINGS)
     if not 0 < mlm.rate <= 1:
         raise UserError(f'data.mlm.rate={mlm.rate} must lie in 0..1, above 0')

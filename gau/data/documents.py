@@ -18,6 +18,7 @@ class Document:
     Attributes:
       text, tokens: one of them, tokens int32 or uint16 [tokens].
       n_bytes, n_words: for tokens, of their text.
+      record: the JSON object that the text is a field of, or what else is known of the text.
       place: says where the document stands, for error messages.
       escape: for text, whether what spells a special token of the tokenizer is encoded otherwise (else an error).
     """
@@ -26,6 +27,7 @@ class Document:
     tokens: np.ndarray | None = None
     n_bytes: int = 0
     n_words: int = 0
+    record: Mapping[str, Any] | None = None
     place: Callable[[], str] | None = None
     escape: bool = True
 
@@ -39,17 +41,20 @@ class Documents(Protocol):
 
 
 class Texts:
-    """Documents held in memory, with their names if they have any."""
+    """Documents held in memory, with their names and records if they have any."""
 
-    def __init__(self, texts: Sequence[str], names: Sequence[str] = ()) -> None:
-        self._texts, self._names = texts, names
+    def __init__(
+        self, texts: Sequence[str], names: Sequence[str] = (), records: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._texts, self._names, self._records = texts, names, records
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Document:
         name = self._names[index] if self._names else f'document {index + 1}'
-        return Document(text=self._texts[index], place=lambda: name)
+        record = self._records[index] if self._records else None
+        return Document(text=self._texts[index], record=record, place=lambda: name)
 
 
 class Joined:

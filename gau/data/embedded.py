@@ -30,6 +30,13 @@ def split_text(split: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in _documents() if _split_of(name) == split]
 
 
+def kind(name: str) -> str:
+    """Returns what a document is: `topic` (documentation), or a module `in a package` or `on its own`."""
+    if name.startswith('topics/'):
+        return 'topic'
+    return 'in a package' if '/' in name else 'on its own'
+
+
 def identity() -> str:
     """Returns the version of Python and a hash of all documents."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ Documents go through the pipeline in small groups, so that what costs time per e
 becomes one int32 array [tokens, columns] whose columns stay side by side through packing, so that a row is cut from all
 of them at the same place:
   INPUTS, TARGETS        always;
-  WEIGHTS                MLM: 1 where the token is to be predicted;
+  WEIGHTS                MLM: 1 where the token is to be predicted; classification: 1 at the end of the text;
   BYTES, WORDS           LM evaluation: the document's size, spread evenly over its targets.
 A document begins where the inputs are BEGIN, which is no id and becomes BOS in the batch: borders need no column of
 their own, and no token can be taken for one.

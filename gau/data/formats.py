@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from gau.data import examples, masking
+from gau.data import examples, labelled, masking
 from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError, did_you_mean
 
@@ -55,6 +55,16 @@ _FORMATS = {
         frame=2,
         columns=lambda config, tokenizer, sizes: masking.mlm_columns(config.mlm, tokenizer),
         draws=True,
+        weights=lambda table, real: table[..., examples.WEIGHTS],
+        spells=False,
+        causal=False,
+    ),
+    'classification': RowFormat(
+        'classification',
+        packing='document',
+        frame=2,
+        columns=lambda config, tokenizer, sizes: labelled.columns(config, tokenizer),
+        draws=False,
         weights=lambda table, real: table[..., examples.WEIGHTS],
         spells=False,
         causal=False,

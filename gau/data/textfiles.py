@@ -13,6 +13,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -78,14 +79,14 @@ class TextFiles:
             return f'{self._names[number]}:{_line_number(self._paths[number], start)}'
 
         try:
-            text = self._parse(raw)
+            text, record = self._parse(raw)
         except ValueError as error:
             if self._bad == 'error':
                 raise UserError(f'{place()}: {error}; {_LEAVE_OUT}') from error
             self._count(index, f'{place()}: {error}')
             return None
         # A blank document would only teach to stop at once.
-        return Document(text=text, place=place) if text and not text.isspace() else None
+        return Document(text=text, record=record, place=place) if text and not text.isspace() else None
 
     def size(self, index: int) -> int:
         """Returns the bytes that document `index` takes in its file, without reading it."""
@@ -93,8 +94,8 @@ class TextFiles:
         start, end = self._spans[number][index - (int(self._ends[number - 1]) if number else 0)]
         return int(end - start)
 
-    def _parse(self, raw: bytes) -> str:
-        """Returns the document's text; raises ValueError saying what is wrong."""
+    def _parse(self, raw: bytes) -> tuple[str, dict[str, Any] | None]:
+        """Returns the text, and the JSON object that it is a field of; raises ValueError saying what is wrong."""
         try:
             text = raw.decode('utf-8')
         except UnicodeDecodeError as error:
@@ -102,9 +103,9 @@ class TextFiles:
         if b'\0' in raw:
             raise ValueError(_NUL)
         if self._unit == 'line':
-            return text.removesuffix('\r')
+            return text.removesuffix('\r'), None
         if self._unit != 'json' or not text.strip():
-            return text
+            return text, None
         try:
             record = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -119,7 +120,7 @@ class TextFiles:
             ) from error
         if not isinstance(value, str):
             raise ValueError(f'the field "{self._field}" is {type(value).__name__}, not text')
-        return value
+        return value, record
 
     def _count(self, index: int, message: str) -> None:
         with self._lock:

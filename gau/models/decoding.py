@@ -47,9 +47,11 @@ def check(model: LanguageModel, *, capacity: int | None = None) -> None:
     """Says in one line what cannot be decoded.
 
     Raises:
-      UserError: a bidirectional model; an attention that has no state, or none in this config; a capacity beyond the
-        longest sequence that it can decode.
+      UserError: no language model, or a bidirectional one; an attention that has no state, or none in this config; a
+        capacity beyond the longest sequence that it can decode.
     """
+    if not isinstance(model, LanguageModel):
+        raise UserError(f'a model with a head of its own ({type(model).__name__}) has no next token to decode')
     attention = ARCHITECTURES[model.config.name].attention
     if not model.causal:
         raise UserError('a masked language model cannot be decoded: its tokens see later ones')

@@ -95,13 +95,14 @@ class Objective(abc.ABC):
     # The model.
 
     @abc.abstractmethod
-    def build(self, config: ConfigDict, *, tokenizer: Any, target: Any) -> Any:
+    def build(self, config: ConfigDict, *, data: ConfigDict, tokenizer: Any, target: Any) -> Any:
         """Returns the Flax module with its head, without parameters.
 
         It has the attributes `config` and those that `gau.models.registry.build` gives a model.
 
         Args:
           config: the section `model`, resolved.
+          data: the section `data`, resolved, for heads whose size it says.
           tokenizer: from `tokenizer`.
           target: what it will run on.
         """

@@ -80,7 +80,7 @@ class TextObjective(Objective):
             dtypes |= {'segment_ids': np.int32, 'positions': np.int32}
         return {name: ((rows, context), dtype) for name, dtype in dtypes.items()}
 
-    def build(self, config: ConfigDict, *, tokenizer: Any, target: Any) -> Any:
+    def build(self, config: ConfigDict, *, data: ConfigDict, tokenizer: Any, target: Any) -> Any:
         """Returns a language model, whose head is the embedding transposed."""
         from gau.models import registry
 

@@ -169,6 +169,29 @@ class Checkpoints:
             _drop_unfinished_reads()
             raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
 
+    def read_params(self, step: int) -> Any:
+        """Returns the parameters alone as NumPy arrays, whole in every process, whatever model they are of.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory / str(step) / 'state')).tree
+            wanted = jax.tree.map(
+                lambda leaf: np.empty(leaf.shape, leaf.dtype),
+                stored['params'],
+                is_leaf=lambda node: hasattr(node, 'shape'),
+            )
+            partial = ocp.args.PyTreeRestore(
+                item={'params': wanted},
+                restore_args={'params': jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)},
+                partial_restore=True,
+            )
+            return self._read(step, 'state', ocp.PyTreeCheckpointHandler(), partial)['params']
+        except Exception as error:
+            _drop_unfinished_reads()
+            raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
+
     def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> Any:
         # Past the manager, at whose end all processes wait for each other: one that cannot read would not come.
         return handler.restore(epath.Path(self.directory / str(step) / item), args=args)

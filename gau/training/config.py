@@ -48,8 +48,9 @@ def default_config() -> ConfigDict:
 
     seed: parameters, order of the data, dropout.
     fork: work directory of another run, from whose newest checkpoint this one starts; None starts from scratch.
-    init_from: directory of an export (scripts/export.py), whose parameters a new run starts with, at step 0 and with a
-      new optimizer; the language model must fit whole, a head around it is drawn. None, or `fork` is.
+    init_from: another run's work directory (its newest checkpoint), DIR/checkpoints/STEP or an export
+      (scripts/export.py), whose parameters a new run starts with, at step 0 and with a new optimizer; the language
+      model must fit whole, a head around it is drawn. None, or `fork` is.
     objective: what the model is trained for: a file of gau/objectives/, such as `lm` (next token, causal models) and
       `mlm` (masked tokens, bidirectional models), or `module:Class`.
     steps, tokens, epochs: length of the run, exactly one given.
@@ -63,6 +64,8 @@ def default_config() -> ConfigDict:
       warmup_steps, _tokens, _epochs, _percent: exactly one given. decay_steps, _tokens, _epochs, _percent: of the decay
         at the end, for `wsd` only (none: 20 percent).
       b1, b2, eps: of adamw (None: 0.9, 0.999, 1e-6), of lion (0.9, 0.99, has no eps), and in muon of what is no matrix.
+      frozen: regexes over parameter paths; a parameter in whose path one is found stays as it is, and has neither
+        gradient nor moments.
       weight_decay: decoupled, times the learning rate and the rule's factor.
       weight_decay_rules: (regex, factor) pairs over parameter paths such as `blocks_0/gau/out/kernel`; the first regex
         found in the path decides, no match means no decay; a regex that decides for no parameter is an error.
@@ -98,6 +101,7 @@ def default_config() -> ConfigDict:
     optimizer.name = 'adamw'
     optimizer.learning_rate = 7e-4
     optimizer.learning_rate_rules = ()
+    optimizer.frozen = ()
     optimizer.schedule = 'linear'
     optimizer.final_fraction = config_dict.placeholder(float)
     _add_duration(optimizer, 'warmup_', steps=10_000)

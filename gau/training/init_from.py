@@ -1,4 +1,4 @@
-"""A run that starts from exported weights: `config.init_from`, a directory of `scripts/export.py`."""
+"""A run that starts from the weights of another run or of an export: `config.init_from`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,48 +6,86 @@ from typing import Any
 import jax
 import numpy as np
 
+from gau.data.tokenizers import Tokenizer
 from gau.errors import UserError
-from gau.models.weights import restored
+from gau.models.weights import named, restored
+from gau.training import workdir as files
+from gau.training.checkpoints import Checkpoints
+from gau.training.load import check_tokenizer
 
 WEIGHTS = 'model.safetensors'
 
 
-def with_exported(params: Any, wanted: Any, directory: Path) -> tuple[Any, list[str]]:
-    """Returns parameters with those of an export in the place of the language model's.
+def with_pretrained(
+    params: Any, wanted: Any, source: Path, *, tokenizer: Tokenizer | None = None
+) -> tuple[Any, list[str]]:
+    """Returns parameters with those of another run or of an export in the place of the language model's.
 
     The language model must fit whole; what stands around it, another head, stays as it is.
 
     Args:
       params: the new run's parameters as they are drawn; or None, only to check.
       wanted: their tree of jax.ShapeDtypeStruct with shardings.
-      directory: of `scripts/export.py`, with the format safetensors or huggingface.
+      source: a work directory, one of its checkpoints, or a directory of `scripts/export.py` with the format
+        safetensors or huggingface.
+      tokenizer: of the new run; a run that was trained with another one is refused.
 
     Returns:
       The parameters on the shardings of `wanted`, and the names of the parts that were left as drawn.
 
     Raises:
-      UserError: safetensors is missing, the directory is no export, the model has no language model in it, or the
+      UserError: safetensors is missing, the directory is neither, there is no language model in either model, or the
         weights do not fit.
     """
+    inside, outside = _language_model(wanted)
+    if inside is None:
+        raise UserError(f'init_from={source}: there is no language model in the model of the config')
+    tree = wanted
+    for name in inside:
+        tree = tree[name]
+    weights = _exported(source) if (source / WEIGHTS).is_file() else _checkpointed(source, tokenizer)
+    found = restored(weights, tree, where=f'init_from={source}')
+    return None if params is None else _placed(params, wanted, inside, found), outside
+
+
+def _exported(directory: Path) -> dict[str, np.ndarray]:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
         raise UserError('init_from needs safetensors: pip install -r requirements-export.txt') from error
     path = directory / WEIGHTS
-    if not path.is_file():
-        raise UserError(f'init_from={directory} is no export of scripts/export.py: {WEIGHTS} is missing')
     try:
-        weights = load_file(path)
+        return load_file(path)
     except Exception as error:  # The library promises no type.
         raise UserError(f'init_from={directory}: {path} cannot be read ({error})') from error
-    inside, outside = _language_model(wanted)
+
+
+def _checkpointed(source: Path, tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
+    """Returns the language model in a checkpoint by stable names, whatever head it was trained with."""
+    workdir, step = files.checkpoint_of(source)
+    if not (workdir / files.CONFIG).is_file():
+        raise UserError(
+            f'init_from={source} is neither a work directory, nor a checkpoint in one, nor an export of '
+            f'scripts/export.py ({WEIGHTS} is missing)'
+        )
+    trained = files.read_config(workdir)
+    saved = Checkpoints(workdir)
+    try:
+        steps = saved.steps()
+        chosen = max(steps, default=None) if step is None else step
+        if chosen not in steps:
+            raise UserError(f'init_from={source}: no such checkpoint, {workdir} has {steps or "none"}')
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, trained.data.tokenizer, saved.meta(chosen).get('data', {}).get('tokenizer'))
+        params = saved.read_params(chosen)
+    finally:
+        saved.close()
+    inside, _ = _language_model(params)
     if inside is None:
-        raise UserError(f'init_from={directory}: there is no language model in the model of the config')
-    tree = wanted
+        raise UserError(f'init_from={source}: there is no language model in it')
     for name in inside:
-        tree = tree[name]
-    found = restored(weights, tree, where=f'init_from={directory}')
-    return None if params is None else _placed(params, wanted, inside, found), outside
+        params = params[name]
+    return named(params)
 
 
 def _language_model(wanted: Any, path: tuple[str, ...] = ()) -> tuple[tuple[str, ...] | None, list[str]]:

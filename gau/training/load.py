@@ -66,7 +66,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict
     if step is not None and step not in steps:
         raise UserError(f'{saved.directory} has no checkpoint of step {step}; it has {steps}')
     chosen = steps[-1] if step is None else step
-    _check_tokenizer(run.tokenizer, trained.data.tokenizer, _fingerprint(saved, chosen))
+    check_tokenizer(run.tokenizer, trained.data.tokenizer, _fingerprint(saved, chosen))
     return run, saved.restore_params(run.abstract_params, step=chosen), chosen
 
 
@@ -106,7 +106,7 @@ def _fingerprint(saved: Checkpoints, step: int) -> str | None:
     return saved.meta(step).get('data', {}).get('tokenizer')
 
 
-def _check_tokenizer(tokenizer: Tokenizer, trained_with: str, fingerprint: str | None) -> None:
+def check_tokenizer(tokenizer: Tokenizer, trained_with: str, fingerprint: str | None) -> None:
     """Raises UserError unless tokens mean what they meant in training.
 
     Args:

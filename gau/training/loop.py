@@ -24,7 +24,7 @@ from gau.training.ahead import Ahead
 from gau.training.batches import local_rows, put_batch
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import library_versions, resolve
-from gau.training.init_from import with_exported
+from gau.training.init_from import with_pretrained
 from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
@@ -75,7 +75,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if config.fork is not None and not (workdir / files.CONFIG).exists():
             config.fork = str(pin_fork(run, Path(config.fork)))
         if config.init_from is not None and not (workdir / files.CONFIG).exists():
-            with_exported(None, run.abstract_params, Path(config.init_from))
+            with_pretrained(None, run.abstract_params, Path(config.init_from), tokenizer=run.tokenizer)
         total_steps = run.total_steps
         iterator = run.objective.train_batches(
             config.data,

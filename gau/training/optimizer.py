@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 from gau.training.mesh import path_name
 
-# Layers stacked by a scan live under this name, with the layer as leading axis of every leaf.
+# Layers stacked by a scan live under this name, the layer as leading axis of every leaf; others under blocks_0, ...
 STACKED = 'blocks'
+LAYERS = re.compile(rf'{STACKED}(_\d+)?')
 # The root mean square of AdamW's steps, in units of the learning rate (Liu et al. 2025, arXiv 2502.16982).
 MUON_RMS = 0.2
 
@@ -73,7 +74,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) ->
       params: the (abstract, unboxed) parameters, for their paths.
 
     Raises:
-      UserError: a rule of weight decay or learning rate that decides for no parameter.
+      UserError: a rule of weight decay, learning rate or freezing that decides for no parameter, or all are frozen.
     """
     clip = {
         'local': lambda: clip_by_parameter_norm(config.clip_norm),
@@ -87,11 +88,30 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) ->
         'adafactor': _scale_by_adafactor,
     }[config.name]()
     decay = rule_factors('weight_decay_rules', config.weight_decay_rules, params, otherwise=0.0)
+    if config.frozen:
+        frozen = frozen_parameters(config, params)
+        decay = jax.tree.map(lambda factor, is_frozen: 0.0 if is_frozen else factor, decay, frozen)
+        # They have no moments.
+        labels = jax.tree.map(lambda is_frozen: 'frozen' if is_frozen else 'trained', frozen)
+        direction = optax.partition({'trained': direction, 'frozen': optax.set_to_zero()}, labels)
     parts = [clip, direction, _add_decayed_weights(config.weight_decay, decay)]
     if config.learning_rate_rules:
         rates = rule_factors('learning_rate_rules', config.learning_rate_rules, params, otherwise=1.0)
         parts.append(_scale_by_factors(rates))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def frozen_parameters(config: ConfigDict, params: Any) -> Any:
+    """Returns a tree like `params` of bools: whether one of the config's `optimizer.frozen` is found in the path.
+
+    Raises:
+      UserError: a bad regex, or one that freezes nothing; or all parameters are frozen.
+    """
+    rules = tuple((pattern, 1.0) for pattern in config.frozen)
+    frozen = jax.tree.map(bool, rule_factors('frozen', rules, params, otherwise=0.0))
+    if all(jax.tree.leaves(frozen)):
+        raise UserError(f'optimizer.frozen={tuple(config.frozen)} freezes every parameter: nothing is left to train')
+    return frozen
 
 
 def rule_factors(field: str, rules: Any, params: Any, *, otherwise: float) -> Any:
@@ -167,13 +187,13 @@ def _muon_axes(updates: Any) -> Any:
 def _matrix_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Returns the axes of inputs and of outputs if the parameter is a layer's matrix, or several; None if it is not.
 
-    The kernels of a layer are `out` [..., D], from one or more axes, and others: [D, E], [D, parts, E] or
-    [D, parts, H, K], of which each part is a matrix of its own. Layers stacked by a scan come first.
+    Embedding and heads are none. The kernels of a layer are `out` [..., D], from one or more axes, and others: [D, E],
+    [D, parts, E] or [D, parts, H, K], of which each part is a matrix of its own. Layers stacked by a scan come first.
     """
     *parents, name = path_name(path).split('/')
-    if name != 'kernel' or parents == ['embedding']:
+    if name != 'kernel' or not any(map(LAYERS.fullmatch, parents)):
         return None
-    first = int(parents[0] == STACKED)
+    first = int(STACKED in parents)
     axes = tuple(range(first, leaf.ndim))
     if parents[-1] == 'out':
         return axes[:-1], axes[-1:]
@@ -214,7 +234,7 @@ def clip_by_parameter_norm(max_norm: float) -> optax.GradientTransformation:
         del params
 
         def clipped(path: Any, update: jax.Array) -> jax.Array:
-            stacked = path_name(path).split('/')[0] == STACKED
+            stacked = STACKED in path_name(path).split('/')
             axes = tuple(range(1, update.ndim)) if stacked else None
             norm = jnp.sqrt(jnp.sum(jnp.square(update.astype(jnp.float32)), axis=axes, keepdims=stacked))
             return update * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-20)).astype(update.dtype)

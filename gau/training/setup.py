@@ -26,7 +26,7 @@ from gau.training import checkpoints, durations, step
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training.batches import of_rank, put_batch
-from gau.training.optimizer import make_optimizer, make_schedule
+from gau.training.optimizer import frozen_parameters, make_optimizer, make_schedule
 from gau.training.throughput import training_mfu
 from gau.training.traced import activations
 
@@ -68,7 +68,7 @@ class Run:
         if config.model.dtype == 'float64' and not jax.config.jax_enable_x64:
             raise UserError('model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment')
         target = Target.of_device(mesh.devices.flat[0], sequence_shards=mesh.shape['sequence'])
-        model = objective.build(config.model, tokenizer=tokenizer, target=target)
+        model = objective.build(config.model, data=config.data, tokenizer=tokenizer, target=target)
         return cls(config, objective, tokenizer, mesh, model)
 
     def check(self) -> None:
@@ -244,15 +244,17 @@ class Run:
 
     def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:
         """Returns the jitted step; the state given to it is consumed."""
+        optimizer = self.config.optimizer
         train_step = step.make_train_step(
             self.objective,
             self.model,
             self.optimizer,
             self.schedule,
             seed=self.config.seed,
-            accumulation_steps=self.config.optimizer.accumulation_steps,
+            accumulation_steps=optimizer.accumulation_steps,
             dropout=self.config.model.dropout_rate > 0,
             update_shardings=self._update_shardings,
+            frozen=frozen_parameters(optimizer, self.abstract_params) if optimizer.frozen else None,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         # The metrics are whole everywhere, because every process reads them.

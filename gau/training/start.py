@@ -17,7 +17,7 @@ from gau.training import distributed
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
 from gau.training.config import differences, library_versions
-from gau.training.init_from import with_exported
+from gau.training.init_from import with_pretrained
 from gau.training.setup import Run
 from gau.training.step import TrainState
 
@@ -28,13 +28,12 @@ def pin_fork(run: Run, fork: Path) -> Path:
     Raises:
       UserError: there is none, it is of another architecture, or at or beyond the end of the new run.
     """
-    is_checkpoint = fork.parent.name == 'checkpoints' and fork.name.isdecimal()
-    workdir = fork.parent.parent if is_checkpoint else fork
+    workdir, step = files.checkpoint_of(fork)
     files.read_config(workdir)
     parent = Checkpoints(workdir)
     try:
         steps = parent.steps()
-        step = int(fork.name) if is_checkpoint else max(steps, default=None)
+        step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise UserError(f'fork={fork}: no such checkpoint, {workdir} has {steps or "none"}')
         parent.check_architecture(run.abstract_params, step)
@@ -103,7 +102,7 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
             _warn_of_changes(saved.meta(int(state.step)), run)
         return state, f'resumed at step {int(state.step)}'
     if run.config.init_from is not None:
-        return _state_from_export(run, saved, iterator)
+        return _state_from_weights(run, saved, iterator)
     if run.config.fork is None:
         return run.init_state(), 'new run'
     checkpoint = Path(run.config.fork)
@@ -122,11 +121,12 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
     return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
 
 
-def _state_from_export(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:
+def _state_from_weights(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:
     state = run.init_state()
-    params, drawn = with_exported(state.params, run.abstract_params, Path(run.config.init_from))
+    source = Path(run.config.init_from)
+    params, drawn = with_pretrained(state.params, run.abstract_params, source, tokenizer=run.tokenizer)
     state = dataclasses.replace(state, params=params)
-    # At once a checkpoint of its own: the export may be gone when the run is resumed.
+    # At once a checkpoint of its own: the source may be gone when the run is resumed.
     saved.save(0, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
     return state, f'from the weights in {run.config.init_from}' + (f', drawn: {", ".join(drawn)}' if drawn else '')
 

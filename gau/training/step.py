@@ -53,6 +53,7 @@ def make_train_step(
     accumulation_steps: int,
     dropout: bool,
     update_shardings: Any = None,
+    frozen: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns (state, batch) -> (state, metrics), pure, to be jitted with the state donated.
 
@@ -61,11 +62,22 @@ def make_train_step(
     means of the objective's `metrics`, parameter_grad_norms (a vector in the order of the tree's leaves, there to name
     the culprit when a loss is not finite).
 
-    `update_shardings`: a tree like the parameters of the shardings with which they are updated, where these are not
-    their own; None: they are.
+    Args:
+      objective: gives the loss.
+      model: the objective's.
+      optimizer: what makes steps of gradients.
+      schedule: the learning rate that is logged.
+      seed: of dropout.
+      accumulation_steps: micro-batches.
+      dropout: whether there is any.
+      frozen: tree of bools, which parameters have no gradient; None: all have one.
+      update_shardings: a tree like the parameters of the shardings with which they are updated, where these are not
+        their own; None: they are.
     """
 
     def summed_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        if frozen is not None:
+            params = jax.tree.map(lambda x, still: jax.lax.stop_gradient(x) if still else x, params, frozen)
         loss_sum, sums = objective.loss(model, params, batch, dropout_key=key if dropout else None)
         return loss_sum, {objective.targets: jnp.sum(batch['weights']), **sums}
 

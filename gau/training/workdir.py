@@ -79,6 +79,12 @@ def checkpoints_of(workdir: Path) -> Path:
     return Path(workdir) / 'checkpoints'
 
 
+def checkpoint_of(path: Path) -> tuple[Path, int | None]:
+    """Returns the work directory and the step that `DIR/checkpoints/STEP` means; any other path is a work directory."""
+    is_checkpoint = path.parent.name == 'checkpoints' and path.name.isdecimal()
+    return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
+
+
 def checkpointed_steps(workdir: Path) -> list[int]:
     """Returns the steps that have a checkpoint, oldest first, whether they can be read or not."""
     directory = checkpoints_of(workdir)

@@ -80,7 +80,7 @@ class Halves(Objective):
             'weights': ((rows,), np.float32),
         }
 
-    def build(self, config, *, tokenizer, target):
+    def build(self, config, *, data, tokenizer, target):
         return Classifier(registry.build(config, vocab_size=tokenizer.vocab_size, causal=False, target=target))
 
     def init(self, model, key, *, context):

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gau.data import pipeline
 from gau.training import config as training_config
 from gau.training import mesh as meshes
 from gau.training.batches import put_batch
@@ -34,9 +33,7 @@ def losses_and_params(config: ConfigDict, devices: list[jax.Device]) -> tuple[li
     """
     run = Run.from_config(config, devices=devices)
     state, train_step = run.init_state(), run.train_step()
-    iterator = pipeline.train_iterator(
-        config.data, objective=config.objective, tokenizer=run.tokenizer, seed=config.seed
-    )
+    iterator = run.objective.train_batches(config.data, tokenizer=run.tokenizer, seed=config.seed)
     losses = []
     with run.context():
         for _ in range(STEPS):

@@ -12,7 +12,7 @@ import pytest
 from gau.errors import UserError
 from gau.export.exporting import export
 from gau.training import loop
-from gau.training.init_from import with_exported
+from gau.training.init_from import with_pretrained
 from gau.training.setup import Run
 from tests.training.test_commands import run
 from tests.training.tiny import assert_trees_equal, read_state, tiny_config
@@ -56,7 +56,7 @@ def test_a_head_around_the_model_stays_as_it_is_drawn(trained, exported):
     }
     wanted = {'trunk': found.abstract_params, 'head': head}
     drawn = {'trunk': jax.tree.map(jnp.zeros_like, found.init_params()), 'head': {'kernel': jnp.ones((32, 2))}}
-    params, new = with_exported(drawn, wanted, exported)
+    params, new = with_pretrained(drawn, wanted, exported)
     assert new == ['head']
     assert_trees_equal(params['trunk'], read_state(trained).params)
     assert params['head'] is drawn['head']
@@ -74,7 +74,7 @@ def test_the_command_says_where_it_started(exported, tmp_path):
 
 
 def test_what_is_no_export_is_refused(exported, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r'is no export of scripts/export\.py'):
+    with pytest.raises(UserError, match=r'neither a work directory, nor a checkpoint in one, nor an export'):
         loop.train(tiny_config(init_from=str(tmp_path)), tmp_path / 'run')
     (tmp_path / 'model.safetensors').write_text('no weights')
     with pytest.raises(UserError, match='cannot be read'):
@@ -82,7 +82,7 @@ def test_what_is_no_export_is_refused(exported, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'blocks.2\..* is absent there, and the new model needs it'):
         loop.train(tiny_config(init_from=str(exported), model__num_layers=3), tmp_path / 'run')
     with pytest.raises(UserError, match='there is no language model in the model of the config'):
-        with_exported(None, {'head': {'kernel': np.zeros(2)}}, exported)
+        with_pretrained(None, {'head': {'kernel': np.zeros(2)}}, exported)
     monkeypatch.setitem(sys.modules, 'safetensors.numpy', None)
     with pytest.raises(UserError, match=r'init_from needs safetensors: pip install -r requirements-export\.txt'):
         loop.train(tiny_config(init_from=str(exported)), tmp_path / 'run')

@@ -150,7 +150,8 @@ def test_muon_takes_every_part_head_and_stacked_layer_for_what_it_is():
         'qkv': draw((2, 32, 3, 4, 8), 1),  # layers, D, three parts, H, K
         'out': draw((2, 4, 8, 32), 2),  # layers, H, K, D
     }
-    stacked = {'blocks': {name: {'kernel': kernel} for name, kernel in kernels.items()}}
+    # As in a model with a head of its own around the language model.
+    stacked = {'trunk': {'blocks': {name: {'kernel': kernel} for name, kernel in kernels.items()}}}
     matrices = {}
     for layer in range(2):
         for part in range(2):
@@ -158,8 +159,9 @@ def test_muon_takes_every_part_head_and_stacked_layer_for_what_it_is():
         for part in range(3):
             matrices[f'qkv_{layer}_{part}'] = kernels['qkv'][layer, :, part].reshape(32, 32)
         matrices[f'out_{layer}'] = kernels['out'][layer].reshape(32, 32)
-    apart = {name: {'kernel': kernel} for name, kernel in matrices.items()}
-    together, alone = steps(plain('muon', stacked), stacked), steps(plain('muon', apart), apart)
+    apart = {'blocks_0': {name: {'kernel': kernel} for name, kernel in matrices.items()}}
+    together = steps(plain('muon', stacked), stacked)['trunk']
+    alone = steps(plain('muon', apart), apart)['blocks_0']
     for layer in range(2):
         for name, parts in (('uv', 2), ('qkv', 3)):
             for part in range(parts):

@@ -17,6 +17,10 @@ SLOW = [
     for model in ('flash', 'flash_quad', 'transformer_plus_plus')
     for objective in ('lm', 'mlm')
 ]
+SLOW += [
+    pytest.param('flash', objective, MESHES, marks=pytest.mark.slow)
+    for objective in ('causal_classification', 'classification')
+]
 
 
 SLOW.append(pytest.param('flash', 'lm', 'data', ('8,1,1,1', '4,1,1,2'), marks=pytest.mark.slow))
