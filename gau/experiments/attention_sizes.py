@@ -1,5 +1,6 @@
 """How large a gated unit's scores, bias, weights and output are, layer by layer, while it trains."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from gau.models.families.gated_unit import GatedUnit
 from gau.objectives import objective as objectives
 from gau.ops.masks import document_length, visibility_mask
 from gau.ops.positions import bias_matrix
-from gau.ops.scores import Scoring, attention_weights
+from gau.ops.scores import SOFTMAX_PLUS_KEYS, Scoring, attention_weights
 from gau.training import mesh as meshes
 from gau.training.batches import put_batch
 from gau.training.setup import Run
@@ -132,6 +133,8 @@ def _scale(scoring: Scoring, q: Array, mask: Array, lengths: Array) -> Array | f
     """What q.k is multiplied by before the bias is added."""
     if scoring.function == 'softmax' or scoring.normalizer == 'su':
         return q.shape[-1] ** -0.5
+    if scoring.function == 'softmax_plus':
+        return q.shape[-1] ** -0.5 / math.log(SOFTMAX_PLUS_KEYS) * jnp.log(jnp.maximum(mask.sum(-1, keepdims=True), 1))
     if scoring.normalizer == 'fixed':
         return 1 / scoring.length
     return 1 / jnp.maximum(mask.sum(-1, keepdims=True) if scoring.normalizer == 'visible' else lengths, 1)

@@ -10,6 +10,7 @@ one size whatever the length; padding in a prompt, on whichever side, is left ou
 """
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -237,11 +238,13 @@ class Attention(nn.Module):
         seen = mask.sum(-1, keepdim=True).clamp(min=1)
         if function == 'softmax' or normalizer == 'su':
             x = x * self.width**-0.5
+        elif function == 'softmax_plus':
+            x = x * (self.width**-0.5 / math.log(512) * seen.log())
         else:
             x = x / {'visible': seen, 'fixed': self.config.normalizer_length, 'paper': length}[normalizer]
         if bias is not None:
             x = x + bias
-        if function == 'softmax':
+        if function in ('softmax', 'softmax_plus'):
             x = torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), dim=-1)
         else:
             x = FUNCTIONS[function](x)

@@ -1,5 +1,6 @@
 """From q.k to attention weights: attention functions and normalisers (docs/paper.md sections 1, 2 and 7)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,12 +49,18 @@ ATTENTION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+# softmax(q.k / sqrt(S)), and the same sharpened with the number of keys: at 512 of them they are equal
+# (https://kexue.fm/archives/8823).
+SOFTMAXES = ('softmax', 'softmax_plus')
+SOFTMAX_PLUS_KEYS = 512
+
+
 class Scoring(NamedTuple):
     """How q.k becomes a weight: A = f(q.k / n + b), with what is n.
 
     Attributes:
-      function: 'softmax' or a key of ATTENTION_FUNCTIONS.
-      normalizer: None with softmax; else
+      function: 'softmax', 'softmax_plus' or a key of ATTENTION_FUNCTIONS.
+      normalizer: None with these two; else
         'paper'    n = length of the token's own sequence (of its document where there are segment ids); the chunk in
                    FLASH's local branch;
         'fixed'    n = `length`;
@@ -80,6 +87,8 @@ class Scoring(NamedTuple):
         """
         if self.function == 'softmax' or self.normalizer == 'su':
             return scores * width**-0.5
+        if self.function == 'softmax_plus':
+            return scores * (width**-0.5 / math.log(SOFTMAX_PLUS_KEYS) * jnp.log(visible_keys(scores, mask)))
         if self.normalizer == 'visible':
             return scores / visible_keys(scores, mask)
         if self.normalizer == 'fixed':
@@ -94,7 +103,7 @@ class Scoring(NamedTuple):
         The mask goes on after the function, for not every f(0) is 0; softmax is the exception: it is masked before, and
         a query that sees no key gets a row of zeros.
         """
-        if self.function == 'softmax':
+        if self.function in SOFTMAXES:
             return masked_softmax(x, mask)
         weights = ATTENTION_FUNCTIONS[self.function](x)
         if self.normalizer == 'su':

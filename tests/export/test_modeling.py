@@ -16,7 +16,10 @@ pytest.importorskip('transformers', minversion='5.24', reason='requirements-expo
 HELD = [(name, objective) for name, objective in CASES if isinstance(ARCHITECTURES[name].attention, ScoredAttention)]
 GATED = {'flash', 'flash_quad'}
 VARIANTS = [
-    *(('flash', 'lm', {'attention_function': name}) for name in ('softmax', 'laplace', 'softplus2', 'smooth_relu2')),
+    *(
+        ('flash', 'lm', {'attention_function': name})
+        for name in ('softmax', 'softmax_plus', 'laplace', 'softplus2', 'smooth_relu2')
+    ),
     *(('flash_quad', 'lm', {'normalizer': name}) for name in ('visible', 'su', 'paper')),
     *(('flash', 'mlm', {'normalizer': name}) for name in ('visible', 'su', 'fixed')),
     *(('flash', objective, {'branches': name}) for name in ('local', 'global') for objective in ('lm', 'mlm')),

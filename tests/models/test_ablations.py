@@ -19,7 +19,7 @@ from tests.models.tiny import CONTEXT, VOCAB, apply, make, tiny_config, tokens
 from tests.numerics import max_error, normal, random_like
 
 GAU_OPTIONS = [
-    *({'attention_function': name} for name in ('softmax', 'laplace', 'softplus2', 'smooth_relu2')),
+    *({'attention_function': name} for name in ('softmax', 'softmax_plus', 'laplace', 'softplus2', 'smooth_relu2')),
     *({'normalizer': name} for name in ('visible', 'su')),
     {'normalizer_length': 64, 'normalizer': 'fixed'},
     {'num_heads': 4},

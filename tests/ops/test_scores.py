@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.ops.scores import ATTENTION_FUNCTIONS, SMOOTH_RELU_EPSILON, Scoring, attention_weights, smooth_relu2
+from gau.ops.scores import (
+    ATTENTION_FUNCTIONS,
+    SMOOTH_RELU_EPSILON,
+    SOFTMAXES,
+    Scoring,
+    attention_weights,
+    smooth_relu2,
+)
 from tests.numerics import normal
 from tests.ops import oracle
 
@@ -29,7 +36,7 @@ def test_smooth_relu2_is_continuously_differentiable(end, value, slope):
         np.testing.assert_allclose(jax.grad(smooth_relu2)(x + side), slope, atol=1e-7)
 
 
-@pytest.mark.parametrize('function', [*sorted(ATTENTION_FUNCTIONS), 'softmax'])
+@pytest.mark.parametrize('function', [*sorted(ATTENTION_FUNCTIONS), *SOFTMAXES])
 def test_masked_weights_are_exactly_zero(function):
     q, k = normal(0, 3, 4), normal(1, 5, 4)
     mask = jnp.asarray([[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
@@ -42,6 +49,15 @@ def test_masked_weights_are_exactly_zero(function):
     )(q)
     assert np.isfinite(gradient).all()
     assert (gradient[1] == 0).all()
+
+
+def test_softmax_plus_sharpens_with_the_keys_that_a_query_sees():
+    q, k = normal(0, 2, 4), normal(1, 512, 4)
+    mask = jnp.stack([jnp.arange(512) < 512, jnp.arange(512) < 8])
+    plus, plain = (attention_weights(q, k, scoring=Scoring(f), sequence_length=512, mask=mask) for f in SOFTMAXES[::-1])
+    np.testing.assert_allclose(plus[0], plain[0], rtol=1e-6)
+    sharpened = jax.nn.softmax(q[1] @ k[:8].T / 2 * jnp.log(8) / jnp.log(512))
+    np.testing.assert_allclose(plus[1, :8], sharpened, rtol=1e-6)
 
 
 def test_scores_are_float32_for_bfloat16():

@@ -12,8 +12,9 @@ TOEPLITZ_LIMIT = 512
 
 SCORING_FIELDS = {
     'attention_function': choice(
-        'f: relu(x)^2 (default of GAUs), softmax (default of Transformers), Laplace, or two smooth forms of relu^2.',
-        *('relu2', 'softmax', 'laplace', 'softplus2', 'smooth_relu2'),
+        'f: relu(x)^2 (default of GAUs), softmax (default of Transformers), softmax of scores times log n / log 512 '
+        'for n keys that the query sees, Laplace, or two smooth forms of relu^2.',
+        *('relu2', 'softmax', 'softmax_plus', 'laplace', 'softplus2', 'smooth_relu2'),
         default='relu2',
     ),
     'normalizer': choice(
@@ -69,8 +70,8 @@ class ScoredAttention(Attention):
         start = None if 'relative_bias_init' in void else self._start(config)
         if start != 'mean':
             void['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {start}'
-        if function == 'softmax':
-            void |= dict.fromkeys(('normalizer', 'normalizer_length'), 'softmax normalises by itself')
+        if function in ('softmax', 'softmax_plus'):
+            void |= dict.fromkeys(('normalizer', 'normalizer_length'), f'{function} normalises by itself')
         if config.normalizer not in ('fixed', None):
             void['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
         if not _has_length(config.relative_bias or 'toeplitz', start):
