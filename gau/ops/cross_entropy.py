@@ -68,7 +68,7 @@ def sliced_cross_entropy(
       devices: how many devices have these arrays together; each has its share of a slice's logits.
     """
     n = targets_BN.shape[1]
-    size = _slice_size(targets_BN, embedding_VD, positions_per_slice, devices)
+    size = slice_size(targets_BN, embedding_VD, positions_per_slice, devices)
     if n <= size:
         few = targets_BN.size * embedding_VD.shape[0] <= SAVED_LOGITS
         at_once = cross_entropy if few else jax.checkpoint(cross_entropy)
@@ -124,7 +124,7 @@ def weighted_cross_entropy(
       devices: how many devices have these arrays together; each has its share of a slice's logits.
       slice_loss: how loss and d logits of a slice are made.
     """
-    size = _slice_size(targets_BN, embedding_VD, positions_per_slice, devices)
+    size = slice_size(targets_BN, embedding_VD, positions_per_slice, devices)
     return _weighted_cross_entropy(size, slice_loss, hidden_BND, embedding_VD, targets_BN, weights_BN)
 
 
@@ -208,7 +208,7 @@ def output_logits(hidden_BND: Array, embedding_VD: Array) -> Array:
     return jnp.einsum('BND,VD->BNV', hidden_BND, embedding_VD.astype(hidden_BND.dtype), preferred_element_type=dtype)
 
 
-def _slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int, devices: int) -> int:
+def slice_size(targets_BN: Array, embedding_VD: Array, positions_per_slice: int, devices: int) -> int:
     """Positions of a sequence in one slice; of its logits, every device holds its share."""
     return min(positions_per_slice, max(1, MAX_LOGITS * devices // (targets_BN.shape[0] * embedding_VD.shape[0])))
 

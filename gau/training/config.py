@@ -28,12 +28,14 @@ _IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule',
 _DECAY_PERCENT = 20.0
 # Optimizers that move every number by what is known of it alone, and so can be cut anywhere.
 ELEMENTWISE = ('adamw', 'lion')
+# Weight and temperature of the teacher.
+_DISTILLATION = (0.5, 1.0)
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
 # (`fork` and `init_from`, too: they are settled when a run begins.)
 RESUMABLE_CHANGES = (
-    *('mesh.', 'optimizer.sharding', 'log.', 'fork', 'init_from', 'model.impl'),
+    *('mesh.', 'optimizer.sharding', 'log.', 'fork', 'init_from', 'model.impl', 'distillation.teacher'),
     *('data.read_threads', 'data.prefetch_batches', 'data.cache_dir'),
     # What to do with documents that cannot be taken as they are: a run that meets one can go on without it.
     *('data.bad_lines', 'data.special_in_text'),
@@ -66,6 +68,8 @@ def default_config() -> ConfigDict:
       b1, b2, eps: of adamw (None: 0.9, 0.999, 1e-6), of lion (0.9, 0.99, has no eps), and in muon of what is no matrix.
       frozen: regexes over parameter paths; a parameter in whose path one is found stays as it is, and has neither
         gradient nor moments.
+      keep_zeros: regexes over parameter paths; weights that are 0 there stay 0, as those of a sparse model (not for
+        parameters that start as zeros).
       weight_decay: decoupled, times the learning rate and the rule's factor.
       weight_decay_rules: (regex, factor) pairs over parameter paths such as `blocks_0/gau/out/kernel`; the first regex
         found in the path decides, no match means no decay; a regex that decides for no parameter is an error.
@@ -80,6 +84,9 @@ def default_config() -> ConfigDict:
       every_steps, _tokens, _epochs, _percent: how often; at the end always. splits: of the data; contexts: lengths
       besides data.context (at the end only); max_tokens: of each split (None: all of it); batch_size: rows at
       data.context, other contexts keep its tokens (None: data.batch_size).
+    distillation: teacher: work directory or checkpoint of another run with the same objective (lm, mlm) and tokenizer
+      (None: none); the loss is (1 - weight) loss + weight temperature^2 KL(teacher || student), both softened by the
+      temperature. Evaluations have the plain loss.
     evaluators: NAME: {type, ...}; type is a file of gau/evaluation/ or `module:Class` (None: decided by the
       objective), and the entry may have every field of `eval` and the evaluator's own options. Rows in metrics.jsonl
       are named NAME/SPLIT. (In a config program: `config.evaluators.books = {'type': 'whole_documents'}`.)
@@ -102,6 +109,7 @@ def default_config() -> ConfigDict:
     optimizer.learning_rate = 7e-4
     optimizer.learning_rate_rules = ()
     optimizer.frozen = ()
+    optimizer.keep_zeros = ()
     optimizer.schedule = 'linear'
     optimizer.final_fraction = config_dict.placeholder(float)
     _add_duration(optimizer, 'warmup_', steps=10_000)
@@ -128,6 +136,9 @@ def default_config() -> ConfigDict:
     evaluation.batch_size = config_dict.placeholder(int)
     config.evaluators = ConfigDict({'eval': {'type': config_dict.placeholder(str)}})
 
+    config.distillation = ConfigDict(
+        {'teacher': config_dict.placeholder(str), 'weight': _DISTILLATION[0], 'temperature': _DISTILLATION[1]}
+    )
     config.log = ConfigDict({'every_steps': 10})
     config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
     return config
@@ -159,6 +170,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     durations.given_unit(optimizer, 'warmup_', where='optimizer.')
     _resolve_decay(optimizer)
     _check_ranges(config)
+    _check_distillation(config)
     _check_every('checkpoint', config.checkpoint)
     _resolve_evaluators(config, objective.evaluator)
     config.data = objective.resolve_data(config.data)
@@ -229,6 +241,19 @@ def _check_ranges(config: ConfigDict) -> None:
         # A mean with 1 never moves, and the correction of its start divides by zero.
         if value is not None and not 0 <= value < 1:
             raise UserError(f'{path}={value} must lie in 0..1, below 1')
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    teacher, weight, temperature = (config.distillation[field] for field in ('teacher', 'weight', 'temperature'))
+    if teacher is None:
+        if (weight, temperature) != _DISTILLATION:
+            raise UserError('distillation.weight and distillation.temperature do nothing without distillation.teacher')
+        return
+    if config.objective not in ('lm', 'mlm'):
+        raise UserError(f'distillation.teacher is for the objectives lm and mlm, not for {config.objective}')
+    if not 0 < weight <= 1:
+        raise UserError(f'distillation.weight={weight} must lie in 0..1, above 0')
+    _check_positive('distillation.temperature', temperature)
 
 
 def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -24,6 +24,7 @@ from gau.objectives import objective as objectives
 from gau.objectives.objective import Objective
 from gau.training import checkpoints, durations, step
 from gau.training import config as training_config
+from gau.training import distillation as distilling
 from gau.training import mesh as meshes
 from gau.training.batches import of_rank, put_batch
 from gau.training.optimizer import frozen_parameters, make_optimizer, make_schedule
@@ -75,12 +76,15 @@ class Run:
         """Finds what would go wrong in training only later.
 
         Raises:
-          UserError: the batch does not divide over the mesh, the schedule is impossible, or what an evaluator says.
+          UserError: the batch does not divide over the mesh, the schedule is impossible, or what an evaluator or the
+            teacher says.
         """
         self.check_batch(self.config.data.batch_size // self.config.optimizer.accumulation_steps)
         for evaluator in self.evaluators():
             evaluator.check()
         _ = self.abstract_state
+        if self.config.distillation.teacher is not None:
+            _ = self._teacher
 
     def check_batch(self, rows: int, context: int | None = None) -> None:
         """Raises UserError unless [rows, context] arrays divide over the mesh; None means the config's context."""
@@ -201,6 +205,10 @@ class Run:
         return step.make_init(self._draw_params, self.optimizer)
 
     @cached_property
+    def _teacher(self) -> tuple[nn.Module, Any]:
+        return distilling.teacher_of(self)
+
+    @cached_property
     def abstract_state(self) -> step.TrainState:
         """The TrainState as jax.ShapeDtypeStruct with shardings: what restoring needs, and compiling ahead of time."""
         # The optimizer is made outside, where there is no mesh yet to lay shapes over.
@@ -244,27 +252,37 @@ class Run:
 
     def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:
         """Returns the jitted step; the state given to it is consumed."""
-        optimizer = self.config.optimizer
-        train_step = step.make_train_step(
-            self.objective,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            seed=self.config.seed,
-            accumulation_steps=optimizer.accumulation_steps,
-            dropout=self.config.model.dropout_rate > 0,
-            update_shardings=self._update_shardings,
-            frozen=frozen_parameters(optimizer, self.abstract_params) if optimizer.frozen else None,
-        )
+        optimizer, distillation = self.config.optimizer, self.config.distillation
+        frozen = frozen_parameters(optimizer, self.abstract_params) if optimizer.frozen else None
+
+        def make(objective: Any) -> Callable[[step.TrainState, step.Batch], Any]:
+            return step.make_train_step(
+                objective,
+                self.model,
+                self.optimizer,
+                self.schedule,
+                seed=self.config.seed,
+                accumulation_steps=optimizer.accumulation_steps,
+                dropout=self.config.model.dropout_rate > 0,
+                update_shardings=self._update_shardings,
+                frozen=frozen,
+            )
+
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         # The metrics are whole everywhere, because every process reads them.
-        metrics = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(shardings, metrics),
-            compiler_options=dict(self.model.implementation.compiler_options),
-        )
+        outputs = shardings, NamedSharding(self.mesh, PartitionSpec())
+        options = dict(self.model.implementation.compiler_options)
+        if distillation.teacher is None:
+            return jax.jit(make(self.objective), donate_argnums=0, out_shardings=outputs, compiler_options=options)
+        teacher, teacher_params = self._teacher
+
+        def train_step(state: step.TrainState, batch: step.Batch, teacher_params: Any) -> Any:
+            weights = distillation.weight, distillation.temperature
+            return make(distilling.Distilled(self.objective, teacher, teacher_params, *weights))(state, batch)
+
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
+        # An argument, not a constant of the program.
+        return lambda state, batch: jitted(state, batch, teacher_params)
 
     @property
     def _update_shardings(self) -> Any:
