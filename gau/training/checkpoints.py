@@ -131,7 +131,7 @@ class Checkpoints:
                 args = ocp.args.StandardRestore(abstract_state)
                 state = self._read(candidate, 'state', ocp.StandardCheckpointHandler(), args)
                 if iterator is not None:
-                    iterator.set_state(self._read_streams(candidate))
+                    iterator.set_state(self.read_streams(candidate))
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
                 _drop_unfinished_reads()
                 if 'RESOURCE_EXHAUSTED' in str(error):
@@ -199,7 +199,8 @@ class Checkpoints:
     def _read_json(self, step: int, item: str) -> dict[str, Any]:
         return self._read(step, item, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
 
-    def _read_streams(self, step: int) -> dict[str, Any]:
+    def read_streams(self, step: int) -> dict[str, Any]:
+        """Returns where the data stood, by stream."""
         # Before there was `data.streams`, the one stream's state was written by Grain.
         alone = self.directory / str(step) / 'data' / 'process_0-of-1.json'
         return {'0': json.loads(alone.read_text())} if alone.is_file() else self._read_json(step, 'data')

@@ -98,7 +98,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) ->
     if config.learning_rate_rules:
         rates = rule_factors('learning_rate_rules', config.learning_rate_rules, params, otherwise=1.0)
         parts.append(_scale_by_factors(rates))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.keep_zeros:
+        rules = tuple((pattern, 1.0) for pattern in config.keep_zeros)
+        parts.append(_keep_zeros(rule_factors('keep_zeros', rules, params, otherwise=0.0)))
+    return optax.chain(*parts)
 
 
 def frozen_parameters(config: ConfigDict, params: Any) -> Any:
@@ -149,7 +153,7 @@ def rule_factors(field: str, rules: Any, params: Any, *, otherwise: float) -> An
 def _scale_by_muon_or_adam(config: ConfigDict) -> optax.GradientTransformation:
     def labels(params: Any) -> Any:
         def label(path: Any, leaf: Any) -> str:
-            return 'adam' if _matrix_axes(path, nn.unbox(leaf)) is None else 'muon'
+            return 'adam' if matrix_axes(path_name(path), nn.unbox(leaf)) is None else 'muon'
 
         # A boxed parameter is one leaf, under the same path as without its box.
         is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
@@ -167,7 +171,7 @@ def _scale_like_adam() -> optax.GradientTransformation:
         del params
 
         def scaled(path: Any, update: jax.Array) -> jax.Array:
-            axes = _matrix_axes(path, update)
+            axes = matrix_axes(path_name(path), update)
             sides = [math.prod(update.shape[axis] for axis in side) for side in axes]
             return update * (MUON_RMS * math.sqrt(max(sides)))
 
@@ -178,19 +182,19 @@ def _scale_like_adam() -> optax.GradientTransformation:
 
 def _muon_axes(updates: Any) -> Any:
     def axes(path: Any, leaf: Any) -> Any:
-        inputs, outputs = _matrix_axes(path, leaf)
+        inputs, outputs = matrix_axes(path_name(path), leaf)
         return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
     return jax.tree_util.tree_map_with_path(axes, updates)
 
 
-def _matrix_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def matrix_axes(name: str, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Returns the axes of inputs and of outputs if the parameter is a layer's matrix, or several; None if it is not.
 
     Embedding and heads are none. The kernels of a layer are `out` [..., D], from one or more axes, and others: [D, E],
     [D, parts, E] or [D, parts, H, K], of which each part is a matrix of its own. Layers stacked by a scan come first.
     """
-    *parents, name = path_name(path).split('/')
+    *parents, name = name.split('/')
     if name != 'kernel' or not any(map(LAYERS.fullmatch, parents)):
         return None
     first = int(STACKED in parents)
@@ -210,6 +214,16 @@ def _scale_by_factors(factors: Any) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _keep_zeros(chosen: Any) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def kept(update: jax.Array, param: jax.Array, factor: float) -> jax.Array:
+            return jnp.where(param == 0, 0, update) if factor else update
+
+        return jax.tree.map(kept, updates, params, chosen), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

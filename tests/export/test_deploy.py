@@ -14,6 +14,7 @@ pytest.importorskip('torch', reason='requirements-export.txt')
 pytest.importorskip('transformers', minversion='5.24', reason='requirements-export.txt')
 pytest.importorskip('onnxscript', reason='requirements-export.txt')
 pytest.importorskip('onnxruntime', reason='requirements-export.txt')
+pytest.importorskip('qwix', reason='requirements-compress.txt')
 pytest.importorskip('lm_eval', reason='pip install "lm-eval[hf]"')
 
 pytestmark = pytest.mark.slow
