@@ -30,6 +30,9 @@ flags.DEFINE_string('prompt', None, 'Text to continue.')
 flags.DEFINE_string('prompt_file', None, 'UTF-8 file with the text to continue.')
 flags.DEFINE_string('prompts', None, 'File of JSON lines, each with a "prompt"; prints JSON lines in the same order.')
 flags.DEFINE_integer('batch_size', 8, 'Of --prompts: how many are continued side by side.', lower_bound=1)
+flags.DEFINE_integer(
+    'devices', 1, 'Spread what is side by side over so many devices, all parameters on each.', lower_bound=1
+)
 flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
 flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
@@ -47,13 +50,14 @@ def main() -> None:
     """Reads the prompts and writes what the model makes of them."""
     prompts = _prompts()
     from gau.models import decoding
-    from gau.sampling import generation, saved_states
+    from gau.sampling import generation, rows, saved_states
     from gau.training.load import load_run
 
     sampling = generation.SamplingParams(flags.FLAGS.temperature, flags.FLAGS.top_k, flags.FLAGS.top_p)
     generation.check(sampling, seed=flags.FLAGS.seed)
     if flags.FLAGS.save_state:
         saved_states.check_new(flags.FLAGS.save_state)
+    rows.check((flags.FLAGS.batch_size if flags.FLAGS.prompts else 1) * flags.FLAGS.num, flags.FLAGS.devices)
     run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
     decoding.check(run.model)
     start = saved_states.load(flags.FLAGS.state, run.model, params) if flags.FLAGS.state else None
@@ -141,25 +145,33 @@ def _write(run, params, prompts: list[str], start, sampling, speed: _Speed, *, f
     num, max_tokens = flags.FLAGS.num, flags.FLAGS.max_tokens
     as_json = flags.FLAGS.json or flags.FLAGS.prompts
     live = num == len(prompts) == 1 and not as_json
+    # The last batch is filled up with prompts whose texts nobody reads.
+    devices, real = flags.FLAGS.devices, len(prompts)
+    while len(prompts) * num % devices:
+        prompts = [*prompts, prompts[-1]]
     begin = [] if start else [run.tokenizer.bos_id]
     tokens = [np.concatenate([begin, run.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
     if live:
         print(prompts[0], end='', flush=True)
     started = time.perf_counter()
-    fields = {'max_tokens': max_tokens, 'start': start and start.repeated(run.model, len(prompts))}
+    # One prompt for several rows is read as the parameters lie.
+    spread = {'devices': 1 if len(prompts) % devices else devices}
+    fields = {'max_tokens': max_tokens, 'start': start and start.repeated(run.model, len(prompts)), **spread}
     prefilled = jax.block_until_ready(generation.prefill(run.model, params, tokens, **fields))
-    speed.add('read', sum(map(len, tokens)), started)
+    speed.add('read', sum(map(len, tokens[:real])), started)
     if flags.FLAGS.save_state:
         saved_states.save(flags.FLAGS.save_state, run.model, params, prefilled)
     texts = [
         Detokenizer(run.tokenizer, before=row if start else row[1:], stop=flags.FLAGS.stop)
-        for row in tokens
+        for row in tokens[:real]
         for _ in range(num)
     ]
-    fields = {'max_tokens': max_tokens, 'sampling': sampling, 'seed': flags.FLAGS.seed, 'first_row': first * num}
+    fields = {'max_tokens': max_tokens, 'sampling': sampling, 'seed': flags.FLAGS.seed}
+    fields |= {'first_row': first * num, 'devices': devices}
     blocks = generation.decode(run.model, params, prefilled.repeated(run.model, num), **fields)
     started, what = time.perf_counter(), 'wrote at first'
     for block in blocks:
+        block = block[: len(texts)]
         speed.add(what, block.size, started)
         for text, row in zip(texts, block, strict=True):
             new = text.push(row)

@@ -15,6 +15,7 @@ import numpy as np
 
 from gau.errors import UserError
 from gau.models import decoding
+from gau.sampling import rows
 
 # Tokens drawn between two looks of the host: large enough to hide the call, small enough to read along.
 BLOCK = 32
@@ -99,25 +100,43 @@ def _in_compute_type(model: nn.Module, params: Any):
 
 
 @functools.cache
-def _prefill(model: nn.Module, fresh: bool):
+def _prefill(model: nn.Module, fresh: bool, devices: int):
     """Returns the jitted `decoding.prefill` of a model, (params, state, tokens_BN, length_B) -> (logits_BV, state)."""
-    function = functools.partial(decoding.prefill, model, fresh=fresh)
-    options = dict(model.implementation.compiler_options)
-    return jax.jit(function, donate_argnums=1, compiler_options=options)
+    function = rows.over_devices(
+        functools.partial(decoding.prefill, model, fresh=fresh),
+        model,
+        devices,
+        lies=(rows.WHOLE, rows.STATE, rows.FIRST, rows.FIRST),
+        results=(rows.FIRST, rows.STATE),
+    )
+    return jax.jit(function, donate_argnums=1, compiler_options=dict(model.implementation.compiler_options))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2, 3))
-def _draw_block(model, params, state, logits_BV, key_B, sampling: SamplingParams, block: int, first):
-    """Draws `block` tokens a row and reads them; returns them, [block, B], with state and logits to go on from."""
+@functools.cache
+def _draw_block(model: nn.Module, sampling: SamplingParams, block: int, devices: int):
+    """Returns a jitted function (params, state, logits_BV, key_B, first) that draws and reads a block of tokens.
 
-    def draw(logits_BV, number):
-        if not sampling.temperature:
-            return jnp.argmax(logits_BV, axis=-1)
-        # Every row has draws of its own, whatever the other rows are.
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
-        return jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, sampling))
+    It returns them, [block, B], with state and logits to go on from; `first` is the number of the first.
+    """
 
-    return decoding.decode(model, params, state, logits_BV, draw, first + jnp.arange(block))
+    def draw_block(params, state, logits_BV, key_B, first):
+        def draw(logits_BV, number):
+            if not sampling.temperature:
+                return jnp.argmax(logits_BV, axis=-1)
+            # Every row has draws of its own, whatever the other rows are.
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+            return jax.vmap(jax.random.categorical)(keys_B, drawn_logits(logits_BV, sampling))
+
+        return decoding.decode(model, params, state, logits_BV, draw, first + jnp.arange(block))
+
+    function = rows.over_devices(
+        draw_block,
+        model,
+        devices,
+        lies=(rows.WHOLE, rows.STATE, rows.FIRST, rows.FIRST, rows.WHOLE),
+        results=(rows.SECOND, rows.STATE, rows.FIRST),
+    )
+    return jax.jit(function, donate_argnums=(1, 2))
 
 
 def prefill(
@@ -127,6 +146,7 @@ def prefill(
     *,
     max_tokens: int,
     start: Prefilled | None = None,
+    devices: int = 1,
 ) -> Prefilled:
     """Reads prompts, all at once.
 
@@ -136,10 +156,12 @@ def prefill(
       prompts: int32 [n] tokens each, of any lengths, at least one (BOS); none are needed after a start.
       max_tokens: for how many more the state shall have room.
       start: what the prompts go on from, one row for each; or None.
+      devices: over how many the prompts are spread; 1: as the parameters are.
 
     Raises:
-      UserError: the model cannot be decoded, or not so far (see `decoding.check`).
+      UserError: the model cannot be decoded, or not so far (see `decoding.check`); see `rows.check`.
     """
+    rows.check(len(prompts), devices)
     longest = max(len(prompt) for prompt in prompts)
     if start is None:
         state = decoding.init_state(model, batch_size=len(prompts), capacity=longest + max_tokens)
@@ -155,10 +177,11 @@ def prefill(
     for row, prompt in zip(tokens_BN, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    read = _prefill(model, start is None)
-    logits_BV, state = read(_in_compute_type(model, params), state, tokens_BN, length_B)
+    place = functools.partial(rows.place, model=model, devices=devices)
+    params, state = place(_in_compute_type(model, params), rows.WHOLE), place(state, rows.STATE)
+    logits_BV, state = _prefill(model, start is None, devices)(params, state, tokens_BN, length_B)
     if start is not None:
-        logits_BV = jnp.where(length_B[:, None] > 0, logits_BV, start.logits_BV)
+        logits_BV = jnp.where(length_B[:, None] > 0, logits_BV, place(start.logits_BV, rows.FIRST))
     return Prefilled(state, logits_BV)
 
 
@@ -172,6 +195,7 @@ def decode(
     seed: int,
     block: int = BLOCK,
     first_row: int = 0,
+    devices: int = 1,
 ) -> Iterator[np.ndarray]:
     """Continues sequences, all at once, without an end of its own: the caller stops at what it takes for the end.
 
@@ -186,19 +210,24 @@ def decode(
       seed: of the draws.
       block: tokens drawn between two results.
       first_row: number b of the first row.
+      devices: over how many the rows are spread; 1: as the parameters are.
 
     Yields:
       int32 [B, block], the next tokens (fewer in the last block).
 
     Raises:
-      UserError: see `check`.
+      UserError: see `check` and `rows.check`.
     """
     check(sampling, seed=seed)
-    params, (state, logits_BV) = _in_compute_type(model, params), prefilled
+    rows.check(len(prefilled.logits_BV), devices)
+    place = functools.partial(rows.place, model=model, devices=devices)
+    params, state = place(_in_compute_type(model, params), rows.WHOLE), place(prefilled.state, rows.STATE)
+    logits_BV = place(prefilled.logits_BV, rows.FIRST)
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first_row + jnp.arange(len(logits_BV)))
+    draw_block = _draw_block(model, sampling, block, devices)
     for first in range(0, max_tokens, block):
         # Always whole blocks, so that one program serves; what is drawn past the end (and past the capacity) is cut.
-        tokens_NB, state, logits_BV = _draw_block(model, params, state, logits_BV, key_B, sampling, block, first)
+        tokens_NB, state, logits_BV = draw_block(params, state, logits_BV, key_B, first)
         yield np.asarray(tokens_NB).T[:, : max_tokens - first]
 
 

@@ -11,6 +11,7 @@ from gau.errors import UserError
 from gau.sampling import generation
 from gau.sampling.generation import SamplingParams
 from tests.models import tiny
+from tests.programs import report
 
 
 def probabilities(sampling, p=(0.5, 0.2, 0.2, 0.1)):
@@ -64,6 +65,20 @@ def test_greedy_is_the_likeliest_token_after_the_whole_prefix(name):
     assert [block.shape for block in blocks] == [(2, 4)] * 3 + [(2, 1)]
     written = np.concatenate(blocks, axis=1).tolist()
     assert written == [whole_prefix(model, params, prompt, 13) for prompt in prompts]
+
+
+def test_rows_spread_over_devices_write_the_same():
+    written = report('tests.sampling.on_four_devices')
+    assert written['4'] == written['1']
+    assert np.shape(written['4']) == (8, 9)
+
+
+@pytest.mark.parametrize(('devices', 'message'), [(2, 'a batch of 3 does not divide over 2'), (4096, 'not 4096')])
+def test_rows_that_cannot_be_spread_are_refused(devices, message, monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 2)
+    model, params = tiny.make('flash', dtype='float32', num_layers=1)
+    with pytest.raises(UserError, match=message):
+        generation.prefill(model, params, [np.array([1])] * 3, max_tokens=1, devices=devices)
 
 
 def test_the_seed_decides_and_rows_do_not_depend_on_each_other():
