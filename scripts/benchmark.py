@@ -42,6 +42,7 @@ _CONTEXTS = flags.DEFINE_list(
     'contexts', None, 'Tokens of context of models that name none; each kind has its own default.'
 )
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
+_PROFILE = flags.DEFINE_boolean('profile', False, 'Of decode: also the kernels of a GPU by name, in the rows.')
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
@@ -59,7 +60,7 @@ _QUICK_CONTEXTS = dict.fromkeys(cells.KINDS, (512,))
 # Flags that would do nothing if none of these kinds is measured.
 _SPEAKS_TO = dict.fromkeys(
     ('impls', 'remat', 'layer_stack', 'tokens_per_step', 'objective', 'packed'), cells.PASSES
-) | {'batch_sizes': ('decode',)}
+) | dict.fromkeys(('batch_sizes', 'profile'), ('decode',))
 
 
 def main() -> int:
@@ -116,6 +117,7 @@ def _plan() -> list[cells.Cell]:
         dtype='float32' if quick else 'bfloat16',
         vocab_size=1000 if quick else 32_000,
         effort='quick' if quick else 'full',
+        profile=_PROFILE.value,
     )
     wanted = {'torch'} if any(cell.by_torch for cell in plan) else set()
     wanted |= {'flash_pytorch'} if any(cell.spec.model == 'torch_flash_lucidrains' for cell in plan) else set()

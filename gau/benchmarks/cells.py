@@ -60,6 +60,7 @@ class Cell:
       dtype: compute type.
       vocab_size: V.
       effort: 'full', or 'quick' for fewer and smaller samples.
+      profile: whether the kernels of one more sample are told (decode).
     """
 
     benchmark: str
@@ -72,6 +73,7 @@ class Cell:
     dtype: str = 'bfloat16'
     vocab_size: int = 32_000
     effort: str = 'full'
+    profile: bool = False
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> 'Cell':

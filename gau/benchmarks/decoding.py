@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gau.benchmarks import kernel_trace
 from gau.benchmarks.cells import Cell
 from gau.errors import UserError
 from gau.models import decoding, registry
@@ -83,7 +84,7 @@ def _model(cell: Cell, result: Result) -> tuple[LanguageModel, Any]:
 
 
 def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, position: int) -> None:
-    """Times `run(state) -> state`, from states at `position`."""
+    """Times `run(state) -> state`, from states at `position`; of decoding with `cell.profile` tells its kernels."""
     make = functools.partial(decoding.init_state, model, batch_size=cell.batch_size, capacity=cell.context)
     abstract = jax.eval_shape(make)
     result['state_bytes'] = needed = decoding.state_bytes(abstract)
@@ -101,6 +102,11 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
         if sample:  # The first waits for the compiler.
             seconds.append(time.perf_counter() - started)
     result['seconds'] = seconds
+    if cell.profile and cell.benchmark == 'decode':
+        state['position'] = jnp.full_like(state['position'], position)
+        result['profile'] = kernel_trace.kernels(kernel_trace.traced(lambda: run(state)), steps=STEPS[cell.effort])
+        if result['profile'] is None:
+            raise UserError(f'--profile lists the kernels of a GPU, this is {jax.devices()[0].platform}')
 
 
 def _random_state(abstract):

@@ -66,7 +66,7 @@ def run_cell(cell: Cell, *, environment: Mapping[str, str], log: Path) -> Result
 def merge(cell: Cell, results: Sequence[Result]) -> Row:
     """Returns the row of a cell from its results, one a round: medians over all their samples."""
     row = {'benchmark': cell.benchmark, **cell.spec._asdict(), **dataclasses.asdict(cell)}
-    del row['spec'], row['effort']
+    del row['spec'], row['effort'], row['profile']
     first = results[0]
     row |= {name: value for name, value in first.items() if name not in ('seconds', 'launch_seconds')}
     row['rounds'] = len(results)

@@ -63,7 +63,18 @@ def table(rows: Sequence[Row]) -> str:
     blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] == MATMUL]
     if any(row['benchmark'] in PASSES for row in rows):
         blocks.append(_LEGEND)
+    blocks += [_kernels(row) for row in rows if row.get('profile')]
     return '\n\n'.join(blocks)
+
+
+def _kernels(row: Row) -> str:
+    profile = row['profile']
+    lines = [
+        f'{brief(row)}; of a step {profile["kernels"]:.0f} kernels in {profile["busy_us"]:.0f} us, '
+        f'{profile["gaps_us"]:.0f} us between them'
+    ]
+    lines += [f'{microseconds:8.1f} us {number:6.1f} x {name}' for name, number, microseconds in profile['by_name']]
+    return '\n'.join(_cut(line, WIDTH) for line in lines)
 
 
 def _passes(row: Row) -> str:

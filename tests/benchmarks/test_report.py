@@ -71,6 +71,14 @@ def test_bytes_that_a_step_cannot_do_without_are_told_as_a_rate():
     assert report.table([row]).splitlines()[-1].endswith(' 320')
 
 
+def test_the_kernels_of_a_step_are_told_by_name():
+    by_name = [['decode_attention_kernel', 24.0, 100.5]]
+    profile = {'kernels': 80.0, 'busy_us': 250.2, 'gaps_us': 90.1, 'median_gap_us': 1.0, 'by_name': by_name}
+    lines = report.table([decode_row(profile=profile)]).splitlines()
+    assert lines[-2].endswith('of a step 80 kernels in 250 us, 90 us between them')
+    assert lines[-1] == '   100.5 us   24.0 x decode_attention_kernel'
+
+
 def test_utilisation_is_against_the_data_sheet_and_the_measured_rate():
     rows = [matmul_row(), train_row(), train_row(kind='forward'), train_row(results=[{'error': 'x'}])]
     processes.add_utilisation(rows)
