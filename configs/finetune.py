@@ -9,12 +9,13 @@ Question: what is it worth to have read other text before? Who of 20 authors wro
 book that no passage of training comes from.
 
 Arguments: start (a work directory, a checkpoint or an export: the model is that one's, field by field, with its
-tokenizer; causal models are asked at the last token, bidirectional ones for the mean over all); without it, from
-nothing, model, size, tokenizer and masked (a bidirectional model); context; data and valid (JSON lines with `label`,
-`text` and, for pairs, `text_b`; by default data/authors); runlocal. The sweep `starts` takes any number of models.
+tokenizer; causal models are asked at the last token, bidirectional ones for the mean over all); drawn (that model, from
+nothing); without start model, size, tokenizer and masked (a bidirectional model); context; data and valid (JSON lines
+with `label`, `text` and, for pairs, `text_b`; by default data/authors); runlocal. The sweep `starts` takes any number
+of models.
 
 Recipe: 600 steps of 32 passages, AdamW 3e-4 with linear decay after 60 steps; the head, which is new, ten times as
-fast. From nothing a model wants more: the sweep gives it 1e-3.
+fast. From nothing (drawn) a model wants more: 1e-3.
 
 Result to expect: docs/finetuning.md. `:runlocal` classifies the embedded corpus and shows that everything works.
 """
@@ -28,14 +29,22 @@ from configs import common
 from gau.experiments.sweep import Overrides
 from gau.training import config as training_config
 
-RATE = 'optimizer.learning_rate'
 AUTHORS = 'jsonl:data/authors'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/finetune.py:arg`."""
     arg = common.parse_arg(
-        arg, start='', model='flash', size='small', tokenizer='', masked=False, context=1024, data='', valid=''
+        arg,
+        start='',
+        drawn=False,
+        model='flash',
+        size='small',
+        tokenizer='',
+        masked=False,
+        context=1024,
+        data='',
+        valid='',
     )
     config = training_config.default_config()
     config.model.name = arg.model
@@ -65,12 +74,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     masked = arg.masked
     if arg.start:
         masked = not common.start_from(config, arg.start)
+    if arg.drawn:
+        config.init_from = None
+        config.optimizer.learning_rate = 1e-3
     config.objective = 'classification' if masked else 'causal_classification'
     return config
 
 
 def sweep_starts(*trained: str) -> Iterator[Overrides]:
-    """Every model from what it learned and, at the learning rate that suits that, from nothing."""
+    """Every model from what it has learned, and from nothing."""
     for directory in trained:
         yield {'name': f'{Path(directory).name}_trained', ':start': directory}
-        yield {'name': f'{Path(directory).name}_new', ':start': directory, 'init_from': None, RATE: 1e-3}
+        yield {'name': f'{Path(directory).name}_drawn', ':start': directory, ':drawn': True}

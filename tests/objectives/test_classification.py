@@ -15,8 +15,10 @@ from sklearn import metrics
 from gau.data import labelled, passages, tokenizers
 from gau.data.documents import Document
 from gau.errors import UserError
+from gau.experiments.sweep import Program, find_points
 from gau.training import evaluate, loop
 from gau.training.setup import Run
+from tests.conftest import ROOT
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
 WORDS = {'colour': 'red green blue', 'number': 'one two three', 'way': 'up down left'}
@@ -110,6 +112,21 @@ def test_from_a_language_model_with_the_layers_frozen(trained, data, tmp_path):
     for pattern, message in ((r'^body/', 'decides for no parameter'), ('', 'freezes every parameter')):
         with pytest.raises(UserError, match=message):
             loop.train(config(data, optimizer__frozen=(pattern,)), tmp_path / 'none')
+
+
+def test_the_config_program_takes_the_model_of_a_run(trained, data):
+    argument = f'data={data["data__source"]},context=48'
+    points = find_points(Program(str(ROOT / 'configs/finetune.py'), argument), f'starts:{trained},seed:2')
+    assert [point.name for point in points] == [
+        f'run_{start}-seed_{seed}' for start in ('trained', 'drawn') for seed in (0, 1)
+    ]
+    for point in points:
+        assert point.error == ''
+        assert point.config.init_from == (str(trained) if 'trained' in point.name else None)
+        assert (point.config.model.chunk_size, point.config.model.model_dim) == (16, 32)
+    for start in ('/nowhere', str(trained.parent)):
+        with pytest.raises(UserError, match='neither a work directory, nor a checkpoint in one, nor an export'):
+            Program(str(ROOT / 'configs/finetune.py'), f'start={start}').config({})
 
 
 @pytest.mark.parametrize('causal', [True, False])
