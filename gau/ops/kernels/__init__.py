@@ -5,6 +5,7 @@
 | FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs` |
   `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`, `quadratic_triton` |
 | FLASH, a block of a prompt | `decoding` | `gated_mixed_chunk_block` | those of FLASH, gated |
+| quadratic attention, one token | `decoding` | `decode_cache` | `decode_cache_triton` |
 | FLASH's layer, one token | `chunk_window` | `decode_chunks` | `decode_chunks_triton` |
 | FLASH-Quad, gated | `quadratic_attention` | `gated_quadratic`, `gates`, `quadratic` | `gated_quadratic_triton`,
   `gates_triton`, `quadratic_triton` |
