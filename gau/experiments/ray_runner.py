@@ -8,6 +8,7 @@ starting before the first has ended. Nothing else imports this module, for Ray i
 
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from typing import Any
@@ -44,9 +45,11 @@ class RayRunner(Runner):
         # Else Ray kills with SIGKILL what a worker that ends has started, before the kernel's SIGTERM lets it save.
         variables['RAY_kill_child_processes_on_worker_exit'] = 'false'
         paths = filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])
+        address = os.environ.get('RAY_ADDRESS') or 'auto'
+        _check_reachable(address)
         try:
             ray.init(
-                os.environ.get('RAY_ADDRESS', 'auto'),
+                address,
                 runtime_env={'env_vars': {**variables, 'PYTHONPATH': os.pathsep.join(paths)}},
                 log_to_driver=False,
                 logging_level='ERROR',
@@ -181,3 +184,14 @@ def _describe(failure: exceptions.RayError) -> str:
     """Returns in a line what a run or its node died of."""
     text = str(failure.cause if isinstance(failure, exceptions.RayTaskError) else failure)
     return next(iter(text.strip().splitlines()), type(failure).__name__)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses an address where nobody listens at once; Ray itself tries for minutes before it says so."""
+    host, _, port = address.rpartition(':')
+    if not host or not port.isdigit() or '/' in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f'--executor=ray: no Ray cluster answers at RAY_ADDRESS={address} ({error})') from error

@@ -93,6 +93,14 @@ def _alive(pid):
     return True
 
 
+def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path):
+    pytest.importorskip('ray')
+    arguments = ('--sweep=chunk_size', f'--workdir={tmp_path}/sweep', '--executor=ray')
+    code, _, err = run(*arguments, RAY_ADDRESS='127.0.0.1:1')
+    assert (code, err.count('\n')) == (2, 1), err
+    assert 'no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1' in err
+
+
 def test_without_ray_it_says_what_to_install(tmp_path):
     arguments = ('--sweep=chunk_size', f'--workdir={tmp_path}/sweep', '--executor=ray')
     code, _, err = run(*arguments, PYTHONPATH=str(hide_ray(tmp_path)))
