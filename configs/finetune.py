@@ -17,7 +17,8 @@ of models.
 Recipe: 600 steps of 32 passages, AdamW 3e-4 with linear decay after 60 steps; the head, which is new, ten times as
 fast. From nothing (drawn) a model wants more: 1e-3.
 
-Result to expect: docs/finetuning.md. `:runlocal` classifies the embedded corpus and shows that everything works.
+Result: docs/results/authors.md, accuracy 0.50 (FLASH) and 0.45 (Transformer++) from trained models, 0.40 and 0.30 from
+nothing. `:runlocal` classifies the embedded corpus and shows that everything works.
 """
 
 from collections.abc import Iterator
