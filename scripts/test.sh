@@ -8,4 +8,5 @@ source scripts/environment.sh
 environment requirements.txt requirements-test.txt
 # Programs that the tests start would else compile all of the project's Python again, each of them.
 unset PYTHONDONTWRITEBYTECODE
-exec "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+# Files in the order of tests/conftest.py, which puts the longest tests first, not those with most tests.
+exec "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -36,3 +36,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1':
     # A third less time to compile a model on a CPU. (Golden losses are those of the default: tests/training/golden.)
     os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_use_fusion_emitters=false'
+
+
+def pytest_collection_modifyitems(items):
+    """Folders of long tests first: what comes last leaves no worker waiting for another (scripts/test.sh)."""
+    items.sort(key=lambda item: item.path.parent.name not in ('training', 'experiments'))
