@@ -74,6 +74,8 @@ def compress(
     leaves = {path: np.asarray(x) for path, x in flax.traverse_util.flatten_dict(jax.device_get(params)).items()}
     result = method(leaves, trained.model)
     config = files.read_config(Path(workdir))
+    # What is rounded needs no rounding any more.
+    config.quantization = 'none'
     for field, value in result.model.items():
         config.model[field] = value
     config = resolve(config)

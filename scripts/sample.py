@@ -60,6 +60,11 @@ def main() -> None:
     rows.check((flags.FLAGS.batch_size if flags.FLAGS.prompts else 1) * flags.FLAGS.num, flags.FLAGS.devices)
     run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
     decoding.check(run.model)
+    if run.config.quantization != 'none':
+        raise UserError(
+            f'quantization={run.config.quantization} is not decoded; scripts/compress.py --method=rounded makes of it '
+            'a run with weights of 8 bits, which is'
+        )
     start = saved_states.load(flags.FLAGS.state, run.model, params) if flags.FLAGS.state else None
     speed = _Speed()
     if flags.FLAGS.interactive:

@@ -239,7 +239,7 @@ class Attention(nn.Module):
         if function == 'softmax' or normalizer == 'su':
             x = x * self.width**-0.5
         elif function == 'softmax_plus':
-            x = x * (self.width**-0.5 / math.log(512) * seen.log())
+            x = x * (self.width**-0.5 / math.log(512) * seen.to(x.dtype).log())
         else:
             x = x / {'visible': seen, 'fixed': self.config.normalizer_length, 'paper': length}[normalizer]
         if bias is not None:

@@ -28,6 +28,8 @@ _IDLE = (('clip_norm', 0.1, 'clip', 'none'), ('final_fraction', 0.0, 'schedule',
 _DECAY_PERCENT = 20.0
 # Optimizers that move every number by what is known of it alone, and so can be cut anywhere.
 ELEMENTWISE = ('adamw', 'lion')
+# In 8 bits: nothing; the layers' kernels; these and what they are multiplied with.
+QUANTIZATIONS = ('none', 'int8_weights', 'int8')
 # Weight and temperature of the teacher.
 _DISTILLATION = (0.5, 1.0)
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
@@ -87,6 +89,8 @@ def default_config() -> ConfigDict:
     distillation: teacher: work directory or checkpoint of another run with the same objective (lm, mlm) and tokenizer
       (None: none); the loss is (1 - weight) loss + weight temperature^2 KL(teacher || student), both softened by the
       temperature. Evaluations have the plain loss.
+    quantization: `none`, `int8_weights` (the layers' kernels are rounded to 8 bits in every product) or `int8` (what
+      they are multiplied with, too), by qwix and with model.impl=xla alone (`gau.training.quantization`).
     evaluators: NAME: {type, ...}; type is a file of gau/evaluation/ or `module:Class` (None: decided by the
       objective), and the entry may have every field of `eval` and the evaluator's own options. Rows in metrics.jsonl
       are named NAME/SPLIT. (In a config program: `config.evaluators.books = {'type': 'whole_documents'}`.)
@@ -139,6 +143,7 @@ def default_config() -> ConfigDict:
     config.distillation = ConfigDict(
         {'teacher': config_dict.placeholder(str), 'weight': _DISTILLATION[0], 'temperature': _DISTILLATION[1]}
     )
+    config.quantization = 'none'
     config.log = ConfigDict({'every_steps': 10})
     config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1})
     return config
@@ -171,6 +176,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     _resolve_decay(optimizer)
     _check_ranges(config)
     _check_distillation(config)
+    check_name('quantization', config.quantization, QUANTIZATIONS)
     _check_every('checkpoint', config.checkpoint)
     _resolve_evaluators(config, objective.evaluator)
     config.data = objective.resolve_data(config.data)

@@ -21,7 +21,7 @@ from gau.training.config import resolve
 from gau.training.setup import Run, use_compilation_cache
 
 # Fields that may be others when a run is read than when it was trained.
-READABLE = ('data.', 'eval.', 'evaluators.', 'model.impl')
+READABLE = ('data.', 'eval.', 'evaluators.', 'model.impl', 'quantization')
 # Fields of `data` that say where documents come from and how they are cut out of it.
 _OF_THE_SOURCE = (
     *('source', 'text_field', 'text_unit', 'bad_lines', 'special_in_text', 'valid_source', 'test_source'),
@@ -87,7 +87,7 @@ def with_changes(config: ConfigDict, changed: Collection[str]) -> ConfigDict:
         if not path.startswith(READABLE):
             raise UserError(
                 f'--config.{path}: a run is read with the model and the training that it has; '
-                'what can be changed is data, eval, evaluators and model.impl'
+                'what can be changed is data, eval, evaluators, model.impl and quantization'
             )
     config = config.copy_and_resolve_references()
     defaults = data_config.default_config()

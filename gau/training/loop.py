@@ -115,7 +115,8 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         stack.callback(progress.close)
         progress.say(
             f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
-            f'{run.devices}, attention: {run.model.implementation.attention}, {origin}'
+            f'{run.devices}, attention: {run.model.implementation.attention}, '
+            f'{"" if config.quantization == "none" else config.quantization + " by qwix, "}{origin}'
         )
         if iterator.rows_read > len(iterator.rows):
             progress.say(

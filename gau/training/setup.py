@@ -28,6 +28,7 @@ from gau.training import distillation as distilling
 from gau.training import mesh as meshes
 from gau.training.batches import of_rank, put_batch
 from gau.training.optimizer import frozen_parameters, make_optimizer, make_schedule
+from gau.training.quantization import quantised
 from gau.training.throughput import training_mfu
 from gau.training.traced import activations
 
@@ -70,6 +71,8 @@ class Run:
             raise UserError('model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment')
         target = Target.of_device(mesh.devices.flat[0], sequence_shards=mesh.shape['sequence'])
         model = objective.build(config.model, data=config.data, tokenizer=tokenizer, target=target)
+        if config.quantization != 'none':
+            model = quantised(model, config.quantization)
         return cls(config, objective, tokenizer, mesh, model)
 
     def check(self) -> None:
