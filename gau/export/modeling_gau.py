@@ -140,15 +140,16 @@ class Scale(nn.Module):
 class ScaleOffset(nn.Module):
     """Cheap queries and keys: x * gamma + beta for each of R roles."""
 
-    def __init__(self, roles: int, heads: int, width: int):
+    def __init__(self, roles: int, heads: int, width: int, rotated: int):
         super().__init__()
+        self.rotated = rotated
         self.gamma = nn.Parameter(torch.empty(roles, heads, width))
         self.beta = nn.Parameter(torch.zeros(roles, heads, width))
 
     def forward(self, x: list[Tensor], table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-        """Maps R arrays [B, H or 1, N, S] to R arrays [B, H, N, S], rotated where there is a table."""
+        """Maps R arrays [B, H or 1, N, S] to R arrays [B, H, N, S], the first `rotated` of them by the table."""
         made = [y * g[:, None] + b[:, None] for y, g, b in zip(x, self.gamma, self.beta, strict=True)]
-        return made if table is None else [rotate(y, table) for y in made]
+        return [rotate(y, table) for y in made[: self.rotated]] + made[self.rotated :]
 
 
 class RelativeBias(nn.Module):
@@ -357,7 +358,8 @@ class GatedAttentionUnit(Attention):
         super().__init__(config, heads, s)
         self.uv = nn.Linear(d, (1 + (config.gate == 'silu')) * e)
         self.z = nn.Linear(d, s)
-        self.query_key = ScaleOffset(4 if config.branches == 'both' else 2, heads, s)
+        roles = 4 if config.branches == 'both' else 2
+        self.query_key = ScaleOffset(roles, heads, s, {'rotary': roles, 'local': 2, 'none': 0}[config.rope])
         self.out = nn.Linear(e, d)
 
     def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
@@ -379,7 +381,7 @@ class MultiHeadAttention(Attention):
         self.qkv = nn.Linear(d, 3 * heads * width)
         self.out = nn.Linear(heads * width, d)
         if self.across:
-            self.query_key_linear = ScaleOffset(2, heads, width)
+            self.query_key_linear = ScaleOffset(2, heads, width, 2 if config.rope == 'rotary' else 0)
         if config.gate == 'silu':
             self.gate = nn.Linear(d, heads * width)
 
@@ -520,7 +522,7 @@ class GAUPreTrainedModel(PreTrainedModel):
         if ids_BN is not None:
             x_BND = x_BND * (ids_BN > 0)[..., None]
         rope = {}
-        if config.rope == 'rotary':
+        if config.rope != 'none':
             for width in {module.width for module in self.modules() if isinstance(module, Attention)}:
                 turned = angles(positions_BN, width // 2, dtype)[:, None]
                 rope[width] = turned.cos(), turned.sin()

@@ -121,12 +121,12 @@ class FusedScaleOffset(ScaleOffset):
         See `gau.ops.kernels.queries_keys`.
         """
         gamma_RS, beta_RS = (parameter[:, 0] for parameter in self.parameters(bias_S.size))
-        table = tokens.rope[bias_S.size] if self.rope else (None, None)
+        table = tokens.rope[bias_S.size] if self.rotated else (None, None)
 
         def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
             del sequence_axis  # Every token by itself.
             table = None if cos_BNh is None else (cos_BNh, sin_BNh)
-            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
+            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated=self.rotated)
 
         by_token = ('batch', 'length', None)
         return over_mesh(

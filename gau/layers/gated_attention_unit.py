@@ -36,7 +36,7 @@ class GatedAttentionUnit(nn.Module):
       num_heads: H, divides E.
       gate: 'silu', or 'none' for U = 1 (then there is no Wu).
       gamma_init: 'normal' or 'ones'.
-      rope: whether queries and keys are rotated.
+      rope: which queries and keys are rotated: 'rotary': all; 'local': those of the core's direct pair; 'none'.
       dtype: compute type.
     """
 
@@ -46,7 +46,7 @@ class GatedAttentionUnit(nn.Module):
     num_heads: int = 1
     gate: str = 'silu'
     gamma_init: str = 'normal'
-    rope: bool = True
+    rope: str = 'rotary'
     dtype: str = 'float32'
 
     def setup(self):
@@ -73,7 +73,8 @@ class GatedAttentionUnit(nn.Module):
     def scale_offset(self, kind: type['ScaleOffset']) -> 'ScaleOffset':
         """Returns the module that makes queries and keys of Z."""
         roles = 2 * len(self.core.pairs)
-        return kind(roles, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key')
+        rotated = {'rotary': roles, 'local': 2, 'none': 0}[self.rope]
+        return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, name='query_key')
 
 
 def split_heads(x_BNE: Array, num_heads: int) -> Array:
@@ -88,20 +89,20 @@ def merge_heads(x_BHNE: Array) -> Array:
 
 
 class ScaleOffset(nn.Module):
-    """Cheap queries and keys: x * gamma + beta for each of R `roles`, for every head, rotated by position if asked.
+    """Cheap queries and keys: x * gamma + beta for each of R `roles`, for every head, the first rotated by position.
 
     Attributes:
       roles: R, how many transforms (Q and K: 2).
       num_heads: H.
       gamma_init: 'normal' N(0, 0.02) or 'ones'.
-      rope: whether to rotate the results.
+      rotated: how many of the results, the first ones, are rotated.
       dtype: compute type.
     """
 
     roles: int
     num_heads: int
     gamma_init: str
-    rope: bool
+    rotated: int
     dtype: str
 
     @nn.compact
@@ -117,7 +118,7 @@ class ScaleOffset(nn.Module):
             x_BHNS = x[role if len(x) > 1 else 0]
             x_BHNS = x_BHNS if x_BHNS.ndim == 4 else x_BHNS[:, None]
             y_BHNS = x_BHNS * gamma_RHS[role][:, None] + beta_RHS[role][:, None]
-            results.append(apply_rope(y_BHNS, tokens.rope[width]) if self.rope else y_BHNS)
+            results.append(apply_rope(y_BHNS, tokens.rope[width]) if role < self.rotated else y_BHNS)
         return results
 
     def parameters(self, width: int) -> list[Array]:

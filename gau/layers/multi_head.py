@@ -21,7 +21,7 @@ class MultiHeadAttention(nn.Module):
       gate: 'silu' multiplies the attention's output by silu(x Wu), as in a GAU; 'none' does not.
       gamma_init: of the scale-and-offset transforms that make a linear pair of queries and keys, where the core takes
         one: 'normal' or 'ones'.
-      rope: whether queries and keys are rotated.
+      rope: which queries and keys are rotated: 'rotary': all; 'local': those of the core's direct pair; 'none'.
       dtype: compute type.
     """
 
@@ -30,7 +30,7 @@ class MultiHeadAttention(nn.Module):
     head_dim: int
     gate: str = 'none'
     gamma_init: str = 'normal'
-    rope: bool = True
+    rope: str = 'rotary'
     dtype: str = 'float32'
 
     def setup(self):
@@ -47,10 +47,11 @@ class MultiHeadAttention(nn.Module):
         )
         pairs = {}
         if 'linear' in self.core.pairs:
-            transform = ScaleOffset(2, self.num_heads, self.gamma_init, self.rope, self.dtype, name='query_key_linear')
+            rotated = 2 if self.rope == 'rotary' else 0
+            transform = ScaleOffset(2, self.num_heads, self.gamma_init, rotated, self.dtype, name='query_key_linear')
             pairs['linear'] = transform(q_BHNK, k_BHNK, tokens=tokens)
         if 'direct' in self.core.pairs:
-            rotate = (lambda x: apply_rope(x, tokens.rope[self.head_dim])) if self.rope else (lambda x: x)
+            rotate = (lambda x: apply_rope(x, tokens.rope[self.head_dim])) if self.rope != 'none' else (lambda x: x)
             pairs['direct'] = [rotate(q_BHNK), rotate(k_BHNK)]
         queries_keys = [x_BHNK for name in self.core.pairs for x_BHNK in pairs[name]]
 

@@ -110,6 +110,8 @@ def _check_common(config: ConfigDict, architecture: Architecture) -> None:
     options = ('auto', *architecture.attention.implementations)
     if config.impl not in options:
         raise UserError(f'model.impl={config.impl} does not exist for {config.name}; choose from {", ".join(options)}')
+    if config.rope == 'local' and len(architecture.attention.pairs(config)) < 2:
+        raise UserError('model.rope=local is of attention inside chunks and between them; use rotary or none')
     if config.absolute_position == 'sinusoid' and config.model_dim % 2:
         raise UserError(f'model.absolute_position=sinusoid needs an even model_dim, not {config.model_dim}')
     if config.layer_stack == 'scan' and config.head_decay:

@@ -104,7 +104,11 @@ COMMON = {
         *('sinusoid', 'none'),
         default='sinusoid',
     ),
-    'rope': choice('Whether queries and keys are rotated by position.', 'rotary', 'none', default='rotary'),
+    'rope': choice(
+        'Which queries and keys are rotated by position: all; those of the attention inside chunks alone; none.',
+        *('rotary', 'local', 'none'),
+        default='rotary',
+    ),
     'dropout_rate': number(
         'On embeddings and on what a layer adds to the residual stream.',
         default=0.0,

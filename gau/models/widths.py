@@ -33,7 +33,7 @@ def check_heads(config: ConfigDict, what: str, width: int) -> None:
 
 def check_even(config: ConfigDict, field: str, value: int) -> None:
     """Raises UserError for a width of queries and keys that cannot be rotated in pairs."""
-    if value % 2 and config.rope == 'rotary':
+    if value % 2 and config.rope != 'none':
         raise UserError(f'model.{field}={value} is odd; RoPE rotates pairs: use an even number or rope=none')
     if value % 2 and config.relative_bias == 'rotary':
         raise UserError(f'model.{field}={value} is odd; relative_bias=rotary rotates pairs: use an even number')

@@ -20,6 +20,8 @@ def queries_and_keys(
     gamma_RS: Array,
     beta_RS: Array,
     table: tuple[Array, Array] | None,
+    *,
+    rotated: int,
 ) -> tuple[tuple[Array, ...], Array]:
     """Returns rope(silu(z + bias) * gamma + beta) of each of R roles, R arrays [B, N, S] in the dtype of p, and p.
 
@@ -32,9 +34,12 @@ def queries_and_keys(
       gamma_RS: scale of each role.
       beta_RS: offset of each role.
       table: what `gau.ops.positions.rope_table` returned for width S, of B rows or of one for all; None: no rotation.
+      rotated: how many of the roles, the first ones, are rotated.
     """
     dtype = p_BNW.dtype
     z_BNS = p_BNW[..., -bias_S.size :].astype(jnp.promote_types(dtype, gamma_RS.dtype))
     z_BNS = jax.nn.silu(z_BNS + bias_S)
     roles = [z_BNS * gamma_S + beta_S for gamma_S, beta_S in zip(gamma_RS, beta_RS, strict=True)]
-    return tuple((y_BNS if table is None else apply_rope(y_BNS, table)).astype(dtype) for y_BNS in roles), p_BNW
+    if table is not None:
+        roles[:rotated] = [apply_rope(y_BNS, table) for y_BNS in roles[:rotated]]
+    return tuple(y_BNS.astype(dtype) for y_BNS in roles), p_BNW

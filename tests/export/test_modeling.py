@@ -24,7 +24,7 @@ VARIANTS = [
     *(('flash', 'mlm', {'normalizer': name}) for name in ('visible', 'su', 'fixed')),
     *(('flash', objective, {'branches': name}) for name in ('local', 'global') for objective in ('lm', 'mlm')),
     ('flash', 'lm', {'global_reduction': 'sum', 'temperature': 'learned'}),
-    ('flash', 'lm', {'global_decay': 0.7}),
+    ('flash', 'lm', {'global_decay': 0.7, 'rope': 'local'}),
     ('flash', 'lm', {'global_decay': 0.5, 'global_reduction': 'sum'}),
     ('flash', 'lm', {'relative_bias': 'rotary', 'chunk_size': 6}),
     ('flash', 'lm', {'relative_bias': 'none', 'rope': 'none'}),
@@ -35,6 +35,7 @@ VARIANTS = [
     ('transformer_plus_plus', 'lm', {'feed_forward': 'swiglu', 'gate': 'silu', 'relative_bias': 'toeplitz'}),
     ('transformer_plus_plus', 'mlm', {'attention_function': 'relu2', 'head_decay': 1.0, 'temperature': 'learned'}),
     ('mc_transformer_plus_plus', 'lm', {'branches': 'global'}),
+    ('mc_transformer_plus_plus', 'lm', {'rope': 'local'}),
     ('mc_transformer_plus_plus', 'mlm', {'branches': 'local', 'norm': 'scale_norm', 'norm_placement': 'sandwich'}),
 ]
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gau.layers.common import TokenInfo
-from gau.layers.gated_attention_unit import GatedAttentionUnit
+from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.mixed_chunk import MixedChunkCore
 from gau.layers.quadratic import QuadraticCore
 from gau.ops.positions import rope_table
@@ -122,3 +122,14 @@ def test_temperature_multiplies_the_product():
     scaled['query_key'] = jax.tree.map(lambda p: p.at[0].multiply(3), params['query_key'])
     y = apply(plain, scaled, x, info())
     np.testing.assert_allclose(apply(module, params, x, info()), y, atol=1e-11)
+
+
+def test_rope_local_rotates_the_queries_and_keys_inside_chunks_alone():
+    x, tokens = normal(1, 1, N, S), info()
+    params = {'gamma': normal(2, 4, 1, S), 'beta': normal(3, 4, 1, S)}
+    plain, local, rotated = (
+        ScaleOffset(4, 1, 'normal', count, 'float64').apply({'params': params}, x, tokens=tokens) for count in (0, 2, 4)
+    )
+    for role in range(4):
+        np.testing.assert_array_equal(local[role], (rotated if role < 2 else plain)[role])
+        assert np.abs(rotated[role] - plain[role]).max() > 0.1

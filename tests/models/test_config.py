@@ -135,6 +135,8 @@ def test_heads_fall_with_depth():
     ({'global_decay': 0.5, 'chunk_size': 1024}, 'global_decay=0.5 changes nothing'),
     ({'global_decay': 0.5, 'branches': 'local'}, 'branches=local has no global branch'),
     ({'global_decay': 0.5, 'objective': 'mlm'}, 'model.global_decay=0.5 is of causal models'),
+    ({'name': 'flash_quad', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
+    ({'branches': 'global', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
     ({'global_decay': 1.5}, 'model.global_decay must be above 0 and at most 1, not 1.5'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip

@@ -32,7 +32,8 @@ ABLATIONS = {
     ),
     'sum, su, no gate, temperature': (
         'flash',
-        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5},
+        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
+        | {'rope': 'local'},
     ),
     'visible, laplace, no bias, sandwich norm': (
         'flash',

@@ -84,7 +84,7 @@ def test_logits_losses_and_gradients_are_those_of_the_reference(name, objective)
 
 ABLATIONS = [
     {'attention_function': 'softmax', 'relative_bias': 'none', 'gamma_init': 'ones', 'rope': 'none', 'chunk_size': 16},
-    {'attention_function': 'laplace', 'relative_bias': 'rotary', 'norm_placement': 'post', 'global_reduction': 'sum'},
+    {'attention_function': 'laplace', 'relative_bias': 'rotary', 'norm_placement': 'post', 'rope': 'local'},
     {'normalizer': 'su', 'relative_bias': 'none', 'temperature': 'learned', 'chunk_size': 3},
     {'normalizer': 'visible', 'relative_bias': 'rotary', 'query_key_dim': 6, 'expansion_factor': 3.0},
 ]

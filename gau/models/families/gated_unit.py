@@ -47,7 +47,7 @@ class GatedUnit(Family):
                 num_heads=heads,
                 gate=config.gate,
                 gamma_init=config.gamma_init,
-                rope=config.rope == 'rotary',
+                rope=config.rope,
                 dtype=config.dtype,
                 name='gau',
             ),

@@ -42,7 +42,7 @@ class Transformer(Family):
                 head_dim=width,
                 gate=config.gate,
                 gamma_init=config.gamma_init,
-                rope=config.rope == 'rotary',
+                rope=config.rope,
                 dtype=config.dtype,
                 name='attention',
             ),

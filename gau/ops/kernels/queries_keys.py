@@ -7,6 +7,7 @@ The gradients of the parameters are sums over all tokens. A bounded number of pr
 its sums in registers, and what is left to add up is small.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,9 +23,15 @@ from gau.ops.tracing import traced_once
 ROLES = 4
 
 
-@traced_once()
+@traced_once('rotated')
 def queries_and_keys(
-    p_BNW: Array, bias_S: Array, gamma_RS: Array, beta_RS: Array, table: tuple[Array, Array] | None
+    p_BNW: Array,
+    bias_S: Array,
+    gamma_RS: Array,
+    beta_RS: Array,
+    table: tuple[Array, Array] | None,
+    *,
+    rotated: int,
 ) -> tuple[tuple[Array, ...], Array]:
     """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does, for up to four roles.
 
@@ -34,16 +41,17 @@ def queries_and_keys(
       gamma_RS: scales of up to four roles, float32.
       beta_RS: offsets, float32.
       table: cosines and sines, float32 [B or 1, N, S/2]; no gradient goes there. Or None.
+      rotated: how many of the roles, the first ones, are rotated by the table.
     """
-    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table)
+    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated)
 
 
-@jax.custom_vjp
-def _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table):
-    return _forward(p_BNW, bias_S, gamma_RS, beta_RS, table)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated):
+    return _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated)[0]
 
 
-def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
+def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated):
     from gau.ops.kernels.queries_keys_triton import queries_keys_kernel
 
     roles, width = gamma_RS.shape
@@ -62,12 +70,13 @@ def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table):
         grid=(cdiv(rows, fields['BLOCK_R']),),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        ROTATED=rotated,
         **fields,
     )
     return (tuple(results[:roles]), p_BNW), (p_BNW, bias_S, gamma_RS, beta_RS, table)
 
 
-def _backward(residuals, gradients):
+def _backward(rotated, residuals, gradients):
     from gau.ops.kernels.queries_keys_triton import queries_keys_gradient_kernel
 
     p_BNW, bias_S, gamma_RS, beta_RS, table = residuals
@@ -93,6 +102,7 @@ def _backward(residuals, gradients):
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         overwrite={5 + ROLES: 0},
+        ROTATED=rotated,
         **fields,
     )
     dgamma_RS, dbeta_RS, dbias_1S = jnp.split(sums.sum(0), [roles, 2 * roles])

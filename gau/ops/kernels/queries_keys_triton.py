@@ -3,7 +3,8 @@
 A row is one token of the batch, ROWS in all; z stands in the last S of the W columns of the projections p. The
 rotation pairs column i with column i + S/2, so the two halves of a row are tiles of their own; without rotation S may
 be odd, and the second half is shorter by one column. A table of cosines and sines has a row for each token of the
-batch, or for each token of one sequence if all sequences share it, or it is missing (TABLE_ROWS = 0).
+batch, or for each token of one sequence if all sequences share it, or it is missing (TABLE_ROWS = 0). The first ROTATED
+roles are rotated by it.
 
 Bytes are of size base (S = 128, four roles) with 65,536 tokens in bfloat16, where an array of [ROWS, S] has 17 MB.
 """
@@ -39,8 +40,8 @@ def _load_angles(cos_ptr, sin_ptr, row, col, TABLE_ROWS: tl.constexpr, H: tl.con
 @triton.jit
 def queries_keys_kernel(
     p_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, q_lin_ptr, k_lin_ptr,
-    ROLES: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    ROLES: tl.constexpr, ROTATED: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr,
+    S: tl.constexpr, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """y[role] = rope(silu(z + bias) gamma[role] + beta[role]). Pointers of roles from ROLES on are not used.
 
@@ -67,7 +68,7 @@ def queries_keys_kernel(
         beta1, beta2 = _load_halves(beta_ptr + role * S, only, col, 1, S, S)
         y1 = z1 * gamma1 + beta1
         y2 = z2 * gamma2 + beta2
-        if TABLE_ROWS:
+        if TABLE_ROWS and role < ROTATED:
             y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
         _store_halves(y_ptrs[role], y1, y2, row, col, ROWS, S, S)
 
@@ -76,8 +77,8 @@ def queries_keys_kernel(
 def queries_keys_gradient_kernel(
     p_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dq_lin_ptr, dk_lin_ptr, unused_ptr,
     dp_ptr, sums_ptr,
-    ROLES: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    ROLES: tl.constexpr, ROTATED: tl.constexpr, ROWS: tl.constexpr, TABLE_ROWS: tl.constexpr,
+    S: tl.constexpr, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dz = gradient of z, dgamma = sum of drope(dy) silu(z + bias), dbeta = sum of drope(dy), dbias = sum of dz.
 
@@ -116,7 +117,7 @@ def queries_keys_gradient_kernel(
         new_sums = ()
         for role in tl.static_range(ROLES):
             dy1, dy2 = _load_halves(dy_ptrs[role], row, col, ROWS, S, S)  # [BR, BH] each
-            if TABLE_ROWS:
+            if TABLE_ROWS and role < ROTATED:
                 dy1, dy2 = dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin
             gamma1, gamma2 = _load_halves(gamma_ptr + role * S, only, col, 1, S, S)
             dz1 += dy1 * gamma1

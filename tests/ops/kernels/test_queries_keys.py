@@ -16,10 +16,10 @@ OPS = {'reference': reference.queries_and_keys, 'triton': host.queries_and_keys}
 NAMES = ('z', 'others', 'bias', 'gamma', 'beta')
 
 
-def values_and_gradients(impl, dtype, args, weights, table):
+def values_and_gradients(impl, dtype, args, weights, table, rotated):
     def loss(z, others, bias, gamma, beta):
         # Three columns of another reader, who takes all of them from here.
-        roles, p = OPS[impl](jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table)
+        roles, p = OPS[impl](jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table, rotated=rotated)
         assert all(y.dtype == dtype for y in roles)
         return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)) + jnp.sum(p * p), roles
 
@@ -29,7 +29,7 @@ def values_and_gradients(impl, dtype, args, weights, table):
 
 
 def positions(kind, batch, n):
-    """Those of one sequence for all rows, or random ones for each row."""
+    """Those of one sequence for all rows, or random ones for each row (local: for the first two roles)."""
     if kind == 'shared':
         return jnp.arange(n)[None]
     return jnp.asarray(np.random.default_rng(1).integers(0, 500, (batch, n)))
@@ -42,14 +42,15 @@ def positions(kind, batch, n):
         # Tiles that stick out of the rows; of half the width; an odd width; several tiles for a program.
         (2, 2, 13, 16, 'shared'),
         (4, 2, 13, 16, 'shared'),
-        (4, 3, 5, 12, 'own'),
+        (4, 3, 5, 12, 'local'),
         (2, 1, 7, 9, 'none'),
         (4, 1, 7, 9, 'none'),
         (4, 2, 11, 70, 'shared'),
         (2, 2, 9, 256, 'own'),
         (4, 1, 17, 128, 'none'),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-            (2, 3, 5, 12, 'own'), (2, 2, 37, 70, 'shared'), (4, 2, 37, 256, 'own'), (2, 1, 33, 128, 'none'),
+            (2, 3, 5, 12, 'own'), (4, 2, 13, 16, 'own'),
+            (2, 2, 37, 70, 'shared'), (4, 2, 37, 256, 'own'), (2, 1, 33, 128, 'none'),
             (4, 2, 37, 70, 'shared'), (2, 2, 37, 256, 'own'), (4, 1, 33, 128, 'none'),
         ]),
     ],
@@ -64,9 +65,10 @@ def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
     shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     table = None if rope == 'none' else rope_table(positions(rope, batch, n), s, dtype='float64')
-    wanted = values_and_gradients('reference', 'float64', args, weights, table)
+    rotated = 2 if rope == 'local' else roles
+    wanted = values_and_gradients('reference', 'float64', args, weights, table, rotated)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights, table))
-    found = values_and_gradients('triton', dtype, *narrow)
+    found = values_and_gradients('triton', dtype, *narrow, rotated)
     assert [x.dtype for x in found[1]] == [dtype, dtype, *['float32'] * 3]
     for role, (a, b) in enumerate(zip(found[0], wanted[0], strict=True)):
         assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], role
