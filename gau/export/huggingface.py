@@ -24,8 +24,10 @@ FIELDS = (
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),
     'temperature',  # a bool there: `transformers` takes the name for a field of sampling
-    *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'expansion_factor'),
+    *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
+# Fields of which modeling_gau.py has one value.
+AS_EVER = {'decay_gate': 'none', 'global_norm': 'none', 'local_window': 1}
 
 USE = """\
 ```python
@@ -86,10 +88,12 @@ def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int)
             f'model.name={model.name} cannot be exported to PyTorch or ONNX: its attention is not written in '
             f'gau/export/modeling_gau.py, which holds {", ".join(held)}; --format=safetensors has the weights alone'
         )
-    unknown = {name for name in model if model[name] is not None} - {*FIELDS, *NOT_OF_THE_MODEL}
+    known = {*FIELDS, *NOT_OF_THE_MODEL}
+    unknown = {name for name in model if name not in known and model[name] not in (None, AS_EVER.get(name))}
     if unknown:
+        field = min(unknown)
         raise UserError(
-            f'model.{min(unknown)} is not known to gau/export/modeling_gau.py: the model cannot be exported'
+            f'model.{field}={model[field]} is not known to gau/export/modeling_gau.py: the model cannot be exported'
         )
     name = 'GAUForCausalLM' if causal else 'GAUForMaskedLM'
     auto = 'AutoModelForCausalLM' if causal else 'AutoModelForMaskedLM'

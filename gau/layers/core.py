@@ -29,12 +29,20 @@ class AttentionCore(nn.Module):
     dtype: str
     pairs: tuple[str, ...] = ('direct',)
 
-    def __call__(self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo) -> Array:
+    @property
+    def reads_input(self) -> bool:
+        """Whether the core makes something of the layer's normalised input itself; then it is called with it."""
+        return False
+
+    def __call__(
+        self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo, x_BND: Array | None = None
+    ) -> Array:
         """Returns the outputs of every head, [B, H, N, E]; finite at padding.
 
         Args:
           queries_keys: queries and keys of each of `pairs`, [B, H, N, S], rotated by position where the layer does so.
           v_BHNE: values.
           tokens: what the layers of one call share.
+          x_BND: the input of the layer, for a core with `reads_input`.
         """
         raise NotImplementedError

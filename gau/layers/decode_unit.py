@@ -35,7 +35,7 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             *(norm_scale, uv_D2E, uv_bias_2E, z_DS, z_bias_S, gamma_RS, beta_RS, out_ED, out_bias_D),
             None if bias_HP is None else bias_HP[0],
         )
-        table = tuple(x_B1h[:, 0] for x_B1h in tokens.rope[s]) if self.rope else None
+        table = tuple(x_B1h[:, 0] for x_B1h in tokens.rope[s]) if self.rope == 'rotary' else None
         names = 'k', 'k_lin', 'v', 'sum'
         window = {name: core.get_variable('cache', name)[:, 0] for name in names}
         y_BD, window = decode_gated_chunks(

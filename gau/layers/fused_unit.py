@@ -47,11 +47,13 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             # U and V are cut over devices, Z is not.
             queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S, tokens)
             p = jnp.tensordot(x_BND, uv_D2E, axes=1)
-        o_BNE = self.attend(p, bias_2E, queries_keys, tokens)
+        o_BNE = self.attend(p, bias_2E, queries_keys, tokens, self.core.gate_logits(x_BND))
         out_ED, bias_D = Weights((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
         return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
 
-    def attend(self, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo) -> Array:
+    def attend(
+        self, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo, gate_BNL: Array | None
+    ) -> Array:
         """Returns U * (A V), [B, N, E], on every device for its own sequences and its own part of E.
 
         Args:
@@ -59,14 +61,15 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
           bias_2E: their bias.
           queries_keys: arrays [B, N, S].
           tokens: what the layers of one call share.
+          gate_BNL: logits of the core's gate, or None.
         """
         bias_HP = self.core.bias_of_sequence(p.shape[1])
 
         def op(p, *operands, sequence_axis):
-            *arrays, bias_P, segment_ids_BN = operands
+            *arrays, gate_BNL, bias_P, segment_ids_BN = operands
             p_BNW = p.reshape(*p.shape[:2], -1)
             fields = {'bias_P': bias_P, 'segment_ids_BN': segment_ids_BN, 'sequence_axis': sequence_axis}
-            return self.core.gated(p_BNW, *arrays, **fields)
+            return self.core.gated(p_BNW, *arrays, gate_BNL=gate_BNL, **fields)
 
         q_BNS, *others = queries_keys
         if tokens.decode is not None:
@@ -77,13 +80,13 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
         return over_mesh(
             op,
-            *(p, bias_2E, self.core.scaled(q_BNS), *others),
+            *(p, bias_2E, self.core.scaled(q_BNS), *others, gate_BNL),
             None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
                 ('batch', 'length', *columns),
                 (None, columns[-1]),
-                *[by_token] * len(queries_keys),
+                *[by_token] * (len(queries_keys) + 1),
                 (None,),
                 ('batch', 'length'),
             ],
@@ -106,7 +109,8 @@ class PallasGatedAttentionUnit(FusedGatedAttentionUnit):
         if parts_of('act_expanded') == 1:
             # Without a dimension of 2, which a TPU would pad.
             uv_D2E = uv_D2E.reshape(len(uv_D2E), -1)
-        o_BNE = self.attend(jnp.tensordot(x_BND, uv_D2E, axes=1), bias_2E, queries_keys, tokens)
+        p, gate_BNL = jnp.tensordot(x_BND, uv_D2E, axes=1), self.core.gate_logits(x_BND)
+        o_BNE = self.attend(p, bias_2E, queries_keys, tokens, gate_BNL)
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
 
 

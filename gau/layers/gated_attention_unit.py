@@ -13,6 +13,8 @@ keys are two further transforms of Z (gau.layers.mixed_chunk). `gau.layers.fused
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gau.layers.common import Linear, TokenInfo, constrain, param_dtype
@@ -36,6 +38,7 @@ class GatedAttentionUnit(nn.Module):
       num_heads: H, divides E.
       gate: 'silu', or 'none' for U = 1 (then there is no Wu).
       gamma_init: 'normal' or 'ones'.
+      linear_start: where gamma and beta of the core's linear pair start (see `ScaleOffset`).
       rope: which queries and keys are rotated: 'rotary': all; 'local': those of the core's direct pair; 'none'.
       dtype: compute type.
     """
@@ -46,6 +49,7 @@ class GatedAttentionUnit(nn.Module):
     num_heads: int = 1
     gate: str = 'silu'
     gamma_init: str = 'normal'
+    linear_start: str = 'direct'
     rope: str = 'rotary'
     dtype: str = 'float32'
 
@@ -65,7 +69,8 @@ class GatedAttentionUnit(nn.Module):
         # Q and K; in FLASH also Q_lin and K_lin.
         queries_keys = self.scale_offset(ScaleOffset)(z_BNS, tokens=tokens)
 
-        av_BNE = merge_heads(self.core(queries_keys, split_heads(v_BNE, self.num_heads), tokens))
+        inputs = [x_BND] if self.core.reads_input else []
+        av_BNE = merge_heads(self.core(queries_keys, split_heads(v_BNE, self.num_heads), tokens, *inputs))
 
         o_BNE = constrain(u_BNE * av_BNE if gated else av_BNE, 'batch', 'length', 'act_expanded')
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
@@ -74,7 +79,10 @@ class GatedAttentionUnit(nn.Module):
         """Returns the module that makes queries and keys of Z."""
         roles = 2 * len(self.core.pairs)
         rotated = {'rotary': roles, 'local': 2, 'none': 0}[self.rope]
-        return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, name='query_key')
+        starts = tuple(
+            self.linear_start if name == 'linear' else 'direct' for name in self.core.pairs for _ in range(2)
+        )
+        return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, starts, name='query_key')
 
 
 def split_heads(x_BNE: Array, num_heads: int) -> Array:
@@ -97,6 +105,8 @@ class ScaleOffset(nn.Module):
       gamma_init: 'normal' N(0, 0.02) or 'ones'.
       rotated: how many of the results, the first ones, are rotated.
       dtype: compute type.
+      starts: for each pair of roles 'direct', where `gamma_init` says how it starts; 'ones': its gamma starts as ones;
+        'mean': its beta starts so that q.k is about 1, and a linear attention reads a mean.
     """
 
     roles: int
@@ -104,6 +114,7 @@ class ScaleOffset(nn.Module):
     gamma_init: str
     rotated: int
     dtype: str
+    starts: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, *x: Array, tokens: TokenInfo) -> list[Array]:
@@ -124,7 +135,19 @@ class ScaleOffset(nn.Module):
     def parameters(self, width: int) -> list[Array]:
         """Returns gamma and beta, [R, H, S] each."""
         shape, axes, dtype = (self.roles, self.num_heads, width), (None, 'heads', 'query_key'), param_dtype(self.dtype)
-        inits = {'gamma': GAMMA_INITS[self.gamma_init], 'beta': nn.initializers.zeros}
+        inits = {'gamma': self._gamma_init, 'beta': self._beta_init}
         return [
             self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype) for name, init in inits.items()
         ]
+
+    def _gamma_init(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        gamma_RHS = GAMMA_INITS[self.gamma_init](key, shape, dtype)
+        return gamma_RHS.at[self._roles_that_start('ones')].set(1)
+
+    def _beta_init(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        del key
+        # The pair of columns that RoPE turns slowest.
+        return jnp.zeros(shape, dtype).at[self._roles_that_start('mean'), :, shape[-1] // 2 - 1].set(1)
+
+    def _roles_that_start(self, start: str) -> np.ndarray:
+        return np.asarray([role for role in range(2 * len(self.starts)) if self.starts[role // 2] == start], int)

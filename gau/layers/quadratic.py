@@ -126,6 +126,10 @@ class QuadraticCore(AttentionCore):
         """Returns b between n positions by distance, [H, 2 n - 1], or the rows of these queries; or None."""
         return None if self.relative_bias == 'none' else self.bias_layer(n, queries_BT)
 
+    def gate_logits(self, x_BND: Array) -> Array | None:
+        """Returns the logits of a gate of the state, [B, N, L], of normalised inputs; None: there is none."""
+        return None
+
     def bias_of_sequence(self, n: int) -> Array | None:
         """Returns the bias by distance for a sequence of n tokens, [H, 2 n - 1], or None."""
         return self.bias(n)
@@ -141,6 +145,7 @@ class QuadraticCore(AttentionCore):
         bias_2E: Array,
         *queries_keys: Array,
         bias_P: Array | None,
+        gate_BNL: Array | None,
         segment_ids_BN: Array | None,
         sequence_axis: str | None,
     ) -> Array:
@@ -151,6 +156,7 @@ class QuadraticCore(AttentionCore):
           bias_2E: their bias.
           *queries_keys: queries and keys of each of `pairs`, [B, N, S], scaled.
           bias_P: `bias_of_sequence` of the head, or None.
+          gate_BNL: what `gate_logits` returns.
           segment_ids_BN: documents and padding, or None.
           sequence_axis: mesh axis over which the tokens are spread, inside `jax.shard_map`, or None.
         """
@@ -177,4 +183,4 @@ class QuadraticCore(AttentionCore):
         p_BNW, bias_2E, _, k_BNS = arrays
         _, v_BNE = gate_and_values(p_BNW, bias_2E)
         begin_quadratic_state(self, k_BNS[:, None], v_BNE[:, None])
-        return self.gated(*arrays, bias_P=bias_P, segment_ids_BN=None, sequence_axis=None)
+        return self.gated(*arrays, bias_P=bias_P, gate_BNL=None, segment_ids_BN=None, sequence_axis=None)

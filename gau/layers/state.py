@@ -44,17 +44,21 @@ def mixed_chunk_with_state(
     k_BHTS: Array,
     q_lin_BHTS: Array,
     k_lin_BHTS: Array,
+    gate_BHTL: Array | None,
     v_BHTE: Array,
     tokens: TokenInfo,
-) -> Array:
-    """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E]."""
+    *,
+    apart: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E], or two."""
 
     def attend(*arrays_and_state):
-        *arrays, state, bias_CC = arrays_and_state
+        *arrays, gate_BTL, v_BTE, state, bias_CC = arrays_and_state
         fields = {'position': tokens.decode, 'spec': core.spec}
-        if tokens.decode.opened_B is not None:
-            return window_token(*arrays, state, bias_B1C=bias_CC, **fields)
-        return mixed_chunk_block(*arrays, state, bias_CC=bias_CC, **fields)
+        # (A state with a gate or with branches apart is not opened.)
+        if tokens.decode.opened_B is not None and gate_BTL is None and not apart:
+            return window_token(*arrays, v_BTE, state, bias_B1C=bias_CC, **fields)
+        return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, apart=apart, **fields)
 
     def chunk_of(x):
         return (*x.shape[:2], core.chunk_size, x.shape[-1]), x.dtype
@@ -70,7 +74,11 @@ def mixed_chunk_with_state(
         shapes['k_lin'] = chunk_of(k_lin_BHTS)
         sums = (*v_BHTE.shape[:2], k_lin_BHTS.shape[-1], v_BHTE.shape[-1])
         shapes['sum'] = sums, param_dtype(v_BHTE.dtype)
-    return carried(core, shapes, attend, q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, v_BHTE, bias=bias_HCC)
+    if gate_BHTL is not None:
+        shapes['gate'] = chunk_of(gate_BHTL)
+        shapes['count'] = (*gate_BHTL.shape[:2], gate_BHTL.shape[-1]), gate_BHTL.dtype
+    arrays = q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, gate_BHTL, v_BHTE
+    return carried(core, shapes, attend, *arrays, bias=bias_HCC)
 
 
 def gated_mixed_chunk_with_state(core: nn.Module, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:

@@ -7,7 +7,8 @@ The states, for one head (H goes after B):
     quadratic      k [B, M, S], v [B, M, E]: every token so far, at most M
     mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
                    sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C), and a
-                   chunk weighs global_decay^(complete chunks after it)
+                   chunk weighs global_decay^(complete chunks after it). Where a gate decides what the sum keeps, also
+                   gate [B, C, L]: its logits in the current chunk, and count [B, L]: the tokens of sum by weight
     linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
                    the sum is to be multiplied by exp of it
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import LOWEST, add_scaled, into_chunks, relative_weights
+from gau.ops.gated_states import after_chunk
 from gau.ops.linear_attention import quotient
 from gau.ops.masks import clear_padding
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -163,8 +165,10 @@ def mixed_chunk_block(
     *,
     position: DecodePosition,
     spec: ChunkSpec,
+    gate_BTL: Array | None = None,
     bias_CC: Array | None = None,
-) -> tuple[Array, State]:
+    apart: bool = False,
+) -> tuple[Array | tuple[Array, Array], State]:
     """Decodes a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
 
     Args:
@@ -175,8 +179,10 @@ def mixed_chunk_block(
       v_BTE: values of both.
       state: `v`; with a local branch `k`; with a global branch `k_lin` and `sum` (module docstring).
       position: where the tokens stand.
-      spec: chunk size, branches and so on, causal.
+      spec: chunk size, branches and so on, causal; a window of one chunk.
+      gate_BTL: logits of a gate of the state, or None.
       bias_CC: relative bias inside a chunk; for a block of one token its row [B, 1, C]; or None.
+      apart: whether to return the branches, both, and not their sum.
 
     Returns:
       Outputs [B, T, E] in the dtype of v, meaningless at padding, and the new state.
@@ -186,8 +192,21 @@ def mixed_chunk_block(
         new['k'] = k_BTS
     if spec.has_global:
         new['k_lin'] = k_lin_BTS
+    if gate_BTL is not None:
+        new['gate'] = gate_BTL
     decode = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
-    return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
+    branches, state = decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart)
+    return tuple(branches) if apart else sum(branches), state
+
+
+def _over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
+    """Queries [..., N, S] of a state with a gate over the tokens in it by weight, [..., L]."""
+    return q_lin.astype(count.dtype) / (jnp.where(count > 0, count, 1)[..., None, :] if spec.mean else 1)
+
+
+def _kept(gate: Array) -> Array:
+    """What a state keeps over a chunk [..., L], given the logits of its tokens [..., C, L]."""
+    return jax.nn.sigmoid(gate.mean(-2))
 
 
 def weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
@@ -203,7 +222,7 @@ def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
     return jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
 
 
-def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
+def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C, apart):
     """The token joins its chunk, looks at it and at the state; a chunk that is full now goes into the state."""
     chunk_size = spec.chunk_size
     offset_B = position.start_B % chunk_size
@@ -212,7 +231,7 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
     state = state | {name: state[name].at[rows_B, place_B].set(x[:, 0], mode='drop') for name, x in new.items()}
     v_BCE = state['v']
 
-    # As in the parallel form one matmul serves both branches.
+    del apart  # The branches are two matmuls in any case.
     left, right = [], []
     if 'k' in state:
         mask_B1C = (jnp.arange(chunk_size) <= offset_B[:, None])[:, None]
@@ -223,25 +242,33 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C):
         right.append(v_BCE)
     if 'sum' in state:
         total_BSE = state['sum']
-        left.append(weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
+        if 'gate' in state:
+            left.append(_over_count(q_lin_B1S, state['count'], spec))
+        else:
+            left.append(weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
         right.append(total_BSE)
         full_B = offset_B + position.length_B == chunk_size
+        if 'gate' in state:
+            kept_BL = jnp.where(full_B[:, None], _kept(state['gate']), 1)
+            state['count'] = kept_BL * state['count'] + jnp.where(full_B, chunk_size, 0)[:, None]
 
         def folded(total_BSE):
             k_BCS = jnp.where(full_B[:, None, None], state['k_lin'], 0)
             kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, v_BCE, preferred_element_type=total_BSE.dtype)
-            if spec.global_decay < 1:
+            if 'gate' in state:
+                total_BSE = kept_BL[..., None] * total_BSE
+            elif spec.global_decay < 1:
                 total_BSE = jnp.where(full_B[:, None, None], spec.global_decay, 1) * total_BSE
             return total_BSE + kv_BSE
 
         state['sum'] = jax.lax.cond(full_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
-    o_B1E = sum(
+    branches = [
         weights.astype(v_BCE.dtype) @ values.astype(v_BCE.dtype) for weights, values in zip(left, right, strict=True)
-    )
-    return o_B1E, state
+    ]
+    return branches, state
 
 
-def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
+def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
     """The current chunk and the block, laid end to end from the start of that chunk, as chunks."""
     t, chunk_size = q_BTS.shape[1], spec.chunk_size
     offset_B = position.start_B % chunk_size
@@ -276,7 +303,10 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
         kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', split['k_lin'], v_BGCE, preferred_element_type=dtype)
         # before[g]: the state as chunk g finds it.
         sums_BGSE = jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1)
-        if spec.global_decay < 1:
+        if 'gate' in split:
+            sums_BGSE, count_BGL = _sums_with_gate(state, _kept(split['gate']), kv_BGSE, chunk_size)
+            new_state['count'] = jnp.take_along_axis(count_BGL, complete_B[:, None, None], axis=1)[:, 0]
+        elif spec.global_decay < 1:
             steps = jnp.arange(chunks + 1)
             weights = jnp.tril(spec.global_decay ** jnp.maximum(steps[:, None] - steps, 0).astype(dtype))
             sums_BGSE = jnp.einsum('GI,BISE->BGSE', weights, sums_BGSE, precision=jax.lax.Precision.HIGHEST)
@@ -285,17 +315,35 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC):
         before_BGSE = sums_BGSE[:, :-1]
         before_BG = (position.start_B // chunk_size)[:, None] + jnp.arange(chunks)
         q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
-        left.append(weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
+        if 'gate' in split:
+            left.append(_over_count(q_lin_BGCS, count_BGL[:, :-1], spec))
+        else:
+            left.append(weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
         right.append(before_BGSE)
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
     dtype = v_BGCE.dtype
-    o_BGCE = jnp.concatenate([x.astype(dtype) for x in left], axis=-1) @ jnp.concatenate(
-        [x.astype(dtype) for x in right], axis=-2
-    )
-    o_BNE = o_BGCE.reshape(*whole['v'].shape)
+    left, right = ([x.astype(dtype) for x in side] for side in (left, right))
+    if not apart:
+        # One matmul serves both branches.
+        left, right = [jnp.concatenate(left, axis=-1)], [jnp.concatenate(right, axis=-2)]
+    branches = [(x @ y).reshape(*whole['v'].shape) for x, y in zip(left, right, strict=True)]
 
     def cut(x_BNS, first_B, n):
         return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, n, 0))(x_BNS, first_B)
 
     new_state |= {name: cut(x, complete_B * chunk_size, chunk_size) for name, x in whole.items()}
-    return cut(o_BNE, offset_B, t), new_state
+    return [cut(o_BNE, offset_B, t) for o_BNE in branches], new_state
+
+
+def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, chunk_size: int) -> tuple[Array, Array]:
+    """Returns sum and count as they are before the first of G chunks and after each, [B, G + 1, ...]."""
+
+    def step(carry, chunk):
+        carry = after_chunk(carry, *chunk)
+        return carry, carry
+
+    start = state['sum'], state['count']
+    n_BGL = jnp.full_like(factor_BGL, chunk_size)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BGL, (kv_BGSE, n_BGL)))
+    _, after = jax.lax.scan(step, start, xs)
+    return jax.tree.map(lambda x, y: jnp.moveaxis(jnp.concatenate([x[None], y]), 0, 1), start, after)

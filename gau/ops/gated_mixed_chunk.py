@@ -24,6 +24,7 @@ def gated_mixed_chunk(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
+    gate_BNL: Array | None = None,
 ) -> Array:
     """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = p + bias, both branches, one head.
 
@@ -36,6 +37,7 @@ def gated_mixed_chunk(
         what is made of them there, and not them.
       spec: and segment_ids_BN: see there; both branches.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
+      gate_BNL: see there; float32.
 
     Returns:
       [B, N, E] in the dtype of p; zeros at padding.
@@ -47,5 +49,6 @@ def gated_mixed_chunk(
         spec=spec,
         segment_ids_BN=segment_ids_BN,
         bias_CC=None if bias_P is None else bias_matrix(bias_P, size, size),
+        gate_BNL=gate_BNL,
         impl='reference',
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import into_chunks, states_of_other_chunks
+from gau.ops.gated_states import carried_states, log_decays, previous_chunk
 from gau.ops.masks import clear_padding, visibility_mask
 from gau.ops.scores import Scoring, attention_weights
 from gau.ops.tracing import choose, traced_once
@@ -33,6 +34,8 @@ class ChunkSpec(NamedTuple):
       global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
       global_decay: factor on the weight of a token in it for every chunk that stands between the token's and the
         query's; 1 (paper), or, if causal, less.
+      window: chunks that the local branch reads, the own one included: 1 (paper), or, if causal, 2. The global branch
+        reads those before them.
     """
 
     chunk_size: int
@@ -41,6 +44,7 @@ class ChunkSpec(NamedTuple):
     branches: str = 'both'
     global_reduction: str = 'mean'
     global_decay: float = 1.0
+    window: int = 1
 
     @property
     def has_local(self) -> bool:
@@ -58,7 +62,7 @@ class ChunkSpec(NamedTuple):
         return choose(self.global_reduction, {'mean': True, 'sum': False})
 
 
-@traced_once('spec', 'impl', 'sequence_axis')
+@traced_once('spec', 'apart', 'impl', 'sequence_axis')
 def mixed_chunk_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -69,10 +73,12 @@ def mixed_chunk_attention(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_CC: Array | None = None,
+    gate_BNL: Array | None = None,
+    apart: bool = False,
     impl: str = 'xla',
     sequence_axis: str | None = None,
-) -> Array:
-    """Returns V_quad + V_lin for one head.
+) -> Array | tuple[Array, Array]:
+    """Returns V_quad + V_lin for one head, or both apart.
 
     Args:
       q_BNS: queries of the local branch (not read where there is none).
@@ -82,7 +88,11 @@ def mixed_chunk_attention(
       v_BNE: values of both.
       spec: chunk size, branches and so on. N need not be a multiple of the chunk: the last one is padded here.
       segment_ids_BN: documents and padding, or None.
-      bias_CC: relative position bias inside a chunk, at least [min(N, C), min(N, C)], or None.
+      bias_CC: relative position bias inside a chunk, at least [min(N, C), min(N, C)], or None; where the local branch
+        reads two chunks and N is above C, [2 C, 2 C].
+      gate_BNL: logits of a gate by which the state forgets, instead of `spec.global_decay`: for every token one, or one
+        for each column of the keys (`gau.ops.gated_states`). Causal. Or None.
+      apart: whether to return the branches and not their sum. Causal, and both branches.
       impl: 'reference' is a masked N x N form, right for any layout of segments; 'xla' is linear in N and asks that
         documents are contiguous.
       sequence_axis: mesh axis over whose devices the tokens are spread in order and in whole chunks, where this runs
@@ -90,18 +100,29 @@ def mixed_chunk_attention(
         global branch, one [S, E] state of each crosses the axis. None with the reference.
 
     Returns:
-      [B, N, E] in the dtype of v; zeros at padding.
+      [B, N, E] in the dtype of v, or two of these; zeros at padding.
 
     Raises:
-      ValueError: an unknown `impl`, branch or reduction.
+      ValueError: an unknown `impl`, branch or reduction; or a window, a gate or branches apart if not causal.
     """
+    if not spec.causal and (spec.window > 1 or gate_BNL is not None or apart):
+        raise ValueError('a window of two chunks, a gate and branches apart are of causal attention')
     arrays = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
+    log_decay_BGL = None
+    if gate_BNL is not None:
+        log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, min(spec.chunk_size, v_BNE.shape[1]))
+    elif spec.window > 1 or apart:
+        log_decay_BGL = jnp.full((1, 1, 1), math.log(spec.global_decay))
     chunked = functools.partial(_chunked, sequence_axis=sequence_axis)
     attend = choose(impl, {'reference': _reference, 'xla': chunked})
-    return clear_padding(attend(*arrays, spec, segment_ids_BN, bias_CC), segment_ids_BN)
+    branches = attend(*arrays, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart)
+    if apart:
+        local_BNE, global_BNE = (clear_padding(x_BNE, segment_ids_BN) for x_BNE in branches)
+        return local_BNE, global_BNE
+    return clear_padding(branches, segment_ids_BN)
 
 
-def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
+def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart):
     """Both branches as masked N x N matrices."""
     n, causal = v.shape[1], spec.causal
     index = jnp.arange(n)
@@ -110,17 +131,23 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
     visible_BNN = jnp.ones((1, n, n), bool) if visible_BNN is None else visible_BNN
     o_BNE = jnp.zeros(v.shape, v.dtype)
     if spec.has_local:
-        mask_BNN = visible_BNN & (chunk[:, None] == chunk)
+        mask_BNN = visible_BNN & (chunk[:, None] >= chunk) & (chunk[:, None] < chunk + spec.window)
         if causal:
             mask_BNN &= index[:, None] >= index
         bias_NN = None
         if bias_CC is not None:
-            within = index % spec.chunk_size
-            bias_NN = bias_CC[within[:, None], within]
-        fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
+            first = jnp.maximum(chunk - spec.window + 1, 0) * spec.chunk_size
+            bias_NN = bias_CC[(index - first)[:, None], jnp.maximum(index - first[:, None], 0)]
+        fields = {'scoring': spec.scoring, 'sequence_length': spec.window * spec.chunk_size}
         a_BNN = attention_weights(q, k, mask=mask_BNN, bias=bias_NN, **fields)
         o_BNE += a_BNN.astype(v.dtype) @ v
-    if spec.has_global:
+    if spec.has_global and log_decay_BGL is not None:
+        mask_BNN = visible_BNN & (chunk[:, None] >= chunk + spec.window)
+        a_BNN = _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL)
+        if apart:
+            return o_BNE, a_BNN.astype(v.dtype) @ v
+        o_BNE += a_BNN.astype(v.dtype) @ v
+    elif spec.has_global:
         mask_BNN = visible_BNN & (chunk[:, None] > chunk) if causal else visible_BNN
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         a_BNN = jnp.einsum('BNS,BMS->BNM', q_lin, k_lin, preferred_element_type=dtype)
@@ -134,7 +161,24 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC):
     return o_BNE
 
 
-def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_axis):
+def _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL):
+    """The global branch's weights: q.k with a factor for every column, the product of what lies in between."""
+    dtype, n = jnp.promote_types(q_lin.dtype, jnp.float32), q_lin.shape[1]
+    chunk, groups = jnp.arange(n) // spec.chunk_size, -(-n // spec.chunk_size)
+    log_BGL = jnp.broadcast_to(log_decay_BGL.astype(dtype), (len(log_decay_BGL), groups, log_decay_BGL.shape[-1]))
+    # total[g]: the sum over the chunks before g.
+    total_BGL = jnp.pad(jnp.cumsum(log_BGL, axis=1), ((0, 0), (1, 0), (0, 0)))
+    until_BNL, from_BNL = (total_BGL[:, g] for g in (jnp.maximum(chunk - spec.window + 1, 0), chunk + 1))
+    mask_BNN1 = mask_BNN[..., None]
+    w_BNNL = jnp.where(mask_BNN1, jnp.exp(jnp.where(mask_BNN1, until_BNL[:, :, None] - from_BNL[:, None], 0)), 0)
+    if spec.mean:
+        count_BN1L = w_BNNL.sum(2, keepdims=True)
+        w_BNNL /= jnp.where(count_BN1L > 0, count_BN1L, 1)
+    w_BNNS = jnp.broadcast_to(w_BNNL, (*w_BNNL.shape[:3], q_lin.shape[-1]))
+    return jnp.einsum('BNS,BMS,BNMS->BNM', q_lin.astype(dtype), k_lin.astype(dtype), w_BNNS)
+
+
+def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart, *, sequence_axis):
     """The linear form: chunks attend within themselves and read a state of what lies before, or before and after."""
     n = v.shape[1]
     size = min(spec.chunk_size, n)
@@ -144,17 +188,24 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_a
     q, k, q_lin, k_lin, v_BGCE = (into_chunks(x, size) for x in (q, k, q_lin, k_lin, v))
 
     # All that a chunk attends to is collected as terms: weights, and what they weigh.
-    a_BGCC = _weights_in_chunk(q, k, spec, ids_BGC, bias_CC) if spec.has_local else None
+    a_BGCC = _weights_in_chunk(q, k, spec, ids_BGC, bias_CC, sequence_axis) if spec.has_local else None
     terms = []
     o_BGCE = 0
-    if spec.has_global and not spec.causal and ids_BGC is None:
+    if spec.has_global and log_decay_BGL is not None:
+        terms = [_read_carried(q_lin, k_lin, v_BGCE, spec, ids_BGC, log_decay_BGL, sequence_axis)]
+    elif spec.has_global and not spec.causal and ids_BGC is None:
         o_BGCE = _read_all(q_lin, k_lin, v_BGCE, n, spec, sequence_axis)
     elif spec.has_global and (v_BGCE.shape[1] > 1 or not spec.causal or sequence_axis is not None):
         in_chunk_BGCC, terms = _read_other_chunks(q_lin, k_lin, v_BGCE, spec, ids_BGC, sequence_axis)
         if in_chunk_BGCC is not None:
             a_BGCC = in_chunk_BGCC if a_BGCC is None else a_BGCC + in_chunk_BGCC
     if a_BGCC is not None:
-        terms.insert(0, (a_BGCC, v_BGCE))
+        two = a_BGCC.shape[-1] > a_BGCC.shape[-2]
+        before = [previous_chunk(v_BGCE, sequence_axis)] if two else []
+        terms.insert(0, (a_BGCC, jnp.concatenate([*before, v_BGCE], axis=2)))
+    if apart:
+        local_BGCE, global_BGCE = (weights.astype(v.dtype) @ value.astype(v.dtype) for weights, value in terms)
+        return [x_BGCE.reshape(x_BGCE.shape[0], -1, x_BGCE.shape[-1])[:, :n] for x_BGCE in (local_BGCE, global_BGCE)]
     if terms:
         # One matmul, [A, Q_lin] [V; M], instead of one each: measured 2 % of a training step.
         left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in terms], axis=-1)
@@ -165,13 +216,31 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, *, sequence_a
     return o_BGCE.reshape(v_BGCE.shape[0], -1, v_BGCE.shape[-1])[:, :n]
 
 
-def _weights_in_chunk(q_BGCS, k_BGCS, spec, ids_BGC, bias_CC):
-    """The local branch's weights, [B, G, C, C]."""
-    size = q_BGCS.shape[2]
+def _weights_in_chunk(q_BGCS, k_BGCS, spec, ids_BGC, bias_CC, sequence_axis):
+    """The local branch's weights, [B, G, C, C]; [B, G, C, 2 C] where it reads the chunk before, too."""
+    groups, size = q_BGCS.shape[1:3]
+    if spec.window > 1 and (groups > 1 or sequence_axis is not None):
+        ids_BGC = jnp.ones((1, groups, size), jnp.int32) if ids_BGC is None else ids_BGC
+        k_BGMS, ids_BGM = (jnp.concatenate([previous_chunk(x, sequence_axis), x], axis=2) for x in (k_BGCS, ids_BGC))
+        mask_BGCM = visibility_mask(ids_BGC, ids_BGM, n=size, m=2 * size, causal=True, first_query=size)
+        bias_CM = None if bias_CC is None else bias_CC[size : 2 * size, : 2 * size]
+        fields = {'scoring': spec.scoring, 'sequence_length': 2 * spec.chunk_size}
+        return attention_weights(q_BGCS, k_BGMS, mask=mask_BGCM, bias=bias_CM, **fields)
     mask_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=spec.causal)
     bias_CC = None if bias_CC is None else bias_CC[:size, :size]
-    fields = {'scoring': spec.scoring, 'sequence_length': spec.chunk_size}
+    fields = {'scoring': spec.scoring, 'sequence_length': spec.window * spec.chunk_size}
     return attention_weights(q_BGCS, k_BGCS, mask=mask_BGCC, bias=bias_CC, **fields)
+
+
+def _read_carried(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, log_decay_BGL, sequence_axis):
+    """The global branch as weights and what they weigh: queries [B, G, C, S] and states [B, G, S, E]."""
+    ids_BGC = jnp.ones((1, *v_BGCE.shape[1:3]), jnp.int32) if ids_BGC is None else ids_BGC
+    fields = {'delay': spec.window - 1, 'sequence_axis': sequence_axis}
+    carried = carried_states(k_lin_BGCS, v_BGCE, ids_BGC, log_decay_BGL, **fields)
+    q_lin_BGCS = jnp.where(carried.sees_BGC[..., None], q_lin_BGCS.astype(carried.count_BGL.dtype), 0)
+    if spec.mean:
+        q_lin_BGCS /= jnp.where(carried.count_BGL > 0, carried.count_BGL, 1)[:, :, None]
+    return q_lin_BGCS, carried.state_BGSE
 
 
 def _read_all(q_lin_BGCS, k_lin_BGCS, v_BGCE, n, spec, sequence_axis):

@@ -137,6 +137,11 @@ def test_heads_fall_with_depth():
     ({'global_decay': 0.5, 'objective': 'mlm'}, 'model.global_decay=0.5 is of causal models'),
     ({'name': 'flash_quad', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
     ({'branches': 'global', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
+    ({'decay_gate': 'scalar', 'global_decay': 0.5}, 'decay_gate=scalar takes its place'),
+    ({'decay_gate': 'scalar', 'objective': 'mlm'}, 'model.decay_gate=scalar is of causal models with one head'),
+    ({'local_window': 2, 'num_heads': 2}, 'model.local_window=2 is of causal models with one head'),
+    ({'local_window': 3}, 'model.local_window must be 1 or 2, not 3'),
+    ({'global_norm': 'rms_norm', 'branches': 'global'}, 'model.global_norm=rms_norm is for branches=both'),
     ({'global_decay': 1.5}, 'model.global_decay must be above 0 and at most 1, not 1.5'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip

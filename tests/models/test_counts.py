@@ -48,6 +48,8 @@ OPTIONS = [
     {'name': 'transformer', 'gate': 'silu', 'head_dim': 6, 'norm': 'rms_norm', 'norm_placement': 'sandwich'},
     {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
+    {'name': 'flash', 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'},
+    {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz', 'linear_start': 'mean'},
     {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4, 'head_decay': 1.0},
 ]
 

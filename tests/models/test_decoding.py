@@ -35,6 +35,8 @@ ABLATIONS = {
         {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
         | {'rope': 'local'},
     ),
+    'gate, norm': ('flash', {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'}),
+    'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
         {

@@ -74,6 +74,14 @@ def expect_the_reference(fused, reference, params, ids, n=N):
         assert max_error(leaf, expected) < (TOLERANCE if leaf.ndim else SCALAR_TOLERANCE), path
 
 
+@pytest.mark.parametrize(
+    'fields', [{'decay_gate': 'scalar'}, {'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'}]
+)
+def test_a_gate_of_the_state_is_that_of_the_reference(fields):
+    fused, reference, params = models('flash', 'lm', **fields)
+    expect_the_reference(fused, reference, params, jnp.concatenate([IDS, jnp.ones_like(IDS)]))
+
+
 @pytest.mark.parametrize(('name', 'objective'), MODELS)
 def test_logits_losses_and_gradients_are_those_of_the_reference(name, objective):
     # One of two layers, since the second one reads what the first one adds, its bias too.

@@ -30,13 +30,41 @@ CHUNK_FIELDS = {
 }
 
 
+# Of a gated unit alone, of causal models, and not the paper's.
+STATE_FIELDS = {
+    'decay_gate': choice(
+        'What the state of the global branch keeps when a chunk is added: what global_decay says; or what a gate makes '
+        'of the chunk, one number ("scalar") or one for each column of the keys ("keys").',
+        *('none', 'scalar', 'keys'),
+        default='none',
+    ),
+    'global_norm': choice(
+        'Norm of what a token reads from the state, with a gain for each column of E.',
+        *('none', 'rms_norm'),
+        default='none',
+    ),
+    'local_window': count(
+        'Chunks that the local branch reads, the own one included: 1 or 2. The global branch reads those before.',
+        default=1,
+    ),
+    'linear_start': choice(
+        'Where the scale gamma and the offset beta of the linear queries and keys start: as the others ("direct"); '
+        'gamma as ones; beta so that q.k is about 1, and the global branch a mean ("mean").',
+        *('direct', 'ones', 'mean'),
+        default='direct',
+    ),
+}
+# What is computed otherwise; the kernels have part of it.
+CHANGED = {name: field.default for name, field in STATE_FIELDS.items() if name != 'linear_start'}
+
+
 class MixedChunk(ScoredAttention):
     """Quadratic attention inside chunks and linear attention between them, in a gated unit."""
 
-    fields = SCORING_FIELDS | CHUNK_FIELDS
+    fields = SCORING_FIELDS | CHUNK_FIELDS | STATE_FIELDS
     implementations = table(
-        triton=triton(gate='silu', branches='both'),
-        pallas=pallas(at_most={'chunk_size': 512}, gate='silu', branches='both'),
+        triton=triton(gate='silu', branches='both', global_norm='none', local_window=1),
+        pallas=pallas(at_most={'chunk_size': 512}, gate='silu', branches='both', **CHANGED),
         xla=ANYWHERE,
         reference=ANYWHERE,
     )
@@ -56,6 +84,9 @@ class MixedChunk(ScoredAttention):
             chunk_size=config.chunk_size,
             global_reduction=config.global_reduction or 'mean',
             global_decay=config.global_decay or 1.0,
+            decay_gate=config.decay_gate or 'none',
+            local_window=config.local_window or 1,
+            global_norm=config.global_norm or 'none',
             parent=None,
         )
 
@@ -65,7 +96,7 @@ class MixedChunk(ScoredAttention):
 
     def positions(self, config: ConfigDict, context: int) -> int:
         """See the base class."""
-        return config.chunk_size
+        return config.chunk_size * (config.local_window or 1)
 
     def void(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
@@ -73,12 +104,15 @@ class MixedChunk(ScoredAttention):
         if config.branches == 'global':
             void |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
         if config.branches == 'local':
-            void |= dict.fromkeys(('global_reduction', 'global_decay'), 'branches=local has no global branch')
+            fields = {'global_reduction', 'global_decay', *STATE_FIELDS} - {'local_window'}
+            void |= dict.fromkeys(fields, 'branches=local has no global branch')
+        if (config.decay_gate or 'none') != 'none':
+            void['global_decay'] = f'decay_gate={config.decay_gate} takes its place'
         return void | super().void(config)
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
         """See the base class."""
-        for field, declared in CHUNK_FIELDS.items():
+        for field, declared in (CHUNK_FIELDS | STATE_FIELDS).items():
             fill(field, declared.default)
         super().fill(fill, causal=causal, context=context)
 
@@ -89,12 +123,19 @@ class MixedChunk(ScoredAttention):
             raise UserError(
                 f'model.global_decay={config.global_decay} is of causal models: all chunks are read at once here'
             )
+        changed = [field for field, default in CHANGED.items() if config[field] not in (None, default)]
+        if changed and (not causal or config.num_heads > 1):
+            raise UserError(f'model.{changed[0]}={config[changed[0]]} is of causal models with one head')
+        if (config.local_window or 1) > 2:
+            raise UserError(f'model.local_window must be 1 or 2, not {config.local_window}')
+        if config.global_norm == 'rms_norm' and config.branches == 'global':
+            raise UserError('model.global_norm=rms_norm is for branches=both')
         if not causal or config.chunk_size < context:
             return
         alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
         if config.branches == 'global':
             raise UserError(f'{alone}: branches=global would see nothing; use a smaller chunk_size or branches=both')
-        for field in ('global_reduction', 'global_decay'):
+        for field in ('global_reduction', 'global_decay', *STATE_FIELDS):
             if field in chosen:
                 raise UserError(f'{alone}: {field}={config[field]} changes nothing; use a smaller chunk_size')
 
@@ -102,16 +143,29 @@ class MixedChunk(ScoredAttention):
         """See the base class."""
         c, total = min(config.chunk_size, shape.context), Count()
         if config.branches != 'global':
-            total += self.count_weights(config, shape, seen=c / 2 if causal else c, matrix=shape.heads * c)
-            total += self.count_scoring(config, shape, positions=c)
+            before = c if config.local_window == 2 and shape.context > c else 0
+            seen = before + (c / 2 if causal else c)
+            total += self.count_weights(config, shape, seen=seen, matrix=shape.heads * (c + before))
+            total += self.count_scoring(config, shape, positions=c + before)
         if config.branches != 'local' and (shape.context > c or not causal):
             # One k v^T and one q M for every token; a state for every chunk.
             state = shape.heads * shape.width * shape.value_width
             total += Count(0, 4 * state, 0) + saved(config, 2 * state / c)
+        if config.branches != 'local':
+            total += self._count_gate_and_norm(config, shape)
         return total
 
-    def refuses_decoding(self, config: ConfigDict) -> None:
+    def _count_gate_and_norm(self, config: ConfigDict, shape: Shape) -> Count:
+        d, s, rank = config.model_dim, shape.width, 16
+        gates = {'scalar': d + 1, 'keys': rank * (d + s) + s}
+        gain = round(shape.value_width) if config.global_norm == 'rms_norm' else 0
+        parameters = gates.get(config.decay_gate, 0)
+        return Count(parameters + gain, 2 * parameters, 0)
+
+    def refuses_decoding(self, config: ConfigDict) -> str | None:
         """See the base class."""
+        if config.local_window == 2:
+            return 'model.local_window=2 cannot be decoded: no state holds two chunks'
         return None  # Its core has a state.
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
@@ -120,29 +174,34 @@ class MixedChunk(ScoredAttention):
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
-        plain = config.attention_function == 'relu2' and config.temperature == 'none'
+        plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
         return impl == 'triton' and plain and self._known_to_decoding_kernels(config)
 
     def _known_to_decoding_kernels(self, config: ConfigDict) -> bool:
         """Whether fields that kernels of prefill and decoding have not heard of say what they would without them."""
-        known = SCORING_FIELDS.keys() | CHUNK_FIELDS.keys()
+        known = SCORING_FIELDS.keys() | CHUNK_FIELDS.keys() | {'linear_start'}
         others = {name: field.default for name, field in self.fields.items() if name not in known}
         return all(config[name] in (None, default) for name, default in others.items())
 
-    def window(self, config: ConfigDict) -> int:
+    def window(self, config: ConfigDict) -> int | None:
         """See the base class."""
-        return config.chunk_size
+        plain = all(config[field] in (None, default) for field, default in CHANGED.items())
+        return config.chunk_size if plain else None
 
     def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
         """See the base class."""
         from gau.ops.chunk_window import open_window
 
+        if self.window(config) is None:
+            return state
         return open_window(state, tokens)
 
     def close_window(self, config, state, window, *, start_B, end_B):
         """See the base class."""
         from gau.ops.chunk_window import close_window
 
+        if self.window(config) is None:
+            return window
         fields = {'chunk_size': config.chunk_size, 'decay': config.global_decay or 1.0}
         return close_window(state, window, start_B=start_B, end_B=end_B, **fields)
 
@@ -154,7 +213,7 @@ class MixedChunk(ScoredAttention):
 class MultiHeadMixedChunk(MixedChunk):
     """The same in a Transformer, with softmax by default and without a relative bias."""
 
-    fields = with_defaults(MixedChunk.fields, attention_function='softmax', relative_bias='none') | {
+    fields = with_defaults(SCORING_FIELDS | CHUNK_FIELDS, attention_function='softmax', relative_bias='none') | {
         'gamma_init': choice(
             'Init of the scale of the linear queries and keys: N(0, 0.02), or ones, the default without local branch.',
             *('normal', 'ones'),

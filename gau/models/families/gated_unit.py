@@ -47,6 +47,7 @@ class GatedUnit(Family):
                 num_heads=heads,
                 gate=config.gate,
                 gamma_init=config.gamma_init,
+                linear_start=config.linear_start or 'direct',
                 rope=config.rope,
                 dtype=config.dtype,
                 name='gau',

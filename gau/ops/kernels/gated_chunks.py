@@ -35,7 +35,7 @@ def gated_chunk_matmul(
     a_BGCC: Array,
     q_BGCF: Array,
     k_BGCF: Array,
-    carry_mask_BGJ: Array,
+    carry_mask_BGK: Array,
     state_scale_BGJ: Array,
     causal: bool,
 ) -> Array:
@@ -50,17 +50,19 @@ def gated_chunk_matmul(
       a_BGCC: weights inside chunks; zero above the diagonal if `causal`.
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
-      carry_mask_BGJ: 1 where a scan carries its state on over a chunk, 0 where it drops it; float32, no gradient.
+      carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
+        for each scan, K = J, without a gradient; or one for each row of their states, K = F, with a gradient, and then
+        `state_scale_BGJ` must be 1.
       state_scale_BGJ: factor on the state that a chunk reads; float32, not 0, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal)[0]
+    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal):
-    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, carry_mask_BGJ)
+def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal):
+    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, state_scale_BGJ)
     if sizes.has_states:
-        v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGJ, state_scale_BGJ)
+        v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGK, state_scale_BGJ)
         read = q_BGCF, states
     else:
         v_BGCE = values(_by_token(p_BGCW), bias_2E, tokens_first=False).reshape(*p_BGCW.shape[:3], -1)
@@ -68,20 +70,20 @@ def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scal
         states = weights_on_other_chunk(q_BGCF, k_BGCF, state_scale_BGJ) if sizes.cross_chunk else v_BGCE
         read = states, v_BGCE
     o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCC, *read), causal=causal)
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
+    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     # In the place of states may stand weights on the other chunk.
     return o_BGCE, (*arrays, o_BGCE, v_BGCE, states)
 
 
 def _backward(causal, residuals, do_BGCE):
-    p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
-    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, carry_mask_BGJ)
+    p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
+    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, state_scale_BGJ)
     dp_of_gate, dbias_u_E, dmixed = gate_gradients(
         *(_by_token(p_BGCW), bias_2E, _by_token(do_BGCE), _by_token(o_BGCE)), tokens_first=False
     )
     dp_of_gate, dmixed_BGCE = dp_of_gate.reshape(p_BGCW.shape), dmixed.reshape(o_BGCE.shape)
     if sizes.has_states:
-        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGJ, state_scale_BGJ)
+        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGK, state_scale_BGJ)
         # Transposed here, a pass over k alone, so that both matmuls of the values' gradient are one loop in the kernel.
         # Without the barrier XLA transposes the mask that made k instead, and then the gradients that go through it,
         # twice.
@@ -98,7 +100,11 @@ def _backward(causal, residuals, do_BGCE):
     elif not sizes.has_states:
         dq, dk = jnp.zeros_like(q_BGCF), jnp.zeros_like(k_BGCF)
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
-    return dp_BGCW, dbias_2E, da_BGCC, dq, dk, jnp.zeros_like(carry_mask_BGJ), jnp.zeros_like(state_scale_BGJ)
+    dcarry_BGK = jnp.zeros_like(carry_mask_BGK)
+    if sizes.has_states and carry_mask_BGK.shape[-1] == q_BGCF.shape[-1] > state_scale_BGJ.shape[-1]:
+        # A state and what is added to it have the same gradient; the state before is the one that the chunk reads.
+        dcarry_BGK = jnp.einsum('BGFE,BGFE->BGF', states, dkv_BGFE, preferred_element_type=carry_mask_BGK.dtype)
+    return dp_BGCW, dbias_2E, da_BGCC, dq, dk, dcarry_BGK, jnp.zeros_like(state_scale_BGJ)
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
@@ -153,9 +159,9 @@ class _Sizes(NamedTuple):
     read_width: int
 
     @classmethod
-    def of(cls, p_BGCW: Array, bias_2E: Array, q_BGCF: Array, carry_mask_BGJ: Array) -> '_Sizes':
+    def of(cls, p_BGCW: Array, bias_2E: Array, q_BGCF: Array, state_scale_BGJ: Array) -> '_Sizes':
         batch, groups, size, columns = p_BGCW.shape
-        inner, directions = q_BGCF.shape[-1], carry_mask_BGJ.shape[-1]
+        inner, directions = q_BGCF.shape[-1], state_scale_BGJ.shape[-1]
         has_states = groups > 2 or (groups == 2 and size > 2 * (inner // directions))
         cross_chunk = directions if groups == 2 and not has_states else 0
         read_width = inner if has_states else size if cross_chunk else 0

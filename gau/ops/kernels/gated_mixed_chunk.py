@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
+from gau.ops.gated_states import log_decays
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.masks import visibility_mask
@@ -38,6 +39,7 @@ def gated_mixed_chunk(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
+    gate_BNL: Array | None = None,
     kernels: str = 'triton',
     sequence_axis: str | None = None,
 ) -> Array:
@@ -47,8 +49,11 @@ def gated_mixed_chunk(
     in order and in whole chunks over the devices of the mesh axis `sequence_axis`; N is then those of one device.
 
     Raises:
-      ValueError: unknown `kernels`, or a `sequence_axis` for 'triton'.
+      ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate for
+        'pallas', a window of two chunks.
     """
+    if spec.window > 1 or (gate_BNL is not None and (kernels != 'triton' or not spec.causal)):
+        raise ValueError(f'kernels={kernels!r} have no gate and no window of two chunks here')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
@@ -61,6 +66,12 @@ def gated_mixed_chunk(
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCC = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
     scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay, sequence_axis=sequence_axis)
+    carry_mask_BGK = scans.carry_mask_BGJ
+    if gate_BNL is not None:
+        scans = _scans(ids_BGC, causal=causal, mean=False, decay=1.0, sequence_axis=None)
+        carry_mask_BGK, scale_BGL = _with_gate(scans, log_decays(gate_BNL, segment_ids_BN, size), mean=spec.mean)
+        q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
+        carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
@@ -74,7 +85,7 @@ def gated_mixed_chunk(
     else:
         q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
         k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
-    by_chunk = scans.carry_mask_BGJ, scans.state_scale_BGJ
+    by_chunk = carry_mask_BGK, scans.state_scale_BGJ
     shards = () if scans.shards is None else (scans.shards, sequence_axis)
     o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
@@ -171,6 +182,16 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_a
         count_BGC = own(sum(counts_BGC)) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
         query_scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
     return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGC, shards)
+
+
+def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool) -> tuple[Array, Array]:
+    """Returns the factors on rows of the state, [B, G, L], and those on queries that make means of sums, or ones."""
+    carry_BGL = scans.carry_mask_BGJ * jnp.exp(log_decay_BGL)
+    added_BGL = jnp.broadcast_to(scans.key_masks[0].sum(-1).astype(jnp.float32)[..., None], carry_BGL.shape)
+    counts = carry_BGL, added_BGL
+    total_BGL = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
+    carried_BGL = jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return carry_BGL, 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
 
 
 def _shards(carry_mask_BGJ: Array, on_device: int, device: Array) -> tpu_gated_chunks.Shards:

@@ -1,0 +1,137 @@
+"""What a chunk can know of earlier chunks where the state forgets by a gate, and where it may leave the last one out.
+
+    M[g + 1] = d[g] M[g] + k[g]^T v[g]      d[g] = sigmoid(mean of the logits of chunk g's tokens)
+
+d[g] is one number for a state [S, E], or one for each of its rows, the columns of the keys. Chunk g reads M[g], or
+M[g - 1] where it sees the chunk before otherwise. M begins with zeros in every document, and a gate's logits reach no
+other one: a chunk with tokens of two documents hands nothing on from before it. `gau.ops.chunk_states` has the same
+without a gate as a matmul over all chunks, which a factor for each row would make large.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.chunk_states import first_and_last_document, into_chunks
+
+
+class Carried(NamedTuple):
+    """What the tokens of a chunk find of earlier chunks.
+
+    Attributes:
+      state_BGSE: sum of k v^T by weight, at least float32.
+      count_BGL: number of tokens in that sum by weight; L is 1, or S: one for each row.
+      sees_BGC: which tokens of the chunk belong to the document of that state.
+    """
+
+    state_BGSE: Array
+    count_BGL: Array
+    sees_BGC: Array
+
+
+def log_decays(logits_BNL: Array, segment_ids_BN: Array | None, chunk_size: int) -> Array:
+    """Returns log d of every chunk, [B, G, L], from the logits of its tokens; padding has none."""
+    logits_BGCL = into_chunks(logits_BNL, chunk_size)
+    ids_BN = jnp.ones(logits_BNL.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
+    real_BGC1 = into_chunks(ids_BN, chunk_size)[..., None] > 0
+    total_BGL = jnp.where(real_BGC1, logits_BGCL, 0).sum(2)
+    return jax.nn.log_sigmoid(total_BGL / jnp.maximum(real_BGC1.sum(2), 1))
+
+
+def previous_chunk(x_BG: Array, sequence_axis: str | None = None) -> Array:
+    """Returns what chunk g - 1 has in the place of chunk g, [B, G, ...]; zeros before the first one.
+
+    `sequence_axis` is the mesh axis over whose devices the chunks are spread in order (inside `jax.shard_map`).
+    """
+    first_B1 = jnp.zeros_like(x_BG[:, :1])
+    if sequence_axis is not None:
+        pairs = [(device, device + 1) for device in range(jax.lax.axis_size(sequence_axis) - 1)]
+        # A device that nobody sends to gets zeros.
+        first_B1 = jax.lax.ppermute(x_BG[:, -1:], sequence_axis, pairs)
+    return jnp.concatenate([first_B1, x_BG[:, :-1]], axis=1)
+
+
+def carried_states(
+    k_BGCS: Array,
+    v_BGCE: Array,
+    ids_BGC: Array,
+    log_decay_BGL: Array,
+    *,
+    delay: int = 0,
+    sequence_axis: str | None = None,
+) -> Carried:
+    """Returns what each chunk finds of the chunks before it.
+
+    Args:
+      k_BGCS: keys, 0 at padding.
+      v_BGCE: values, 0 at padding.
+      ids_BGC: segment ids, [B, G, C] or [1, G, C].
+      log_decay_BGL: log d; B and G may be 1.
+      delay: how many of the chunks just before it a chunk does not find in the state.
+      sequence_axis: mesh axis over whose devices the chunks are spread in order (inside `jax.shard_map`), or None.
+    """
+    dtype = jnp.promote_types(k_BGCS.dtype, jnp.float32)
+    batch, groups = k_BGCS.shape[:2]
+    ids_BGC = jnp.broadcast_to(ids_BGC, (batch, *ids_BGC.shape[1:]))
+    _, last_BG = first_and_last_document(ids_BGC)
+    at_tail_BGC = (ids_BGC == last_BG[..., None]) & (ids_BGC > 0)
+    # The document of the last chunk so far that was not all padding: open after a chunk, and when it begins.
+    came_B = _open_before(last_BG, sequence_axis)
+    latest_BG = jax.lax.cummax(jnp.where(last_BG > 0, jnp.arange(groups), -1), axis=1)
+    after_BG = jnp.take_along_axis(last_BG, jnp.maximum(latest_BG, 0), axis=1)
+    after_BG = jnp.where(latest_BG < 0, came_B[:, None], after_BG)
+    open_BG = jnp.concatenate([came_B[:, None], after_BG[:, :-1]], axis=1)
+    carried_BG1 = ((after_BG == open_BG) & (open_BG > 0))[..., None]
+    factor_BGL = jnp.where(carried_BG1, jnp.exp(log_decay_BGL.astype(dtype)), 0)
+
+    k_BGCS = jnp.where(at_tail_BGC[..., None], k_BGCS, 0)
+    kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', k_BGCS, v_BGCE, preferred_element_type=dtype)
+    n_BGL = jnp.broadcast_to(at_tail_BGC.sum(-1).astype(dtype)[..., None], factor_BGL.shape)
+
+    def step(carry, chunk):
+        factor_BL, *added = chunk
+        return after_chunk(carry, factor_BL, added), carry
+
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BGL, kv_BGSE, n_BGL))
+    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (kv_BGSE, n_BGL))
+    left, found = jax.lax.scan(step, start, xs, unroll=min(groups, 8))
+    state_BGSE, count_BGL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+    if sequence_axis is not None:
+        state_BSE, count_BL = _left_by_others(left, factor_BGL.prod(1), sequence_axis)
+        reached_BGL = jnp.concatenate([jnp.ones_like(factor_BGL[:, :1]), factor_BGL[:, :-1]], axis=1).cumprod(1)
+        state_BGSE += reached_BGL[..., None] * state_BSE[:, None]
+        count_BGL += reached_BGL * count_BL[:, None]
+    for _ in range(delay):
+        open_BG, state_BGSE, count_BGL = (previous_chunk(x, sequence_axis) for x in (open_BG, state_BGSE, count_BGL))
+    return Carried(state_BGSE, count_BGL, (ids_BGC == open_BG[..., None]) & (ids_BGC > 0))
+
+
+def after_chunk(carry: tuple[Array, Array], factor_BL: Array, added: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns state [B, S, E] and count [B, L] after a chunk, given its factor on them and what it adds to both."""
+    (state_BSE, count_BL), (kv_BSE, n_BL) = carry, added
+    return factor_BL[..., None] * state_BSE + kv_BSE, factor_BL * count_BL + n_BL
+
+
+def _open_before(last_BG: Array, sequence_axis: str | None) -> Array:
+    """The document that is open where this device's chunks begin, [B]; 0: none."""
+    if sequence_axis is None:
+        return jnp.zeros_like(last_BG[:, 0])
+    # 0 where a device has padding alone.
+    left_BA = jax.lax.all_gather(first_and_last_document(last_BG)[1], sequence_axis, axis=1)
+    earlier_A = jnp.arange(left_BA.shape[1]) < jax.lax.axis_index(sequence_axis)
+    return first_and_last_document(jnp.where(earlier_A, left_BA, 0))[1]
+
+
+def _left_by_others(left, factor_BL: Array, sequence_axis: str):
+    """State and count that come to this device from those before it: each leaves its own, and a factor on what came."""
+    of_all = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis), (factor_BL, left))
+    devices = jnp.arange(of_all[0].shape[0])
+
+    def step(carry, device):
+        number, (factor_BL, added) = device
+        earlier = number < jax.lax.axis_index(sequence_axis)
+        return jax.tree.map(lambda x, y: jnp.where(earlier, x, y), after_chunk(carry, factor_BL, added), carry), None
+
+    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, left), (devices, of_all))[0]

@@ -1,0 +1,117 @@
+"""Mixed chunk attention whose state forgets by a gate, with a window of two chunks and with its branches apart."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
+from gau.ops.positions import bias_matrix
+from gau.ops.scores import Scoring
+from tests.numerics import LAYOUTS, max_error
+
+N, S, E, C = 24, 3, 4, 3
+CONTIGUOUS = [layout for name, layout in LAYOUTS.items() if name != 'short']
+
+
+def inputs(batch, columns, n=N):
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal((batch, n, width)) for width in (S, S, S, S, E, columns)]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def by_hand(q, k, q_lin, k_lin, v, logits, ids, bias, spec):
+    """Both branches, token by token: [N, E] each."""
+    n = len(v)
+    chunk = np.arange(n) // C
+    kept = []
+    for g in range(chunk[-1] + 1):
+        real = (chunk == g) & (ids > 0)
+        kept.append(sigmoid(logits[real].mean(0)) if real.any() else np.full(S, 0.5))
+    local, far = np.zeros((n, E)), np.zeros((n, E))
+    for i in range(n):
+        seen = [j for j in range(i + 1) if ids[i] == ids[j] > 0]
+        first = max(chunk[i] - spec.window + 1, 0)
+        for j in (j for j in seen if chunk[j] >= first):
+            x = q[i] @ k[j] / (C * spec.window) + bias[i - first * C, j - first * C]
+            local[i] += max(x, 0) ** 2 * v[j]
+        state, count = np.zeros((S, E)), np.zeros(S)
+        for g in range(first):
+            tokens = [j for j in seen if chunk[j] == g]
+            state = kept[g][:, None] * state + sum((np.outer(k_lin[j], v[j]) for j in tokens), np.zeros((S, E)))
+            count = kept[g] * count + len(tokens)
+        far[i] = q_lin[i] @ (state / np.maximum(count, 1e-9)[:, None] if spec.mean else state)
+    return local, far
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'impl', 'apart'))
+def apply(arrays, ids, bias, *, spec, impl, apart=False):
+    *arrays, logits = arrays
+    fields = {'segment_ids_BN': ids, 'bias_CC': bias, 'gate_BNL': logits, 'apart': apart, 'impl': impl}
+    return mixed_chunk_attention(*arrays, spec=spec, **fields)
+
+
+RELU2 = Scoring('relu2', 'paper')
+
+
+def spec_of(window, reduction='mean', scoring=RELU2):
+    return ChunkSpec(C, scoring, True, global_reduction=reduction, window=window)
+
+
+def relative_bias(window):
+    n = window * C
+    return np.asarray(bias_matrix(jnp.asarray(np.random.default_rng(1).standard_normal(2 * n - 1) + 0.5), n, n))
+
+
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+@pytest.mark.parametrize(('window', 'columns', 'reduction'), [(1, 1, 'mean'), (2, S, 'mean'), (1, S, 'sum')])
+def test_values_are_the_formula(impl, window, columns, reduction):
+    spec, ids = spec_of(window, reduction), np.asarray(CONTIGUOUS)
+    x, bias = inputs(len(ids), columns), relative_bias(window)
+    found = apply(x, ids, bias, spec=spec, impl=impl, apart=True)
+    for row in range(len(ids)):
+        arrays = [a[row] for a in x[:5]] + [np.broadcast_to(x[5][row], (N, S))]
+        expected = by_hand(*arrays, ids[row], bias, spec)
+        for branch in range(2):
+            np.testing.assert_allclose(found[branch][row], expected[branch] * (ids[row] > 0)[:, None], atol=1e-11)
+    np.testing.assert_allclose(apply(x, ids, bias, spec=spec, impl=impl), sum(found), atol=1e-12)
+
+
+@pytest.mark.parametrize('n', [N, 2, 4, 7])
+@pytest.mark.parametrize(('window', 'columns'), [(1, 1), (2, S)])
+def test_chunked_form_equals_the_reference_with_every_gradient(window, columns, n):
+    ids = np.asarray(CONTIGUOUS)[:, :n]
+    x, c = inputs(len(ids), columns, n), np.random.default_rng(1).standard_normal((n, E))
+    bias = relative_bias(window if n > C else 1)
+
+    def values_and_gradients(impl):
+        def loss(x):
+            y = apply(x, ids, bias, spec=spec_of(window), impl=impl)
+            return (y * c).sum(), y
+
+        return jax.value_and_grad(loss, has_aux=True)([jnp.asarray(a) for a in x])
+
+    assert max_error(values_and_gradients('xla'), values_and_gradients('reference')) < 1e-12
+
+
+@pytest.mark.parametrize('window', [1, 2])
+def test_nothing_of_the_future_and_of_other_documents_reaches_a_token(window):
+    ids = np.asarray([[1] * 7 + [2] * 17])
+    x = [jnp.asarray(a) for a in inputs(1, 1)]
+
+    # With relu2 a token may see nothing.
+    spec = spec_of(window, scoring=Scoring('softmax', None))
+
+    def reach(token):
+        gradient = jax.grad(lambda x: apply(x, ids, None, spec=spec, impl='xla')[0, token].sum())(x)
+        return sum(np.abs(a[0]).sum(-1) for a in gradient)
+
+    assert (reach(20)[:7] == 0).all()
+    assert (reach(20)[21:] == 0).all()
+    assert (reach(20)[7:21] > 0).all()
+    assert (reach(5)[6:] == 0).all()
