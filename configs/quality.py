@@ -9,7 +9,8 @@ of the bias on three seeds of `small` at 1,024; this is the comparison that it l
 
 Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `rates`
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
-of the tokens before its chunk), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+of the tokens before its chunk), `variants` (how it may remember and read them), `base` (112 M parameters).
+`seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -87,6 +88,22 @@ def sweep_memory() -> Iterator[Overrides]:
     for size in (512, 1024):
         yield {'name': f'chunk_{size}', **flash, 'model.chunk_size': size}
     yield {'name': 'quad', ':context': 8192, **QUAD, RATE: 3e-3}
+
+
+def sweep_variants() -> Iterator[Overrides]:
+    """8,192 tokens of context: gates of the state, windows of two chunks, RoPE inside chunks alone; Transformer++."""
+    flash = {':context': 8192, **MEAN, RATE: 3e-3}
+    fixed, chunk_128 = {**flash, 'model.global_decay': 0.75}, {'model.chunk_size': 128, 'model.global_decay': 0.87}
+    keys = {'model.decay_gate': 'keys', 'model.global_norm': 'rms_norm', 'model.linear_start': 'ones'}
+    yield {'name': 'flash', **flash}
+    yield {'name': 'gated', **flash, 'model.decay_gate': 'scalar'}
+    yield {'name': 'gated_keys_norm', **flash, **keys}
+    yield {'name': 'window_2_chunk_128', **flash, **chunk_128, 'model.local_window': 2}
+    yield {'name': 'window_2', **fixed, 'model.local_window': 2}
+    yield {'name': 'chunk_128', **flash, **chunk_128}
+    yield {'name': 'no_rope_mean_start', **fixed, 'model.rope': 'local', 'model.linear_start': 'mean'}
+    for rate in (1.4e-3, 2e-3, 3e-3):
+        yield {'name': f'transformer_plus_plus_lr_{rate:g}', ':context': 8192, **TRANSFORMER, RATE: rate}
 
 
 def sweep_base() -> Iterator[Overrides]:
