@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from gau.ops.chunk_window import open_window
 from gau.ops.decoding import DecodePosition
 from gau.ops.kernels import compat
+from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
@@ -47,7 +48,7 @@ def zeros(*shape, dtype=DTYPE):
 
 
 def main():
-    """Every decoding kernel at size base, for one row and for many."""
+    """Every decoding kernel at size base, for one row and for many; training's scans with a factor for each row."""
     compat.triton_call = compile_only
     spec = ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0)
     vector = {'dtype': 'float32'}
@@ -71,6 +72,10 @@ def main():
     queries_keys = [zeros(batch, C, S)] * 4
     p, bias = zeros(batch, C, 2 * E + S), zeros(2, E, **vector)
     gated_mixed_chunk_block(p, bias, *queries_keys, state, position=position, spec=spec, bias_P=parameters.bias_P)
+
+    chunks, factors = zeros(1, 4, C, S), (zeros(1, 4, S, **vector), zeros(1, 4, 1, **vector))
+    values_and_states(zeros(1, 4, C, 2 * E + S), bias, chunks, *factors)
+    gradient_of_added(chunks, zeros(1, 4, C, E), *factors)
 
 
 if __name__ == '__main__':
