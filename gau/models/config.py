@@ -65,6 +65,7 @@ def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
         raise UserError(f'model.name={config.name} cannot be a causal language model: {attention.not_causal}')
     if context < 1:
         raise UserError(f'context must be at least 1, not {context}')
+    had = set(config)
     for name, field in declared.items():
         # What a registered model brought along may be missing in an older config.
         if config.get(name) is None:
@@ -74,7 +75,8 @@ def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
 
     defaults = _applying_defaults(config, architecture)
     # A config without open fields was resolved before; what stands there need not be anybody's choice for this context.
-    resolved = all(config[name] is not None for name in defaults)
+    # (Fields that came later an older config does not have.)
+    resolved = all(config[name] is not None for name in defaults if name in had)
     fill = Filler(config, defaults)
     chosen = frozenset() if resolved else fill.chosen
     size = SIZES[config.size]

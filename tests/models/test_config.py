@@ -176,3 +176,12 @@ def test_an_unknown_field_is_refused():
 def test_configs_and_counts_import_no_jax():
     code = 'import sys, gau.models.config, gau.models.counts; sys.exit("jax" in sys.modules or "flax" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_a_config_that_was_resolved_before_a_field_came_is_understood():
+    # One chunk, in which a reduction that somebody chose would be refused.
+    config = resolved(context=128)
+    older = config.copy_and_resolve_references()
+    for field in ('decay_gate', 'local_window', 'global_norm', 'linear_start', 'global_decay'):
+        del older[field]
+    assert resolve(older, causal=True, context=128) == config
