@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.programs import call
 from tests.training.test_commands import run
 
 
@@ -21,7 +22,7 @@ from tests.training.test_commands import run
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
-    code, out, err = run('scripts/benchmark.py', *arguments)
+    code, out, err = call('scripts/benchmark.py', *arguments)
     assert (code, out) == (2, '')
     assert message in err
     assert err.count('\n') == 1
@@ -29,7 +30,7 @@ def test_bad_input_is_one_line(arguments, message):
 
 @pytest.mark.skipif(importlib.util.find_spec('torch') is not None, reason='torch is installed')
 def test_a_missing_baseline_is_one_line():
-    code, out, err = run('scripts/benchmark.py', '--what=train', '--models=torch_transformer_plus_plus')
+    code, out, err = call('scripts/benchmark.py', '--what=train', '--models=torch_transformer_plus_plus')
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert 'pip install -r requirements-benchmark.txt' in err
 

@@ -7,6 +7,7 @@ import pytest
 
 from gau.benchmarks.run_costs import Line, costs, follow
 from gau.errors import UserError
+from tests.programs import call
 from tests.training.test_commands import run
 
 CONFIG = '--config=configs/lm.py:runlocal'
@@ -53,7 +54,7 @@ def test_a_run_that_fails_says_why(tmp_path):
     ],
 )
 def test_bad_calls_are_one_line(arguments, message):
-    code, _, err = run('scripts/benchmark_run.py', CONFIG, *arguments)
+    code, _, err = call('scripts/benchmark_run.py', CONFIG, *arguments)
     assert code == 2
     assert message in err
     assert err.count('\n') == 1

@@ -11,7 +11,7 @@ from gau.evaluation.whole_documents import WholeDocuments
 from gau.sampling import generation
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
-from tests.programs import report
+from tests.programs import call, report
 from tests.training.test_commands import run
 from tests.training.tiny import tiny_config
 
@@ -97,7 +97,7 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(trained, arguments, message):
-    code, _, err = run('eval.py', f'--workdir={trained}', *arguments)
+    code, _, err = call('eval.py', f'--workdir={trained}', *arguments)
     assert code == 2, err
     assert message in err
     assert err.count('\n') == 1

@@ -14,6 +14,7 @@ from gau.experiments.sweep import Program, find_points
 from gau.training import loop
 from gau.training import workdir as files
 from tests.conftest import ROOT
+from tests.programs import call
 from tests.training.tiny import read_metrics
 
 PROGRAM = 'tests/experiments/program.py'
@@ -116,6 +117,6 @@ BAD = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_reports_are_one_line_and_code_2(name):
     arguments, hint = BAD[name]
-    code, out, err = run('scripts/report.py', *arguments)
+    code, out, err = call('scripts/report.py', *arguments)
     assert (code, err.count('\n'), out) == (2, 1, ''), err
     assert hint in err

@@ -1,8 +1,5 @@
 """gau.experiments.attention_sizes: what is measured is what the layers compute."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -11,7 +8,7 @@ from gau.errors import UserError
 from gau.experiments import attention_sizes
 from gau.training import config as training_config
 from gau.training.setup import Run
-from tests.conftest import ROOT
+from tests.programs import call
 
 
 def config_of(*, name='flash', **fields):
@@ -67,7 +64,6 @@ def test_models_without_gated_units_are_refused():
 
 
 def test_bad_steps_are_one_line_and_code_2():
-    command = [sys.executable, 'scripts/attention_sizes.py', '--config=configs/lm.py:runlocal', '--steps=0,x']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
-    assert '--steps=0,x' in done.stderr
+    code, _, err = call('scripts/attention_sizes.py', '--config=configs/lm.py:runlocal', '--steps=0,x')
+    assert (code, err.count('\n')) == (2, 1), err
+    assert '--steps=0,x' in err

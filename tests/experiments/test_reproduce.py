@@ -13,6 +13,7 @@ from gau.experiments.report import LABEL
 from gau.experiments.sweep import Program, find_points
 from gau.training.config import flatten
 from tests.conftest import ROOT
+from tests.programs import call
 
 TABLES = sorted({path.stem for path in (ROOT / 'configs' / 'paper').glob('*.py')} - {'__init__', 'budgets'})
 
@@ -81,7 +82,7 @@ def test_bad_input_is_one_line_and_code_2(name):
     arguments, hint = BAD[name]
     if name == 'no data' and (ROOT / 'data' / 'wiki_en').exists():
         pytest.skip('the data are there')
-    code, _, err = run(*arguments)
+    code, _, err = call('scripts/reproduce.py', *arguments)
     assert (code, err.count('\n')) == (2, 1), err
     assert hint in err
 

@@ -16,6 +16,7 @@ from gau.export.exporting import FORMATS, export
 from gau.models.weights import restored
 from gau.training import loop
 from tests.conftest import ROOT
+from tests.programs import call
 from tests.test_package import requirements
 from tests.training.test_commands import run
 from tests.training.tiny import assert_trees_equal, tiny_config
@@ -57,7 +58,7 @@ def test_an_earlier_step_is_another_model_and_says_so(trained, tmp_path):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing_behind(trained, tmp_path, monkeypatch):
-    code, out, err = run('scripts/export.py', '--workdir=nowhere', f'--output={tmp_path / "out"}')
+    code, out, err = call('scripts/export.py', '--workdir=nowhere', f'--output={tmp_path / "out"}')
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert 'nowhere' in err
     (tmp_path / 'full').mkdir()

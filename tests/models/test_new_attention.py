@@ -25,6 +25,7 @@ from gau.training.batches import put_batch
 from gau.training.setup import Run
 from tests.models import tiny, toy_attention
 from tests.numerics import LAYOUTS, max_error
+from tests.programs import call
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ['toy', 'toy_transformer']
@@ -99,11 +100,8 @@ def test_it_is_counted(name):
 
 
 def test_it_is_described():
-    code = (
-        "import runpy, sys; from tests.models import toy_attention; toy_attention.register(); sys.path[0] = 'scripts'; "
-    )
-    code += "sys.argv[0] = 'describe.py'; runpy.run_path('scripts/describe.py', run_name='__main__')"
-    out = python('-c', code, '--config=configs/lm.py:model=toy,size=tiny', '--contexts=512')
+    code, out, err = call('scripts/describe.py', '--config=configs/lm.py:model=toy,size=tiny', '--contexts=512')
+    assert code == 0, err
     assert out.startswith('toy, lm')
     assert 'layer 0 to 3, each' in out
 

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from gau.training import loop
+from tests.programs import call
 from tests.training.test_commands import TINY, run, start
 from tests.training.tiny import tiny_config
 
@@ -28,7 +29,7 @@ def trained(tmp_path_factory):
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
-    code, out, err = run(*arguments)
+    code, out, err = call(*arguments)
     assert (code, out) == (2, '')
     assert message in err
     assert err.count('\n') == 1
@@ -58,7 +59,7 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     assert [record['prompt'] for record in asked] == ['', 'b', '']
     assert asked[0]['text'] == asked[2]['text'] == first['text']
     lines.write_text('{"prompt": ""}\n{"text": "b"}\n')
-    code, out, err = run('scripts/sample.py', f'--workdir={trained}', f'--prompts={lines}')
+    code, out, err = call('scripts/sample.py', f'--workdir={trained}', f'--prompts={lines}')
     assert (code, out, err.count('\n')) == (2, '', 1), err
     assert 'prompts.jsonl:2 has no "prompt"' in err
 

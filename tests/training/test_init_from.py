@@ -14,7 +14,7 @@ from gau.export.exporting import export
 from gau.training import loop
 from gau.training.init_from import with_pretrained
 from gau.training.setup import Run
-from tests.training.test_commands import run
+from tests.programs import call
 from tests.training.tiny import assert_trees_equal, read_state, tiny_config
 
 
@@ -64,11 +64,11 @@ def test_a_head_around_the_model_stays_as_it_is_drawn(trained, exported):
 
 def test_the_command_says_where_it_started(exported, tmp_path):
     flags = ['--config=configs/quickstart.py:runlocal', f'--workdir={tmp_path / "run"}', f'--init_from={exported}']
-    code, out, err = run('train.py', *flags)
+    code, out, err = call('train.py', *flags)
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert 'exported does not fit the config: blocks.2.gau.out.bias is absent there' in err
     assert not (tmp_path / 'run').exists()
-    code, _, err = run('train.py', *flags, '--fork=elsewhere')
+    code, _, err = call('train.py', *flags, '--fork=elsewhere')
     assert code == 2
     assert 'a run starts from one of them' in err
 
