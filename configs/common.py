@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 from gau.errors import UserError, did_you_mean
 from gau.models import config as model_config
 from gau.models.architectures import ARCHITECTURES
-from gau.objectives import objective as objectives
 from gau.training import config as training_config
-from gau.training import workdir as files
 
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
@@ -120,6 +118,10 @@ def start_from(config: ConfigDict, source: str) -> bool:
     Raises:
       UserError: it is none of these.
     """
+    # Imported late: these import NumPy, and a program says what is wrong with a command before that.
+    from gau.objectives import objective as objectives
+    from gau.training import workdir as files
+
     path = Path(source).absolute()
     workdir, _ = files.checkpoint_of(path)
     exported = path / TRAINING_CONFIG

@@ -17,6 +17,7 @@ from gau.models.registry import build
 from gau.training import evaluate, loop
 from tests.models.tiny import CONTEXT, VOCAB, apply, make, tokens
 from tests.numerics import float64, max_error
+from tests.programs import call
 from tests.training.test_commands import run
 from tests.training.tiny import read_metrics, read_state, tiny_config
 
@@ -170,7 +171,7 @@ def test_a_narrower_model_is_a_run_like_any_other(trained, tmp_path):
         ([*flags[:1], f'--output={tmp_path}/x', '--method=rounded', '--pattern=2:4'], 'does nothing with --pattern'),
         ([*flags[:1], f'--output={tmp_path}/x', '--method=smaller'], 'did you mean'),
     ):
-        code, out, err = run('scripts/compress.py', *words)
+        code, out, err = call('scripts/compress.py', *words)
         assert (code, out, err.count('\n')) == (2, '', 1)
         assert message in err
     assert not (tmp_path / 'x').exists()

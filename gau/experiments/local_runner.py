@@ -12,6 +12,7 @@ from typing import Any
 from gau.experiments import process
 from gau.experiments.devices import Place
 from gau.experiments.runner import ELSEWHERE, RUNNING, WAITING, Runner, Task
+from gau.training import workdir as files
 
 
 class LocalRunner(Runner):
@@ -62,12 +63,19 @@ class LocalRunner(Runner):
                 self._finish(task)
             elif self._signum:
                 self._interrupted(task)
-            elif code == process.BAD_INPUT and self._directory.is_held(task.name):
-                # Somebody else was faster.
-                task.state, task.attempts = WAITING, task.attempts - 1
+            elif code == process.BAD_INPUT and self._is_taken(task):
+                task.state, task.attempts = ELSEWHERE, task.attempts - 1
             else:
                 again = code != process.BAD_INPUT and task.attempts < process.ATTEMPTS
                 self._fail(task, process.failure(code, self._directory.last_line(task.name)), again=again)
+
+    def _is_taken(self, task: Task) -> bool:
+        """Returns whether another process was faster: it trains there now, or has ended in the meantime."""
+        return (
+            self._directory.is_held(task.name)
+            or self._look(task).finished
+            or self._directory.last_line(task.name).endswith(files.TAKEN)
+        )
 
     def _stop(self, task: Task, *, kill: bool) -> None:
         if task.handle.poll() is None:

@@ -23,6 +23,8 @@ FINAL = 'final.json'
 PARAMETERS = 'parameters.txt'
 SHARDINGS = 'shardings.txt'
 LOCK = '.lock'
+# The end of what a run says whose work directory is held by another one.
+TAKEN = 'another process is training there'
 # How long a run is: may change on resume as far as the steps done stay what they were.
 _LENGTH = ('steps: ', 'tokens: ', 'epochs: ')
 
@@ -149,7 +151,7 @@ def claim(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f'--workdir={workdir}: another process is training there') from error
+            raise UserError(f'--workdir={workdir}: {TAKEN}') from error
         # Looked at again: another process may have begun a run between the first look and the lock.
         yield _holds_this_run(workdir, config, of_other_length)
 

@@ -43,6 +43,12 @@ CHUNK_OPTIONS = [
     {'global_reduction': 'sum'},
     {'chunk_size': 7},
 ]
+# Of causal FLASH alone.
+STATE_OPTIONS = [
+    {'rope': 'local'},
+    {'decay_gate': 'scalar', 'global_norm': 'rms_norm'},
+    {'decay_gate': 'keys', 'local_window': 2},
+]
 ATTENTION_OPTIONS = [
     {'attention_function': 'relu2'},
     {'num_heads': 1},
@@ -62,7 +68,7 @@ ATTENTION_OPTIONS = [
 ]
 OPTIONS = [
     *(('flash_quad', option) for option in [*GAU_OPTIONS, {'normalizer': 'paper'}]),
-    *(('flash', option) for option in [*GAU_OPTIONS[:2], *GAU_OPTIONS[4:11], *CHUNK_OPTIONS]),
+    *(('flash', option) for option in [*GAU_OPTIONS[:2], *GAU_OPTIONS[4:11], *CHUNK_OPTIONS, *STATE_OPTIONS]),
     *(('transformer_plus_plus', option) for option in ATTENTION_OPTIONS),
     *(('mc_transformer_plus_plus', option) for option in [*CHUNK_OPTIONS, {'relative_bias': 'toeplitz'}]),
     ('performer', {'feature_map': 'favor', 'num_features': 8}),
@@ -70,6 +76,9 @@ OPTIONS = [
     ('combiner', {'chunk_size': 7}),
     ('linformer', {'projection_rank': 4}),
 ]
+
+# What changes the start of parameters alone, or how and where the same is computed.
+UNTRIED = {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init', 'relative_bias_init', 'linear_start'}
 
 
 _made = functools.cache(make)
@@ -103,11 +112,10 @@ def test_the_option_changes_the_computation(name, option):
 
 
 def test_every_choice_of_the_model_is_tried_above():
-    # Tried means: on a model whose default it is not. Exempt is only what is the default wherever the field applies,
-    # and below what changes the start of parameters alone, or how and where the same is computed.
+    # Tried means: on a model whose default it is not. Exempt is only what is the default wherever the field applies.
     bases = {name: tiny_config(name, 'mlm' if ARCHITECTURES[name].not_causal else 'lm') for name, _ in OPTIONS}
     choices = {name: field.choices for name, field in declared_fields().items() if field.choices}
-    for field in set(choices) - {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init', 'relative_bias_init'}:
+    for field in set(choices) - UNTRIED:
         tried = {option[field] for name, option in OPTIONS if field in option and option[field] != bases[name][field]}
         defaults = {base[field] for base in bases.values()} - {None}
         required = set(choices[field]) - (defaults if len(defaults) == 1 else set())

@@ -29,8 +29,9 @@ def run(model, params):
 @pytest.mark.parametrize(
     ('layer_stack', 'remat'),
     [
-        ('unrolled', 'full'),
-        ('scan', 'none'),
+        # Both at once are the last fast one.
+        pytest.param('unrolled', 'full', marks=pytest.mark.slow),
+        pytest.param('scan', 'none', marks=pytest.mark.slow),
         ('scan', 'full'),
         pytest.param('unrolled', 'dots', marks=pytest.mark.slow),
         pytest.param('unrolled', 'dots_no_batch', marks=pytest.mark.slow),

@@ -45,6 +45,8 @@ def test_it_learns_and_is_logged_by_its_own_metrics(trained):
     assert 'head/kernel' in (trained / 'parameters.txt').read_text()
 
 
+# test_classification.py resumes a task that is not the default bitwise.
+@pytest.mark.slow
 def test_it_resumes_bitwise(trained, tmp_path):
     path = shutil.copytree(trained, tmp_path / 'run')
     shutil.rmtree(path / 'checkpoints' / '30')

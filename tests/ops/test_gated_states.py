@@ -82,7 +82,7 @@ def test_values_are_the_formula(impl, window, columns, reduction):
     np.testing.assert_allclose(apply(x, ids, bias, spec=spec, impl=impl), sum(found), atol=1e-12)
 
 
-@pytest.mark.parametrize('n', [N, 2, 4, 7])
+@pytest.mark.parametrize('n', [N, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 @pytest.mark.parametrize(('window', 'columns'), [(1, 1), (2, S)])
 def test_chunked_form_equals_the_reference_with_every_gradient(window, columns, n):
     ids = np.asarray(CONTIGUOUS)[:, :n]

@@ -16,7 +16,7 @@ def read(model, params, prompt, start=None):
     return generation.prefill(model, params, [np.asarray(prompt, np.int32)], max_tokens=6, start=start)
 
 
-@pytest.mark.parametrize('name', ['flash', 'transformer_plus_plus'])
+@pytest.mark.parametrize('name', ['flash', pytest.param('transformer_plus_plus', marks=pytest.mark.slow)])
 def test_a_saved_state_goes_on_alike(name, tmp_path):
     model, params = tiny.make(name, dtype='bfloat16', num_layers=1)
     before = read(model, params, [1, 2, 3, 4, 5, 6, 7])

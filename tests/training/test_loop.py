@@ -229,7 +229,9 @@ def two_splits(tmp_path_factory):
     return config, path
 
 
-@pytest.mark.parametrize('step', [4, pytest.param(6, marks=pytest.mark.slow)])
+# A signal between steps is the fast one.
+@pytest.mark.slow
+@pytest.mark.parametrize('step', [4, 6])
 def test_signal_during_evaluation_saves_and_goes_on_there(two_splits, tmp_path, step):
     config, straight = two_splits
     original = loop._Loop._report

@@ -31,6 +31,8 @@ def test_weights_are_rounded_as_compress_rounds_them():
         assert max_error(logits, expected) < 0.02 * max_error(plain, expected)
 
 
+# The run below trains with it.
+@pytest.mark.slow
 def test_activations_are_rounded_too_and_gradients_go_through():
     model, params = make('flash', dtype='float32', num_layers=1)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)

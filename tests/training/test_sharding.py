@@ -18,11 +18,9 @@ SLOW = [
     for objective in ('lm', 'mlm')
 ]
 SLOW += [
-    pytest.param('flash', objective, MESHES, marks=pytest.mark.slow)
+    pytest.param('flash', objective, 'parameters', MESHES, marks=pytest.mark.slow)
     for objective in ('causal_classification', 'classification')
 ]
-
-
 SLOW.append(pytest.param('flash', 'lm', 'data', ('8,1,1,1', '4,1,1,2'), marks=pytest.mark.slow))
 
 
