@@ -11,6 +11,8 @@ from tests.training.tiny import tiny_config
 ALONE = (1, 1, 1, 1)
 
 
+# Whole steps on meshes equal one device in tests/training/test_sharding.py.
+@pytest.mark.slow
 def test_the_same_mesh_twice_gives_the_same_steps():
     first, second = meshes.train_over(training_config.resolve(tiny_config()), [ALONE, ALONE], steps=4)
     assert first.mesh == ALONE

@@ -45,6 +45,8 @@ def test_the_papers_start_leaves_about_half_of_the_weights_dead(name):
     assert not np.array_equal(first[2]['output'], last[2]['output'])
 
 
+# Of the reference, which is proven elsewhere.
+@pytest.mark.slow
 def test_softmax_rows_sum_to_one():
     ((_, _, found),) = sizes(config_of(attention_function='softmax', gamma_init='ones'))
     np.testing.assert_allclose(found['weight_sum'], 1, rtol=1e-5)

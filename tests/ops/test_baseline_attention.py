@@ -110,6 +110,8 @@ def favor(q, k, v, w, **options):
     return linear_attention(phi_q, phi_k, v, key_log_scale_BN=log_scale, **options)
 
 
+# FAVOR is its formula in a test below; this is about the formula.
+@pytest.mark.slow
 def test_favor_estimates_the_softmax_kernel():
     q, k, v = (0.5 * a for a in inputs())
     y = favor(q, k, jnp.asarray(v), orthogonal_directions(20_000, K, 1)[0], causal=True)

@@ -47,7 +47,7 @@ def documents(n):
 @pytest.mark.parametrize(('width', 'ids', 'dtype', 'bound'), [
     (64, np.stack(list(LAYOUTS.values())), 'float32', 1e-5),
     (96, documents(300), 'float32', 1e-5),
-    (256, 128, 'float32', 1e-5),
+    pytest.param(256, 128, 'float32', 1e-5, marks=pytest.mark.slow),
     (64, 37, 'float32', 1e-5),
     (128, documents(300), 'bfloat16', 2e-2),
 ], ids=['layouts', 'documents', '128', '37', 'bfloat16'])  # fmt: skip

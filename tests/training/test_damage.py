@@ -25,6 +25,8 @@ def finished(tmp_path_factory):
     return path
 
 
+# A checkpoint without `meta` and torn metrics, which are most of it, are the fast test.
+@pytest.mark.slow
 def test_what_can_be_made_again_is(finished, tmp_path, capsys):
     path = shutil.copytree(finished, tmp_path / 'run')
     final = workdir.read_json(path / 'final.json')
