@@ -6,7 +6,7 @@ Arguments: model (any causal model of docs/models.md), runlocal.
 
 A small batch and a high learning rate, because what counts here is minutes and not tokens: at one million tokens, 512 a
 step reached 2.17 bits per byte where 2,048 a step reached 2.63 (LOG.md, L01). Few layers and many steps, and Muon, for
-the same reason (L39).
+the same reason (L40).
 """
 
 from ml_collections import ConfigDict
