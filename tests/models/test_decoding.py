@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.errors import UserError
 from gau.layers import decode_unit, quadratic
 from gau.models import decoding
 from gau.models.target import Implementation
@@ -398,19 +397,3 @@ def test_past_the_capacity_is_nan_and_not_text():
     logits_BV, _ = step(params, state, jnp.array([1, 1]))
     assert np.isnan(logits_BV[0]).all()
     assert np.isfinite(logits_BV[1]).all()
-
-
-@pytest.mark.parametrize(
-    ('name', 'objective', 'fields', 'capacity', 'message'),
-    [
-        ('flash', 'mlm', {}, None, 'masked language model cannot be decoded'),
-        ('combiner', 'lm', {}, None, 'weighted by the mean of all their queries'),
-        ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole sequence'),
-        ('flash_quad', 'lm', {}, 25, 'relative positions for 24 tokens'),
-        ('transformer', 'lm', {}, None, 'needs a capacity'),
-    ],
-)
-def test_what_cannot_be_decoded_is_refused_in_one_line(name, objective, fields, capacity, message):
-    model, _ = tiny.make(name, objective, dtype='float32', **fields)
-    with pytest.raises(UserError, match=message):
-        decoding.init_state(model, batch_size=1, capacity=capacity)
