@@ -9,7 +9,8 @@ of the bias on three seeds of `small` at 1,024; this is the comparison that it l
 
 Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `rates`
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
-of the tokens before its chunk), `variants` (how it may remember and read them), `base` (112 M parameters).
+of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
+Transformer++; take it times seed:3), `gated` (what goes with that gate), `base` (112 M parameters).
 `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
@@ -32,6 +33,7 @@ RATE = 'optimizer.learning_rate'
 MEAN = {':model': 'flash', 'model.relative_bias_init': 'mean', 'model.relative_bias_scale': 2.0}
 PAPER = {':model': 'flash', 'model.relative_bias_init': 'normal'}
 QUAD = {**MEAN, ':model': 'flash_quad'}
+GATED = {':context': 8192, **MEAN, 'model.decay_gate': 'scalar', RATE: 3e-3}
 TRANSFORMER = {':model': 'transformer_plus_plus'}
 
 
@@ -104,6 +106,24 @@ def sweep_variants() -> Iterator[Overrides]:
     yield {'name': 'no_rope_mean_start', **fixed, 'model.rope': 'local', 'model.linear_start': 'mean'}
     for rate in (1.4e-3, 2e-3, 3e-3):
         yield {'name': f'transformer_plus_plus_lr_{rate:g}', ':context': 8192, **TRANSFORMER, RATE: rate}
+
+
+def sweep_gate() -> Iterator[Overrides]:
+    """8,192 tokens of context: FLASH with a gate on its state against Transformer++ at two learning rates."""
+    yield {'name': 'gated', **GATED}
+    for rate in (2e-3, 1.4e-3):
+        yield {'name': f'transformer_plus_plus_lr_{rate:g}', ':context': 8192, **TRANSFORMER, RATE: rate}
+
+
+def sweep_gated() -> Iterator[Overrides]:
+    """8,192 tokens of context: what goes with the gate; and the gate at 1,024."""
+    yield {'name': 'gated_lr_0.0045', **GATED, RATE: 4.5e-3}
+    yield {'name': 'gated_window_2_chunk_128', **GATED, 'model.chunk_size': 128, 'model.local_window': 2}
+    yield {'name': 'gated_chunk_128', **GATED, 'model.chunk_size': 128}
+    yield {'name': 'gated_norm', **GATED, 'model.global_norm': 'rms_norm', 'model.linear_start': 'ones'}
+    yield {'name': 'gated_mean_start', **GATED, 'model.linear_start': 'mean'}
+    yield {'name': 'gated_rope_local', **GATED, 'model.linear_start': 'mean', 'model.rope': 'local'}
+    yield {'name': 'gated_1024', **GATED, ':context': 1024, RATE: 4.5e-3}
 
 
 def sweep_base() -> Iterator[Overrides]:
