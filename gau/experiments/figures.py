@@ -10,19 +10,23 @@ def draw(report: Report, stem: Path) -> list[Path]:
     """Draws what there is to draw, and returns the paths.
 
     STEM_tokens.png and STEM_time.png: held-out loss, mean and 95 % band; STEM_values.png: the last loss over the swept
-    value, where one field is a number; STEM_speed.png: the last loss over tokens/s, better to the upper right.
+    value, where one field is a number; STEM_speed.png: the last loss over tokens/s, better to the upper right. Those
+    over time and speed are left out where runs shared a device; what an earlier report drew of them is deleted.
     """
     paths = []
     for name, drawn in (
         ('tokens', _curves(report, column=0, label='tokens')),
-        ('time', _curves(report, column=1, label='seconds of training')),
+        ('time', _curves(report, column=1, label='seconds of training') if report.timed else None),
         ('values', _values(report)),
-        ('speed', _speed(report)),
+        ('speed', _speed(report) if report.timed else None),
     ):
-        if drawn is not None:
-            paths.append(stem.with_name(f'{stem.name}_{name}.png'))
-            paths[-1].parent.mkdir(parents=True, exist_ok=True)
-            drawn.savefig(paths[-1], dpi=120, format='png', metadata={'Software': None})
+        path = stem.with_name(f'{stem.name}_{name}.png')
+        if drawn is None:
+            path.unlink(missing_ok=True)
+        else:
+            paths.append(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(path, dpi=120, format='png', metadata={'Software': None})
     return paths
 
 

@@ -5,7 +5,7 @@ when it is killed. The same command goes on from there.
 """
 
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +22,7 @@ class LocalRunner(Runner):
         """Takes what a `Runner` takes, and the places, each for one run at a time."""
         super().__init__(*arguments, **shared)
         self._free = deque(places)
+        self._per_device = Counter(place.name for place in places)
         self._places: dict[str, Place] = {}
 
     def _fill(self) -> None:
@@ -46,6 +47,7 @@ class LocalRunner(Runner):
         task.handle = process.start(
             *(self._program, task.point, self._directory),
             place=place.name,
+            per_device=self._per_device[place.name],
             environment=place.environment,
             commit=self._commit,
         )

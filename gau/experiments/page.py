@@ -56,13 +56,13 @@ def _around(path: Path) -> tuple[str, str]:
 def _results(report: Report) -> str:
     options, rows = report.options, report.rows
     fields = list(rows[0].values)
-    compared = bool(report.baselines)
+    compared, timed = bool(report.baselines), report.timed
     head = [*fields, 'parameters', f'{options.split} {options.metric}']
     if compared:
         head += ['difference', 'p', 'p (Holm)']
-    head.append('tokens/s')
+    head += ['tokens/s'] * timed
     if compared:
-        head += ['tokens to its loss', 'time to its loss']
+        head += ['tokens to its loss'] + ['time to its loss'] * timed
     lines = []
     for row in rows:
         line = [*(_value(value) for value in row.values.values()), _parameters(row), str(row.mean)]
@@ -70,15 +70,16 @@ def _results(report: Report) -> str:
             difference = row.against and row.against.difference
             line.append(_difference(difference, is_baseline=row.values in report.baselines))
             line += [_p(row.against and row.against.p), _p(row.holm)]
-        line.append('-' if row.speed is None else f'{row.speed:,.0f}')
+        line += ['-' if row.speed is None else f'{row.speed:,.0f}'] * timed
         if compared:
-            line += ['-', '-'] if row.reached is None else [_tokens(row.reached[0]), _seconds(row.reached[1])]
+            line.append('-' if row.reached is None else _tokens(row.reached[0]))
+            line += ['-' if row.reached is None else _seconds(row.reached[1])] * timed
         lines.append(line)
     return markdown([head, *lines], numbers=len(fields))
 
 
 def _notes(report: Report) -> str:
-    sigma, options = report.sigma, report.options
+    sigma, options, timed = report.sigma, report.options, report.timed
     notes = ['A cell is the mean over n seeds ± half the width of its 95 % interval (Student t).']
     if sigma.value is None:
         notes.append('With one seed a row, nothing here says how far chance goes.')
@@ -90,8 +91,12 @@ def _notes(report: Report) -> str:
         notes.append(
             f'Differences are to the row {options.against}, seed by seed (the same seed sees the same batches in the '
             'same order), p by the two-sided paired t test; p (Holm) is corrected for all comparisons of the table. '
-            "Tokens and time to the baseline's last loss are read between evaluations of one run whose learning rate "
-            'goes on falling; time is that of training steps alone.'
+            f"Tokens{' and time' * timed} to the baseline's last loss are read between evaluations of one run whose "
+            f'learning rate goes on falling{"; time is that of training steps alone" * timed}.'
+        )
+    if not timed:
+        notes.append(
+            f'Up to {report.per_device} of the runs shared a device: times and speeds say nothing and are left out.'
         )
     if options.best:
         notes.append(

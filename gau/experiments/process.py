@@ -26,6 +26,7 @@ def start(
     directory: SweepDirectory,
     *,
     place: str,
+    per_device: int,
     environment: Mapping[str, str],
     commit: str | None,
     train: Path | None = None,
@@ -37,6 +38,7 @@ def start(
       point: an accepted one.
       directory: claimed.
       place: where it runs, as people call it.
+      per_device: how many runs share that place's device, at most.
       environment: what it needs besides this process's.
       commit: of the repository.
       train: the program to run; by default TRAIN.
@@ -54,7 +56,7 @@ def start(
             preexec_fn=_end_with_parent,
         )
     command = ' '.join(map(shlex.quote, ('python', 'train.py', *arguments)))
-    directory.note(point.name, event='start', command=command, commit=commit, place=place)
+    directory.note(point.name, event='start', command=command, commit=commit, place=place, per_device=per_device)
     return process
 
 

@@ -62,6 +62,7 @@ class RayRunner(Runner):
         self._run_point = ray.remote(max_retries=process.ATTEMPTS - 1, retry_exceptions=[RunFailed], **resources)(
             run_point
         )
+        self._per_device = per_device
         self._shared = [ray.put(value) for value in (self._program, self._directory)]
         self._before = Counter(line['point'] for line in self._directory.starts())
 
@@ -80,6 +81,7 @@ class RayRunner(Runner):
                     *(*self._shared, task.point),
                     cwd=os.getcwd(),
                     environment=self._environment,
+                    per_device=self._per_device,
                     commit=self._commit,
                     train=process.TRAIN,
                 )

@@ -73,13 +73,20 @@ class Report(NamedTuple):
       options: as asked for, with `by` filled.
       rows: in order.
       sigma: between seeds, of the metric.
-      baseline: values of the row that others are compared with; of several rows if `by` has more fields.
+      baselines: values of the row that others are compared with; of several rows if `by` has more fields.
+      per_device: how many of the runs shared a device, at most.
     """
 
     options: Options
     rows: list[Row]
     sigma: Sigma
     baselines: list[dict[str, Any]]
+    per_device: int = 1
+
+    @property
+    def timed(self) -> bool:
+        """Whether times and speeds say something: each run had its device to itself."""
+        return self.per_device == 1
 
 
 def make(runs: Sequence[Run], options: Options) -> Report:
@@ -97,7 +104,8 @@ def make(runs: Sequence[Run], options: Options) -> Report:
     sigma = statistics.pooled_sigma([_metrics(row, options) for row in rows])
     baselines = _find_baselines(rows, options)
     rows = _compared(rows, baselines, options)
-    return Report(options, rows, sigma, [rows[index].values for index in sorted(set(baselines.values()))])
+    per_device = max(run.facts.get('per_device', 1) for run in runs)
+    return Report(options, rows, sigma, [rows[index].values for index in sorted(set(baselines.values()))], per_device)
 
 
 def value_of(run: Run, field: str) -> Any:

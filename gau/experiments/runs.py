@@ -38,7 +38,8 @@ class Run(NamedTuple):
       metrics: by split, as in final.json.
       curves: by split ('train' and the evaluated ones), rows (tokens, seconds of training, loss).
       facts: command, commits, device, versions, data (what each source holds), tokenizer (fingerprint), tokens,
-        parameters, flops_per_token, tokens_per_second.
+        parameters, flops_per_token, tokens_per_second, per_device (runs that shared its device, at most; not of runs
+        kept before that was noted).
     """
 
     name: str
@@ -130,6 +131,7 @@ def read(workdir: Path) -> Run:
         'parameters': final['parameters'],
         'flops_per_token': final['flops_per_token'],
         'tokens_per_second': _median(train.get('tokens_per_second')),
+        'per_device': max((attempt.get('per_device', 1) for attempt in attempts), default=1),
     }
     return Run(
         name=workdir.resolve().name,

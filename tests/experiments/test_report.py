@@ -176,6 +176,18 @@ def test_files_of_a_report(published):
     assert 'Standard deviation between seeds: 0.0100' in page
 
 
+def test_times_of_runs_that_shared_a_device_are_not_shown(tmp_path):
+    found = [run for run in models() if run.seed == 0]
+    found[0].facts['per_device'] = 4
+    (tmp_path / 'shared_time.png').touch()
+    text = publish.write(report.make(found, Options(against='flash')), found, tmp_path / 'shared')
+    assert 'Up to 4 of the runs shared a device' in text
+    assert 'tokens to its loss' in text
+    assert 'time to its loss' not in text
+    assert 'tokens/s' not in text
+    assert [path.name for path in tmp_path.glob('*.png')] == ['shared_tokens.png']
+
+
 def test_check_finds_what_was_changed(published):
     kept, page = published / 'chunks.jsonl', published / 'chunks.md'
     assert publish.check(kept) == publish.SAME
