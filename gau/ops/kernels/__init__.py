@@ -14,7 +14,8 @@
 | ScaleNorm | `norms` | `norm` | `norm_triton` |
 | vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |
 | softmax attention | `quadratic_attention` | `cudnn_attention` | none: cuDNN's |
-| FLASH, gated, on a TPU | `gated_chunks` | `gated_mixed_chunk` | none: `tpu_gated_chunks`, in Pallas |
+| FLASH, gated, on a TPU | `gated_chunks` | `gated_mixed_chunk` | `tpu_gated_chunks`,
+  `sequence_shards`; in Pallas: `tpu_gated_chunks_pallas` |
 | FLASH-Quad on a TPU | `quadratic_attention` | `tpu_quadratic` | none: in Pallas, the same file |
 | softmax attention on a TPU | `quadratic_attention` | `splash_attention` | none: JAX's own, in Pallas |
 
@@ -23,7 +24,7 @@ reads and writes, and the bytes of a layer; `tile_sizes` has its tile sizes; the
 comments at loads BM, BN, ... are sides of tiles, BLOCK_M, BLOCK_N, ..., and `# [BM, BK] @ [BK, BN]` is the next matmul.
 `launch` calls kernels, through `compat` on a GPU and `interpreter` on a CPU; `load_store` loads and stores with masks.
 
-The kernels in Pallas have their host side in the same file; `pallas` says whether they are interpreted.
+Kernels in Pallas: `pallas` says whether they are interpreted.
 
 Triton, jax-triton and Pallas are imported when a kernel is launched, so that these modules can be imported without
 them.

@@ -20,6 +20,7 @@ from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.gated_states import log_decays
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
+from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
 from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
@@ -134,7 +135,7 @@ class _Scans(NamedTuple):
     carry_mask_BGJ: Array
     state_scale_BGJ: Array
     query_scale_BGC: Array | None
-    shards: tpu_gated_chunks.Shards | None
+    shards: Shards | None
 
 
 def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_axis: str | None) -> _Scans:
@@ -175,7 +176,7 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_a
         carry_masks.append(flip(carry_mask_BG))
     carry_mask_BGJ, state_scale_BGJ = (jnp.stack(x, axis=-1) for x in (carry_masks, state_scales))
     query_masks, key_masks = [own(x) for x in query_masks], [own(x) for x in key_masks]
-    shards = None if sequence_axis is None else _shards(carry_mask_BGJ, on_device, device)
+    shards = None if sequence_axis is None else shards_of_scans(carry_mask_BGJ, on_device, device)
     query_scale_BGC = None
     if not causal:
         size, ids_BGC = own_ids_BGC.shape[-1], own_ids_BGC
@@ -192,20 +193,3 @@ def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool) -> tuple[Arra
     total_BGL = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
     carried_BGL = jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return carry_BGL, 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
-
-
-def _shards(carry_mask_BGJ: Array, on_device: int, device: Array) -> tpu_gated_chunks.Shards:
-    """Returns how scans go on from device to device, from the carry masks of all chunks, `on_device` on each."""
-    batch, _, directions = carry_mask_BGJ.shape
-    over_BAJ = carry_mask_BGJ.reshape(batch, -1, on_device, directions).prod(axis=2)
-    a = jnp.arange(over_BAJ.shape[1])
-    begins, leaves = a[:, None], a
-    # A state is carried over all devices between the one that left it and the one that begins with it.
-    between = (a > jnp.minimum(begins, leaves)[..., None]) & (a < jnp.maximum(begins, leaves)[..., None])
-    weights = [
-        jnp.where(before, jnp.where(between, over_BAJ[:, None, None, :, j], 1).prod(axis=-1), 0)
-        for j, before in enumerate((leaves < begins, leaves > begins)[:directions])
-    ]
-    weights_BJAA = jnp.stack(weights, axis=1)
-    begin_BJA, leave_BJA = (jnp.take(weights_BJAA, device, axis=axis) for axis in (2, 3))
-    return tpu_gated_chunks.Shards(begin_BJA, leave_BJA)

@@ -6,8 +6,7 @@ A TPU runs a kernel's grid in order: the chunks of a sequence come one after the
 on the chip from one to the next. No state is written to main memory, and the backward pass makes them again on its
 way. What it gets saved are the operands and, if not causal, what the reverse scan added to the values.
 
-Where the chunks of a sequence are spread over devices, each of them first makes the state that its own chunks leave,
-S x E, and begins with what those of the others are together; the gradients of states go the other way likewise.
+Where the chunks of a sequence are spread over devices: `gau.ops.kernels.sequence_shards`.
 """
 
 import functools
@@ -19,23 +18,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels import pallas
+from gau.ops.kernels.sequence_shards import Shards, states_of_other_shards
+from gau.ops.kernels.tpu_gated_chunks_pallas import (
+    MATMULS,
+    Step,
+    output_kernel,
+    query_gradient_kernel,
+    state_gradient_kernel,
+    state_kernel,
+    value_gradient_kernel,
+)
 
 # Columns of E that a step of the grid has: the first of these that divides E and with which a block [C, BE] has no more
 # numbers than the 16 MiB of a v4's vector memory allow for; all of E where none does, which only the interpreter takes.
 BLOCKS = (512, 384, 256, 128)
 BLOCK_NUMBERS = 256 * 512
-
-
-class Shards(NamedTuple):
-    """How the scans of a sequence go on from device to device; factors, float32, without a gradient.
-
-    Attributes:
-      begin_BJA: of the state that each of A devices leaves, in the one with which a scan of this device begins.
-      leave_BJA: of the state that this device leaves, in the one with which a scan of each of the others begins.
-    """
-
-    begin_BJA: Array
-    leave_BJA: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 9))
@@ -65,13 +62,13 @@ def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scal
     call = _Call.of(*arrays)
     begins = [None] * call.directions
     if shards is not None:
-        left = [call(_state_kernel, ('pv', 'bias', 'k'), ('left',), scan=scan)[0] for scan in range(call.directions)]
-        begins = _of_other_shards(left, shards.begin_BJA, sequence_axis)
+        left = [call(state_kernel, ('pv', 'bias', 'k'), ('left',), scan=scan)[0] for scan in range(call.directions)]
+        begins = states_of_other_shards(left, shards.begin_BJA, sequence_axis)
     read_BGCE = None
     if call.directions == 2:
-        read_BGCE = call(_output_kernel, ('pv', 'bias', 'q', 'k'), ('o',), scan=1, begin=begins[1])[0]
+        read_BGCE = call(output_kernel, ('pv', 'bias', 'q', 'k'), ('o',), scan=1, begin=begins[1])[0]
     operands = ('pu', 'pv', 'bias', 'a', 'q', 'k')
-    o_BGCE = call(_output_kernel, operands, ('o',), read=read_BGCE, begin=begins[0])[0]
+    o_BGCE = call(output_kernel, operands, ('o',), read=read_BGCE, begin=begins[0])[0]
     return o_BGCE, (*arrays, shards, read_BGCE, begins)
 
 
@@ -82,21 +79,21 @@ def _backward(causal, sequence_axis, residuals, do_BGCE):
     if shards is not None:
         operands = ('pu', 'bias', 'q', 'do')
         left = [
-            call(_state_gradient_kernel, operands, ('left',), scan=scan, against=True)[0]
+            call(state_gradient_kernel, operands, ('left',), scan=scan, against=True)[0]
             for scan in range(call.directions)
         ]
-        dbegins = _of_other_shards(left, shards.leave_BJA, sequence_axis)
+        dbegins = states_of_other_shards(left, shards.leave_BJA, sequence_axis)
     operands = ('pu', 'pv', 'bias', 'a', 'q', 'k', 'do')
     results = ('dpu', 'dbias', 'da', 'dq')
-    dp, dbias_u, da_BGCC, dq = call(_query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
+    dp, dbias_u, da_BGCC, dq = call(query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
     dqs, dks, dv = [dq], [], None
     if call.directions == 2:
         part = ('pu', 'pv', 'bias', 'q', 'k', 'do')
-        dqs += call(_query_gradient_kernel, part, ('dq',), scan=1, begin=begins[1])
-        dv, dk = call(_value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True, begin=dbegins[1])
+        dqs += call(query_gradient_kernel, part, ('dq',), scan=1, begin=begins[1])
+        dv, dk = call(value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True, begin=dbegins[1])
         dks = [dk]
     fields = {'read': dv, 'against': True, 'dp': dp, 'begin': dbegins[0]}
-    dp, dbias_v, dk = call(_value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), **fields)
+    dp, dbias_v, dk = call(value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), **fields)
     dq_BGCF, dk_BGCF = jnp.concatenate(dqs, axis=-1), jnp.concatenate([dk, *dks], axis=-1)
     columns = 2 * bias_width(arrays[1])
     if dp.shape[-1] > columns:
@@ -109,168 +106,9 @@ def _backward(causal, sequence_axis, residuals, do_BGCE):
 gated_chunk_matmul.defvjp(_forward, _backward)
 
 
-def _of_other_shards(left: Sequence[Array], weights_BJA: Array, sequence_axis: str) -> list[Array]:
-    """Returns with what the scans of this device begin, [B, S, E] each, given what they leave on every device."""
-    of_all = [jax.lax.all_gather(left_BSE, sequence_axis, axis=1) for left_BSE in left]
-    return [
-        jnp.einsum('BA,BASE->BSE', weights_BJA[:, j], left_BASE, precision=jax.lax.Precision.HIGHEST)
-        for j, left_BASE in enumerate(of_all)
-    ]
-
-
 def bias_width(bias_2E: Array) -> int:
     """Returns E."""
     return bias_2E.shape[-1]
-
-
-class _Step(NamedTuple):
-    """One step of a grid [B, G, blocks of E]: its arrays in the chip's memory, by name, and where it stands.
-
-    Attributes:
-      refs: the blocks of inputs and outputs, and the scratch, which lives as long as the grid.
-      carry: factor by which the scan carries its state on over the chunk: 1, a decay, or 0.
-      scale: state scale of the chunk.
-      scan: which columns of q and k the scan has.
-      block: of E.
-      first_chunk: whether the chunk is the first that the scan comes to.
-      last_chunk: whether it is the last one.
-      first_block: whether this is the first block of E of the chunk.
-      last_block: whether it is the last one.
-    """
-
-    refs: dict[str, Any]
-    carry: Array
-    scale: Array
-    scan: int
-    block: Array
-    first_chunk: Array
-    last_chunk: Array
-    first_block: Array
-    last_block: Array
-
-    def __contains__(self, name: str) -> bool:
-        """Whether the kernel has an array of this name."""
-        return name in self.refs
-
-    def load(self, name: str) -> Array:
-        """Returns a block; of queries and keys the columns of the scan."""
-        x = self.refs[name][...]
-        if name in ('q', 'k'):
-            width = self.refs['state'].shape[1]
-            return x[:, self.scan * width : (self.scan + 1) * width]
-        return x
-
-    def silu(self, name: str) -> tuple[Array, Array]:
-        """Returns silu(p + bias) of the gate's or the values' projections and its derivative, float32 [C, BE]."""
-        x = self.load(name).astype(jnp.float32) + self.refs['bias'][0 if name == 'pu' else 1]
-        sigmoid = jax.nn.sigmoid(x)
-        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
-
-    def state(self) -> Array:
-        """Returns what is carried to the chunk, float32 [S, BE]; for the first zeros, or what was given to begin."""
-        begin = self.load('begin') if 'begin' in self else 0.0
-        return jnp.where(self.first_chunk, begin, self.refs['state'][self.block])
-
-    def carry_on(self, state: Array) -> None:
-        """Keeps a state for the next chunk, or leaves it after the last one."""
-        from jax.experimental import pallas as pl
-
-        self.refs['state'][self.block] = state
-        if 'left' in self:
-
-            @pl.when(self.last_chunk)
-            def _():
-                self.store('left', state)
-
-    def add(self, name: str, x: Array) -> None:
-        """Adds to a gradient [C, ...] that is summed over the blocks of E, and writes it after the last one."""
-        from jax.experimental import pallas as pl
-
-        total = self.refs[f'{name}_sum']
-        total[...] = jnp.where(self.first_block, x, total[...] + x)
-
-        @pl.when(self.last_block)
-        def _():
-            self.store(name, total[...])
-
-    def add_over_chunks(self, name: str, x: Array) -> None:
-        """Adds the sum over tokens of x [C, BE] to that of the chunks before."""
-        total, x = self.refs[name], x.sum(axis=0, keepdims=True)
-        total[self.block] = jnp.where(self.first_chunk, x, total[self.block] + x)
-
-    def store(self, name: str, x: Array) -> None:
-        """Writes a block."""
-        ref = self.refs[name]
-        ref[...] = x.astype(ref.dtype)
-
-
-def _mixed(step: _Step, state: Array, v: Array) -> Array:
-    """Returns A v + Q M of a block, or Q M alone where there is no A; float32 [C, BE]."""
-    mixed = pallas.dot(step.load('q'), state)
-    if 'read' in step:
-        mixed += step.load('read').astype(jnp.float32)
-    return mixed + pallas.dot(step.load('a'), v) if 'a' in step else mixed
-
-
-def _output_kernel(step: _Step, dtype: Any) -> None:
-    """o = u (A v + Q M); without A what one scan adds to the values."""
-    v, state = step.silu('pv')[0].astype(dtype), step.state()
-    mixed = _mixed(step, (step.scale * state).astype(dtype), v)
-    step.store('o', step.silu('pu')[0] * mixed if 'a' in step else mixed)
-    step.carry_on(step.carry * state + pallas.dot(step.load('k'), v, 'ji,jk'))
-
-
-def _query_gradient_kernel(step: _Step, dtype: Any) -> None:
-    """Gradients of u and A, and of the queries of one scan; the states are made again."""
-    (u, du), v = step.silu('pu'), step.silu('pv')[0].astype(dtype)
-    do, state = step.load('do').astype(jnp.float32), step.state()
-    scaled, dmixed = (step.scale * state).astype(dtype), (do * u).astype(dtype)
-    step.add('dq', pallas.dot(dmixed, scaled, 'ij,kj'))
-    if 'a' in step:
-        dpu = do * _mixed(step, scaled, v) * du
-        step.store('dpu', dpu)
-        step.add_over_chunks('dbias', dpu)
-        step.add('da', pallas.dot(dmixed, v, 'ij,kj'))
-    step.carry_on(step.carry * state + pallas.dot(step.load('k'), v, 'ji,jk'))
-
-
-def _value_gradient_kernel(step: _Step, dtype: Any) -> None:
-    """Gradients of v and of the keys of one scan, whose chunks come in the other order, with the state's gradient."""
-    (v, dsilu), u = step.silu('pv'), step.silu('pu')[0]
-    dmixed, dstate = (step.load('do').astype(jnp.float32) * u).astype(dtype), step.state()
-    step.add('dk', pallas.dot(v.astype(dtype), dstate.astype(dtype), 'ij,kj'))
-    dv = pallas.dot(step.load('k'), dstate.astype(dtype))
-    if 'read' in step:
-        dv += step.load('read').astype(jnp.float32)
-    if 'a' in step:
-        dpv = (dv + pallas.dot(step.load('a'), dmixed, 'ji,jk')) * dsilu
-        step.store('dpv', dpv)
-        step.add_over_chunks('dbias', dpv)
-    else:
-        step.store('dv', dv)
-    step.carry_on(step.carry * dstate + step.scale * pallas.dot(step.load('q'), dmixed, 'ji,jk'))
-
-
-def _state_kernel(step: _Step, dtype: Any) -> None:
-    """The state that the chunks leave."""
-    v = step.silu('pv')[0].astype(dtype)
-    step.carry_on(step.carry * step.state() + pallas.dot(step.load('k'), v, 'ji,jk'))
-
-
-def _state_gradient_kernel(step: _Step, dtype: Any) -> None:
-    """The gradient of the state with which the chunks begin."""
-    dmixed = (step.load('do').astype(jnp.float32) * step.silu('pu')[0]).astype(dtype)
-    step.carry_on(step.carry * step.state() + step.scale * pallas.dot(step.load('q'), dmixed, 'ji,jk'))
-
-
-# Matmuls of a kernel: with [C, C] weights, and with [S, E] states, in a whole one and in one of a second scan.
-_MATMULS = {
-    _output_kernel: ((1, 2), (0, 2)),
-    _query_gradient_kernel: ((2, 3), (0, 2)),
-    _value_gradient_kernel: ((1, 3), (0, 3)),
-    _state_kernel: ((0, 1), (0, 1)),
-    _state_gradient_kernel: ((0, 1), (0, 1)),
-}
 
 
 class _Call(NamedTuple):
@@ -302,7 +140,7 @@ class _Call(NamedTuple):
 
     def __call__(
         self,
-        kernel: Callable[[_Step, Any], None],
+        kernel: Callable[[Step, Any], None],
         inputs: Sequence[str],
         outputs: Sequence[str],
         *,
@@ -315,7 +153,7 @@ class _Call(NamedTuple):
         """Runs a kernel and returns its outputs.
 
         Args:
-          kernel: one of those above.
+          kernel: of `gau.ops.kernels.tpu_gated_chunks_pallas`.
           inputs: names of operands.
           outputs: names of results.
           scan: 0 for the forward scan, 1 for the reverse one.
@@ -349,7 +187,7 @@ class _Call(NamedTuple):
             at = (pl.program_id(0) * self.groups + group) * self.directions + scan
             arrays = dict(zip((*names, *outputs, *scratch), refs, strict=True))
             ends = chunk == 0, chunk == self.groups - 1, block == 0, block == blocks - 1
-            kernel(_Step(arrays, carry_ref[at], scale_ref[at], scan, block, *ends), dtype)
+            kernel(Step(arrays, carry_ref[at], scale_ref[at], scan, block, *ends), dtype)
 
         call = pl.pallas_call(
             run,
@@ -365,7 +203,7 @@ class _Call(NamedTuple):
             compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
             cost_estimate=self._cost(kernel, 'a' in names, names, results),
             interpret=pallas.interpreted(),
-            name=kernel.__name__.strip('_') + ('_of_reverse_scan' if scan else ''),
+            name=kernel.__name__ + ('_of_reverse_scan' if scan else ''),
         )
         return call(self.carry, self.scale, *given)
 
@@ -405,7 +243,7 @@ class _Call(NamedTuple):
         """Returns what the compiler is told: it sees into no kernel."""
         from jax.experimental import pallas as pl
 
-        squares, states = _MATMULS[kernel][0 if whole else 1]
+        squares, states = MATMULS[kernel][0 if whole else 1]
         tokens, width = self.batch * self.groups * self.size, self.arrays['q'].shape[-1] // self.directions
         inner = squares * self.size + states * width
         by_column = sum(name in ('pu', 'pv', 'do', 'read', 'o', 'dpu', 'dpv', 'dv') for name in (*names, *results))
