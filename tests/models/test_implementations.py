@@ -230,6 +230,11 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'branches': 'local'}, TPU, 'branches=both, this is local'),
     ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
     ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
+    (
+        {'decay_gate': 'scalar'},
+        TPU._replace(sequence_shards=2),
+        'decay_gate=none where devices share a sequence, this is scalar',
+    ),
     ({'query_key_dim': 258}, TPU, 'query_key_dim up to 256, this is 258'),
     ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),
 ], ids=str)  # fmt: skip
@@ -254,10 +259,14 @@ def test_pallas_for_flash_quad_needs_relu2_and_a_width_that_fits():
             settle(config, target=TPU)
 
 
-@pytest.mark.parametrize(('name', 'objective'), [('flash', 'lm'), ('flash', 'mlm'), ('flash_quad', 'lm')])
-def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, name, objective):
+@pytest.mark.parametrize(('name', 'objective', 'fields'), [
+    ('flash', 'lm', {'decay_gate': 'scalar'}),
+    ('flash', 'mlm', {}),
+    ('flash_quad', 'lm', {}),
+])  # fmt: skip
+def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, name, objective, fields):
     monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
-    model, params = make(name, objective, num_layers=1, temperature='learned', dtype='float32')
+    model, params = make(name, objective, num_layers=1, temperature='learned', dtype='float32', **fields)
     fused = model.clone(implementation=Implementation('pallas'))
     with jax.enable_x64(False):
         text, ids = tokens().astype('int32'), jnp.asarray([LAYOUTS['packed']], 'int32')

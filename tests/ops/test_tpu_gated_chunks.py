@@ -17,7 +17,7 @@ from tests.models.tiny import compile_fast
 from tests.numerics import max_error
 from tests.programs import report
 
-NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
+NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P', 'gate')
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 
 
@@ -44,12 +44,13 @@ def value_and_gradients(op, dtype, args, weights, *, spec, ids):
     @compile_fast
     def run(args, weights):
         def loss(args):
-            p, bias, *queries_keys, bias_P = args
+            p, bias, q, k, q_lin, k_lin, bias_P, *gate = args
             o = op(
-                *(p.astype(dtype), bias, *(x.astype(dtype) for x in queries_keys)),
+                *(p.astype(dtype), bias, *(x.astype(dtype) for x in (q, k, q_lin, k_lin))),
                 spec=spec,
                 segment_ids_BN=ids,
                 bias_P=bias_P,
+                gate_BNL=gate[0] if gate else None,
             )
             return jnp.sum(o * weights), o
 
@@ -60,23 +61,28 @@ def value_and_gradients(op, dtype, args, weights, *, spec, ids):
 
 
 # Sizes that no tile divides, three blocks of E, a sequence shorter than a chunk, chunks of padding.
-@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'decay'), [
-    (True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 0.7),
-    (False, 30, 8, 12, documents, 'softmax', 'mean', 'float32', 1.0),
-    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32', 1.0),
-    pytest.param(False, 40, 5, 8, padding, 'relu2', 'sum', 'float32', 1.0, marks=pytest.mark.slow),
-    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', 0.7, marks=pytest.mark.slow),
-    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, marks=pytest.mark.slow),
-    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', 1.0, marks=pytest.mark.slow),
-    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0),
-    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', 1.0, marks=pytest.mark.slow),
+@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'decay', 'gate'), [
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 1.0, 1),
+    (False, 30, 8, 12, documents, 'softmax', 'mean', 'float32', 1.0, 0),
+    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32', 1.0, 0),
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 0.7, 0),
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 0.7, 0, marks=pytest.mark.slow),
+    pytest.param(False, 40, 5, 8, padding, 'relu2', 'sum', 'float32', 1.0, 0, marks=pytest.mark.slow),
+    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', 0.7, 0, marks=pytest.mark.slow),
+    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, 0, marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', 1.0, 0, marks=pytest.mark.slow),
+    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', 1.0, 0, marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'sum', 'float32', 1.0, 17, marks=pytest.mark.slow),
+    pytest.param(True, 37, 8, 12, None, 'relu2', 'mean', 'float32', 1.0, 12, marks=pytest.mark.slow),
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 1, marks=pytest.mark.slow),
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 12, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay):
+def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay, gate):
     e = 24
     constants(fast.gated_mixed_chunk, tpu_gated_chunks, BLOCKS=(8,))
     rng = np.random.default_rng(0)
     # Columns of p that belong to another reader.
-    shapes = [(2, n, 3 * e), (2, e), *[(2, n, s)] * 4, (2 * min(n, chunk) - 1,)]
+    shapes = [(2, n, 3 * e), (2, e), *[(2, n, s)] * 4, (2 * min(n, chunk) - 1,)] + [(2, n, gate)] * (gate > 0)
     args, weights = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes], rng.standard_normal((2, n, e))
     ids = None if layout is None else jnp.asarray(layout(n), jnp.int32)
     if ids is not None:
@@ -90,7 +96,7 @@ def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, functi
         narrow = jax.tree.map(lambda x: jnp.asarray(x, 'float32'), (args, weights))
         found = value_and_gradients(op, dtype, *narrow, **fields)
     valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
-    for name, a, b in zip(('o', *NAMES), found, wanted, strict=True):
+    for name, a, b in zip(('o', *NAMES[: len(args)]), found, wanted, strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         if name == 'p':
             assert (a[..., 2 * e :] == 0).all()
@@ -121,6 +127,7 @@ def test_kernels_compile_for_tpus(topology):
         'flash bidirectional': 6,
         'flash large': 3,
         'flash narrow': 6,
+        **{f'flash {name}': 3 for name in ('gated', 'gated large', 'gated narrow')},
         'flash_quad base': 3,
         'flash_quad large': 3,
         'flash_quad narrow': 3,

@@ -39,19 +39,25 @@ def main() -> None:
         found[f'splash {width}'] = kernels(
             functools.partial(splash_attention, causal=True), *arrays, ids=array(2, 1000, dtype='int32')
         )
-    # Base width; bidirectional; large width with the longest chunk and widest keys; float32.
-    for name, causal, n, chunk, s, e, dtype in (
-        ('base', True, 600, 256, 128, 1536, 'bfloat16'),
-        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16'),
-        ('large', True, 1024, 512, 256, 3072, 'bfloat16'),
-        ('narrow', False, 300, 100, 64, 128, 'float32'),
+    # Base width; bidirectional; large width with the longest chunk and widest keys; float32; a gate of the state.
+    for name, causal, n, chunk, s, e, dtype, gate in (
+        ('base', True, 600, 256, 128, 1536, 'bfloat16', 0),
+        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16', 0),
+        ('large', True, 1024, 512, 256, 3072, 'bfloat16', 0),
+        ('narrow', False, 300, 100, 64, 128, 'float32', 0),
+        ('gated', True, 600, 256, 128, 1536, 'bfloat16', 1),
+        ('gated large', True, 1024, 512, 256, 3072, 'bfloat16', 256),
+        ('gated narrow', True, 300, 100, 64, 128, 'float32', 1),
     ):
         spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 512), causal)
-        found[f'flash {name}'] = kernels(
-            functools.partial(gated_mixed_chunk, spec=spec, kernels='pallas'),
-            *(array(2, n, 2 * e, dtype=dtype), array(2, e, dtype='float32'), *[array(2, n, s, dtype=dtype)] * 4),
-            ids=array(2, n, dtype='int32'),
-        )
+        arrays = [array(2, n, 2 * e, dtype=dtype), array(2, e, dtype='float32'), *[array(2, n, s, dtype=dtype)] * 4]
+        arrays += [array(2, n, gate, dtype='float32')] * (gate > 0)
+
+        def attend(*arrays, spec=spec, **named):
+            gate_BNL = arrays[6] if len(arrays) > 6 else None
+            return gated_mixed_chunk(*arrays[:6], gate_BNL=gate_BNL, spec=spec, kernels='pallas', **named)
+
+        found[f'flash {name}'] = kernels(attend, *arrays, ids=array(2, n, dtype='int32'))
     for name, causal, n, s, e, dtype in (
         ('base', True, 600, 128, 1536, 'bfloat16'),
         ('large', False, 600, 256, 3072, 'bfloat16'),

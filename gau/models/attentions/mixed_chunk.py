@@ -64,7 +64,11 @@ class MixedChunk(ScoredAttention):
     fields = SCORING_FIELDS | CHUNK_FIELDS | STATE_FIELDS
     implementations = table(
         triton=triton(gate='silu', branches='both', global_norm='none', local_window=1),
-        pallas=pallas(at_most={'chunk_size': 512}, gate='silu', branches='both', **CHANGED),
+        pallas=pallas(
+            at_most={'chunk_size': 512},
+            sharded={'decay_gate': 'none'},
+            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'local_window': 1},
+        ),
         xla=ANYWHERE,
         reference=ANYWHERE,
     )

@@ -13,12 +13,19 @@ from gau.models.widths import expanded_dim
 WIDEST_KEY = 256
 
 
-def pallas(*, at_most: Mapping[str, int] | None = None, widest: int | None = None, **wanted: Any) -> Needs:
+def pallas(
+    *,
+    at_most: Mapping[str, int] | None = None,
+    widest: int | None = None,
+    sharded: Mapping[str, Any] | None = None,
+    **wanted: Any,
+) -> Needs:
     """Returns the needs of kernels that have been compiled for some values of fields.
 
     Args:
       at_most: largest values of fields.
       widest: largest E, or None.
+      sharded: values of fields where devices share a sequence.
       **wanted: values of fields, a tuple or one for each.
     """
     wanted = {'num_heads': 1, 'dtype': ('bfloat16', 'float32'), **wanted}
@@ -34,6 +41,9 @@ def pallas(*, at_most: Mapping[str, int] | None = None, widest: int | None = Non
         for field, most in at_most.items():
             if config[field] > most:
                 return f'{field} up to {most}, this is {config[field]}'
+        for field, value in (sharded or {}).items() if target.sequence_shards > 1 else ():
+            if config[field] != value:
+                return f'{field}={value} where devices share a sequence, this is {config[field]}'
         width = 'E = expansion_factor * model_dim'
         # An interpreter has no lanes.
         if target.platform == 'tpu' and expanded_dim(config) % 128:

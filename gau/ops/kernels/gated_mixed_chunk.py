@@ -50,10 +50,10 @@ def gated_mixed_chunk(
     in order and in whole chunks over the devices of the mesh axis `sequence_axis`; N is then those of one device.
 
     Raises:
-      ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate for
-        'pallas', a window of two chunks.
+      ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
+        causal or has a `sequence_axis`, a window of two chunks.
     """
-    if spec.window > 1 or (gate_BNL is not None and (kernels != 'triton' or not spec.causal)):
+    if spec.window > 1 or (gate_BNL is not None and (sequence_axis is not None or not spec.causal)):
         raise ValueError(f'kernels={kernels!r} have no gate and no window of two chunks here')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")

@@ -3,8 +3,9 @@
     o[g] = silu(U[g]) * (A[g] v[g] + Q[g] M[g])      v = silu(V)
 
 A TPU runs a kernel's grid in order: the chunks of a sequence come one after the other, and the state M stays in memory
-on the chip from one to the next. No state is written to main memory, and the backward pass makes them again on its
-way. What it gets saved are the operands and, if not causal, what the reverse scan added to the values.
+on the chip from one to the next. No state is saved, and the backward pass makes them again on its way; it writes them
+to main memory only where the factors by which they are carried on have a gradient. What it gets saved are the operands
+and, if not causal, what the reverse scan added to the values.
 
 Where the chunks of a sequence are spread over devices: `gau.ops.kernels.sequence_shards`.
 """
@@ -42,7 +43,7 @@ def gated_chunk_matmul(
     a_BGCC: Array,
     q_BGCF: Array,
     k_BGCF: Array,
-    carry_mask_BGJ: Array,
+    carry_mask_BGK: Array,
     state_scale_BGJ: Array,
     causal: bool,
     shards: Shards | None = None,
@@ -51,14 +52,15 @@ def gated_chunk_matmul(
     """Returns silu(u) * (a silu(v) + q state_scale m), [B, G, C, E]: see `gau.ops.kernels.gated_chunks`.
 
     Any weights `a` will do; `causal` says nothing new here, for J does. `shards` is given where this runs inside
-    `jax.shard_map` with the chunks in order over the devices of the mesh axis `sequence_axis`.
+    `jax.shard_map` with the chunks in order over the devices of the mesh axis `sequence_axis`. Factors for each row of
+    the states, K = F, are for causal calls without shards.
     """
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
+    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     return _forward(*arrays, causal, shards, sequence_axis)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal, shards, sequence_axis):
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
+def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, shards, sequence_axis):
+    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     call = _Call.of(*arrays)
     begins = [None] * call.directions
     if shards is not None:
@@ -84,23 +86,29 @@ def _backward(causal, sequence_axis, residuals, do_BGCE):
         ]
         dbegins = states_of_other_shards(left, shards.leave_BJA, sequence_axis)
     operands = ('pu', 'pv', 'bias', 'a', 'q', 'k', 'do')
-    results = ('dpu', 'dbias', 'da', 'dq')
-    dp, dbias_u, da_BGCC, dq = call(query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
+    # The gradient of the factors for rows takes states and their gradients, which come in opposite orders.
+    more = ('states',) if call.carry is None else ()
+    results = ('dpu', 'dbias', 'da', 'dq', *more)
+    dp, dbias_u, da_BGCC, dq, *states = call(query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
     dqs, dks, dv = [dq], [], None
     if call.directions == 2:
         part = ('pu', 'pv', 'bias', 'q', 'k', 'do')
         dqs += call(query_gradient_kernel, part, ('dq',), scan=1, begin=begins[1])
         dv, dk = call(value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True, begin=dbegins[1])
         dks = [dk]
-    fields = {'read': dv, 'against': True, 'dp': dp, 'begin': dbegins[0]}
-    dp, dbias_v, dk = call(value_gradient_kernel, operands, ('dpv', 'dbias', 'dk'), **fields)
+    fields = {'read': dv, 'against': True, 'dp': dp, 'begin': dbegins[0], 'states': states[0] if states else None}
+    results = ('dpv', 'dbias', 'dk', *(('dcarry',) if states else ()))
+    dp, dbias_v, dk, *dcarry = call(value_gradient_kernel, operands, results, **fields)
     dq_BGCF, dk_BGCF = jnp.concatenate(dqs, axis=-1), jnp.concatenate([dk, *dks], axis=-1)
     columns = 2 * bias_width(arrays[1])
     if dp.shape[-1] > columns:
         # Of another reader, and not written.
         dp = jnp.pad(dp[..., :columns], [(0, 0)] * 3 + [(0, dp.shape[-1] - columns)])
     dbias_2E = jnp.stack([dbias_u.sum(0), dbias_v.sum(0)]).reshape(arrays[1].shape).astype(arrays[1].dtype)
-    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, *jax.tree.map(jnp.zeros_like, (*arrays[5:], shards))
+    dcarry_BGK, dscale_BGJ, dshards = jax.tree.map(jnp.zeros_like, (*arrays[5:], shards))
+    if dcarry:
+        dcarry_BGK = dcarry[0].reshape(dcarry_BGK.shape).astype(dcarry_BGK.dtype)
+    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, dcarry_BGK, dscale_BGJ, dshards
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
@@ -112,11 +120,14 @@ def bias_width(bias_2E: Array) -> int:
 
 
 class _Call(NamedTuple):
-    """The operands of one call, by their names in kernels, and their sizes."""
+    """The operands of one call, by their names in kernels, and their sizes.
+
+    `carry` is None where the states' rows have a factor each, which is then an operand.
+    """
 
     arrays: dict[str, Array]
-    carry: Array
     scale: Array
+    carry: Array | None
     batch: int
     groups: int
     size: int
@@ -126,7 +137,7 @@ class _Call(NamedTuple):
     block: int
 
     @classmethod
-    def of(cls, p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, do_BGCE=None) -> '_Call':
+    def of(cls, p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, do_BGCE=None) -> '_Call':
         batch, groups, size, columns = p_BGCW.shape
         width = bias_width(bias_2E)
         fit = (block for block in BLOCKS if width % block == 0 and block * size <= BLOCK_NUMBERS)
@@ -135,8 +146,11 @@ class _Call(NamedTuple):
         bias = bias_2E.astype(jnp.float32).reshape(2, width // block, 1, block)
         arrays = {'pu': p_BGCW, 'pv': p_BGCW, 'bias': bias, 'a': a_BGCC, 'q': q_BGCF, 'k': k_BGCF, 'do': do_BGCE}
         # Scalars of chunks in one row: a second dimension would be padded to 128.
-        scalars = (x.astype(jnp.float32).reshape(-1) for x in (carry_mask_BGJ, state_scale_BGJ))
-        return cls(arrays, *scalars, batch, groups, size, width, columns, carry_mask_BGJ.shape[-1], block)
+        scale, carry = (x.astype(jnp.float32).reshape(-1) for x in (state_scale_BGJ, carry_mask_BGK))
+        directions = state_scale_BGJ.shape[-1]
+        if carry_mask_BGK.shape[-1] > directions:
+            arrays['carry'], carry = carry.reshape(*carry_mask_BGK.shape, 1), None
+        return cls(arrays, scale, carry, batch, groups, size, width, columns, directions, block)
 
     def __call__(
         self,
@@ -149,6 +163,7 @@ class _Call(NamedTuple):
         read: Array | None = None,
         begin: Array | None = None,
         dp: Array | None = None,
+        states: Array | None = None,
     ) -> list[Array]:
         """Runs a kernel and returns its outputs.
 
@@ -161,38 +176,43 @@ class _Call(NamedTuple):
           read: one more operand [B, G, C, E], or None.
           begin: the state of the first chunk, float32 [B, S, E]; None: zeros.
           dp: the gradient of p with what was written before, to be written on; or None.
+          states: one more operand [B, G, S, E], or None.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
         reverse, blocks = (scan == 1) != against, self.width // self.block
-        more = {name: x for name, x in (('read', read), ('begin', begin)) if x is not None}
+        more = {'read': read, 'begin': begin, 'states': states, 'carry': self.arrays.get('carry')}
+        more = {name: x for name, x in more.items() if x is not None}
+        scalars = [self.scale] if self.carry is None else [self.scale, self.carry]
         given = [*(self.arrays[name] for name in inputs), *more.values()]
         names = [*inputs, *more]
         dtype, width = self.arrays['pu'].dtype, self.arrays['q'].shape[-1] // self.directions
         results = {name: self._result(name, width) for name in outputs}
         scratch = {'state': (blocks, width, self.block)}
-        sums = {'da': self.size, 'dq': width, 'dk': width}
-        scratch |= {f'{name}_sum': (self.size, sums[name]) for name in outputs if name in sums}
+        sums = {'da': (self.size, self.size), 'dq': (self.size, width), 'dk': (self.size, width), 'dcarry': (width, 1)}
+        scratch |= {f'{name}_sum': sums[name] for name in outputs if name in sums}
         aliases = {}
         in_specs = [self._spec(name, reverse) for name in names]
         if dp is not None:
-            aliases = {2 + len(given): 0}
+            aliases = {len(scalars) + len(given): 0}
             given, names = [*given, dp], [*names, 'dp']
             in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
 
-        def run(carry_ref, scale_ref, *refs):
+        def run(scale_ref, *refs):
+            scalar_refs, refs = refs[: len(scalars) - 1], refs[len(scalars) - 1 :]
             chunk, block = pl.program_id(1), pl.program_id(2)
             group = self.groups - 1 - chunk if reverse else chunk
             at = (pl.program_id(0) * self.groups + group) * self.directions + scan
             arrays = dict(zip((*names, *outputs, *scratch), refs, strict=True))
             ends = chunk == 0, chunk == self.groups - 1, block == 0, block == blocks - 1
-            kernel(Step(arrays, carry_ref[at], scale_ref[at], scan, block, *ends), dtype)
+            carry = arrays['carry'][...] if 'carry' in arrays else scalar_refs[0][at]
+            kernel(Step(arrays, carry, scale_ref[at], scan, block, *ends), dtype)
 
         call = pl.pallas_call(
             run,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=len(scalars),
                 grid=(self.batch, self.groups, blocks),
                 in_specs=in_specs,
                 out_specs=[self._spec(name, reverse) for name in outputs],
@@ -205,7 +225,7 @@ class _Call(NamedTuple):
             interpret=pallas.interpreted(),
             name=kernel.__name__ + ('_of_reverse_scan' if scan else ''),
         )
-        return call(self.carry, self.scale, *given)
+        return call(*scalars, *given)
 
     def _spec(self, name: str, reverse: bool) -> Any:
         from jax.experimental import pallas as pl
@@ -218,10 +238,14 @@ class _Call(NamedTuple):
             return pl.BlockSpec((2, None, 1, self.block), lambda b, g, e, *_: (0, e, 0, 0))
         if name == 'dbias':
             return pl.BlockSpec((None, blocks, 1, self.block), lambda b, g, e, *_: (b, 0, 0, 0))
+        width = self.arrays['q'].shape[-1] // self.directions
+        if name in ('carry', 'dcarry'):
+            return pl.BlockSpec((None, None, width, 1), lambda b, g, e, *_: (b, group(g), 0, 0))
+        if name == 'states':
+            return pl.BlockSpec((None, None, width, self.block), lambda b, g, e, *_: (b, group(g), 0, e))
         if name in ('begin', 'left'):
             # One is read at the first chunk and the other written at the last, where every block comes once.
             held, other = (0, blocks - 1) if name == 'begin' else (self.groups - 1, 0)
-            width = self.arrays['q'].shape[-1] // self.directions
             return pl.BlockSpec((None, width, self.block), lambda b, g, e, *_: (b, 0, jnp.where(g == held, e, other)))
         if name in ('a', 'da', 'q', 'k', 'dq', 'dk'):
             inner = self.size if name in ('a', 'da') else self.arrays['q'].shape[-1]
@@ -236,6 +260,9 @@ class _Call(NamedTuple):
             return jax.ShapeDtypeStruct((self.batch, self.width // self.block, 1, self.block), jnp.float32)
         if name == 'left':
             return jax.ShapeDtypeStruct((self.batch, width, self.width), jnp.float32)
+        if name in ('states', 'dcarry'):
+            columns, dtype = (self.width, dtype) if name == 'states' else (1, jnp.float32)
+            return jax.ShapeDtypeStruct((self.batch, self.groups, width, columns), dtype)
         columns = {'dpu': self.columns, 'dpv': self.columns, 'da': self.size, 'dq': width, 'dk': width}
         return jax.ShapeDtypeStruct((self.batch, self.groups, self.size, columns.get(name, self.width)), dtype)
 
@@ -249,6 +276,7 @@ class _Call(NamedTuple):
         by_column = sum(name in ('pu', 'pv', 'do', 'read', 'o', 'dpu', 'dpv', 'dv') for name in (*names, *results))
         narrow = self.size * ('a' in names) + self.arrays['q'].shape[-1] * 2
         narrow += sum({'da': self.size, 'dq': width, 'dk': width}.get(name, 0) for name in results)
+        narrow += width * self.width // self.size * ('states' in names or 'states' in results)
         itemsize = self.arrays['pu'].dtype.itemsize
         return pl.CostEstimate(
             flops=2 * tokens * self.width * inner,

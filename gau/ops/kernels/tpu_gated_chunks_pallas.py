@@ -14,7 +14,7 @@ class Step(NamedTuple):
 
     Attributes:
       refs: the blocks of inputs and outputs, and the scratch, which lives as long as the grid.
-      carry: factor by which the scan carries its state on over the chunk: 1, a decay, or 0.
+      carry: factor by which the scan carries its state on over the chunk: 1, a decay, or 0; or [S, 1], for each row.
       scale: state scale of the chunk.
       scan: which columns of q and k the scan has.
       block: of E.
@@ -69,7 +69,7 @@ class Step(NamedTuple):
                 self.store('left', state)
 
     def add(self, name: str, x: Array) -> None:
-        """Adds to a gradient [C, ...] that is summed over the blocks of E, and writes it after the last one."""
+        """Adds to a gradient that is summed over the blocks of E, and writes it after the last one."""
         from jax.experimental import pallas as pl
 
         total = self.refs[f'{name}_sum']
@@ -107,11 +107,13 @@ def output_kernel(step: Step, dtype: Any) -> None:
 
 
 def query_gradient_kernel(step: Step, dtype: Any) -> None:
-    """Gradients of u and A, and of the queries of one scan; the states are made again."""
+    """Gradients of u and A, and of the queries of one scan; the states are made again, and may be written."""
     (u, du), v = step.silu('pu'), step.silu('pv')[0].astype(dtype)
     do, state = step.load('do').astype(jnp.float32), step.state()
     scaled, dmixed = (step.scale * state).astype(dtype), (do * u).astype(dtype)
     step.add('dq', pallas.dot(dmixed, scaled, 'ij,kj'))
+    if 'states' in step:
+        step.store('states', state)
     if 'a' in step:
         dpu = do * _mixed(step, scaled, v) * du
         step.store('dpu', dpu)
@@ -125,6 +127,9 @@ def value_gradient_kernel(step: Step, dtype: Any) -> None:
     (v, dsilu), u = step.silu('pv'), step.silu('pu')[0]
     dmixed, dstate = (step.load('do').astype(jnp.float32) * u).astype(dtype), step.state()
     step.add('dk', pallas.dot(v.astype(dtype), dstate.astype(dtype), 'ij,kj'))
+    if 'states' in step:
+        # What is carried on: the state before the chunk, by its factor.
+        step.add('dcarry', (step.load('states') * dstate).sum(axis=1, keepdims=True))
     dv = pallas.dot(step.load('k'), dstate.astype(dtype))
     if 'read' in step:
         dv += step.load('read').astype(jnp.float32)
