@@ -10,8 +10,8 @@ of the bias on three seeds of `small` at 1,024; this is the comparison that it l
 Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `rates`
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
-Transformer++; take it times seed:3), `gated` (what goes with that gate), `base` (112 M parameters).
-`seed:N:FIRST` adds seeds to a table.
+Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
+with the gate), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -115,15 +115,41 @@ def sweep_gate() -> Iterator[Overrides]:
         yield {'name': f'transformer_plus_plus_lr_{rate:g}', ':context': 8192, **TRANSFORMER, RATE: rate}
 
 
+def sweep_causes() -> Iterator[Overrides]:
+    """1,000 steps: is it memory, positions, documents in a batch or the optimizer that FLASH lacks at 8,192 tokens?"""
+    short = {'steps': 1000}
+    gated, local = {**GATED, **short}, {':context': 8192, **MEAN, 'model.branches': 'local', RATE: 3e-3, **short}
+    transformer = {':context': 8192, **TRANSFORMER, RATE: 1.4e-3, **short}
+    yield {'name': 'gated', **gated}
+    yield {'name': 'transformer_plus_plus', **transformer}
+    yield {'name': 'local', **local}
+    yield {'name': 'local_1024', **local, ':context': 1024}
+    # The rows of a batch then follow each other in the text, as the tokens of 8 long rows do.
+    yield {'name': 'local_1024_in_order', **local, ':context': 1024, 'data.shuffle': 'documents'}
+    yield {'name': 'gated_1024', **gated, ':context': 1024}
+    yield {'name': 'transformer_plus_plus_1024', **transformer, ':context': 1024}
+    for rate in (1.5e-3, 6e-3):
+        yield {'name': f'gated_lr_{rate:g}', **gated, RATE: rate}
+    yield {'name': 'gated_no_sinusoid', **gated, 'model.absolute_position': 'none'}
+    yield {'name': 'transformer_plus_plus_no_sinusoid', **transformer, 'model.absolute_position': 'none'}
+    yield {'name': 'gated_clip_global_1', **gated, 'optimizer.clip': 'global', 'optimizer.clip_norm': 1.0}
+    for name, model in (('gated', gated), ('transformer_plus_plus', transformer)):
+        yield {'name': f'{name}_muon', **model, 'optimizer.name': 'muon', RATE: 4e-3}
+
+
 def sweep_gated() -> Iterator[Overrides]:
-    """8,192 tokens of context: what goes with the gate; and the gate at 1,024."""
-    yield {'name': 'gated_lr_0.0045', **GATED, RATE: 4.5e-3}
-    yield {'name': 'gated_window_2_chunk_128', **GATED, 'model.chunk_size': 128, 'model.local_window': 2}
-    yield {'name': 'gated_chunk_128', **GATED, 'model.chunk_size': 128}
-    yield {'name': 'gated_norm', **GATED, 'model.global_norm': 'rms_norm', 'model.linear_start': 'ones'}
-    yield {'name': 'gated_mean_start', **GATED, 'model.linear_start': 'mean'}
-    yield {'name': 'gated_rope_local', **GATED, 'model.linear_start': 'mean', 'model.rope': 'local'}
-    yield {'name': 'gated_1024', **GATED, ':context': 1024, RATE: 4.5e-3}
+    """8,192 tokens of context, 1,000 steps: what goes with the gate."""
+    gated, alive = {**GATED, 'steps': 1000}, {'model.linear_start': 'ones'}
+    yield {'name': 'window_2_chunk_128', **gated, 'model.chunk_size': 128, 'model.local_window': 2}
+    yield {'name': 'chunk_128', **gated, 'model.chunk_size': 128}
+    yield {'name': 'ones', **gated, **alive}
+    yield {'name': 'norm_ones', **gated, **alive, 'model.global_norm': 'rms_norm'}
+    yield {'name': 'norm_ones_keys', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
+    yield {'name': 'norm_ones_rope_local', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.rope': 'local'}
+    # Softmax has no use for relu2's start of the bias.
+    bare = {path: value for path, value in gated.items() if not path.startswith('model.relative_bias')}
+    yield {'name': 'softmax', **bare, 'model.attention_function': 'softmax'}
+    yield {'name': 'query_key_dim_256', **gated, 'model.query_key_dim': 256}
 
 
 def sweep_base() -> Iterator[Overrides]:
