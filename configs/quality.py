@@ -141,14 +141,14 @@ def sweep_gated() -> Iterator[Overrides]:
     """8,192 tokens of context, 1,000 steps: what goes with the gate."""
     gated, alive = {**GATED, 'steps': 1000}, {'model.linear_start': 'ones'}
     yield {'name': 'window_2_chunk_128', **gated, 'model.chunk_size': 128, 'model.local_window': 2}
-    yield {'name': 'chunk_128', **gated, 'model.chunk_size': 128}
-    yield {'name': 'ones', **gated, **alive}
     yield {'name': 'norm_ones', **gated, **alive, 'model.global_norm': 'rms_norm'}
-    yield {'name': 'norm_ones_keys', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
-    yield {'name': 'norm_ones_rope_local', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.rope': 'local'}
     # Softmax has no use for relu2's start of the bias.
     bare = {path: value for path, value in gated.items() if not path.startswith('model.relative_bias')}
     yield {'name': 'softmax', **bare, 'model.attention_function': 'softmax'}
+    yield {'name': 'norm_ones_rope_local', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.rope': 'local'}
+    yield {'name': 'norm_ones_keys', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
+    yield {'name': 'ones', **gated, **alive}
+    yield {'name': 'chunk_128', **gated, 'model.chunk_size': 128}
     yield {'name': 'query_key_dim_256', **gated, 'model.query_key_dim': 256}
 
 
