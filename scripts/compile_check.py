@@ -5,7 +5,7 @@
         --config.mesh.data=1 --config.model.remat=full --sweep=batch
     python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
     python scripts/compile_check.py --config=configs/lm.py --topology=v4:1x1x1 --breakdown
-    python scripts/compile_check.py --table=docs/tpu_v4_64.md       the paper's configurations: two hours on two cores
+    python scripts/compile_check.py --table=docs/tpu_v4_64.md       three models of base size: an hour and a half
 
 TPU topologies (v4, v5e, v5p, v6e) are compiled for by libtpu, a package that needs no TPU: `pip install libtpu` in the
 version that `jax[tpu]` asks for. `--config.model.layer_stack=scan` compiles several times faster. No data are read.
@@ -27,9 +27,7 @@ _SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the larges
 _SHARDINGS = flags.DEFINE_boolean('shardings', False, 'Print how parameters and activations are sharded; no compiling.')
 _BREAKDOWN = flags.DEFINE_boolean('breakdown', False, 'Print where cycles and bytes go, by part and by operation.')
 _JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
-_TABLE = flags.DEFINE_string(
-    'table', None, "Write the paper's configurations on 64 TPU v4 chips to this Markdown file."
-)
+_TABLE = flags.DEFINE_string('table', None, 'Write the base-size models on 64 TPU v4 chips to this Markdown file.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
 
 

@@ -5,52 +5,66 @@ import pytest
 from gau.benchmarks import tpu_table
 
 
-def row(stack, layers, *, cycles=0.0, kernels=None, **fields):
+def row(stack, *, cycles=0.0, kernels=None, **fields):
     seconds = {'compute': 0.01, 'memory': 0.0, 'links': 0.002, 'compiler': cycles, 'kernels': kernels}
     return {
-        **{'model': 'flash', 'size': 'base', 'objective': 'lm', 'context': 512, 'impl': 'pallas', 'commit': 'abc'},
-        **{'mesh': {'data': 64, 'sequence': 1}, 'layer_stack': stack, 'num_layers': layers, 'seconds': seconds},
+        **{'model': 'flash', 'context': 512, 'impl': 'pallas', 'commit': 'abc', 'num_layers': 24},
+        **{'mesh': {'data': 64, 'sequence': 1}, 'layer_stack': stack, 'seconds': seconds},
         **{'flops': 2e12, 'model_flops': 1e12, 'argument_bytes': 2**30, 'temporary_bytes': 2**30},
-        **{'total_bytes': 2**31, 'traffic_bytes': layers * 2**30, 'step_seconds_bound': 0.01},
-        'collectives': {'all-reduce': {'count': 2, 'bytes': 2**20}},
+        **{'total_bytes': 2**31, 'traffic_bytes': 24 * 2**30, 'step_seconds_bound': 0.01, 'compile_seconds': 99.6},
         **fields,
     }
 
 
-def test_numbers_of_all_layers_lie_on_a_straight_line():
-    few, more = row('unrolled', 2, cycles=0.010, kernels=0.001), row('unrolled', 4, cycles=0.014, kernels=0.002)
-    whole = tpu_table.extrapolated(few, more, 24)
-    assert whole['seconds'] == pytest.approx(
-        {'compute': 0.01, 'memory': 0, 'links': 0.002, 'compiler': 0.054, 'kernels': 0.012}
-    )
-    assert whole['traffic_bytes'] == 24 * 2**30
-    line = tpu_table.table([row('scan', 24, cycles=0.06, kernels=0.012), few, more]).splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip('|').split('|')]
-    assert dict(zip(tpu_table.COLUMNS, cells, strict=True)) == {
-        **{'model': '`flash`', 'impl': '`pallas`', 'objective': 'lm', 'context': '512', 'mesh': 'data 64'},
-        **{'memory GiB': '1.00 / 1.00 / 2.00', 'TFLOP': '2.00 / 1.00', 'collectives': 'all-reduce 2 / 1'},
-        **{'scan: traffic GiB': '24.00', 'scan: ms': '74.0 = 60.0 + 2.0 + 12.0'},
-        **{'unrolled: traffic GiB': '24.00', 'unrolled: ms': '68.0 = 54.0 + 2.0 + 12.0', 'MFU': '0.07'},
-        'commit': 'abc',
+def cells(*rows):
+    line = tpu_table.table(rows).splitlines()[-1]
+    return dict(zip(tpu_table.COLUMNS, [cell.strip() for cell in line.strip('|').split('|')], strict=True))
+
+
+def test_a_line_has_both_stacks_of_layers():
+    scan, unrolled = row('scan', cycles=0.06, kernels=0.012, commit='def'), row('unrolled', cycles=0.03)
+    assert cells(scan, unrolled) == {
+        **{'model, layers': '`flash`, 24', 'impl': '`pallas`', 'context': '512', 'mesh': 'data 64'},
+        **{'TFLOP': '2.00 / 1.00', 'commit': 'abc, def'},
+        **{'unrolled: memory GiB': '1.00 / 1.00 / 2.00', 'unrolled: traffic GiB': '24.00', 'unrolled: s': '100'},
+        **{'unrolled: ms, MFU': '32.0 = 30.0 + 2.0, 0.16'},
+        **{'scan: memory GiB': '1.00 / 1.00 / 2.00', 'scan: traffic GiB': '24.00', 'scan: s': '100'},
+        **{'scan: ms, MFU': '74.0 = 60.0 + 2.0 + 12.0, 0.07'},
     }
+    assert len(tpu_table.table([scan, row('unrolled', context=8192)]).splitlines()) == 2, 'no line without both'
 
 
-def test_a_line_without_all_of_its_programs_is_left_out():
-    assert len(tpu_table.table([row('scan', 24), row('unrolled', 2)]).splitlines()) == 2
+def test_without_an_estimate_there_is_a_bound_and_without_room_the_reason():
+    found = cells(row('scan', cycles=None), row('unrolled', error='128 G of 30.75 G'))
+    assert found['scan: ms, MFU'] == '(10.0)'
+    assert found['unrolled: memory GiB'] == 'does not fit: 128 G of 30.75 G'
+    assert found['unrolled: s'] == ''
 
 
-def test_where_the_compiler_estimates_nothing_there_is_a_bound():
-    rows = [row('scan', 24, cycles=None), row('unrolled', 2, cycles=None), row('unrolled', 4, cycles=None)]
-    assert '| (10.0) |' in tpu_table.table(rows)
+def test_what_the_file_has_is_not_compiled_again(tmp_path, monkeypatch):
+    compiled = []
 
+    class Found:
+        def __init__(self, config):
+            model, context = config.model, config.data.context
+            self.row = row(model.layer_stack, model=model.name, context=context)
 
-def test_what_the_file_has_is_not_compiled_again():
-    plan = list(tpu_table.configs())
-    compiled = {(config.model.layer_stack, config.model.num_layers) for config in plan}
-    assert compiled == {('scan', None), *(('unrolled', layers) for layers in tpu_table.FEW_LAYERS)}
-    done = [row('scan', 24), row('unrolled', 4)]
-    known = [config for config in plan if any(tpu_table._describes(row, config) for row in done)]
-    assert [(c.model.name, c.data.context, c.model.num_layers) for c in known] == [
-        ('flash', 512, None),
-        ('flash', 512, 4),
-    ]
+    def check(config, target, *, vocab_size):
+        compiled.append((config.model.name, config.data.context, config.model.layer_stack, config.data.batch_size))
+        assert (target, vocab_size, config.mesh.data * config.mesh.sequence) == ('v4:4x4x4', 32_000, 64)
+        if len(compiled) == 3:
+            raise KeyboardInterrupt
+        return Found(config)
+
+    monkeypatch.setattr(tpu_table.chips, 'target', lambda name: name)
+    monkeypatch.setattr(tpu_table, 'check', check)
+    path, lines = tmp_path / 'table.md', []
+    with pytest.raises(KeyboardInterrupt):
+        tpu_table.write(path, report=lines.append)
+    assert len(lines) == 1
+    tpu_table.write(path, report=lines.append)
+    models = ('flash', 'transformer_plus_plus', 'flash_quad')
+    wanted = {(m, n, stack, 2**18 // n) for m in models for n in (512, 8192) for stack in ('unrolled', 'scan')}
+    assert set(compiled) == wanted
+    assert len(compiled) == len(wanted) + 1
+    assert path.read_text().splitlines()[-6:] == [lines[i] for i in (0, 2, 4, 1, 3, 5)]
