@@ -11,6 +11,8 @@ SWEEPS = [
     ('relu2', 'mlm', 4),
     ('quality', 'models,seed:5:3', 15),
     ('quality', 'rates+long+memory+base', 19),
+    ('compression', 'trained+quantised+narrow+teacher+distilled:runs', 7),
+    ('compression', 'recovered:runs', 4),
 ]
 
 

@@ -1,0 +1,98 @@
+"""What a trained FLASH loses when it is made smaller, what a short run brings back, and what a teacher gives.
+
+    python scripts/sweep.py --config=configs/compression.py --config.seed=0 --sweep=trained --workdir=runs/seed_0
+    python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/rounded --method=rounded
+    python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/narrower --method=narrower \
+        --expansion_factor=1.5
+    python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/half --method=sparser --pattern=0.5
+    python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/two_of_four --method=sparser \
+        --pattern=2:4
+    python eval.py --workdir=runs/seed_0/half        (and the others; flash with --config.quantization=int8, too)
+    python scripts/sweep.py --config=configs/compression.py:steps=300 --config.seed=0 --sweep=recovered:runs/seed_0 \
+        --workdir=runs/recovered_0
+    python scripts/sweep.py --config=configs/compression.py --config.seed=0 --sweep=quantised --workdir=runs/quantised_0
+    python scripts/sweep.py --config=configs/compression.py --sweep=teacher --workdir=runs/teacher
+    python scripts/sweep.py --config=configs/compression.py:steps=1000 --sweep=students,seed:1 --workdir=runs/students
+    python scripts/sweep.py --config=configs/compression.py:steps=1000 --sweep=distilled:runs/teacher/base,seed:1 \
+        --workdir=runs/distilled
+
+Question: how much of its loss does `small` lose with weights and activations of 8 bits, with E = 1.5 D in place of 2 D,
+with half of its weights and with two of every four, at once and after a recovery of 300 steps; and are `small` and
+`tiny` better students of `base` than of the text alone, at equal tokens?
+
+Arguments: those of configs/quality.py, whose training this is, and steps. The sweeps of one seed lie in directories of
+their own, so that the starts of `recovered` have the same names for all seeds and the report can take them together.
+
+Cost: 95 s of an NVIDIA H200 for `flash`, 14 s for a recovery, 400 s for `base`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import common, quality
+from configs.paper import budgets
+from gau.experiments.sweep import Overrides
+
+RATE = 'optimizer.learning_rate'
+TEACHER = 'distillation.teacher'
+# A recovery starts again at less than a quarter of the rate of training; not tuned.
+RECOVERY = {RATE: 1e-3, 'optimizer.warmup_percent': 10.0}
+SPARSE = {**RECOVERY, 'optimizer.keep_zeros': ('kernel$',)}
+# qwix sees no kernels of our own.
+XLA = {'model.impl': 'xla'}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config for `--config=configs/compression.py:arg`."""
+    arg = common.parse_arg(arg, model='flash', size='small', context=1024, data=budgets.DATA['small'], steps=2000)
+    given = [f'{name}={arg[name]}' for name in arg.given if name != 'steps']
+    config = quality.get_config(','.join(given))
+    config.optimizer.learning_rate = 4.5e-3
+    config.checkpoint.keep_last = 1
+    if 'steps' in arg.given:
+        config.steps = arg.steps
+    return config
+
+
+def sweep_trained() -> Iterator[Overrides]:
+    """What is made smaller."""
+    yield {'name': 'flash'}
+
+
+def sweep_recovered(directory: str) -> Iterator[Overrides]:
+    """The model as it was trained, for comparison, and those made smaller, which lie beside it, trained on."""
+    source = Path(directory).absolute()
+    yield {'name': 'flash', 'init_from': str(source / 'flash'), **RECOVERY}
+    yield {'name': 'narrower', 'init_from': str(source / 'narrower'), 'model.expansion_factor': 1.5, **RECOVERY}
+    for pattern in ('half', 'two_of_four'):
+        yield {'name': pattern, 'init_from': str(source / pattern), **SPARSE}
+
+
+def sweep_quantised() -> Iterator[Overrides]:
+    """Training in 8 bits from the start: weights and activations, and weights alone."""
+    for quantization in ('int8', 'int8_weights'):
+        yield {'name': quantization, 'quantization': quantization, **XLA}
+
+
+def sweep_narrow() -> Iterator[Overrides]:
+    """E = 1.5 D from the start."""
+    yield {'name': 'narrow', 'model.expansion_factor': 1.5}
+
+
+def sweep_teacher() -> Iterator[Overrides]:
+    """112 M parameters."""
+    yield {'name': 'base', ':size': 'base', RATE: 3e-3}
+
+
+def sweep_students() -> Iterator[Overrides]:
+    """Both students without a teacher."""
+    for size in ('tiny', 'small'):
+        yield {'name': size, ':size': size}
+
+
+def sweep_distilled(teacher: str) -> Iterator[Overrides]:
+    """Both with one, half of the loss being its divergence."""
+    for size in ('tiny', 'small'):
+        yield {'name': size, ':size': size, TEACHER: str(Path(teacher).absolute())}
