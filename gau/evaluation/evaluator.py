@@ -132,10 +132,11 @@ class Evaluator:
         names = self.columns or [name for name, value in next(iter(measured.values())).items() if is_scalar(value)]
         titles = [name.replace('_', ' ') for name in names]
         widths = [max(len(title), 9) for title in titles]
-        lines = [[f'{"":20}', *(f'{title:>{width}}' for title, width in zip(titles, widths, strict=True))]]
+        first = max(20, *(len(f'{self.name}/{case.name}') for case in measured))
+        lines = [[f'{"":{first}}', *(f'{title:>{width}}' for title, width in zip(titles, widths, strict=True))]]
         for case, metrics in measured.items():
             cells = (f'{_text(metrics.get(name)):>{width}}' for name, width in zip(names, widths, strict=True))
-            lines.append([f'{self.name}/{case.name:{19 - len(self.name)}}', *cells])
+            lines.append([f'{f"{self.name}/{case.name}":{first}}', *cells])
         return '\n'.join(' '.join(line) for line in lines)
 
 

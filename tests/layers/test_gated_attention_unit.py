@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +134,17 @@ def test_rope_local_rotates_the_queries_and_keys_inside_chunks_alone():
     for role in range(4):
         np.testing.assert_array_equal(local[role], (rotated if role < 2 else plain)[role])
         assert np.abs(rotated[role] - plain[role]).max() > 0.1
+
+
+def test_linear_start_is_of_the_linear_pair_alone():
+    def start(linear_start, **fields):
+        module = unit(**CHUNKS, **fields).clone(linear_start=linear_start)
+        params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, N, D)), info()))['params']['query_key']
+        return params['gamma'], params['beta']
+
+    direct, ones, mean = start('direct'), start('ones'), start('mean')
+    np.testing.assert_array_equal(ones[0], np.concatenate([direct[0][:2], np.ones((2, 1, S))]))
+    # q.k is 1: of the columns that RoPE turns slowest, both start at one.
+    np.testing.assert_array_equal(mean[1][:, 0], [[0] * S, [0] * S, [0, 1, 0, 0], [0, 1, 0, 0]])
+    alone, _ = start('ones', pairs=('linear',))
+    np.testing.assert_array_equal(alone, np.ones((2, 1, S)))
