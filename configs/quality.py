@@ -11,7 +11,7 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
-with the gate), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+with the gate), `muon` (with what helps both), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -150,6 +150,16 @@ def sweep_gated() -> Iterator[Overrides]:
     yield {'name': 'ones', **gated, **alive}
     yield {'name': 'chunk_128', **gated, 'model.chunk_size': 128}
     yield {'name': 'query_key_dim_256', **gated, 'model.query_key_dim': 256}
+
+
+def sweep_muon() -> Iterator[Overrides]:
+    """8,192 tokens of context: Muon and no sinusoid, which `causes` found, to the end, each model at two rates."""
+    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none'}
+    for rate in (4e-3, 8e-3):
+        yield {'name': f'gated_muon_lr_{rate:g}', **GATED, **better, RATE: rate}
+    for rate in (2e-3, 4e-3):
+        name = f'transformer_plus_plus_muon_lr_{rate:g}'
+        yield {'name': name, ':context': 8192, **TRANSFORMER, **better, RATE: rate}
 
 
 def sweep_base() -> Iterator[Overrides]:
