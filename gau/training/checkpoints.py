@@ -14,10 +14,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, EveryNSteps, LatestN
 
-from gau.errors import UserError
+from gau.errors import RunFailed, UserError
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training.config import library_versions
+from gau.training.interruption import Interrupted
 from gau.training.mesh import path_name
 from gau.training.step import TrainState
 
@@ -95,6 +96,14 @@ class Checkpoints:
         """Waits and lets go of the directory."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        # Of several processes one that fails alone would wait for others that do not come.
+        if jax.process_count() == 1 or error is None or isinstance(error, UserError | RunFailed | Interrupted):
+            self.close()
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what is stored beside the state: `step`, `config`, `data` (identity of each source), `versions`.

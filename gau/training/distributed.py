@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gau.errors import RunFailed, UserError
+from gau.training import lost_process
 
 # Seconds in which every process must have come, and must have left at the end.
 _START_SECONDS = 300
@@ -37,8 +38,8 @@ def processes(
     """Joins the processes of a run for as long as the context lasts; does nothing for a single one.
 
     Must be entered before JAX has looked for devices. A process that fails inside with anything but a UserError ends
-    here and at once, with exit code 1 and a traceback (or one line for a RunFailed), because an orderly end would wait
-    for the others.
+    here and at once, with exit code 1 and a traceback (or one line for a RunFailed, and where another process is gone,
+    see lost_process.py), because an orderly end would wait for the others.
 
     Args:
       coordinator_address: HOST:PORT of process 0, where the processes meet.
@@ -53,27 +54,34 @@ def processes(
     given = {'coordinator_address': coordinator_address, 'num_processes': num_processes, 'process_id': process_id}
     _check(given, detect=detect, heartbeat_seconds=heartbeat_seconds)
     if num_processes is not None:
-        joined = num_processes > 1 and _join(heartbeat_seconds, **given, cluster_detection_method='deactivate')
+        several, arguments = num_processes > 1, {**given, 'cluster_detection_method': 'deactivate'}
     else:
-        joined = detect and _in_a_cluster() and _join(heartbeat_seconds)
-    if not joined:
+        several, arguments = detect and _in_a_cluster(), {}
+    if not several:
         yield
         return
-    try:
-        yield
-    except UserError:
-        jax.distributed.shutdown()
-        raise
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if isinstance(error, RunFailed):
-            print(f'error: {error}', file=sys.stderr)
-        elif not interrupted:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130 if interrupted else 1)
-    jax.distributed.shutdown()
+    with lost_process.one_line_at_abort():
+        if not _join(heartbeat_seconds, **arguments):
+            yield
+            return
+        try:
+            with lost_process.told('start all processes again'):
+                yield
+                jax.distributed.shutdown()
+        except UserError:
+            jax.distributed.shutdown()
+            raise
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if interrupted:
+                print('interrupted', file=sys.stderr)
+            elif isinstance(error, RunFailed):
+                print(f'error: {error}', file=sys.stderr)
+            else:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130 if interrupted else 1)
 
 
 def _check(given: dict[str, str | int | None], *, detect: bool, heartbeat_seconds: int) -> None:

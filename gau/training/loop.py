@@ -17,7 +17,7 @@ from gau import plots
 from gau.errors import NoSpace, RunFailed, UserError, chain, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
-from gau.training import distributed
+from gau.training import distributed, lost_process
 from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.ahead import Ahead
@@ -26,6 +26,7 @@ from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import library_versions, resolve
 from gau.training.init_from import with_pretrained
 from gau.training.interruption import NO_BATCH, Interrupted, Interruption
+from gau.training.lost_process import LostProcess
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
 from gau.training.start import claim, first_state, pin_fork
@@ -49,10 +50,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint.
       NoSpace: the disk is full; the message says what is safe.
       RunFailed: so does this one, where a save was given up by the clock.
+      LostProcess: and this one, where another process of the run has died.
     """
     workdir = Path(workdir)
     try:
-        return _train(resolve(config), workdir)
+        with lost_process.told(lambda: f'--workdir={workdir}: {files.what_is_safe(workdir)}; the same commands go on'):
+            return _train(resolve(config), workdir)
+    except LostProcess:
+        raise
     except Exception as error:
         safe = f'--workdir={workdir}: {files.what_is_safe(workdir)}'
         if is_no_space(error):
@@ -95,8 +100,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             files.keep_config(workdir, config)
         config_tree = files.config_to_dict(config)
         branch = run.stable_until if run.stable_until < total_steps else None
-        saved = Checkpoints(workdir, config.checkpoint, keep_step=branch)
-        stack.callback(saved.close)
+        saved = stack.enter_context(Checkpoints(workdir, config.checkpoint, keep_step=branch))
         with distributed.together():
             state, origin = first_state(run, saved, iterator)
         first_step = int(state.step)

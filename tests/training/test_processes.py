@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gau.errors import UserError
-from gau.training import distributed, workdir
+from gau.training import distributed, lost_process, workdir
 from tests.training.processes import (
     TINY,
     assert_done,
@@ -127,7 +127,10 @@ def test_a_dead_or_frozen_process_does_not_leave_the_other_hanging(tmp_path, vic
     ((code, _, err),) = finish([started[1 - victim]], timeout=600)
     started[victim].kill()
     started[victim].communicate()
-    assert code != 0, err
+    last = err.splitlines()[-1]
+    assert (code, 'Traceback' in err, 'thread 0x' in err) == (1, False, False), err
+    assert last.startswith('error: another process of this run has died or cannot be reached'), err
+    assert last.endswith(f'run: {workdir.what_is_safe(tmp_path / "run")}; the same commands go on'), err
 
 
 @SLOW
@@ -136,8 +139,8 @@ def test_an_error_in_one_process_ends_both(tmp_path):
     arguments = [*TINY, *mesh(data=2), f'--workdir={tmp_path / "run"}']
     results = run(*program, *arguments, devices=1, count=2)
     assert 'the disk is full' in results[0][2]
-    assert results[0][0] == 1
-    assert results[1][0] != 0
+    assert [code for code, _, _ in results] == [1, 1]
+    assert results[1][2].splitlines()[-1].startswith('error: another process of this run has died'), results[1][2]
 
 
 @SLOW
@@ -195,6 +198,48 @@ def test_evaluation_on_any_number_of_processes_and_devices(alone, tmp_path):
     results = run(*arguments, '--evaluators=whole_documents', devices=1, count=2)
     assert [code for code, _, _ in results] == [2, 2]
     assert '--distributed=off' in results[0][2]
+
+
+@pytest.mark.parametrize(
+    ('error', 'lost'),
+    [
+        (ValueError('UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer\nmore'), True),
+        (jax.errors.JaxRuntimeError('INTERNAL: NCCL operation ncclAllReduce failed: remote process exited'), True),
+        (jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out. Id: shutdown'), True),
+        (OSError('the disk is full'), False),
+        (KeyError('gloo'), False),
+    ],
+)
+def test_a_lost_process_is_one_line_with_what_is_safe(error, lost, monkeypatch):
+    def fail():
+        with lost_process.told('start again'), lost_process.told(lambda: 'step 5 is safe'):
+            try:
+                raise error
+            except type(error) as cause:
+                raise RuntimeError('what Orbax makes of it') from cause
+
+    with pytest.raises(RuntimeError, match='what Orbax makes of it'):
+        fail()
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(lost_process.LostProcess if lost else RuntimeError) as caught:
+        fail()
+    if lost:
+        assert str(caught.value).endswith(f'({str(error).splitlines()[0]}); step 5 is safe')
+
+
+def test_an_abort_of_the_runtime_is_one_line(tmp_path):
+    program = (
+        'import ctypes, threading, time\n'
+        'from gau.training import lost_process\n'
+        'abort = threading.Thread(target=ctypes.CDLL(None).abort)\n'
+        'with lost_process.one_line_at_abort(), lost_process.told("step 5 is safe"):\n'
+        '    abort.start()\n'
+        '    time.sleep(60)\n'
+    )
+    ((code, out, err),) = run('-c', program)
+    assert (code, out, err.count('\n')) == (1, '', 1)
+    assert err.startswith('error: another process of this run has died or cannot be reached')
+    assert err.endswith('; step 5 is safe\n')
 
 
 def processes(**changed):
