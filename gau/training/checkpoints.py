@@ -1,5 +1,7 @@
 """Saving and restoring a run with Orbax: state, data iterator, and what they were made with."""
 
+import asyncio
+import contextlib
 import gc
 import json
 import shutil
@@ -142,7 +144,7 @@ class Checkpoints:
                 if iterator is not None:
                     iterator.set_state(self.read_streams(candidate))
             except Exception as error:  # Orbax promises no type for a checkpoint that it cannot read.
-                _drop_unfinished_reads()
+                _end_unfinished_reads()
                 if 'RESOURCE_EXHAUSTED' in str(error):
                     raise
                 damage = _first_line(error)
@@ -175,7 +177,7 @@ class Checkpoints:
         try:
             return self._read(step, 'state', ocp.PyTreeCheckpointHandler(), partial)['params']
         except Exception as error:
-            _drop_unfinished_reads()
+            _end_unfinished_reads()
             raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
 
     def read_params(self, step: int) -> Any:
@@ -198,7 +200,7 @@ class Checkpoints:
             )
             return self._read(step, 'state', ocp.PyTreeCheckpointHandler(), partial)['params']
         except Exception as error:
-            _drop_unfinished_reads()
+            _end_unfinished_reads()
             raise UserError(f'checkpoint {self.directory / str(step)} is damaged ({_first_line(error)})') from error
 
     def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> Any:
@@ -251,13 +253,21 @@ def _first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {lines[0][:200] if lines else ""}'
 
 
-def _drop_unfinished_reads() -> None:
-    """Collects the reads that Orbax leaves half done when one fails; at exit they would print a traceback each."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+def _end_unfinished_reads() -> None:
+    """Ends the reads that Orbax leaves half done, in a loop that it has closed, when one of them fails.
+
+    Nobody would wait for them any more: whenever they were collected, each would print a traceback, behind whatever the
+    program has come to by then.
+    """
+    for task in gc.get_objects():
+        if not isinstance(task, asyncio.Task) or not task.get_loop().is_closed():
+            continue
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            if task.done():
+                task.exception()
+            else:
+                # Orbax answers its being ended with an exception of its own.
+                task.get_coro().close()
 
 
 def _free_name(path: Path) -> Path:

@@ -1,17 +1,19 @@
 """What a work directory may lack or have damaged, a disk that is full, and training where signals are not caught."""
 
 import asyncio
+import gc
 import itertools
 import json
 import resource
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from gau.errors import NoSpace, RunFailed, UserError
-from gau.training import evaluate, loop, workdir
+from gau.training import checkpoints, evaluate, loop, workdir
 from gau.training.load import load_run
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
@@ -122,6 +124,33 @@ def test_what_cannot_be_written_is_printed_all_the_same(finished, tmp_path, caps
     assert f'written: {path}/eval.jsonl\n' in out
     torn, row = (path / 'eval.jsonl').read_text().splitlines()
     assert (torn, json.loads(row)['step']) == ('{"step": 6, "spl', 6)
+
+
+def test_reads_that_nobody_waits_for_print_nothing(monkeypatch):
+    async def read():
+        try:
+            await asyncio.sleep(60)
+        except BaseException as error:
+            raise Exception('error while reading') from error
+
+    async def fail():
+        asyncio.current_task().reads = [asyncio.ensure_future(read()) for _ in range(3)]
+        await asyncio.sleep(0)
+        raise OSError('damaged')
+
+    def restore():
+        # As Orbax does: the loop is closed over the reads that are left.
+        loop = asyncio.new_event_loop()
+        with pytest.raises(OSError, match='damaged'):
+            loop.run_until_complete(fail())
+        loop.close()
+
+    printed = []
+    monkeypatch.setattr(sys, 'unraisablehook', printed.append)
+    restore()
+    checkpoints._end_unfinished_reads()
+    gc.collect()
+    assert printed == []
 
 
 def test_from_a_thread_and_under_a_running_event_loop(finished, tmp_path):
