@@ -132,6 +132,8 @@ def sweep_causes() -> Iterator[Overrides]:
         yield {'name': f'gated_lr_{rate:g}', **gated, RATE: rate}
     yield {'name': 'gated_no_sinusoid', **gated, 'model.absolute_position': 'none'}
     yield {'name': 'transformer_plus_plus_no_sinusoid', **transformer, 'model.absolute_position': 'none'}
+    for name, model in (('gated', gated), ('transformer_plus_plus', transformer)):
+        yield {'name': f'{name}_1024_no_sinusoid', **model, ':context': 1024, 'model.absolute_position': 'none'}
     yield {'name': 'gated_clip_global_1', **gated, 'optimizer.clip': 'global', 'optimizer.clip_norm': 1.0}
     for name, model in (('gated', gated), ('transformer_plus_plus', transformer)):
         yield {'name': f'{name}_muon', **model, 'optimizer.name': 'muon', RATE: 4e-3}
