@@ -74,6 +74,8 @@ def check_kernels(sizes: Sizes) -> Iterator[Check]:
         cases['flash_quad'] = _flash_quad(sizes, causal)
         for function in ('relu2', 'softmax'):
             cases[f'flash, {function}'] = _flash(sizes, causal, function)
+        if causal:
+            cases['flash, decay_gate'] = _flash(sizes, causal, 'relu2', gated=True)
         for name, (kernel, reference, arrays) in cases.items():
             ops = [_with_gradients(op, _documents(sizes)) for op in (kernel, reference)]
             for dtype in TOLERANCE:
@@ -131,10 +133,11 @@ def _errors(kernel: Callable, reference: Callable, arrays: list[Array], dtype: s
 
 
 def _documents(sizes: Sizes) -> Array:
-    """Ids of documents that end in the middle of a chunk, and padding at the end of the first row."""
+    """Ids of documents that end in the middle of a chunk, with padding at the end; and of one over all chunks."""
     token = np.arange(sizes.tokens)
-    packed = 1 + token // (sizes.tokens // 3)
-    return jnp.asarray(np.stack([np.where(token < sizes.tokens - 9, packed, 0), packed]), jnp.int32)
+    packed = 1 + token // (sizes.tokens // 3 - 5)
+    ends = token < sizes.tokens - 5
+    return jnp.asarray(np.stack([np.where(ends, packed, 0), np.where(ends, 1, 2)]), jnp.int32)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[Array]:
@@ -166,18 +169,19 @@ def _flash_quad(sizes: Sizes, causal: bool) -> tuple[Callable, Callable, list[Ar
     return functools.partial(op, kernel), functools.partial(op, reference), _draw(*shapes)
 
 
-def _flash(sizes: Sizes, causal: bool, function: str) -> tuple[Callable, Callable, list[Array]]:
+def _flash(sizes: Sizes, causal: bool, function: str, *, gated: bool = False) -> tuple[Callable, Callable, list[Array]]:
     by_token = (sizes.batch, sizes.tokens)
     shapes = [(*by_token, 2 * sizes.expanded), (2, sizes.expanded), *[(*by_token, sizes.key)] * 4]
-    arrays = _draw(*shapes, (2 * sizes.chunk - 1,))
+    arrays = _draw(*shapes, (2 * sizes.chunk - 1,), *([(*by_token, 1)] if gated else []))
     scoring = Scoring(function, None) if function == 'softmax' else Scoring(function, 'fixed', 16)
     spec = ChunkSpec(sizes.chunk, scoring, causal)
 
     def op(of, *arrays, segment_ids_BN):
-        *operands, bias_P = arrays
+        operands, (bias_P, *gate) = list(arrays[:6]), arrays[6:]
         # Rows at padding mean nothing, in the gradients of p too: nothing there, nothing to compare.
         operands[0] = jnp.where((segment_ids_BN > 0)[..., None], operands[0], 0)
-        return of(*operands, spec=spec, segment_ids_BN=segment_ids_BN, bias_P=bias_P)
+        gate_BNL = gate[0].astype(jnp.float32) if gate else None
+        return of(*operands, spec=spec, segment_ids_BN=segment_ids_BN, bias_P=bias_P, gate_BNL=gate_BNL)
 
     kernel = functools.partial(op, functools.partial(gated_mixed_chunk, kernels='pallas'))
     return kernel, functools.partial(op, flash_reference.gated_mixed_chunk), arrays
