@@ -15,8 +15,9 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
-# Of the gated models: `best` is what reached the lowest loss here; `paper` is the paper's letter: the relative bias
-# starts as N(0, 0.02), and scores are divided by the length of the sequence (of the chunk).
+# `best` is what reached the lowest loss here; `paper` is the paper's letter: a sinusoid is added to the embeddings also
+# where queries and keys are rotated; of the gated models the relative bias starts as N(0, 0.02), and scores are divided
+# by the length of the sequence (of the chunk).
 RECIPES = ('best', 'paper')
 
 # The config of the run that an export comes from, beside the export's own.
@@ -76,22 +77,23 @@ def _convert(name: str, text: str, kind: type) -> str | int | float | bool:
         raise UserError(f'config argument {name}={text}: want {kind.__name__}') from error
 
 
-def pretraining_config(arg: ConfigDict) -> ConfigDict:
+def pretraining_config(arg: ConfigDict, *, objective: str = 'lm') -> ConfigDict:
     """Returns the defaults with `model`, `size`, `context`, `recipe`, `data` and `tokenizer` put in their places.
 
     `data` is a name of PREPARED, read from data/NAME, or a source such as `jsonl:PATH`; `tokenizer` may be empty, which
-    means the one that the shards were prepared with, or bytes. `recipe` is one of RECIPES.
+    means the one that the shards were prepared with, or bytes. `recipe` is one of RECIPES, `best` if it is not there.
 
     Raises:
       UserError: an unknown recipe.
     """
     config = training_config.default_config()
+    config.objective = objective
     config.model.name = arg.model
     config.model.size = arg.size
     config.data.source = f'tokens:data/{arg.data}' if arg.data in PREPARED else arg.data
     config.data.context = arg.context
     config.data.batch_size = max(TOKENS_PER_STEP // arg.context, 1)
-    _apply_recipe(config, arg.recipe)
+    _apply_recipe(config, arg.get('recipe', 'best'))
     if arg.tokenizer:
         config.data.tokenizer = arg.tokenizer
     return config
@@ -103,6 +105,11 @@ def _apply_recipe(config: ConfigDict, recipe: str) -> None:
     if recipe == 'paper' and config.model.name in ('flash', 'flash_quad'):
         config.model.relative_bias_init = 'normal'
         config.model.normalizer = 'paper'
+    architecture = ARCHITECTURES.get(config.model.name)
+    rotated = architecture is not None and architecture.fields['rope'].default != 'none'
+    if recipe == 'best' and rotated and config.objective == 'lm':
+        # docs/results/quality_causes.md; not tried in masked language models.
+        config.model.absolute_position = 'none'
 
 
 def start_from(config: ConfigDict, source: str) -> bool:

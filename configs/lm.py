@@ -5,8 +5,8 @@
 
 Arguments: model (a name of docs/models.md), size (tiny, small, base, large), context, data (wiki40b, pg19, c4 or lm1b,
 prepared in data/NAME; or any source, such as embedded or jsonl:PATH), tokenizer (bytes, sentencepiece:FILE,
-huggingface:FILE; by default the one of the prepared shards, or bytes), recipe (best, or paper: FLASH and FLASH-Quad
-letter for letter, docs/results/quality.md has what that costs), runlocal.
+huggingface:FILE; by default the one of the prepared shards, or bytes), recipe (best, or paper: letter for letter, which
+costs what docs/results/quality.md and quality_causes.md have), runlocal.
 
 Recipe, all of it recalled and not read in a source: 2^18 tokens a step at every context, 125 k steps, AdamW, peak
 learning rate 7e-4 after 10 k steps of warm-up, linear decay, weight decay 0.01, clipping at 0.1 parameter by parameter.

@@ -20,6 +20,5 @@ from configs import common
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/mlm.py:arg`."""
     arg = common.parse_arg(arg, model='flash', size='base', context=512, data='c4', tokenizer='', recipe='best')
-    config = common.pretraining_config(arg)
-    config.objective = 'mlm'
+    config = common.pretraining_config(arg, objective='mlm')
     return common.run_local(config, arg.given) if arg.runlocal else config

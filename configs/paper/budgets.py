@@ -44,9 +44,11 @@ def get_config(arg: str | None, *, model: str = 'flash', context: int = 1024, ob
     words = [f'model={arg.model}', f'context={context}', f'size={size}', f'recipe={arg.recipe}']
     if data:
         words.append(f'data={data}')
+    config = program.get_config(','.join([*words, 'runlocal'] if budget == 'tiny' else words))
+    # The paper's, of which an ablation changes one thing at a time; all runs that are kept have it.
+    config.model.absolute_position = 'sinusoid'
     if budget == 'tiny':
-        return _tiny(program.get_config(','.join([*words, 'runlocal'])))
-    config = program.get_config(','.join(words))
+        return _tiny(config)
     return _small(config, arg.model) if budget == 'small' else config
 
 

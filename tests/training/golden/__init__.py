@@ -63,8 +63,9 @@ def corpus() -> str:
 def losses(objective: str, name: str) -> list[float]:
     """Trains `name` for 20 steps, by the real configs, data and step."""
     config = PROGRAMS[objective].get_config(f'model={name},runlocal')
+    # What there was alone: the sinusoid, and of the gated models this start.
+    config.model.absolute_position = 'sinusoid'
     if name in ('flash', 'flash_quad'):
-        # The only start there was.
         config.model.relative_bias_init = 'normal'
     config = training_config.resolve(config)
     run = Run.from_config(config)
