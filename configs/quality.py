@@ -157,11 +157,10 @@ def sweep_gated() -> Iterator[Overrides]:
 def sweep_muon() -> Iterator[Overrides]:
     """8,192 tokens of context: Muon and no sinusoid, which `causes` found, to the end, each model at two rates."""
     better = {'optimizer.name': 'muon', 'model.absolute_position': 'none'}
-    for rate in (4e-3, 8e-3):
-        yield {'name': f'gated_muon_lr_{rate:g}', **GATED, **better, RATE: rate}
-    for rate in (2e-3, 4e-3):
-        name = f'transformer_plus_plus_muon_lr_{rate:g}'
-        yield {'name': name, ':context': 8192, **TRANSFORMER, **better, RATE: rate}
+    transformer = {':context': 8192, **TRANSFORMER}
+    for rate in (4e-3, 2e-3):
+        for name, model in (('gated', GATED), ('transformer_plus_plus', transformer)):
+            yield {'name': f'{name}_muon_lr_{rate:g}', **model, **better, RATE: rate}
 
 
 def sweep_base() -> Iterator[Overrides]:
