@@ -31,6 +31,7 @@ SIZES = {
     'bias': 'root mean square of b',
     'weight_sum': 'sum of the weights of a query, mean over queries',
     'dead': 'share of weights that are exactly 0, and have no gradient',
+    'global_sum': 'the same of the global branch: mean of |q.k| over the keys that it reads, mean over queries',
 }
 # Of the parameters' paths: the modules whose inputs or results are looked at.
 _NORM, _UNIT, _QUERY_KEY, _BIAS = 'norm', 'gau', 'query_key', 'relative_bias'
@@ -126,7 +127,24 @@ def _layer_sizes(seen: dict[str, Any], ids_BN: Array, config: Any) -> dict[str, 
         'weight_sum': _mean(weights.sum(-1), mask.any(-1)),
         'dead': _mean(weights == 0, mask),
     }
-    return sizes if bias is None else {**sizes, 'bias': _rms(bias, mask)}
+    if bias is not None:
+        sizes['bias'] = _rms(bias, mask)
+    if len(seen[_QUERY_KEY]) > 2:
+        sizes['global_sum'] = _global_sum(
+            *seen[_QUERY_KEY][2:], ids_BN, c, (model.local_window or 1) if causal else None
+        )
+    return {name: sizes[name] for name in SIZES if name in sizes}
+
+
+def _global_sum(q_lin_BHNS: Array, k_lin_BHNS: Array, ids_BN: Array, c: int, window: int | None) -> Array:
+    """Mean of |q.k| in the global branch, decay and gate left out; without a window every token is read."""
+    chunk = jnp.arange(ids_BN.shape[1]) // c
+    mask_BNN = visibility_mask(ids_BN, ids_BN, n=len(chunk), m=len(chunk), causal=False)
+    if window is not None:
+        mask_BNN &= chunk[:, None] >= chunk + window
+    qk_BHNN = jnp.einsum('BHNS,BHMS->BHNM', q_lin_BHNS.astype(jnp.float32), k_lin_BHNS.astype(jnp.float32))
+    sums_BHN = jnp.mean(jnp.abs(qk_BHNN), axis=-1, where=mask_BNN[:, None])
+    return _mean(sums_BHN, mask_BNN.any(-1)[:, None])
 
 
 def _scale(scoring: Scoring, q: Array, mask: Array, lengths: Array) -> Array | float:

@@ -26,7 +26,7 @@ def sizes(config, steps=(0,)):
 
 
 def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk():
-    ((step, loss, found),) = sizes(config_of(relative_bias_init='mean', relative_bias_scale=1.0))
+    ((step, loss, found),) = sizes(config_of(relative_bias_init='mean', relative_bias_scale=1.0, linear_start='mean'))
     c = 32
     assert (step, list(found['dead'])) == (0, [0, 0])
     assert 5 < loss < 6
@@ -34,6 +34,8 @@ def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk(
     # The query at place t of a chunk sees t + 1 keys.
     np.testing.assert_allclose(found['weight_sum'], (c + 1) / 2 / c, rtol=1e-2)
     assert all(found['score'] < 1e-4)
+    # A global branch that starts as a mean has weights of 1 in all over the tokens that it reads.
+    np.testing.assert_allclose(found['global_sum'], 1, rtol=0.1)
 
 
 @pytest.mark.parametrize('name', ['flash', pytest.param('flash_quad', marks=pytest.mark.slow)])
@@ -43,6 +45,8 @@ def test_the_papers_start_leaves_about_half_of_the_weights_dead(name):
     assert all((first[2]['dead'] > 0.1) & (first[2]['dead'] < 0.9))
     assert all(first[2]['output'] < 1e-2 * first[2]['residual'])
     assert not np.array_equal(first[2]['output'], last[2]['output'])
+    assert ('global_sum' in first[2]) == (name == 'flash')
+    assert all(first[2].get('global_sum', np.zeros(1)) < 1e-4)
 
 
 # Of the reference, which is proven elsewhere.
