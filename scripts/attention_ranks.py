@@ -1,0 +1,65 @@
+"""Prints the effective rank of attention A, of A V and of U * (A V) in every layer of trained models.
+
+    python scripts/attention_ranks.py runs/heads/gau runs/heads/gau_8_heads --sequences=8
+    python scripts/attention_ranks.py runs/heads/gau --split=test --json=FILE
+
+Reads the newest checkpoint of each work directory on the first held-out sequences of its own context, in float32 and
+without kernels. The rank is exp(entropy) of the singular values: k for k equal ones. No matrix here has more than
+`tokens` of them, and AV and UAV no more than `width`.
+"""
+
+import json
+from pathlib import Path
+
+import _root  # noqa: F401
+from absl import flags
+
+from gau import cli
+from gau.errors import UserError
+
+_SEQUENCES = flags.DEFINE_integer('sequences', 8, 'Held-out sequences, over which ranks are averaged.', lower_bound=1)
+_SPLIT = flags.DEFINE_string('split', 'valid', 'Data split.')
+_JSON = flags.DEFINE_string('json', None, 'File to write a JSON line for each layer to.')
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints."""
+    if not arguments:
+        raise UserError('want work directories: attention_ranks.py DIR [DIR...]')
+    from gau.experiments import attention_ranks
+    from gau.models.widths import heads_at
+    from gau.training import workdir as files
+    from gau.training.load import load_run
+
+    lines, means = [], []
+    for workdir in map(Path, arguments):
+        run, params, step = load_run(workdir, config=attention_ranks.readable(files.read_config(workdir)))
+        found, width = attention_ranks.ranks(run, params, split=_SPLIT.value, sequences=_SEQUENCES.value)
+        model, tokens = run.config.model, run.config.data.context
+        rows = [
+            {'layer': layer, 'heads': heads_at(model, layer), **{name: float(x[layer]) for name, x in found.items()}}
+            for layer in range(model.num_layers)
+        ]
+        about = {'workdir': workdir.name, 'step': step, 'tokens': tokens, 'width': width, 'sequences': _SEQUENCES.value}
+        lines += [about | row for row in rows]
+        means.append({'': workdir.name, **{name: float(x.mean()) for name, x in found.items()}})
+        print(f'\n{workdir} at step {step}: {model.name}, gate {model.gate}, {tokens} tokens, width {width}')
+        print(f'\n{_table(rows)}', flush=True)
+    print('\nMean over layers\n\n' + _table(means))
+    print('\n' + '\n'.join(f'{name}: {meaning}' for name, meaning in attention_ranks.RANKS.items()))
+    if _JSON.value:
+        Path(_JSON.value).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def _table(rows: list[dict]) -> str:
+    cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(8, *map(len, column)) for column in zip(*cells, strict=True)]
+    return '\n'.join(' '.join(f'{cell:>{width}}' for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def _text(value: float | str) -> str:
+    return f'{value:.1f}' if isinstance(value, float) else str(value)
+
+
+if __name__ == '__main__':
+    cli.run(main, arguments=True)
