@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,9 +12,16 @@ from gau.evaluation.perplexity import Perplexity
 
 
 class PerplexityByPosition(Perplexity):
-    """Perplexity with one more metric, which costs nothing: `loss_by_position`, see `by_position`."""
+    """Perplexity with one more metric, which costs nothing: `loss_by_position`, see `by_position`.
+
+    Attributes:
+      ranges: name of that metric.
+      axis: what it is over, in the figure.
+    """
 
     figure = 'loss_by_position'
+    ranges: ClassVar[str] = 'loss_by_position'
+    axis: ClassVar[str] = 'tokens of context before the target'
 
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False
@@ -23,13 +30,13 @@ class PerplexityByPosition(Perplexity):
         sums = self.sums(params, case, cancelled)
         # Without a context, texts are read to their ends, and the longest counts.
         yield from sums.metrics(case.context or sums.by_position.shape[1])
-        yield 'loss_by_position', by_position(*sums.by_position)
+        yield self.ranges, by_position(*sums.by_position)
 
     def draw(self, measured: Mapping[Case, Metrics], path: Path, *, title: str) -> None:
         """Draws the mean loss over the position, a curve for each case."""
-        figure, axes = plots.figure('tokens of context before the target', 'loss (nats per token)', title)
+        figure, axes = plots.figure(self.axis, 'loss (nats per token)', title)
         for case, metrics in measured.items():
-            rows = metrics['loss_by_position']
+            rows = metrics[self.ranges]
             middles = [(row['first'] + row['last']) / 2 + 1 for row in rows]
             label = f'{case.split} at {metrics["context"]}'
             axes.plot(middles, [row['loss'] for row in rows], marker='.', label=label)
@@ -40,8 +47,7 @@ class PerplexityByPosition(Perplexity):
     def table(self, measured: Mapping[Case, Metrics]) -> str:
         """Returns the table of the metrics and that of the losses by position."""
         columns = [
-            {(row['first'], row['last']): row['loss'] for row in metrics['loss_by_position']}
-            for metrics in measured.values()
+            {(row['first'], row['last']): row['loss'] for row in metrics[self.ranges]} for metrics in measured.values()
         ]
         titles = (f'{case.split[:6]:>6}@{metrics["context"]:<6}' for case, metrics in measured.items())
         lines = [f'{"loss at context":16} ' + ' '.join(titles)]

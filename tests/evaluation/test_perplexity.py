@@ -1,12 +1,18 @@
 """Perplexity, with and without positions, against counting by hand."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from gau.data import embedded, pipeline
+from gau.errors import UserError
 from gau.evaluation.evaluator import Cancelled, Case
 from gau.evaluation.perplexity_by_position import by_position
+from gau.evaluation.perplexity_in_chunk import PerplexityInChunk
+from gau.training import config as training_config
 from gau.training.config import resolve
 from gau.training.setup import Run
 from tests.training.tiny import tiny_config
@@ -46,6 +52,41 @@ def test_sums_are_those_of_the_batches_taken_one_by_one(run):
     assert metrics['tokens'] == tokens
     np.testing.assert_array_equal(sums.by_position[1], positions)
     assert sum(row['tokens'] for row in metrics['loss_by_position']) == tokens
+
+
+def test_the_loss_by_place_is_that_of_the_same_targets(run):
+    params = run.init_state().params
+    entry = training_config.evaluators(run.config)['eval']
+    evaluator = PerplexityInChunk(run, 'chunk', ConfigDict({**entry, 'skip': 20}))
+    case = Case('valid', 'valid', run.config.data.context)
+    metrics, losses, tokens = dict(evaluator.measure(params, case)), np.zeros(48), np.zeros(48)
+    for batch, nll_BN in evaluator.batches(params, case, lambda: False):
+        losses += (nll_BN.astype(np.float64) * batch['weights']).sum(0)
+        tokens += batch['weights'].sum(0)
+    losses[:20] = tokens[:20] = 0
+    losses, tokens = losses.reshape(3, 16).sum(0), tokens.reshape(3, 16).sum(0)
+    rows = metrics['loss_by_place']
+    assert [(row['first'], row['last']) for row in rows] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+    for row in rows:
+        places = slice(row['first'], row['last'] + 1)
+        assert row['loss'] == pytest.approx(losses[places].sum() / tokens[places].sum(), rel=1e-6)
+        assert row['tokens'] == tokens[places].sum()
+    assert metrics['tokens'] == tokens.sum()
+    assert metrics['loss'] == pytest.approx(losses.sum() / tokens.sum(), rel=1e-6)
+    second_half = losses[8:].sum() / tokens[8:].sum()
+    assert metrics['border_loss'] == pytest.approx(metrics['loss'] - second_half, abs=1e-6)
+
+
+def test_a_model_without_chunks_is_told_them(run):
+    class WithoutChunks(types.SimpleNamespace):
+        objective, config = run.objective, ConfigDict({**run.config, 'model': {'name': 'transformer'}})
+
+    entry = training_config.evaluators(run.config)['eval']
+    with pytest.raises(UserError, match=r'evaluators\.chunk\.chunk must be given: transformer has no chunks'):
+        PerplexityInChunk(WithoutChunks, 'chunk', entry)
+    assert PerplexityInChunk(WithoutChunks, 'chunk', ConfigDict({**entry, 'chunk': 256})).chunk == 256
+    with pytest.raises(UserError, match='leaves out the first 48 tokens of a row: 48 has no more'):
+        PerplexityInChunk(run, 'chunk', ConfigDict({**entry, 'skip': 48})).check()
 
 
 def test_the_whole_split_has_every_byte_and_one_end_a_document():
