@@ -1,5 +1,6 @@
 """Effective rank of a trained model's attention A, of A V and of U * (A V), layer by layer, on held-out sequences."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from gau.errors import UserError
 from gau.evaluation.evaluator import Run, on_device
 from gau.layers.core import AttentionCore
 from gau.layers.gated_attention_unit import merge_heads
+from gau.objectives.objective import Batch
 
 # The matrices of a layer, [tokens, tokens] and twice [tokens, E].
 RANKS = {
@@ -52,17 +54,17 @@ def ranks(run: Run, params: Any, *, split: str, sequences: int) -> tuple[dict[st
     Raises:
       UserError: the split is shorter, or an attention that is not linear in its values, which has no matrix A.
     """
-    measured = jax.jit(matrices(run.model))
-    found: list[list[dict[str, float]]] = []
+    rows = list(itertools.islice(_rows(run, split), sequences))
+    if len(rows) < sequences:
+        raise UserError(f'the split {split} has {len(rows)} whole sequences of the {sequences} asked for')
+    measured, found = jax.jit(matrices(run.model)), []
     with run.context(), jax.default_matmul_precision('highest'):
-        for batch in _rows(run, split, sequences):
-            layers = jax.device_get(measured(params, batch))
+        for batch in rows:
+            layers = jax.device_get(measured(params, run.put_batch(batch)))
             for layer, (_, error) in enumerate(layers):
                 if not error < _TOLERANCE:
                     raise UserError(f'layer {layer}: {run.config.model.name} is not linear in its values here: no A')
             found.append([{name: effective_rank(x) for name, x in own.items()} for own, _ in layers])
-    if len(found) < sequences:
-        raise UserError(f'the split {split} has {len(found)} whole sequences of the {sequences} asked for')
     means = {name: np.array([[layer[name] for layer in row] for row in found]).mean(0) for name in RANKS}
     return means, layers[0][0]['AV'].shape[-1]
 
@@ -114,17 +116,12 @@ def matrices(model: nn.Module) -> Callable[[Any, Mapping[str, Array]], list[tupl
     return measure
 
 
-def _rows(run: Run, split: str, sequences: int) -> Iterator[dict[str, Array]]:
+def _rows(run: Run, split: str) -> Iterator[Batch]:
     context = run.config.data.context
     batches = run.objective.eval_batches(
-        run.config.data,
-        tokenizer=run.tokenizer,
-        split=split,
-        context=context,
-        batch_size=1,
-        max_tokens=sequences * context,
+        run.config.data, tokenizer=run.tokenizer, split=split, context=context, batch_size=1, max_tokens=None
     )
     for batch in batches:
         # Where rows are filled up with padding, their matrices would have fewer rows.
         if np.all(batch.get('segment_ids', 1)):
-            yield run.put_batch(on_device(batch))
+            yield on_device(batch)

@@ -13,6 +13,8 @@ SWEEPS = [
     ('quality', 'rates+long+memory+base', 19),
     ('compression', 'trained+quantised+narrow+teacher+distilled:runs', 7),
     ('compression', 'recovered:runs', 4),
+    ('borders', 'chunks+remedies', 10),
+    ('heads', 'heads,seed:2', 12),
 ]
 
 

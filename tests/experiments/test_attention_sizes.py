@@ -38,7 +38,8 @@ def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk(
     np.testing.assert_allclose(found['global_sum'], 1, rtol=0.1)
 
 
-@pytest.mark.parametrize('name', ['flash', pytest.param('flash_quad', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['flash', 'flash_quad'])
 def test_the_papers_start_leaves_about_half_of_the_weights_dead(name):
     first, last = sizes(config_of(name=name, relative_bias_init='normal'), steps=(0, 2))
     assert (first[0], last[0]) == (0, 2)

@@ -1,0 +1,44 @@
+"""Is one head enough? FLASH-Quad with heads and without its gate at equal parameters, and the ranks of its attention.
+
+    python scripts/sweep.py --config=configs/heads.py --sweep=heads --workdir=runs/heads --per_device=4
+    python scripts/attention_ranks.py runs/heads/*/ --json=runs/heads/ranks.jsonl
+
+Question: the paper says that a gate lets one head do what a Transformer needs eight or twelve for. Is the rank of A V
+what the gate makes up for? One head has one matrix A for all values; U * (A V) need not have its rank.
+
+Arguments: those of configs/quality.py (context is 512 here). Sweeps: `heads`. Without the gate E is 3 D in place of
+2 D, which has as many parameters; heads divide E. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
+
+Result: not run yet.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common, quality
+from gau.experiments.sweep import Overrides
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config for `--config=configs/heads.py:arg`."""
+    local = common.parse_arg(arg, model='', size='', context=0, data='').runlocal
+    words = ['model=flash_quad', *([] if local else ['context=512']), *filter(None, [arg])]
+    config = quality.get_config(','.join(words), checkpoint_steps=1000)
+    config.steps = config.steps if local else 1000
+    # Eight heads have eight matrices of weights: two micro-batches, or six runs do not share a GPU.
+    config.optimizer.accumulation_steps = 2
+    config.optimizer.learning_rate = 4.5e-3
+    config.model.relative_bias, config.model.relative_bias_scale = 'toeplitz', 2.0
+    return config
+
+
+def sweep_heads() -> Iterator[Overrides]:
+    """One head, eight, no gate, neither; then two, and eight that fall with depth to one."""
+    no_gate = {'model.gate': 'none', 'model.expansion_factor': 3.0}
+    yield {'name': 'gau'}
+    yield {'name': 'gau_8_heads', 'model.num_heads': 8}
+    yield {'name': 'no_gate', **no_gate}
+    yield {'name': 'no_gate_8_heads', **no_gate, 'model.num_heads': 8}
+    yield {'name': 'gau_2_heads', 'model.num_heads': 2}
+    yield {'name': 'gau_falling_heads', 'model.num_heads': 8, 'model.head_decay': 1.0}
