@@ -9,11 +9,11 @@
 `decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length.
 GB/s of `decode` are bytes that a step cannot do without, parameters and what tokens look back on, over its time.
 
-A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps`, where parts at
-the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to compare. It may
-end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then; named twice, it has those
-of both. Every measurement has a process of its own, so that what does not fit or crashes is a row that says so;
-`--rounds` measures all of them in turn, over and over, and the median counts.
+A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`,
+where parts at the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to
+compare. It may end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then; named
+twice, it has those of both. Every measurement has a process of its own, so that what does not fit or crashes is a row
+that says so; `--rounds` measures all of them in turn, over and over, and the median counts.
 """
 
 import datetime

@@ -29,13 +29,15 @@ MODELS = (*ARCHITECTURES, *TORCH_MODELS)
 
 
 class Spec(NamedTuple):
-    """A model with the settings to measure it at, written `model:impl:remat:layer_stack:accumulation_steps`.
+    """A model with the settings to measure it at, written
+    `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`.
 
     Attributes:
       model: name in the registry, or of a baseline in PyTorch.
       impl: `config.model.impl`; of a baseline: how PyTorch runs it.
       remat, layer_stack: as in `config.model`; None for a baseline, which has neither.
       accumulation_steps: micro-batches of a training step.
+      segment_tokens: tokens of a row that a training step reads at once, with its state carried on; 0: all.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Spec(NamedTuple):
     remat: str | None = 'none'
     layer_stack: str | None = 'unrolled'
     accumulation_steps: int = 1
+    segment_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Cell:
 
 
 def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str) -> list[Spec]:
-    """Returns the specs that `model:impl:remat:layer_stack:accumulation_steps` stands for.
+    """Returns the specs that `model:impl:remat:layer_stack:accumulation_steps:segment_tokens` stands for.
 
     Parts may be left out at the end or be empty.
 
@@ -131,20 +134,22 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
         raise UserError(f'--models={text}: want at most model:{":".join(names)}')
     given = dict(zip(names, settings, strict=False))
     given = {name: value for name, value in given.items() if value}
-    steps = given.get('accumulation_steps', '1')
-    if not steps.isdecimal() or int(steps) == 0:
-        raise UserError(f'--models={text}: accumulation_steps "{steps}" is not a positive integer')
+    for name in ('accumulation_steps', 'segment_tokens'):
+        if name in given and (not given[name].isdecimal() or int(given[name]) == 0):
+            raise UserError(f'--models={text}: {name} "{given[name]}" is not a positive integer')
+    steps, segment = int(given.get('accumulation_steps', 1)), int(given.get('segment_tokens', 0))
     if model in TORCH_MODELS:
-        for name in ('remat', 'layer_stack'):
+        for name in ('remat', 'layer_stack', 'segment_tokens'):
             if name in given:
                 raise UserError(f'--models={text}: {model} has no {name}')
         own = TORCH_MODELS[model][1]
         impl = given.get('impl', 'auto')
         _check_choice(f'--models={text}: impl', impl, ('auto', *own))
-        return [Spec(model, own[0] if impl == 'auto' else impl, None, None, int(steps))]
+        return [Spec(model, own[0] if impl == 'auto' else impl, None, None, steps)]
     specs = []
     for impl in [given['impl']] if 'impl' in given else impls:
-        spec = Spec(model, impl, given.get('remat', remat), given.get('layer_stack', layer_stack), int(steps))
+        stack = given.get('layer_stack', layer_stack)
+        spec = Spec(model, impl, given.get('remat', remat), stack, steps, segment)
         for name in ('impl', 'remat', 'layer_stack'):
             _check_choice(f'--models={text}: {name}', getattr(spec, name), declared_fields()[name].choices)
         specs.append(spec)
@@ -155,8 +160,10 @@ def label(row: Mapping) -> str:
     """Returns the model of a row with every setting that is not the default, as `parse_spec` reads it."""
     default = TORCH_MODELS[row['model']][1][0] if row['model'] in TORCH_MODELS else 'auto'
     parts = [row['impl'] if row['impl'] != default else '']
-    for name, usual in (('remat', 'none'), ('layer_stack', 'unrolled'), ('accumulation_steps', 1)):
-        parts.append('' if row[name] in (usual, None) else str(row[name]))
+    usual = {'remat': 'none', 'layer_stack': 'unrolled', 'accumulation_steps': 1, 'segment_tokens': 0}
+    for name, value in usual.items():
+        # (Rows of before there were segments have none.)
+        parts.append('' if row.get(name) in (value, None) else str(row[name]))
     return ':'.join([row['model'], *parts]).rstrip(':')
 
 
@@ -211,8 +218,9 @@ def plan(
 
 def _check_kind(kind: str, spec: Spec) -> None:
     if kind in PASSES:
-        if kind == 'forward' and spec.accumulation_steps > 1:
-            raise UserError(f'--models={spec.model}: accumulation_steps={spec.accumulation_steps} speaks to train only')
+        for name, usual in (('accumulation_steps', 1), ('segment_tokens', 0)):
+            if kind == 'forward' and getattr(spec, name) != usual:
+                raise UserError(f'--models={spec.model}: {name}={getattr(spec, name)} speaks to train only')
         return
     if spec.model in TORCH_MODELS:
         raise UserError(f'--what={kind} does not measure {spec.model}: PyTorch baselines know train and forward')

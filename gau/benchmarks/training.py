@@ -108,6 +108,9 @@ def _run(cell: Cell, result: Result) -> Run:
     config.objective = cell.objective
     config.data.context, config.data.batch_size = cell.context, cell.batch_size
     config.optimizer.accumulation_steps = cell.spec.accumulation_steps
+    if cell.spec.segment_tokens:
+        config.optimizer.segment_tokens = cell.spec.segment_tokens
+        config.data.attend_across_documents = not cell.packed
     config.model = cell.model_config()
     run = Run.from_config(training_config.resolve(config), devices=jax.devices()[:1])
     # Not the vocabulary of the default tokenizer.

@@ -131,22 +131,7 @@ class LanguageModel(nn.Module):
         h_BND = self.hidden(
             tokens_BN, segment_ids_BN=segment_ids_BN, positions_BN=positions_BN, deterministic=deterministic
         )
-
-        def loss(*operands, alone):
-            return weighted_cross_entropy(
-                *operands,
-                positions_per_slice=self.config.vocab_loss_slice,
-                devices=devices_together(),
-                slice_loss=slice_loss(self.implementation.loss if alone else 'xla', self.vocab_size),
-            )
-
-        operands = h_BND, self.embedding.rows(), targets_BN, weights_BN
-        if parts_of('vocab') > 1:
-            # Every device scores all tokens of its row of the mesh against its own part of the vocabulary.
-            return loss(*operands, alone=False)
-        # Every device scores its own tokens: d embedding is summed over devices once, and not for every slice.
-        by_token = ('batch', 'length')
-        return sum_over_mesh(loss, *operands, axes=[(*by_token, None), (None, None), by_token, by_token])
+        return self.weighted_losses(h_BND, targets_BN, weights_BN)
 
     def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
         """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""
@@ -187,6 +172,25 @@ class LanguageModel(nn.Module):
             positions_per_slice=self.config.vocab_loss_slice,
             devices=devices_together(),
         )
+
+    def weighted_losses(self, h_BND: Array, targets_BN: Array, weights_BN: Array) -> Array:
+        """Returns the sum of weights times `losses`, float32 (float64); see `weighted_loss`."""
+
+        def loss(*operands, alone):
+            return weighted_cross_entropy(
+                *operands,
+                positions_per_slice=self.config.vocab_loss_slice,
+                devices=devices_together(),
+                slice_loss=slice_loss(self.implementation.loss if alone else 'xla', self.vocab_size),
+            )
+
+        operands = h_BND, self.embedding.rows(), targets_BN, weights_BN
+        if parts_of('vocab') > 1:
+            # Every device scores all tokens of its row of the mesh against its own part of the vocabulary.
+            return loss(*operands, alone=False)
+        # Every device scores its own tokens: d embedding is summed over devices once, and not for every slice.
+        by_token = ('batch', 'length')
+        return sum_over_mesh(loss, *operands, axes=[(*by_token, None), (None, None), by_token, by_token])
 
     def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:
         """Embedding, blocks and last norm, [B, N, D].

@@ -13,6 +13,7 @@ from gau import lookup
 from gau.data import config as data_config
 from gau.errors import UserError, check_name
 from gau.models import config as model_config
+from gau.models.architectures import ARCHITECTURES
 from gau.training import durations
 
 SCHEDULES = ('linear', 'cosine', 'constant', 'wsd')
@@ -78,6 +79,8 @@ def default_config() -> ConfigDict:
       clip: `local` (each parameter's gradient by its own norm), `global` or `none`; clip_norm: the bound
         (None: 0.1).
       accumulation_steps: micro-batches a step; the gradient is that of the whole batch.
+      segment_tokens: tokens of a row that training reads at once, with the decoding state carried on (None: all);
+        the gradient is that of the whole row, and memory hardly grows with it (`gau.training.recurrent`).
       sharding: how its state lies: as the `parameters`, or cut over the mesh axis `data`, too (ZeRO-1; adamw and lion):
         each device then updates its part of the parameters, and gets the rest from the others.
     checkpoint: every_steps, _tokens, _epochs, _percent; keep_last: newest ones kept; keep_every: steps whose multiples
@@ -125,6 +128,7 @@ def default_config() -> ConfigDict:
     optimizer.clip = 'local'
     optimizer.clip_norm = config_dict.placeholder(float)
     optimizer.accumulation_steps = 1
+    optimizer.segment_tokens = config_dict.placeholder(int)
     optimizer.sharding = 'parameters'
 
     config.checkpoint = checkpoint = ConfigDict()
@@ -186,6 +190,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             f'optimizer.accumulation_steps={optimizer.accumulation_steps}'
         )
     config.model = model_config.resolve(config.model, causal=objective.causal, context=config.data.context)
+    _check_segments(config)
     return config
 
 
@@ -231,7 +236,8 @@ def drop_idle_fields(optimizer: ConfigDict) -> None:
 
 def _check_ranges(config: ConfigDict) -> None:
     positive = ['steps', 'tokens', 'epochs', 'log.every_steps', 'optimizer.accumulation_steps', 'optimizer.eps']
-    positive += ['optimizer.learning_rate', 'optimizer.clip_norm', 'checkpoint.keep_last', 'checkpoint.keep_every']
+    positive += ['optimizer.learning_rate', 'optimizer.clip_norm', 'optimizer.segment_tokens']
+    positive += ['checkpoint.keep_last', 'checkpoint.keep_every']
     for path in positive:
         _check_positive(path, _field(config, path))
     for path, low, high in (
@@ -260,6 +266,28 @@ def _check_distillation(config: ConfigDict) -> None:
     if not 0 < weight <= 1:
         raise UserError(f'distillation.weight={weight} must lie in 0..1, above 0')
     _check_positive('distillation.temperature', temperature)
+
+
+def _check_segments(config: ConfigDict) -> None:
+    """Whether rows can be read in segments (`gau.training.recurrent`)."""
+    segment, model, data = config.optimizer.segment_tokens, config.model, config.data
+    if segment is None:
+        return
+    field = f'optimizer.segment_tokens={segment}'
+    if data.context % segment:
+        raise UserError(f'{field} must divide data.context={data.context}')
+    for path, value in (
+        *(('objective', 'lm'), ('data.packing', 'concat'), ('data.attend_across_documents', True)),
+        *(('model.dropout_rate', 0), ('distillation.teacher', None), ('mesh.sequence', 1)),
+    ):
+        if _field(config, path) != value:
+            raise UserError(f'{field} needs {path}={value}, this is {_field(config, path)}')
+    attention = ARCHITECTURES[model.name].attention
+    reason = attention.refuses_decoding(model)
+    if reason is None and attention.keeps_all_tokens:
+        reason = f'that of {model.name} grows with the row'
+    if reason is not None:
+        raise UserError(f'{field} carries a state of one size: {reason}')
 
 
 def evaluators(config: ConfigDict) -> dict[str, ConfigDict]:

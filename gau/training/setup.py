@@ -22,7 +22,7 @@ from gau.evaluation.evaluator import Evaluator
 from gau.models.target import Target
 from gau.objectives import objective as objectives
 from gau.objectives.objective import Objective
-from gau.training import checkpoints, durations, step
+from gau.training import checkpoints, durations, recurrent, step
 from gau.training import config as training_config
 from gau.training import distillation as distilling
 from gau.training import mesh as meshes
@@ -276,7 +276,9 @@ class Run:
         outputs = shardings, NamedSharding(self.mesh, PartitionSpec())
         options = dict(self.model.implementation.compiler_options)
         if distillation.teacher is None:
-            return jax.jit(make(self.objective), donate_argnums=0, out_shardings=outputs, compiler_options=options)
+            segment = optimizer.segment_tokens
+            objective = self.objective if segment is None else recurrent.Recurrent(self.objective, segment)
+            return jax.jit(make(objective), donate_argnums=0, out_shardings=outputs, compiler_options=options)
         teacher, teacher_params = self._teacher
 
         def train_step(state: step.TrainState, batch: step.Batch, teacher_params: Any) -> Any:

@@ -26,6 +26,7 @@ PLAN = {
         ('flash', [Spec('flash', 'reference'), Spec('flash', 'xla')]),
         ('flash:xla', [Spec('flash', 'xla')]),
         ('flash:xla:full:scan:4', [Spec('flash', 'xla', 'full', 'scan', 4)]),
+        ('flash:xla::::64', [Spec('flash', 'xla', segment_tokens=64)]),
         ('torch_transformer_plus_plus', [Spec('torch_transformer_plus_plus', 'compiled', None, None)]),
         ('torch_flash_lucidrains:eager:::2', [Spec('torch_flash_lucidrains', 'eager', None, None, 2)]),
     ],
@@ -49,7 +50,7 @@ def test_what_a_spec_leaves_open_comes_from_the_flags():
         ('flash:xlaa', 'did you mean "xla"'),
         ('flash:xla:half', '"half" does not exist'),
         ('flash:xla:none:scan:0', 'not a positive integer'),
-        ('flash:xla:none:scan:1:1', 'at most'),
+        ('flash:xla:none:scan:1:1:1', 'at most'),
         ('torch_flash_lucidrains:xla', '"xla" does not exist'),
         ('torch_flash_lucidrains:eager:full', 'has no remat'),
     ],
@@ -102,6 +103,7 @@ def test_a_spec_may_have_contexts_of_its_own():
         (Spec('flash', 'xla'), {'kinds': ['decode']}, 'by name alone'),
         (Spec('torch_flash_lucidrains', 'compiled', None, None), {'kinds': ['decode']}, 'know train and forward'),
         (Spec('flash', accumulation_steps=2), {'kinds': ['forward']}, 'speaks to train only'),
+        (Spec('flash', segment_tokens=64), {'kinds': ['forward']}, 'speaks to train only'),
     ],
 )
 def test_what_a_plan_refuses(spec, changes, message):
