@@ -31,7 +31,6 @@ from gau.training.optimizer import LAYERS, STACKED, matrix_axes
 from gau.training.setup import Run
 from gau.training.step import TrainState
 
-REPORT = 'compression.json'
 # By path, without the leading axis of layers stacked by a scan, which `Leaf.stacked` says.
 Leaves = dict[tuple[str, ...], np.ndarray]
 
@@ -288,7 +287,7 @@ def _write(
         if (source / files.DATA).is_file():
             shutil.copyfile(source / files.DATA, aside / files.DATA)
         files.write_text(aside / files.PARAMETERS, run.parameter_table(state.params))
-        (aside / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+        (aside / files.COMPRESSION).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
         aside.chmod(0o755)
         aside.rename(output)
     finally:

@@ -4,6 +4,7 @@
     python scripts/report.py runs/a runs/b --by=model.name --against=transformer_plus_plus --output=docs/results/models
     python scripts/report.py runs/chunks --output=day_1.jsonl                  keep the runs in one file, for later
     python scripts/report.py day_1.jsonl day_2.jsonl --output=docs/results/chunks
+    python scripts/report.py --evaluations runs/a runs/a_int8 --by=point       what eval.py measured of each directory
     python scripts/report.py --check                                           every table in docs/results
 
 Arguments are directories of runs and of sweeps, and files of kept runs, which this command wrote; together
@@ -32,6 +33,7 @@ _OUTPUT = flags.DEFINE_string(
     None,
     'Path without ending: .md, .jsonl, .csv and _*.png are written; with .jsonl: only the runs.',
 )
+_EVALUATIONS = flags.DEFINE_boolean('evaluations', False, 'Rows are what eval.py measured, not the ends of training.')
 _CHECK = flags.DEFINE_boolean('check', False, 'Compare tables with what their kept JSON lines give; write nothing.')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'docs' / 'results'
@@ -49,7 +51,12 @@ def main(arguments: list[str]) -> int:
     paths = [Path(argument) for argument in arguments]
     if not _OUTPUT.value and paths[0].suffix == runs.KEPT:
         raise UserError(f'{paths[0]} is a file of kept runs: --output=PATH must say where their table goes')
-    found, unfinished = runs.find(paths)
+    if _EVALUATIONS.value:
+        from gau.experiments import evaluated
+
+        found, unfinished = evaluated.find(paths), []
+    else:
+        found, unfinished = runs.find(paths)
     if unfinished:
         print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
     stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'

@@ -103,10 +103,11 @@ def _workdirs(directory: Path) -> list[Path]:
 
 def _renewed(run: Run) -> Run:
     """Returns a kept run with the fields that configs have got since at their defaults, as work directories do."""
-    return run._replace(config=_flat(files.whole_config(unflatten(run.config))))
+    return run._replace(config=flat(files.whole_config(unflatten(run.config))))
 
 
-def _flat(config: ConfigDict) -> dict[str, Any]:
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config by dotted field, without the places of files."""
     return {path: without_place(value) for path, value in flatten(files.config_to_dict(config)).items()}
 
 
@@ -137,7 +138,7 @@ def read(workdir: Path) -> Run:
         name=workdir.resolve().name,
         label=point.get('label', workdir.resolve().name),
         swept=None if not point or any(path.startswith(':') for path in fields) else fields,
-        config=_flat(config),
+        config=flat(config),
         metrics=final['eval'],
         curves=_curves(rows, tokens_per_step(config)),
         facts=facts,

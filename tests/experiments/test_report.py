@@ -7,7 +7,7 @@ import pytest
 
 from configs import quickstart
 from gau.errors import UserError
-from gau.experiments import publish, report, runs
+from gau.experiments import evaluated, publish, report, runs
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
 from gau.training import workdir as files
@@ -266,6 +266,43 @@ def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
         # A run of an older version has no such record.
         (workdir / files.DATA).unlink()
         assert runs.read(workdir).facts['data'] == {'tokens:wiki': plan}
+
+
+def test_what_eval_py_measured_is_a_table(tmp_path):
+    config = resolve(quickstart.get_config())
+    rows = {
+        'flash': [(5, 9.0, {}), (7, 2.0, {}), (7, 2.3, {'quantization': 'int8'}), (7, 2.2, {'quantization': 'int8'})],
+        'narrow': [(7, 2.5, {})],
+    }
+    for name, measured in rows.items():
+        config.model.expansion_factor = 1.5 if name == 'narrow' else 2.0
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / files.CONFIG, files.config_to_dict(config))
+        lines = [
+            {'step': step, 'split': 'eval/valid', 'loss': loss, 'tokens': 100, 'context': 256, 'by_position': []}
+            | ({'config': changed} if changed else {})
+            for step, loss, changed in measured
+        ]
+        (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
+    files.write_json(tmp_path / 'flash' / files.FINAL, final | {'eval': {}})
+    row = {'step': 7, 'split': 'train', 'loss': 1.0, 'tokens': 512, 'step_seconds': 0.1}
+    (tmp_path / 'flash' / files.METRICS).write_text(json.dumps(row) + '\n')
+    done = {'source': '/elsewhere/flash', 'step': 7, 'method': 'narrower', 'parameters': {'before': 9, 'after': 6}}
+    files.write_json(tmp_path / 'narrow' / files.COMPRESSION, done)
+    found = evaluated.find([tmp_path / 'flash', tmp_path / 'narrow'])
+    made = report.make(found, Options(by=('point',), against='flash'))
+    losses = {row.values['point']: row.mean.value for row in made.rows}
+    assert losses == {'flash': 2.0, 'flash quantization=int8': 2.2, 'narrow': 2.5}
+    narrow = found[-1].facts
+    assert narrow['parameters'] == 6
+    assert narrow['command'] == 'python scripts/compress.py --method=narrower --expansion_factor=1.5'
+    (tmp_path / 'narrow' / files.EVAL).unlink()
+    with pytest.raises(UserError, match='holds no measurement'):
+        evaluated.find([tmp_path / 'narrow'])
+    (tmp_path / 'flash').rename(tmp_path / 'other')
+    with pytest.raises(UserError, match='flash, which is not there: its table needs both'):
+        evaluated.find([tmp_path / 'narrow'])
 
 
 def test_a_directory_without_runs_is_refused(tmp_path):

@@ -1,0 +1,77 @@
+"""What eval.py measured of models, as the runs of a table: as trained, with other fields, and made smaller."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from gau.errors import UserError
+from gau.experiments import runs
+from gau.experiments.runs import Run
+from gau.training import workdir as files
+
+
+def find(workdirs: Sequence[Path]) -> list[Run]:
+    """Returns a record for every directory of a run or of `scripts/compress.py`, and every setting it was measured in.
+
+    A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each counts,
+    of the newest checkpoint that was measured. The label is that of the run, or the directory's name, with the setting.
+
+    Raises:
+      UserError: a directory holds no measurement, or the model that one was made of is not beside it.
+    """
+    found = []
+    for workdir in workdirs:
+        run = _made_smaller(workdir) if (workdir / files.COMPRESSION).is_file() else runs.read(workdir)
+        rows = files.read_metrics(workdir / files.EVAL)
+        if not rows:
+            raise UserError(f'{workdir} holds no measurement: python eval.py --workdir={workdir}')
+        step = max(row['step'] for row in rows)
+        settings: dict[str, tuple[dict, dict]] = {}
+        for row in rows:
+            changed = row.get('config', {})
+            if row['step'] != step or row.get('context') != run.config['data.context']:
+                continue
+            told = ' '.join(f'{field.rpartition(".")[2]}={value}' for field, value in changed.items())
+            metrics = settings.setdefault(told, (changed, {}))[1]
+            split = row['split'].partition('/')[2]
+            metrics[split] = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
+        found += [_measured(run, told, *setting) for told, setting in settings.items()]
+    return found
+
+
+def _measured(run: Run, told: str, changed: dict, metrics: dict) -> Run:
+    arguments = [shlex.quote(f'--config.{field}={value}') for field, value in changed.items()]
+    command = run.facts['command'] if not told else ' '.join(['python eval.py', *arguments])
+    return run._replace(
+        label=f'{run.label} {told}'.strip(),
+        swept=None,
+        config={**run.config, **{field: runs.without_place(value) for field, value in changed.items()}},
+        metrics=metrics,
+        curves={},
+        facts={**run.facts, 'command': command, 'tokens_per_second': None},
+    )
+
+
+def _made_smaller(workdir: Path) -> Run:
+    """Returns the record of the model that one was made of, with what was done to it."""
+    done = files.read_json(workdir / files.COMPRESSION)
+    source = Path(done['source'])
+    if not source.is_dir():
+        # The directories were moved together.
+        source = workdir.parent / source.name
+    if not source.is_dir():
+        raise UserError(f'{workdir} was made of {source}, which is not there: its table needs both')
+    trained, config = runs.read(source), runs.flat(files.read_config(workdir))
+    options = [f'--{name}={done[name]}' for name in ('method', 'pattern') if name in done]
+    if config['model.expansion_factor'] != trained.config['model.expansion_factor']:
+        options.append(f'--expansion_factor={config["model.expansion_factor"]}')
+    return trained._replace(
+        name=workdir.resolve().name,
+        label=workdir.resolve().name,
+        config=config,
+        facts={
+            **trained.facts,
+            'command': ' '.join(['python scripts/compress.py', *options]),
+            'parameters': done['parameters']['after'],
+        },
+    )
