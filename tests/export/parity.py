@@ -10,16 +10,16 @@ from tests.models.tiny import CONTEXT, VOCAB, make
 
 
 @functools.cache
-def both(name, objective='lm', **fields):
-    """Returns our model, its parameters and the PyTorch model, all in float64."""
+def both(name, objective='lm', dtype='float64', **fields):
+    """Returns our model, its parameters and the PyTorch model, all in one type."""
     import torch
 
     from gau.export import modeling_gau
 
-    model, params = make(name, objective, **fields)
+    model, params = make(name, objective, dtype=dtype, **fields)
     config = config_of(model.config, vocab_size=VOCAB, causal=model.causal, context=CONTEXT)
     kind = modeling_gau.GAUForCausalLM if model.causal else modeling_gau.GAUForMaskedLM
-    theirs = kind(modeling_gau.GAUConfig(**config)).double().eval()
+    theirs = kind(modeling_gau.GAUConfig(**config)).to(getattr(torch, dtype)).eval()
     weights = {key: torch.tensor(np.asarray(value)) for key, value in named(params).items()}
     theirs.load_state_dict(weights, strict=True)
     return model, params, theirs

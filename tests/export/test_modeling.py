@@ -87,6 +87,21 @@ def test_logits_with_documents_and_padding(case):
     expect_equal(found.logits, expected[jnp.asarray([padded])], real=ids_BN[[padded]] > 0)
 
 
+@pytest.mark.parametrize(
+    'case', [pytest.param(case, marks=[pytest.mark.slow] * (case[0] != 'flash')) for case in HELD], ids=ids
+)
+def test_float32_logits_with_documents_and_padding_are_equal_to_1e_5(case):
+    model, params, theirs = both(*case, dtype='float32')
+    ids_BN = np.array([LAYOUTS[layout] for layout in LAYOUTS if layout != 'empty'])
+    tokens_BN, positions_BN = np.asarray(tokens(len(ids_BN))), np.asarray(positions_of(ids_BN))
+    expected = apply(model, params, jnp.asarray(tokens_BN), jnp.asarray(ids_BN), jnp.asarray(positions_BN))
+    as_torch = [torch.tensor(x) for x in (tokens_BN, positions_BN, ids_BN)]
+    logits = theirs(as_torch[0], position_ids=as_torch[1], segment_ids=as_torch[2]).logits
+    assert logits.dtype == torch.float32
+    assert expected.dtype == jnp.float32
+    assert np.abs(logits.detach().numpy() - np.asarray(expected))[ids_BN > 0].max() < 1e-5
+
+
 @pytest.mark.parametrize('case', DECODED, ids=ids)
 def test_a_prompt_and_then_token_by_token_are_the_whole(case):
     name, objective, fields = case
