@@ -16,11 +16,13 @@ class PerplexityByPosition(Perplexity):
 
     Attributes:
       ranges: name of that metric.
+      title: of its table.
       axis: what it is over, in the figure.
     """
 
     figure = 'loss_by_position'
     ranges: ClassVar[str] = 'loss_by_position'
+    title: ClassVar[str] = 'loss at context'
     axis: ClassVar[str] = 'tokens of context before the target'
 
     def measure(
@@ -50,7 +52,7 @@ class PerplexityByPosition(Perplexity):
             {(row['first'], row['last']): row['loss'] for row in metrics[self.ranges]} for metrics in measured.values()
         ]
         titles = (f'{case.split[:6]:>6}@{metrics["context"]:<6}' for case, metrics in measured.items())
-        lines = [f'{"loss at context":16} ' + ' '.join(titles)]
+        lines = [f'{self.title:16} ' + ' '.join(titles)]
         for first, last in sorted({key for column in columns for key in column}):
             name = str(first) if first == last else f'{first}-{last}'
             losses = (column.get((first, last)) for column in columns)

@@ -26,6 +26,7 @@ class PerplexityInChunk(PerplexityByPosition):
     columns = ('context', 'tokens', 'loss', 'border_loss', 'bits_per_byte')
     figure = 'loss_by_place'
     ranges = 'loss_by_place'
+    title = 'loss at place'
     axis = 'tokens of the same chunk before the target'
 
     def __init__(self, run: Run, name: str, entry: ConfigDict):
