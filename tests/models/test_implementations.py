@@ -201,12 +201,10 @@ def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
 ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
 
 
-@pytest.mark.parametrize('objective', ['lm', 'mlm'])
-@pytest.mark.parametrize(('name', 'fields'), [
-    ('flash', {}),
-    ('flash', {'attention_function': 'softmax'}),
-    ('flash_quad', {}),
-    ('flash_quad', {'gate': 'none'}),
+@pytest.mark.parametrize(('objective', 'name', 'fields'), [
+    *[('lm', 'flash', fields) for fields in ({}, {'attention_function': 'softmax'}, {'decay_gate': 'scalar'})],
+    *[('mlm', 'flash', fields) for fields in ({}, {'attention_function': 'softmax'})],
+    *[(objective, 'flash_quad', fields) for objective in ('lm', 'mlm') for fields in ({}, {'gate': 'none'})],
 ], ids=str)  # fmt: skip
 def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective, name, fields):
     config = tiny_config(name, objective, **ON_TPU | fields)
@@ -231,9 +229,9 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
     ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
     (
-        {'decay_gate': 'scalar'},
+        {'decay_gate': 'keys'},
         TPU._replace(sequence_shards=2),
-        'decay_gate=none where devices share a sequence, this is scalar',
+        'decay_gate=none or scalar where devices share a sequence, this is keys',
     ),
     ({'query_key_dim': 258}, TPU, 'query_key_dim up to 256, this is 258'),
     ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),

@@ -32,13 +32,13 @@ N, C, S, E = 64, 8, 4, 16
 DOCUMENTS = [[1] * 60 + [0] * 4, [2] * 14 + [3] * 30 + [0] * 10 + [4] * 10]
 BY_TOKEN = ('batch', 'length', None)
 MESH = jax.make_mesh((1, 1, 1, 4), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-AXES = [BY_TOKEN, (None, None), *[BY_TOKEN] * 4, (None,), ('batch', 'length')]
+AXES = [BY_TOKEN, (None, None), *[BY_TOKEN] * 4, (None,), BY_TOKEN, ('batch', 'length')]
 
 
-def difference(*, causal: bool, segments: bool, decay: float, reduction: str) -> float:
+def difference(*, causal: bool, segments: bool, decay: float, reduction: str, gated: bool = False) -> float:
     """Returns the largest relative difference between sharded kernels and the reference alone."""
     rng = np.random.default_rng(0)
-    shapes = [(2, N, 2 * E), (2, E), *[(2, N, S)] * 4, (2 * C - 1,), (2, N, E)]
+    shapes = [(2, N, 2 * E), (2, E), *[(2, N, S)] * 4, (2 * C - 1,), (2, N, 1), (2, N, E)]
     *arrays, weights = (jnp.asarray(rng.standard_normal(shape), 'float32') for shape in shapes)
     ids = jnp.asarray(DOCUMENTS, jnp.int32) if segments else None
     fields = {'global_decay': decay, 'global_reduction': reduction}
@@ -46,21 +46,21 @@ def difference(*, causal: bool, segments: bool, decay: float, reduction: str) ->
 
     def compute(attend):
         def loss(arrays):
-            o_BNE = attend(*arrays, ids)
+            o_BNE = attend(*(arrays if gated else [*arrays[:-1], None]), ids)
             return (o_BNE * weights).sum(), o_BNE
 
         (_, o_BNE), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-        return o_BNE, gradients
+        return o_BNE, gradients if gated else gradients[:-1]
 
     def alone(*operands):
-        *arrays, bias_P, ids_BN = operands
-        return reference(*arrays, spec=spec, bias_P=bias_P, segment_ids_BN=ids_BN)
+        *arrays, bias_P, gate_BNL, ids_BN = operands
+        return reference(*arrays, spec=spec, bias_P=bias_P, gate_BNL=gate_BNL, segment_ids_BN=ids_BN)
 
     def kernels(*operands, sequence_axis):
         assert sequence_axis == 'sequence'
-        *arrays, bias_P, ids_BN = operands
-        fields = {'spec': spec, 'bias_P': bias_P, 'segment_ids_BN': ids_BN, 'sequence_axis': sequence_axis}
-        return gated_mixed_chunk(*arrays, kernels='pallas', **fields)
+        *arrays, bias_P, gate_BNL, ids_BN = operands
+        fields = {'bias_P': bias_P, 'gate_BNL': gate_BNL, 'segment_ids_BN': ids_BN, 'sequence_axis': sequence_axis}
+        return gated_mixed_chunk(*arrays, kernels='pallas', spec=spec, **fields)
 
     wanted = compute(alone)
     with jax.set_mesh(MESH), nn.logical_axis_rules(AXIS_RULES):
@@ -69,10 +69,10 @@ def difference(*, causal: bool, segments: bool, decay: float, reduction: str) ->
     return largest(found, wanted)
 
 
-def model_difference(name: str) -> float:
+def model_difference(name: str, **fields: Any) -> float:
     """Returns the same of the gradients of a model, which lays out the operands itself."""
     chunks = {'chunk_size': C} if name == 'flash' else {}
-    xla, params = make(name, context=N, num_layers=1, dtype='float32', **chunks)
+    xla, params = make(name, context=N, num_layers=1, dtype='float32', **chunks, **fields)
     params = jax.tree.map(lambda x: x.astype('float32'), params)
     sequence, ids = tokens(2, N), jnp.asarray(DOCUMENTS)
 
@@ -97,12 +97,15 @@ def main() -> None:
     cases = [
         {'causal': True, 'segments': True, 'decay': 0.7, 'reduction': 'mean'},
         {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'mean'},
+        {'causal': True, 'segments': True, 'decay': 1.0, 'reduction': 'mean', 'gated': True},
+        {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'sum', 'gated': True},
         {'causal': False, 'segments': True, 'decay': 1.0, 'reduction': 'mean'},
         {'causal': False, 'segments': False, 'decay': 1.0, 'reduction': 'sum'},
     ]
     with jax.default_matmul_precision('highest'):
         found = {str(case): difference(**case) for case in cases}
-        print(json.dumps(found | {name: model_difference(name) for name in ('flash', 'flash_quad')}))
+        found |= {name: model_difference(name) for name in ('flash', 'flash_quad')}
+        print(json.dumps(found | {'flash, gated': model_difference('flash', decay_gate='scalar')}))
 
 
 if __name__ == '__main__':

@@ -66,7 +66,7 @@ class MixedChunk(ScoredAttention):
         triton=triton(gate='silu', branches='both', global_norm='none', local_window=1),
         pallas=pallas(
             at_most={'chunk_size': 512},
-            sharded={'decay_gate': 'none'},
+            sharded={'decay_gate': ('none', 'scalar')},
             **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'local_window': 1},
         ),
         xla=ANYWHERE,

@@ -25,7 +25,7 @@ def pallas(
     Args:
       at_most: largest values of fields.
       widest: largest E, or None.
-      sharded: values of fields where devices share a sequence.
+      sharded: what more is wanted where devices share a sequence.
       **wanted: values of fields, a tuple or one for each.
     """
     wanted = {'num_heads': 1, 'dtype': ('bfloat16', 'float32'), **wanted}
@@ -34,16 +34,15 @@ def pallas(
     def lacks(config: ConfigDict, target: Target) -> str | None:
         if target.platform != 'tpu' and not (target.platform == 'cpu' and target.pallas_interpreted):
             return f'a TPU, this is {target.platform}'
-        for field, values in wanted.items():
-            values = values if isinstance(values, tuple) else (values,)
-            if config[field] not in values:
-                return f'{field}={" or ".join(map(str, values))}, this is {config[field]}'
+        shared = (sharded or {}) if target.sequence_shards > 1 else {}
+        for where, fields in (('', wanted), (' where devices share a sequence', shared)):
+            for field, values in fields.items():
+                values = values if isinstance(values, tuple) else (values,)
+                if config[field] not in values:
+                    return f'{field}={" or ".join(map(str, values))}{where}, this is {config[field]}'
         for field, most in at_most.items():
             if config[field] > most:
                 return f'{field} up to {most}, this is {config[field]}'
-        for field, value in (sharded or {}).items() if target.sequence_shards > 1 else ():
-            if config[field] != value:
-                return f'{field}={value} where devices share a sequence, this is {config[field]}'
         width = 'E = expansion_factor * model_dim'
         # An interpreter has no lanes.
         if target.platform == 'tpu' and expanded_dim(config) % 128:

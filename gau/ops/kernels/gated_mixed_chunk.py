@@ -51,10 +51,11 @@ def gated_mixed_chunk(
 
     Raises:
       ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
-        causal or has a `sequence_axis`, a window of two chunks.
+        causal, or has a `sequence_axis` and more than one column; a window of two chunks.
     """
-    if spec.window > 1 or (gate_BNL is not None and (sequence_axis is not None or not spec.causal)):
-        raise ValueError(f'kernels={kernels!r} have no gate and no window of two chunks here')
+    one_column = gate_BNL is None or gate_BNL.shape[-1] == 1
+    if spec.window > 1 or (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
+        raise ValueError(f'kernels={kernels!r} have no such gate and no window of two chunks here')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
@@ -69,10 +70,12 @@ def gated_mixed_chunk(
     scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay, sequence_axis=sequence_axis)
     carry_mask_BGK = scans.carry_mask_BGJ
     if gate_BNL is not None:
-        scans = _scans(ids_BGC, causal=causal, mean=False, decay=1.0, sequence_axis=None)
-        carry_mask_BGK, scale_BGL = _with_gate(scans, log_decays(gate_BNL, segment_ids_BN, size), mean=spec.mean)
+        scans = _scans(ids_BGC, causal=causal, mean=False, decay=1.0, sequence_axis=sequence_axis)
+        log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
+        scans, scale_BGL = _with_gate(scans, log_decay_BGL, mean=spec.mean, sequence_axis=sequence_axis)
         q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
-        carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
+        carry_mask_BGL = scans.carry_mask_BGJ
+        carry_mask_BGK = jnp.broadcast_to(carry_mask_BGL, (*carry_mask_BGL.shape[:2], q_lin.shape[-1]))
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
@@ -185,11 +188,22 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_a
     return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGC, shards)
 
 
-def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool) -> tuple[Array, Array]:
-    """Returns the factors on rows of the state, [B, G, L], and those on queries that make means of sums, or ones."""
+def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool, sequence_axis: str | None) -> tuple[_Scans, Array]:
+    """Returns the forward scan with factors on rows of the state, [B, G, L] in the place of its carry mask.
+
+    And the factors [B, G, L] on queries that make means of sums, or ones.
+    """
     carry_BGL = scans.carry_mask_BGJ * jnp.exp(log_decay_BGL)
     added_BGL = jnp.broadcast_to(scans.key_masks[0].sum(-1).astype(jnp.float32)[..., None], carry_BGL.shape)
-    counts = carry_BGL, added_BGL
+    counts, own, shards = (carry_BGL, added_BGL), lambda x: x, None
+    if sequence_axis is not None:
+        on_device, device = carry_BGL.shape[1], jax.lax.axis_index(sequence_axis)
+        counts = tuple(jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in counts)
+        own = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
+        )
+        shards = shards_of_scans(counts[0], on_device, device)
     total_BGL = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
-    carried_BGL = jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    return carry_BGL, 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
+    carried_BGL = own(jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1])
+    scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
+    return scans._replace(carry_mask_BGJ=carry_BGL, shards=shards), scale_BGL

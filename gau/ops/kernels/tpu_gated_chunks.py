@@ -53,7 +53,7 @@ def gated_chunk_matmul(
 
     Any weights `a` will do; `causal` says nothing new here, for J does. `shards` is given where this runs inside
     `jax.shard_map` with the chunks in order over the devices of the mesh axis `sequence_axis`. Factors for each row of
-    the states, K = F, are for causal calls without shards.
+    the states, K = F, are for causal calls; `shards` are then made of factors that all rows have in common.
     """
     arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     return _forward(*arrays, causal, shards, sequence_axis)[0]
