@@ -36,7 +36,7 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             None if bias_HP is None else bias_HP[0],
         )
         table = tuple(x_B1h[:, 0] for x_B1h in tokens.rope[s]) if self.rope == 'rotary' else None
-        names = 'k', 'k_lin', 'v', 'sum'
+        names = 'k', 'k_lin', 'v', 'sum', 'arrivals'
         window = {name: core.get_variable('cache', name)[:, 0] for name in names}
         y_BD, window = decode_gated_chunks(
             x_B1D[:, 0], parameters, table, window, position=tokens.decode, spec=core.spec

@@ -6,6 +6,7 @@ chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
 
     v [B, C + T, E]; k, k_lin [B, C + T, S]     the tokens from the start of the chunk that was current
     sum [B, S, E]                               as it was, in the compute type: only read
+    arrivals [B]                                for the kernel that counts its programs (`kernels.decode_row`): zeros
 
 A token of the next chunk reads the chunk before token by token, with the weights of the global branch, which is what
 it would read from the sum. So steps are alike whatever the rows' places, without a branch; `close_window` folds the
@@ -31,7 +32,8 @@ def open_window(state: State, tokens: int) -> State:
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
         return x.astype(state['v'].dtype)
 
-    return {name: opened(name, x) for name, x in state.items()}
+    arrivals = jnp.zeros(state['v'].shape[:-2], jnp.int32)
+    return {name: opened(name, x) for name, x in state.items()} | {'arrivals': arrivals}
 
 
 def close_window(state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, decay: float) -> State:

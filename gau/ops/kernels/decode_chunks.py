@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.decoding import DecodePosition, State, scale_of_state
-from gau.ops.kernels import tile_sizes
+from gau.ops.kernels import decode_row, tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, power_of_two
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -77,6 +77,10 @@ def decode_gated_chunks(
     tiles = tile_sizes.decode_tiles(batch, str(dtype))
     place_B, scales = _place(position, spec), _scales(position, spec, inner)
     place_B = jnp.where(position.length_B > 0, place_B, places).astype(jnp.int32)
+    row_tiles = decode_row.row_tiles(width, expanded, inner, dtype) if batch == 1 else None
+    if row_tiles is not None:
+        fields = {'place_1': place_B, 'scales': scales, 'chunk_size': spec.chunk_size, 'tiles': row_tiles}
+        return decode_row.decode_row(x_BD, parameters, table, window, **fields)
 
     block_b = min(power_of_two(batch), tiles.block_b)
     rows = {'B': batch, 'BLOCK_B': block_b, 'PRECISION': PRECISION}
@@ -118,12 +122,13 @@ def decode_gated_chunks(
         outputs=[like_e],
         grid=(cdiv(expanded, block_e), batch),
         num_warps=tiles.attention_warps,
-        num_stages=1,
+        num_stages=tiles.attention_stages,
         C=spec.chunk_size,
         S=inner,
         E=expanded,
         PLACES=places,
         BIAS=bias_P is not None,
+        PRECISION=PRECISION,
         BLOCK_W=min(power_of_two(places), tiles.block_w),
         BLOCK_S=power_of_two(inner),
         BLOCK_E=block_e,

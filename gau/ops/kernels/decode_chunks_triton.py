@@ -19,23 +19,38 @@ def _silu(x):
 
 
 @triton.jit
-def _normalised_matmul(
-    x_ptr, w_ptr, g_ptr, b, col, stride: tl.constexpr, COLS: tl.constexpr,
+def _only(x_RH, own_R1):
+    """Returns the row of x that is marked, [1, BLOCK_H]."""
+    return tl.sum(tl.where(own_R1, x_RH, 0.0), axis=0)[None, :]
+
+
+@triton.jit
+def _normalised_matmuls(
+    x_ptr, w_ptr, other_ptr, g_ptr, b, col, stride: tl.constexpr, COLS: tl.constexpr, OTHER_COLS: tl.constexpr,
     B: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Returns x w g / rms(x), float32 [BLOCK_B, BLOCK_N]: ScaleNorm is one factor for a row, taken after the matmul."""
+    """Returns x w g / rms(x) and the same for `other`, unless it has no columns, float32 [BLOCK_B, BLOCK_N] each.
+
+    ScaleNorm is one factor for a row, taken after the matmul.
+    """
     product = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_B,), tl.float32)
+    other = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for start in range(0, D, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
         w = load_tile(w_ptr, d, col, stride, D, COLS)  # [BK, BN]
         x = load_tile(x_ptr, b, d, D, B, D)  # [BB, BK]
         x32 = x.to(tl.float32)
-        squares += tl.sum(x32 * x32, axis=1)
+        squares += x32 * x32
         # [BB, BK] @ [BK, BN]
         product = tl.dot(x.to(w.dtype), w, product, input_precision=PRECISION)
-    return product * (tl.load(g_ptr) / tl.sqrt(squares / D + EPSILON))[:, None]
+        if OTHER_COLS > 0:
+            w = load_tile(other_ptr, d, col, stride, D, OTHER_COLS)  # [BK, BN]
+            # [BB, BK] @ [BK, BN]
+            other = tl.dot(x.to(w.dtype), w, other, input_precision=PRECISION)
+    scale = (tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=1) / D + EPSILON))[:, None]
+    return product * scale, other * scale
 
 
 @triton.jit
@@ -65,8 +80,8 @@ def decode_projections_kernel(
     row = b.to(tl.int64) * PLACES + place
     if tl.program_id(0) < tiles:
         col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        uv = _normalised_matmul(
-            x_ptr, uv_ptr, g_ptr, b, col, 2 * E, 2 * E, B, D, EPSILON, PRECISION, BLOCK_B, BLOCK_K, BLOCK_N
+        uv, _ = _normalised_matmuls(
+            x_ptr, uv_ptr, uv_ptr, g_ptr, b, col, 2 * E, 2 * E, 0, B, D, EPSILON, PRECISION, BLOCK_B, BLOCK_K, BLOCK_N
         )
         uv = _silu(uv + tl.load(uv_bias_ptr + col, mask=col < 2 * E, other=0.0).to(tl.float32)[None, :])
         store_tile(u_ptr, uv, b, col, E, B, E)
@@ -75,33 +90,37 @@ def decode_projections_kernel(
         tl.store(v_at, uv.to(v_ptr.dtype.element_ty), mask=written & is_v[None, :])
     else:
         half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-        z1 = _normalised_matmul(x_ptr, z_ptr, g_ptr, b, half, S, H, B, D, EPSILON, PRECISION, BLOCK_B, BLOCK_K, BLOCK_H)
-        z2 = _normalised_matmul(
-            x_ptr, z_ptr + H, g_ptr, b, half, S, S - H, B, D, EPSILON, PRECISION, BLOCK_B, BLOCK_K, BLOCK_H
-        )
         first = half < H
         second = half < S - H
-        z1 = _silu(z1 + tl.load(z_bias_ptr + half, mask=first, other=0.0).to(tl.float32)[None, :])
-        z2 = _silu(z2 + tl.load(z_bias_ptr + H + half, mask=second, other=0.0).to(tl.float32)[None, :])
+        # Of q, k, q_lin and k_lin; asked for before the matmuls, which take longer than they do.
+        role = tl.arange(0, 4)
+        gamma1_RH = load_tile(gamma_ptr, role, half, S, None, H).to(tl.float32)
+        gamma2_RH = load_tile(gamma_ptr + H, role, half, S, None, S - H).to(tl.float32)
+        beta1_RH = load_tile(beta_ptr, role, half, S, None, H).to(tl.float32)
+        beta2_RH = load_tile(beta_ptr + H, role, half, S, None, S - H).to(tl.float32)
+        bias1 = tl.load(z_bias_ptr + half, mask=first, other=0.0).to(tl.float32)[None, :]
+        bias2 = tl.load(z_bias_ptr + H + half, mask=second, other=0.0).to(tl.float32)[None, :]
+        z1, z2 = _normalised_matmuls(
+            x_ptr, z_ptr, z_ptr + H, g_ptr, b, half, S, H, S - H, B, D, EPSILON, PRECISION, BLOCK_B, BLOCK_K, BLOCK_H
+        )
+        z1 = _silu(z1 + bias1)
+        z2 = _silu(z2 + bias2)
         if ROPE:
             cos = load_tile(cos_ptr, b, half, H, B, H)  # [BB, BH]
             sin = load_tile(sin_ptr, b, half, H, B, H)
-        # q, k, q_lin, k_lin: queries are arrays of their own, keys go to the window.
-        for role in tl.static_range(4):
-            gamma1 = tl.load(gamma_ptr + role * S + half, mask=first, other=0.0).to(tl.float32)[None, :]
-            gamma2 = tl.load(gamma_ptr + role * S + H + half, mask=second, other=0.0).to(tl.float32)[None, :]
-            beta1 = tl.load(beta_ptr + role * S + half, mask=first, other=0.0).to(tl.float32)[None, :]
-            beta2 = tl.load(beta_ptr + role * S + H + half, mask=second, other=0.0).to(tl.float32)[None, :]
-            y1 = z1 * gamma1 + beta1
-            y2 = z2 * gamma2 + beta2
+        # Queries are arrays of their own, keys go to the window.
+        for number in tl.static_range(4):
+            own = (role == number)[:, None]
+            y1 = z1 * _only(gamma1_RH, own) + _only(beta1_RH, own)
+            y2 = z2 * _only(gamma2_RH, own) + _only(beta2_RH, own)
             if ROPE:
                 y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
-            if role % 2 == 0:
-                ptr = q_ptr if role == 0 else q_lin_ptr
+            if number % 2 == 0:
+                ptr = q_ptr if number == 0 else q_lin_ptr
                 to = ptr + b[:, None] * S + half[None, :]
                 mask = (b < B)[:, None]
             else:
-                ptr = k_ptr if role == 1 else k_lin_ptr
+                ptr = k_ptr if number == 1 else k_lin_ptr
                 to = ptr + row[:, None] * S + half[None, :]
                 mask = written
             tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=mask & first[None, :])
@@ -112,14 +131,16 @@ def decode_projections_kernel(
 def decode_attention_kernel(
     q_ptr, q_lin_ptr, u_ptr, k_ptr, k_lin_ptr, v_ptr, sum_ptr, bias_ptr, place_ptr, scales_ptr, o_ptr,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = u (a v + q_lin sum): the token's row of attention, over its window and over what is summed up.
 
     In its own chunk a = weight_scale relu(q k score_scale + bias)^2, in the one before a = state_scale q_lin k_lin.
+    Both are rows of one tile, 0 where the other has a say; the matmuls' other rows are 0. (What a row reads is its own,
+    so they multiply one row with a matrix; but the loads of matmuls are pipelined.)
 
     Grid    [E / BLOCK_E, B]
-    Tile    [BLOCK_E] of a row, sums over BLOCK_W places of the window at a time, then over S
+    Tile    [16, BLOCK_E], of which a row is 2, sums over BLOCK_W rows of S at a time, then over BLOCK_W places
     Reads   q and q_lin [B, S]; u [B, E]; of k, k_lin [B, PLACES, S] and v [B, PLACES, E] what is filled; sum [B, S, E];
             bias [2 C - 1], if BIAS; place [B]; scales [4, B]: score_scale, weight_scale, state_scale, and that of sum
     Writes  o [B, E]
@@ -128,39 +149,46 @@ def decode_attention_kernel(
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     b = tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1)
+    r = tl.arange(0, 16)
     s = tl.arange(0, BLOCK_S)
     place = tl.load(place_ptr + b)
     score_scale = tl.load(scales_ptr + b)
     weight_scale = tl.load(scales_ptr + rows + b)
     state_scale = tl.load(scales_ptr + 2 * rows + b)
     sum_scale = tl.load(scales_ptr + 3 * rows + b)
-    q = tl.load(q_ptr + b * S + s, mask=s < S, other=0.0).to(tl.float32)
-    q_lin = tl.load(q_lin_ptr + b * S + s, mask=s < S, other=0.0).to(tl.float32)
-    m = load_tile(sum_ptr + b * S * E, s, e, E, S, E)  # [BS, BE]
-    dtype = m.dtype
-    mixed = tl.sum((q_lin * sum_scale).to(dtype).to(tl.float32)[:, None] * m.to(tl.float32), axis=0)
+    u = tl.load(u_ptr + b * E + e, mask=e < E, other=0.0).to(tl.float32)
+    q_rows = tl.where(r == 0, q_ptr, q_lin_ptr) + b * S  # [16]
+    queries = tl.load(q_rows[:, None] + s[None, :], mask=(r < 2)[:, None] & (s < S)[None, :], other=0.0)  # [16, BS]
+    dtype = queries.dtype
+    mixed = tl.zeros((16, BLOCK_E), tl.float32)
+    for start in range(0, S, BLOCK_W):
+        i = start + tl.arange(0, BLOCK_W)
+        q_lin = tl.load(q_rows[:, None] + i[None, :], mask=(r == 1)[:, None] & (i < S)[None, :], other=0.0)  # [16, BW]
+        m = load_tile(sum_ptr + b * S * E, i, e, E, S, E)  # [BW, BE]
+        # [16, BW] @ [BW, BE]
+        mixed = tl.dot((q_lin.to(tl.float32) * sum_scale).to(dtype), m, mixed, input_precision=PRECISION)
     chunk = place // C
     for start in range(0, tl.minimum(place + 1, PLACES), BLOCK_W):
         j = start + tl.arange(0, BLOCK_W)
         own = j // C == chunk
         mask = (j <= place) & (j < PLACES)
+        row = (b * PLACES + j) * S
+        keys_ptr = tl.where(own, k_ptr, k_lin_ptr) + row  # [BW]
+        keys = tl.load(keys_ptr[:, None] + s[None, :], mask=mask[:, None] & (s < S)[None, :], other=0.0)  # [BW, BS]
         v = tl.load(
             v_ptr + (b * PLACES + j)[:, None] * E + e[None, :], mask=mask[:, None] & (e < E)[None, :], other=0.0
-        )
-        keys_ptr = tl.where(own, k_ptr, k_lin_ptr)  # [BW]
-        where_key = (b * PLACES + j) * S
-        keys = tl.load((keys_ptr + where_key)[:, None] + s[None, :], mask=mask[:, None] & (s < S)[None, :], other=0.0)
-        reader = tl.where(own[:, None], q[None, :], q_lin[None, :])
-        scores = tl.sum(reader * keys.to(tl.float32), axis=1)  # [BW]
+        )  # [BW, BE]
+        # [16, BS] @ [BS, BW]
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         near = scores * score_scale
         if BIAS:
-            near += tl.load(bias_ptr + j - place + C - 1, mask=mask & own, other=0.0).to(tl.float32)
+            near += tl.load(bias_ptr + j - place + C - 1, mask=mask & own, other=0.0).to(tl.float32)[None, :]
         near = tl.maximum(near, 0.0)
-        a = tl.where(own, near * near * weight_scale, scores * state_scale)
-        a = tl.where(mask, a, 0.0).to(dtype).to(tl.float32)
-        mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
-    u = tl.load(u_ptr + b * E + e, mask=e < E, other=0.0).to(tl.float32)
-    tl.store(o_ptr + b * E + e, (u * mixed).to(o_ptr.dtype.element_ty), mask=e < E)
+        a = tl.where(own[None, :], near * near * weight_scale, scores * state_scale)
+        a = tl.where(mask[None, :] & (r[:, None] == tl.where(own, 0, 1)[None, :]), a, 0.0)
+        # [16, BW] @ [BW, BE]
+        mixed = tl.dot(a.to(dtype), v, mixed, input_precision=PRECISION)
+    tl.store(o_ptr + b * E + e, (u * tl.sum(mixed, axis=0)).to(o_ptr.dtype.element_ty), mask=e < E)
 
 
 @triton.jit

@@ -28,16 +28,20 @@ def interpret(
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         arrays = [np.ascontiguousarray(array) for array in arrays]
         # What a kernel leaves unwritten must not look like a result.
-        results = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in outputs]
+        results = [_unwritten(leaf) for leaf in outputs]
         for source, target in overwrite.items():
             results[target] = arrays[source].copy()
             # Nor must a kernel read what was overwritten from where it was.
-            arrays[source] = np.full_like(arrays[source], np.nan)
+            arrays[source] = _unwritten(arrays[source])
         with _LOCK, _patched_once():
             kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
         return results
 
     return list(jax.pure_callback(call, list(outputs), *inputs))
+
+
+def _unwritten(leaf: Any) -> np.ndarray:
+    return np.full(leaf.shape, np.iinfo(leaf.dtype).min if np.issubdtype(leaf.dtype, np.integer) else np.nan, leaf.dtype)
 
 
 @contextlib.contextmanager

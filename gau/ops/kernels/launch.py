@@ -29,6 +29,11 @@ def available() -> bool:
     return importlib.util.find_spec('triton' if interpreted() else 'jax_triton') is not None
 
 
+def streaming_multiprocessors() -> int:
+    """Returns how many SMs the GPU has that JAX computes on by default; 0 where there is none, or none that says so."""
+    return getattr(jax.devices()[0], 'core_count', 0)
+
+
 def launch(
     kernel: Any,
     *inputs: Array,

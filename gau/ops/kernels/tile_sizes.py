@@ -236,15 +236,40 @@ class DecodeTiles(NamedTuple):
     block_w: int
     block_e: int
     attention_warps: int
+    attention_stages: int
 
 
 def decode_tiles(batch: int, dtype: str) -> DecodeTiles:
     """Returns the tiles for a batch: of few rows tiles are narrow, so that there are programs for all SMs."""
     if dtype == 'float32':
-        return DecodeTiles(16, 32, 32, 16, 16, 4, 1, block_w=32, block_e=64, attention_warps=4)
+        return DecodeTiles(16, 32, 32, 16, 16, 4, 1, block_w=32, block_e=64, attention_warps=4, attention_stages=1)
     if batch <= 8:
-        return DecodeTiles(16, 256, 32, 16, 16, 4, 3, block_w=128, block_e=16, attention_warps=8)
-    return DecodeTiles(64, 128, 32, 16, 16, 4, 4, block_w=64, block_e=128, attention_warps=8)
+        return DecodeTiles(16, 256, 32, 16, 16, 4, 3, block_w=64, block_e=32, attention_warps=4, attention_stages=3)
+    return DecodeTiles(64, 128, 32, 16, 16, 4, 4, block_w=64, block_e=128, attention_warps=4, attention_stages=3)
+
+
+# --- decode_row_triton: one token of one row --------------------------------------------------------------------------
+
+
+class DecodeRowTiles(NamedTuple):
+    """Programs have block_n columns of u and v in steps of block_k, or block_h of either half of z; block_e of o, over
+    block_w places at a time; block_d of y. Sides need no 16: there are no matrix units in it.
+    """
+
+    block_k: int
+    block_n: int
+    block_h: int
+    block_w: int
+    block_e: int
+    block_d: int
+    num_warps: int
+
+
+def decode_row_tiles(dtype: str) -> DecodeRowTiles:
+    """Returns the tiles: of base size 100 programs, which an H100 and an H200 have SMs for."""
+    if dtype == 'float32':
+        return DecodeRowTiles(64, 32, 16, block_w=16, block_e=16, block_d=8, num_warps=16)
+    return DecodeRowTiles(256, 32, 16, block_w=256, block_e=16, block_d=8, num_warps=16)
 
 
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------

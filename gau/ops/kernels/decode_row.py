@@ -1,0 +1,99 @@
+"""One token of one sequence in a FLASH layer in one kernel, whose programs are on the GPU together and wait for another.
+
+See `gau.ops.kernels.decode_chunks`, which calls it for a batch of one row.
+"""
+
+from typing import Any
+
+import jax
+from jax import Array
+
+from gau.ops.decoding import State
+from gau.ops.kernels import tile_sizes
+from gau.ops.kernels.launch import interpreted, launch, streaming_multiprocessors
+from gau.ops.kernels.tile_sizes import DecodeRowTiles, cdiv, power_of_two
+from gau.ops.norms import NORM_EPSILON
+
+
+def row_programs(width: int, expanded: int, inner: int, tiles: DecodeRowTiles) -> tuple[int, int]:
+    """Returns the first program that has a tile of z, and how many programs there are."""
+    first_z = 0 if interpreted() else cdiv(2 * expanded, tiles.block_n)
+    most = first_z + cdiv((inner + 1) // 2, tiles.block_h)
+    return first_z, max(most, cdiv(expanded, tiles.block_e), cdiv(width, tiles.block_d))
+
+
+def row_tiles(width: int, expanded: int, inner: int, dtype: Any) -> DecodeRowTiles | None:
+    """Returns the tiles of a layer with D, E and S; None where its programs would not be on this GPU together."""
+    tiles = tile_sizes.decode_row_tiles(str(dtype))
+    if interpreted():
+        # Programs run one after the other there: one has it all.
+        sides = {'block_n': 2 * expanded, 'block_h': inner, 'block_e': expanded, 'block_d': width}
+        return tiles._replace(**{name: power_of_two(side) for name, side in sides.items()})
+    return tiles if row_programs(width, expanded, inner, tiles)[1] <= streaming_multiprocessors() else None
+
+
+def decode_row(
+    x_1D: Array,
+    parameters: Any,
+    table: tuple[Array, Array],
+    window: State,
+    *,
+    place_1: Array,
+    scales: Array,
+    chunk_size: int,
+    tiles: DecodeRowTiles,
+) -> tuple[Array, State]:
+    """Returns x + GAU(ScaleNorm(x)) of a token, [1, D], and the new window.
+
+    Args:
+      x_1D: the residual stream.
+      parameters: `gau.ops.kernels.decode_chunks.Parameters`.
+      table: cosines and sines, float32 [1, S / 2], or None.
+      window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`).
+      place_1: the token's place in the window; behind its end: nowhere.
+      scales: factors, float32 [4, 1].
+      chunk_size: C.
+      tiles: of `row_tiles`.
+    """
+    from gau.ops.kernels import decode_row_triton as kernels
+
+    (_, width), dtype = x_1D.shape, x_1D.dtype
+    places, expanded = window['v'].shape[1:]
+    inner = parameters.z_DS.shape[1]
+    first_z, programs = row_programs(width, expanded, inner, tiles)
+    p, none = parameters, parameters.norm
+    old = {name: window[name] for name in ('v', 'k', 'k_lin', 'arrivals')}
+    inputs = (
+        *(x_1D, p.norm, p.uv_D2E, p.uv_bias_2E, p.z_DS, p.z_bias_S, p.gamma_RS, p.beta_RS, *(table or (none, none))),
+        *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_1, scales),
+    )
+    y_1D, v, k, k_lin, arrivals, *_ = launch(
+        kernels.decode_row_kernel,
+        *inputs,
+        *old.values(),
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values())]
+        + [jax.ShapeDtypeStruct(shape, dtype) for shape in ((expanded,), (2, inner), (expanded,))],
+        grid=(programs,),
+        num_warps=tiles.num_warps,
+        num_stages=1,
+        overwrite={len(inputs) + number: 1 + number for number in range(len(old))},
+        D=width,
+        E=expanded,
+        S=inner,
+        C=chunk_size,
+        PLACES=places,
+        ROPE=table is not None,
+        BIAS=p.bias_P is not None,
+        EPSILON=NORM_EPSILON,
+        PROGRAMS=programs,
+        FIRST_Z=first_z,
+        BLOCK_K=min(power_of_two(width), tiles.block_k),
+        BLOCK_N=tiles.block_n,
+        BLOCK_H=tiles.block_h,
+        BLOCK_S=power_of_two(inner),
+        BLOCK_W=min(power_of_two(places), tiles.block_w),
+        BLOCK_E=tiles.block_e,
+        BLOCK_I=power_of_two(expanded),
+        BLOCK_D=tiles.block_d,
+    )
+    return y_1D, window | {'v': v, 'k': k, 'k_lin': k_lin, 'arrivals': arrivals}

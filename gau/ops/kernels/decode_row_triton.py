@@ -1,0 +1,186 @@
+"""A Triton kernel of one token of one sequence in a FLASH layer: what `decode_chunks_triton` does in three kernels.
+
+One row costs waiting more than reading. Three kernels are three launches, and each begins to read when the one before
+it has ended. Here all programs run at the same time, ask for their part of all that is read (weights, window, sum)
+before they compute anything, and wait for each other twice. The grid must fit on the GPU at once.
+"""
+
+import triton
+import triton.language as tl
+
+from gau.ops.kernels.load_store import load_tile
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _wait_for_all(arrivals_ptr, PROGRAMS: tl.constexpr):
+    """Returns when every program has come here, and what each of them wrote before can be read.
+
+    `arrivals` only grows, so that nobody must set it back: programs wait for the next multiple of their number.
+    """
+    if PROGRAMS > 1:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem='acq_rel', scope='gpu') + 1
+        wanted = (arrived + PROGRAMS - 1) // PROGRAMS * PROGRAMS
+        while arrived < wanted:
+            arrived = tl.atomic_add(arrivals_ptr, 0, sem='acq_rel', scope='gpu')
+        tl.debug_barrier()
+
+
+@triton.jit
+def decode_row_kernel(
+    x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, out_ptr, out_bias_ptr,
+    sum_ptr, bias_ptr, place_ptr, scales_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr,
+    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, u_ptr, q_ptr, o_ptr,
+    D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y = x + (u * (a v + q_lin sum)) Wo + bo of one row (`decode_chunks`).
+
+    Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles of z; for
+            E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
+    Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
+            [S / 2]; sum [S, E]; bias [2 C - 1], if BIAS; place; scales [4]: score_scale, weight_scale, state_scale, and
+            that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled
+    Writes  y [D]; v, k and k_lin at `place`, and arrivals, all of which take over the buffers of `old_*`; for the other
+            programs u [E], q [2, S], o [E]
+    Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
+    """
+    program = tl.program_id(0)
+    place = tl.load(place_ptr)
+    filled = tl.minimum(place, PLACES)
+    chunk = place // C
+    s = tl.arange(0, BLOCK_S)
+    e = program * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = program * BLOCK_D + tl.arange(0, BLOCK_D)
+    i = tl.arange(0, BLOCK_I)
+    # What later parts read is asked for first of all.
+    m = load_tile(sum_ptr, s, e, E, S, E)  # [BS, BE]
+    out = load_tile(out_ptr, i, n, D, E, D)  # [BI, BD]
+    y = tl.load(x_ptr + n, mask=n < D, other=0.0).to(tl.float32)
+    y += tl.load(out_bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)
+
+    if program * BLOCK_N < 2 * E:
+        col = program * BLOCK_N + tl.arange(0, BLOCK_N)
+        products = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        bias = tl.load(uv_bias_ptr + col, mask=col < 2 * E, other=0.0).to(tl.float32)
+        for start in tl.static_range(0, D, BLOCK_K):
+            d = start + tl.arange(0, BLOCK_K)
+            w = load_tile(uv_ptr, d, col, 2 * E, D, 2 * E)  # [BK, BN]
+            x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            products += x[:, None] * w.to(tl.float32)
+            squares += x * x
+        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=0) / D + EPSILON)
+        uv = _silu(tl.sum(products, axis=0) * scale + bias)
+        tl.store(u_ptr + col, uv.to(u_ptr.dtype.element_ty), mask=col < E)
+        is_v = (col >= E) & (col < 2 * E) & (col * 0 + place < PLACES)
+        tl.store(v_ptr + place.to(tl.int64) * E + col - E, uv.to(v_ptr.dtype.element_ty), mask=is_v)
+    if program >= FIRST_Z:
+        H: tl.constexpr = (S + 1) // 2
+        half = (program - FIRST_Z) * BLOCK_H + tl.arange(0, BLOCK_H)
+        first = half < H
+        second = half < S - H
+        # Of q, k, q_lin and k_lin.
+        role = tl.arange(0, 4)
+        gamma1 = load_tile(gamma_ptr, role, half, S, None, H)  # [4, BH]
+        gamma2 = load_tile(gamma_ptr + H, role, half, S, None, S - H)  # [4, BH]
+        beta1 = load_tile(beta_ptr, role, half, S, None, H)  # [4, BH]
+        beta2 = load_tile(beta_ptr + H, role, half, S, None, S - H)  # [4, BH]
+        bias1 = tl.load(z_bias_ptr + half, mask=first, other=0.0).to(tl.float32)
+        bias2 = tl.load(z_bias_ptr + H + half, mask=second, other=0.0).to(tl.float32)
+        if ROPE:
+            cos = tl.load(cos_ptr + half, mask=first, other=0.0)[None, :]
+            sin = tl.load(sin_ptr + half, mask=first, other=0.0)[None, :]
+        products1 = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+        products2 = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for start in tl.static_range(0, D, BLOCK_K):
+            d = start + tl.arange(0, BLOCK_K)
+            w1 = load_tile(z_ptr, d, half, S, D, H)  # [BK, BH]
+            w2 = load_tile(z_ptr + H, d, half, S, D, S - H)  # [BK, BH]
+            x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            products1 += x[:, None] * w1.to(tl.float32)
+            products2 += x[:, None] * w2.to(tl.float32)
+            squares += x * x
+        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=0) / D + EPSILON)
+        z1 = _silu(tl.sum(products1, axis=0) * scale + bias1)
+        z2 = _silu(tl.sum(products2, axis=0) * scale + bias2)
+        y1 = z1[None, :] * gamma1.to(tl.float32) + beta1.to(tl.float32)
+        y2 = z2[None, :] * gamma2.to(tl.float32) + beta2.to(tl.float32)
+        if ROPE:
+            y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
+        row = place.to(tl.int64) * S
+        to_q = tl.where(role == 0, q_ptr, q_ptr + S)
+        to_k = tl.where(role == 1, k_ptr + row, k_lin_ptr + row)
+        to = tl.where(role % 2 == 0, to_q, to_k)[:, None] + half[None, :]
+        written = (role % 2 == 0) | (role * 0 + place < PLACES)
+        tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=written[:, None] & first[None, :])
+        tl.store(to + H, y2.to(q_ptr.dtype.element_ty), mask=written[:, None] & second[None, :])
+    v = _values(v_ptr, 0, e, filled, E, BLOCK_W)  # [BW, BE]
+    keys = _keys(k_ptr, k_lin_ptr, 0, s, filled, chunk, C, S, BLOCK_W)  # [BW, BS]
+    _wait_for_all(arrivals_ptr, PROGRAMS)
+
+    score_scale = tl.load(scales_ptr)
+    weight_scale = tl.load(scales_ptr + 1)
+    state_scale = tl.load(scales_ptr + 2)
+    sum_scale = tl.load(scales_ptr + 3)
+    dtype = m.dtype
+    q = tl.load(q_ptr + s, mask=s < S, other=0.0).to(tl.float32)
+    q_lin = tl.load(q_ptr + S + s, mask=s < S, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+    mixed = tl.sum((q_lin * sum_scale).to(dtype).to(tl.float32)[:, None] * m.to(tl.float32), axis=0)
+    # The token itself; a row that has no place for one says nothing.
+    at = tl.minimum(place, PLACES - 1).to(tl.int64)
+    own_v = tl.load(v_ptr + at * E + e, mask=e < E, other=0.0).to(tl.float32)
+    own_k = tl.load(k_ptr + at * S + s, mask=s < S, other=0.0).to(tl.float32)
+    own = tl.sum(q * own_k, axis=0) * score_scale
+    if BIAS:
+        own += tl.load(bias_ptr + C - 1).to(tl.float32)
+    own = tl.maximum(own, 0.0)
+    mixed += (own * own * weight_scale).to(dtype).to(tl.float32) * own_v
+    for start in tl.static_range(0, PLACES, BLOCK_W):
+        if start < filled:
+            j = start + tl.arange(0, BLOCK_W)
+            if start > 0:
+                v = _values(v_ptr, start, e, filled, E, BLOCK_W)
+                keys = _keys(k_ptr, k_lin_ptr, start, s, filled, chunk, C, S, BLOCK_W)
+            current = j // C == chunk
+            reader = tl.where(current[:, None], q[None, :], q_lin[None, :])
+            scores = tl.sum(reader * keys.to(tl.float32), axis=1)  # [BW]
+            near = scores * score_scale
+            if BIAS:
+                near += tl.load(bias_ptr + j - place + C - 1, mask=(j < filled) & current, other=0.0).to(tl.float32)
+            near = tl.maximum(near, 0.0)
+            a = tl.where(current, near * near * weight_scale, scores * state_scale)
+            a = tl.where(j < filled, a, 0.0).to(dtype).to(tl.float32)
+            mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
+    tl.store(o_ptr + e, (u * mixed).to(o_ptr.dtype.element_ty), mask=e < E)
+    _wait_for_all(arrivals_ptr, PROGRAMS)
+
+    o = tl.load(o_ptr + i, mask=i < E, other=0.0).to(tl.float32)
+    y += tl.sum(o[:, None] * out.to(tl.float32), axis=0)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < D)
+
+
+@triton.jit
+def _values(v_ptr, start: tl.constexpr, e, filled, E: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Returns v at BLOCK_W places from `start` on, [BLOCK_W, BLOCK_E]; 0 where nothing is filled."""
+    j = start + tl.arange(0, BLOCK_W)
+    return tl.load(v_ptr + j[:, None] * E + e[None, :], mask=(j < filled)[:, None] & (e < E)[None, :], other=0.0)
+
+
+@triton.jit
+def _keys(
+    k_ptr, k_lin_ptr, start: tl.constexpr, s, filled, chunk, C: tl.constexpr, S: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Returns k of the places of this chunk and k_lin of those before it, [BLOCK_W, BLOCK_S]."""
+    j = start + tl.arange(0, BLOCK_W)
+    ptr = tl.where(j // C == chunk, k_ptr, k_lin_ptr) + j * S  # [BW]
+    return tl.load(ptr[:, None] + s[None, :], mask=(j < filled)[:, None] & (s < S)[None, :], other=0.0)
