@@ -7,13 +7,15 @@
 
 `train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient;
 `decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length.
-GB/s of `decode` are bytes that a step cannot do without, parameters and what tokens look back on, over its time.
+GB/s of `decode` are bytes that a step cannot do without, parameters and what tokens look back on, over its time, beside
+them their share of what copying an array does.
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`,
 where parts at the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to
 compare. It may end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then; named
-twice, it has those of both. Every measurement has a process of its own, so that what does not fit or crashes is a row
-that says so; `--rounds` measures all of them in turn, over and over, and the median counts.
+twice, it has those of both. Training and forward have a process for each measurement, so that memory is its own; decode
+and prefill share one. What does not fit or crashes is a row that says so; `--rounds` measures all of them in turn, over
+and over, and the median counts.
 """
 
 import datetime
@@ -43,7 +45,7 @@ _CONTEXTS = flags.DEFINE_list(
 )
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
 _PROFILE = flags.DEFINE_boolean('profile', False, 'Of decode: also the kernels of a GPU by name, in the rows.')
-_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1 and 64, or 4 with --quick.')
+_BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1, 8 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
 _ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
@@ -72,14 +74,15 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     rounds = _ROUNDS.value or (1 if _QUICK.value else 2)
     results: dict[cells.Cell, list[processes.Result]] = {cell: [] for cell in plan}
-    with tempfile.TemporaryDirectory() as cache:
-        environment = processes.environment(Path(cache))
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        processes.Workers(processes.environment(Path(cache)), log=output.with_suffix('.log')) as workers,
+    ):
         for round_number in range(1, rounds + 1):
             for cell in plan:
                 if any('error' in result for result in results[cell]):
                     continue
-                result = processes.run_cell(cell, environment=environment, log=output.with_suffix('.log'))
-                results[cell].append(result)
+                results[cell].append(workers.measure(cell))
                 rows = [processes.merge(cell, own) | about for cell, own in results.items() if own]
                 processes.add_utilisation(rows)
                 _write(output, rows)
@@ -88,7 +91,7 @@ def main() -> int:
     pictures = report.plot(rows, output.with_suffix(''))
     print(f'\n{_title(rows)}\n\n{report.table(rows)}\n')
     print('written:', ', '.join(str(path) for path in (output, *pictures)))
-    return 0 if any('error' not in row for row in rows if row['benchmark'] != cells.MATMUL) else 1
+    return 0 if any('error' not in row for row in rows if row['benchmark'] not in cells.RATES) else 1
 
 
 def _plan() -> list[cells.Cell]:
@@ -108,8 +111,9 @@ def _plan() -> list[cells.Cell]:
         kinds=_WHAT.value,
         contexts=dict.fromkeys(cells.KINDS, contexts) if contexts else _QUICK_CONTEXTS if quick else _FULL_CONTEXTS,
         tokens_per_step=512 if quick and not flags.FLAGS['tokens_per_step'].present else _TOKENS.value,
-        batch_sizes=cli.parse_positive_integers('batch_sizes', _BATCHES.value) or ([4] if quick else [1, 64]),
+        batch_sizes=cli.parse_positive_integers('batch_sizes', _BATCHES.value) or ([4] if quick else [1, 8, 64]),
         matmul_edge=1024 if quick else 8192,
+        memory_mib=16 if quick else 4096,
         own_contexts=own_contexts,
         size=_SIZE.value or ('tiny' if quick else 'base'),
         objective=_OBJECTIVE.value,

@@ -17,8 +17,10 @@ from gau.objectives import objective as objectives
 # Kinds of measurement, and how many forward passes one step's matmuls amount to.
 PASSES = {'train': 3, 'forward': 1}
 KINDS = ('train', 'forward', 'decode', 'prefill')
-# The rate of this chip that utilisation is measured against, beside the data sheet's.
-MATMUL = 'matmul'
+# Kinds that share a process, where memory is not measured and the same programs serve many cells.
+SHARED = ('memory', 'decode', 'prefill')
+# The rates of this chip that shares are told of, beside the data sheet's: of matmuls, and of its memory.
+MATMUL, MEMORY = RATES = ('matmul', 'memory')
 
 # Baselines in PyTorch: the model of ours whose FLOPs theirs are counted by, and what `impl` may be.
 TORCH_MODELS = {
@@ -53,8 +55,9 @@ class Cell:
     """One measurement, complete: what the process that makes it is told.
 
     Attributes:
-      benchmark: one of KINDS, or MATMUL: of two square matrices with edges of `context`.
-      spec: the model and its settings; of MATMUL nothing.
+      benchmark: one of KINDS; or MATMUL, of two square matrices with edges of `context`; or MEMORY, an array of so many
+        MiB read and written.
+      spec: the model and its settings; of a rate nothing.
       size: of the model, `config.model.size`.
       context: tokens in a sequence; tokens that a new one looks back on (decode); tokens of the prompt (prefill).
       batch_size: sequences side by side.
@@ -175,6 +178,7 @@ def plan(
     tokens_per_step: int,
     batch_sizes: Sequence[int],
     matmul_edge: int,
+    memory_mib: int,
     own_contexts: Mapping[Spec, Sequence[int]] | None = None,
     **common,
 ) -> list[Cell]:
@@ -187,6 +191,7 @@ def plan(
       tokens_per_step: of train and forward; the batch is that over the context, at least 1.
       batch_sizes: of decode; prefill takes one sequence.
       matmul_edge: of the matrices that the chip's own rate is measured with.
+      memory_mib: of the array that the rate of its memory is measured with.
       own_contexts: of models with their settings, where those are measured, too.
       **common: fields that all cells share.
 
@@ -200,6 +205,8 @@ def plan(
     cells = []
     if not PASSES.keys().isdisjoint(kinds):
         cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))
+    if 'decode' in kinds:
+        cells.append(Cell(MEMORY, Spec(MEMORY), context=memory_mib, batch_size=1, **common))
     own_contexts = own_contexts or {}
     wanted = {spec: {*own_contexts.get(spec, ())} for spec in (*specs, *own_contexts)}
     for kind in kinds:

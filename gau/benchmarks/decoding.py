@@ -5,6 +5,7 @@ Parameters and states are random: what a token costs does not depend on what it 
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,11 @@ Result = dict[str, Any]
 STATE_SHARE = 0.75
 # Tokens written for one sample, and samples.
 STEPS = {'full': 64, 'quick': 16}
-SAMPLES = {'full': 5, 'quick': 3}
+SAMPLES = {'full': 7, 'quick': 3}
+# Copies of an array in one sample of the rate of memory.
+COPIES = 10
+# As large as parameters are at the start, so that activations stay finite.
+PARAMETER_SCALE = 0.02
 
 
 def measure_decode(cell: Cell, result: Result) -> None:
@@ -37,7 +42,7 @@ def measure_decode(cell: Cell, result: Result) -> None:
     result['tokens'] = cell.batch_size * steps
     position = max(cell.context - steps, 0)
     result['bytes_per_step'] = bytes_per_step(model, params, batch_size=cell.batch_size, first=position, steps=steps)
-    write = jax.jit(functools.partial(_write, model, steps), donate_argnums=1)
+    write = _jitted(_write, model, steps)
     # The last token written is the one that looks back on the whole context.
     _measure(cell, model, functools.partial(write, params), result, position=position)
 
@@ -50,8 +55,7 @@ def measure_prefill(cell: Cell, result: Result) -> None:
     """
     model, params = _model(cell, result)
     tokens_BN = jax.random.randint(jax.random.key(1), (cell.batch_size, cell.context), 0, cell.vocab_size)
-    options = dict(model.implementation.compiler_options)
-    read = jax.jit(functools.partial(_prefill, model), donate_argnums=1, compiler_options=options)
+    read = _jitted(_prefill, model, options=decoding.prefill_compiler_options(model))
     result['tokens'] = tokens_BN.size
     _measure(cell, model, lambda state: read(params, state, tokens_BN), result, position=0)
 
@@ -74,13 +78,45 @@ def bytes_per_step(model: LanguageModel, params: Any, *, batch_size: int, first:
     return total
 
 
+def measure_memory(cell: Cell, result: Result) -> None:
+    """Puts the times of reading and writing an array of `context` MiB into `result`."""
+    x = _random(jax.ShapeDtypeStruct((cell.context * 2**18,), 'float32'))
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    seconds = []
+    for sample in range(SAMPLES[cell.effort] + 1):
+        jax.block_until_ready(x)
+        started = time.perf_counter()
+        for _ in range(COPIES):
+            x = add(x)
+        jax.block_until_ready(x)
+        if sample:  # The first waits for the compiler.
+            seconds.append((time.perf_counter() - started) / COPIES)
+    result.update(seconds=seconds, bytes=2 * x.nbytes)
+
+
 def _model(cell: Cell, result: Result) -> tuple[LanguageModel, Any]:
     model = registry.build(cell.model_config(), vocab_size=cell.vocab_size, causal=cell.causal)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))['params'])
-    params = nn.unbox(init(jax.random.key(0)))
-    params = jax.jit(functools.partial(decoding.in_compute_type, model))(params)
+    params = _params(model)
     result['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
     return model, params
+
+
+@functools.cache
+def _params(model: LanguageModel) -> Any:
+    """Returns random parameters; to compile their initialisers would take longer than all that is measured."""
+
+    def init():
+        params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
+        return decoding.in_compute_type(model, nn.unbox(params))
+
+    return jax.tree.map(lambda leaf: PARAMETER_SCALE * _random(leaf), jax.eval_shape(init))
+
+
+@functools.cache
+def _jitted(function: Callable, model: LanguageModel, *static: int, options: tuple = ()) -> Callable:
+    """Returns the same program for all contexts, which a model with a state of constant size compiles once."""
+    run = functools.partial(function, model, *static)
+    return jax.jit(run, donate_argnums=1, compiler_options=dict(options))
 
 
 def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, position: int) -> None:
@@ -91,7 +127,7 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
     memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
     if memory and needed > STATE_SHARE * memory:
         raise UserError(f'out of memory: {needed / 2**30:.0f} GiB of state')
-    state = _random_state(abstract)
+    state = jax.tree.map(_random, abstract)
     seconds = []
     for sample in range(SAMPLES[cell.effort] + 1):
         state['position'] = jnp.full_like(state['position'], position)
@@ -109,14 +145,15 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
             raise UserError(f'--profile lists the kernels of a GPU, this is {jax.devices()[0].platform}')
 
 
-def _random_state(abstract):
-    def draw(number, leaf):
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(number), leaf.shape, leaf.dtype)
+def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return _normal(jax.random.key(0), leaf.shape, leaf.dtype)
 
-    leaves, tree = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(tree, [draw(number, leaf) for number, leaf in enumerate(leaves)])
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key, shape, dtype):
+    return jax.random.normal(key, shape, dtype)
 
 
 def _write(model, steps, params, state):

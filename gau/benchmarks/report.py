@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gau.benchmarks.cells import MATMUL, PASSES, label
+from gau.benchmarks.cells import MATMUL, PASSES, RATES, label
 
 Row = dict[str, Any]
 
@@ -26,8 +26,10 @@ _PICTURES = {
 }
 _HEADS = {
     'passes': 'context step ms     min-max k tok/s  MFU rate    GiB   plan comp s',
-    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB  GB/s',
+    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB  GB/s rate',
 }
+_DECODING_LEGEND = """GB/s: bytes that a step must read, parameters and what its rows look back on, over its time; rate:
+over the rate of memory."""
 _LEGEND = """k tok/s: thousand tokens a second. MFU: model FLOPs over the data sheet's peak; rate: over the
 matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. comp s: compiling."""
 
@@ -35,23 +37,26 @@ matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. 
 def brief(row: Row) -> str:
     """Returns the heart of a row in a few words."""
     what = f'{row["benchmark"]} {label(row)}, context {row["context"]}: '
-    if row['benchmark'] == MATMUL:
+    if row['benchmark'] in RATES:
         return rate_line(row)
     return what + (row['error'] if 'error' in row else f'{_short(row["tokens_per_second"] / 1000)} k tokens/s')
 
 
 def rate_line(row: Row) -> str:
-    """Returns the matrix rate of this chip in words."""
+    """Returns a rate of this chip in words."""
+    matmul = row['benchmark'] == MATMUL
     what = f'matrix rate, {row["context"]} x {row["context"]} in {row["dtype"]}'
+    what = what if matmul else f'rate of memory, {row["context"]} MiB read and written'
     if 'error' in row:
         return f'{what}: {row["error"]}'
-    return f'{what}: {row["flops_per_second"] / 1e12:.4g} TFLOP/s (median of {row["samples"]})'
+    rate = f'{row["flops_per_second"] / 1e12:.4g} TFLOP/s' if matmul else f'{row["bytes_per_second"] / 1e9:.0f} GB/s'
+    return f'{what}: {rate} (median of {row["samples"]})'
 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as text of at most WIDTH columns, a table for each kind of measurement."""
     blocks = []
-    for kind in dict.fromkeys(row['benchmark'] for row in rows if row['benchmark'] != MATMUL):
+    for kind in dict.fromkeys(row['benchmark'] for row in rows if row['benchmark'] not in RATES):
         passes = kind in PASSES
         head = _HEADS['passes' if passes else 'decoding']
         own = [row for row in rows if row['benchmark'] == kind]
@@ -60,9 +65,11 @@ def table(rows: Sequence[Row]) -> str:
             name = _middle_cut(label(row), WIDTH - len(head) - 1).ljust(WIDTH - len(head))
             lines.append((name + (_passes(row) if passes else _decoding(row))).rstrip())
         blocks.append('\n'.join(lines))
-    blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] == MATMUL]
+    blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] in RATES]
     if any(row['benchmark'] in PASSES for row in rows):
         blocks.append(_LEGEND)
+    if any(row['benchmark'] == 'decode' for row in rows):
+        blocks.append(_DECODING_LEGEND)
     blocks += [_kernels(row) for row in rows if row.get('profile')]
     return '\n\n'.join(blocks)
 
@@ -100,7 +107,8 @@ def _decoding(row: Row) -> str:
     median, least, most = (f'{row["ms_per_token" + end]:.{digits}f}' for end in ('', '_min', '_max'))
     speed = _short(row['tokens_per_second'] / 1000)
     memory = _or_dash(row.get('bytes_per_second') and row['bytes_per_second'] / 1e9, '.0f')
-    return f'{text} {median:>8} {f"{least}-{most}":>13} {speed:>8} {state:>10} {memory:>5}'
+    share = _or_dash(row.get('share_of_memory_rate'), '.2f')
+    return f'{text} {median:>8} {f"{least}-{most}":>13} {speed:>8} {state:>10} {memory:>5} {share:>4}'
 
 
 _SHARES = (('mfu', 4), ('share_of_matrix_rate', 4))

@@ -1,12 +1,13 @@
-"""One cell in this process alone: `python -m gau.benchmarks.worker CELL RESULT`, called by `gau.benchmarks.processes`.
+"""A process that measures cells: `python -m gau.benchmarks.worker FD`, started by `gau.benchmarks.processes`.
 
-CELL is the cell as JSON, RESULT the file to write the result to, as JSON. What went wrong in a way that has a name
-(bad settings, no memory) is the result's `error`; anything else is a traceback on stderr and an exit code.
+Cells come on stdin, a line of JSON each; each one's result goes to the file descriptor FD, a line of JSON. What went
+wrong in a way that has a name (bad settings, no memory) is the result's `error`; anything else is a traceback on stderr
+and an exit code.
 """
 
 import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from gau.benchmarks.cells import Cell
@@ -14,8 +15,13 @@ from gau.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
-    """Measures the cell and writes the file."""
-    cell = Cell.from_dict(json.loads(arguments[0]))
+    """Measures the cells as they come, until there are no more."""
+    with os.fdopen(int(arguments[0]), 'w', buffering=1) as results:
+        for line in sys.stdin:
+            results.write(json.dumps(_result(Cell.from_dict(json.loads(line)))) + '\n')
+
+
+def _result(cell: Cell) -> dict[str, Any]:
     result: dict[str, Any] = {}
     try:
         _measure(cell, result)
@@ -25,7 +31,7 @@ def main(arguments: list[str]) -> None:
         if not _out_of_memory(error):
             raise
         result['error'] = 'out of memory'
-    Path(arguments[1]).write_text(json.dumps(result))
+    return result
 
 
 def _measure(cell: Cell, result: dict[str, Any]) -> None:
@@ -45,6 +51,7 @@ def _measure(cell: Cell, result: dict[str, Any]) -> None:
         'train': training.measure_train,
         'forward': training.measure_forward,
         'matmul': training.measure_matmul,
+        'memory': decoding.measure_memory,
         'decode': decoding.measure_decode,
         'prefill': decoding.measure_prefill,
     }

@@ -38,6 +38,15 @@ WHOLE_BLOCK_TOKENS = 16_384
 MOST_WHOLE_TOKENS = 2**18
 
 
+# What XLA is told where a prefill is compiled: it runs once, and to make a CUDA graph of it takes longer than launches.
+PREFILL_OPTIONS = {'gpu': (('xla_gpu_enable_command_buffer', ''),)}
+
+
+def prefill_compiler_options(model: LanguageModel) -> tuple[tuple[str, Any], ...]:
+    """Returns what XLA should be told, names and values, where `prefill` is compiled."""
+    return (*model.implementation.compiler_options, *PREFILL_OPTIONS.get(jax.default_backend(), ()))
+
+
 def keeps_all_tokens(model: LanguageModel) -> bool:
     """Returns whether the state has keys and values of every token, so that it needs a capacity."""
     return ARCHITECTURES[model.config.name].attention.keeps_all_tokens

@@ -109,7 +109,7 @@ def _prefill(model: nn.Module, fresh: bool, devices: int):
         lies=(rows.WHOLE, rows.STATE, rows.FIRST, rows.FIRST),
         results=(rows.FIRST, rows.STATE),
     )
-    return jax.jit(function, donate_argnums=1, compiler_options=dict(model.implementation.compiler_options))
+    return jax.jit(function, donate_argnums=1, compiler_options=dict(decoding.prefill_compiler_options(model)))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ PLAN = {
     'tokens_per_step': 128,
     'batch_sizes': [1, 4],
     'matmul_edge': 32,
+    'memory_mib': 8,
     'size': 'tiny',
 }
 
@@ -72,6 +73,7 @@ def test_a_round_puts_what_is_compared_side_by_side():
     ]
     planned = plan([Spec('flash'), Spec('flash')], **PLAN | {'kinds': ['decode', 'prefill']})
     assert [(cell.benchmark, cell.context, cell.batch_size) for cell in planned] == [
+        ('memory', 8, 1),
         ('decode', 64, 1),
         ('decode', 64, 4),
         ('decode', 256, 1),

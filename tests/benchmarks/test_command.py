@@ -42,14 +42,14 @@ def test_rows_tables_and_pictures(tmp_path):
     code, out, err = run('scripts/benchmark.py', *arguments)
     assert code == 0, err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row['benchmark'] for row in rows] == ['matmul', 'train', 'forward', 'decode', 'prefill']
+    assert [row['benchmark'] for row in rows] == ['matmul', 'memory', 'train', 'forward', 'decode', 'prefill']
     assert not any('error' in row for row in rows)
-    for row in rows[1:3]:
+    for row in rows[2:4]:
         assert row['samples'] == 10
         assert row['step_ms_min'] <= row['step_ms'] <= row['step_ms_max']
         assert row['share_of_matrix_rate'] > 0
         assert row['compiler_bytes'] > 0
-    assert all(row['ms_per_token'] > 0 and row['state_bytes'] > 0 for row in rows[3:])
+    assert all(row['ms_per_token'] > 0 and row['state_bytes'] > 0 for row in rows[4:])
     assert max(len(line) for line in out.splitlines() if 'written' not in line) <= 100
     for name in ('rows_training.png', 'rows_decoding.png'):
         assert (tmp_path / name).stat().st_size > 1000

@@ -47,7 +47,8 @@ def test_masked_batches_score_a_share_of_their_tokens():
 
 
 def run(cell, tmp_path):
-    return processes.run_cell(cell, environment=processes.environment(tmp_path), log=tmp_path / 'rows.log')
+    with processes.Workers(processes.environment(tmp_path), log=tmp_path / 'rows.log') as workers:
+        return workers.measure(cell)
 
 
 def test_a_cell_in_a_process_of_its_own(tmp_path):

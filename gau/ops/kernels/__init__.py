@@ -7,6 +7,7 @@
 | FLASH, a block of a prompt | `decoding` | `gated_mixed_chunk_block` | those of FLASH, gated |
 | quadratic attention, one token | `decoding` | `decode_cache` | `decode_cache_triton` |
 | FLASH's layer, one token | `chunk_window` | `decode_chunks` | `decode_chunks_triton` |
+| the same, of one sequence | `chunk_window` | `decode_row` | `decode_row_triton` |
 | FLASH-Quad, gated | `quadratic_attention` | `gated_quadratic`, `gates`, `quadratic` | `gated_quadratic_triton`,
   `gates_triton`, `quadratic_triton` |
 | quadratic attention | `quadratic_attention` | `quadratic` | `quadratic_triton` |

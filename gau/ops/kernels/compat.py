@@ -9,12 +9,15 @@ jax-triton 0.3 serves Python 3.11; jax-triton 0.4 (Python 3.12, Triton 3.7 and l
   `_call_0_4` remains.
 - `without_pytorch`: Triton before 3.8 imports PyTorch where it is installed, which takes 3.5 s, to know its tensors.
   Unnecessary from Triton 3.8 on, which only looks whether PyTorch was imported, and would fail where it is hidden.
+- `LINE_INFO`: a call carries its kernel's text with it, by which each launch looks the kernel up; without the lines of
+  its source it is shorter.
 - `cached_on_disk`: both lines compile a kernel anew in every process. No version makes it unnecessary.
 - `enable_fp_fusion`: kernels were measured and tested with fused a * b + c. Triton 3.10 gives that default up.
 """
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +29,8 @@ from gau.ops.kernels.kernel_cache import cached_on_disk
 
 # The custom call of a Triton kernel that jaxlib marks as fit for CUDA graphs.
 FFI_CALL = 'triton_kernel_call_ffi'
+# Triton's variable that leaves them out; who profiles lines sets it to 0.
+LINE_INFO = 'TRITON_DISABLE_LINE_INFO'
 # Versions of XLA's interface for custom calls: contents as one string, or as named attributes.
 STRING_INTERFACE, TYPED_INTERFACE = 2, 4
 
@@ -78,6 +83,7 @@ def _jax_triton() -> Any:
     from jaxlib import gpu_triton
     from triton._C import libtriton
 
+    os.environ.setdefault(LINE_INFO, '1')
     triton_lib.compile_ttir_to_ptx_inplace = cached_on_disk(
         triton_lib.compile_ttir_to_ptx_inplace,
         triton_lib.CompilationResult,

@@ -15,6 +15,8 @@ from gau.ops.scores import Scoring
 from gau.ops.tracing import choose
 
 FUNCTIONS = ('softmax', 'relu2')
+# How the matrix units round the factors of a float32 matmul: not at all.
+PRECISION = 'ieee'
 
 
 def decode_with_cache(
@@ -70,6 +72,7 @@ def decode_with_cache(
         SOFTMAX=softmax,
         BIAS=bias is not None,
         SPAN=span,
+        PRECISION=PRECISION,
         BLOCK_M=tiles.block_m,
         BLOCK_S=power_of_two(inner),
         BLOCK_E=block_e,

@@ -9,15 +9,16 @@ def decode_cache_kernel(
     q_ptr, new_k_ptr, new_v_ptr, bias_ptr, place_ptr, scales_ptr, old_k_ptr, old_v_ptr,
     o_ptr, top_ptr, total_ptr, k_ptr, v_ptr,
     M: tl.constexpr, S: tl.constexpr, E: tl.constexpr, H: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    SPAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A part of a query's row of attention, over SPAN of the places up to its own, which is filled first.
 
     With SOFTMAX o = sum of exp(x - top) v, total = sum of exp(x - top) for x = q k score_scale + bias, top the largest
-    x; else o = sum of weight_scale relu(x)^2 v.
+    x; else o = sum of weight_scale relu(x)^2 v. The token itself is not read from where it is written: the program with
+    its place begins with it.
 
     Grid    [M / SPAN, E / BLOCK_E, B H]: programs beyond the token's place read nothing
-    Tile    [BLOCK_E] of a row, sums over BLOCK_M places at a time
+    Tile    [16, BLOCK_E], of which a row is the first (`decode_chunks_triton`), sums over BLOCK_M places at a time
     Reads   q and new_k [B H, S], new_v [B H, E], k [B H, M, S], v [B H, M, E], bias [B H, M] if BIAS; place [B], where
             the token stands; scales [2, B]: score_scale, weight_scale
     Writes  o [B H, M / SPAN, E], top and total [B H, M / SPAN], float32; of k and v, which take over the buffers of
@@ -30,50 +31,59 @@ def decode_cache_kernel(
     place = tl.load(place_ptr + row // H)
     score_scale = tl.load(scales_ptr + row // H)
     weight_scale = tl.load(scales_ptr + rows + row // H)
-    q = tl.load(q_ptr + row * S + s, mask=s < S, other=0.0).to(tl.float32)
-    mixed = tl.zeros((BLOCK_E,), tl.float32)
-    # Lower than any score, and finite: a program without places has exp(top - top of all) = 0.
-    top = tl.full((), -1e30, tl.float32)
-    total = tl.zeros((), tl.float32)
-    first = tl.program_id(0) * SPAN
+    is_row = tl.arange(0, 16) == 0
+    q = tl.load(q_ptr + row * S + s, mask=s < S, other=0.0)
     new_k = tl.load(new_k_ptr + row * S + s, mask=s < S, other=0.0)
     new_v = tl.load(new_v_ptr + row * E + e, mask=e < E, other=0.0)
-    if (place >= first) & (place < tl.minimum(first + SPAN, M)):
-        # Only the programs with this place read it, and they have what is written.
+    first = tl.program_id(0) * SPAN
+    mine = (place >= first) & (place < tl.minimum(first + SPAN, M))
+    if mine:
         tl.store(v_ptr + (row * M + place) * E + e, new_v, mask=e < E)
         if tl.program_id(1) == 0:
             tl.store(k_ptr + (row * M + place) * S + s, new_k, mask=s < S)
-    for start in range(first, tl.minimum(first + SPAN, tl.minimum(place + 1, M)), BLOCK_M):
+    own_x = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=0) * score_scale
+    if BIAS:
+        own_x += tl.load(bias_ptr + row * M + tl.minimum(place, M - 1))
+    # Lower than any score, and finite: a program without places has exp(top - top of all) = 0.
+    top = tl.full((16,), -1e30, tl.float32)
+    total = tl.zeros((16,), tl.float32)
+    own_a = own_x * 0 + 1
+    if SOFTMAX:
+        top = tl.where(is_row & mine, own_x, top)
+        total = tl.where(is_row & mine, 1.0, total)
+    else:
+        own_x = tl.maximum(own_x, 0.0)
+        own_a = (own_x * own_x * weight_scale).to(new_v.dtype).to(tl.float32)
+    mixed = tl.where((is_row & mine)[:, None], own_a * new_v.to(tl.float32)[None, :], 0.0)  # [16, BE]
+    queries = tl.where(is_row[:, None], q[None, :], 0.0).to(q.dtype)  # [16, BS]
+    for start in range(first, tl.minimum(first + SPAN, tl.minimum(place, M)), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = m < place
         at = (row * M + m)[:, None]
         v = tl.load(v_ptr + at * E + e[None, :], mask=mask[:, None] & (e < E)[None, :], other=0.0)  # [BM, BE]
         k = tl.load(k_ptr + at * S + s[None, :], mask=mask[:, None] & (s < S)[None, :], other=0.0)  # [BM, BS]
-        own = (m == place)[:, None]
-        mask = mask | (m == place)
-        v = tl.where(own, new_v[None, :], v)
-        k = tl.where(own, new_k[None, :], k)
-        x = tl.sum(q[None, :] * k.to(tl.float32), axis=1) * score_scale  # [BM]
+        # [16, BS] @ [BS, BM]
+        x = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * score_scale
         if BIAS:
-            x += tl.load(bias_ptr + row * M + m, mask=mask, other=0.0)
+            x += tl.load(bias_ptr + row * M + m, mask=mask, other=0.0)[None, :]
         if SOFTMAX:
-            x = tl.where(mask, x, -1e30)
-            new_top = tl.maximum(top, tl.max(x, axis=0))
-            a = tl.where(mask, tl.exp(x - new_top), 0.0)
+            x = tl.where(mask[None, :], x, -1e30)
+            new_top = tl.maximum(top, tl.max(x, axis=1))
+            a = tl.where(mask[None, :], tl.exp(x - new_top[:, None]), 0.0)
             before = tl.exp(top - new_top)
-            total = total * before + tl.sum(a, axis=0)
-            mixed *= before
+            total = total * before + tl.sum(a, axis=1)
+            mixed *= before[:, None]
             top = new_top
         else:
             x = tl.maximum(x, 0.0)
-            a = tl.where(mask, x * x * weight_scale, 0.0)
-        a = a.to(v.dtype).to(tl.float32)
-        mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
+            a = tl.where(mask[None, :] & is_row[:, None], x * x * weight_scale, 0.0)
+        # [16, BM] @ [BM, BE]
+        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
     part = row * tl.num_programs(0) + tl.program_id(0)
-    tl.store(o_ptr + part * E + e, mixed, mask=e < E)
+    tl.store(o_ptr + part * E + e, tl.sum(tl.where(is_row[:, None], mixed, 0.0), axis=0), mask=e < E)
     if tl.program_id(1) == 0:
-        tl.store(top_ptr + part, top)
-        tl.store(total_ptr + part, total)
+        tl.store(top_ptr + part, tl.max(tl.where(is_row, top, -1e30), axis=0))
+        tl.store(total_ptr + part, tl.sum(tl.where(is_row, total, 0.0), axis=0))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""One token of one sequence in a FLASH layer in one kernel, whose programs are on the GPU together and wait for another.
+"""One token of one sequence in a FLASH layer: one kernel, whose programs run together and wait for each other.
 
 See `gau.ops.kernels.decode_chunks`, which calls it for a batch of one row.
 """

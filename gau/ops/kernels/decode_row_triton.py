@@ -43,8 +43,8 @@ def decode_row_kernel(
 ):  # fmt: skip
     """y = x + (u * (a v + q_lin sum)) Wo + bo of one row (`decode_chunks`).
 
-    Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles of z; for
-            E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
+    Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles
+            of z; for E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
     Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
             [S / 2]; sum [S, E]; bias [2 C - 1], if BIAS; place; scales [4]: score_scale, weight_scale, state_scale, and
             that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled

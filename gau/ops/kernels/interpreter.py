@@ -41,7 +41,9 @@ def interpret(
 
 
 def _unwritten(leaf: Any) -> np.ndarray:
-    return np.full(leaf.shape, np.iinfo(leaf.dtype).min if np.issubdtype(leaf.dtype, np.integer) else np.nan, leaf.dtype)
+    return np.full(
+        leaf.shape, np.iinfo(leaf.dtype).min if np.issubdtype(leaf.dtype, np.integer) else np.nan, leaf.dtype
+    )
 
 
 @contextlib.contextmanager

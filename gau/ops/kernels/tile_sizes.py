@@ -268,8 +268,8 @@ class DecodeRowTiles(NamedTuple):
 def decode_row_tiles(dtype: str) -> DecodeRowTiles:
     """Returns the tiles: of base size 100 programs, which an H100 and an H200 have SMs for."""
     if dtype == 'float32':
-        return DecodeRowTiles(64, 32, 16, block_w=16, block_e=16, block_d=8, num_warps=16)
-    return DecodeRowTiles(256, 32, 16, block_w=256, block_e=16, block_d=8, num_warps=16)
+        return DecodeRowTiles(64, 32, 16, block_w=16, block_e=16, block_d=8, num_warps=8)
+    return DecodeRowTiles(256, 32, 16, block_w=256, block_e=16, block_d=8, num_warps=8)
 
 
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------
@@ -290,5 +290,5 @@ class CacheTiles(NamedTuple):
 
 
 DECODE_CACHE = CacheTiles(
-    block_m=64, block_e=256, block_sum=64, most_blocks=16, min_programs=1056, num_warps=4, num_stages=2
+    block_m=64, block_e=128, block_sum=64, most_blocks=16, min_programs=528, num_warps=4, num_stages=3
 )
