@@ -77,7 +77,7 @@ def decode_gated_chunks(
     tiles = tile_sizes.decode_tiles(batch, str(dtype))
     place_B, scales = _place(position, spec), _scales(position, spec, inner)
     place_B = jnp.where(position.length_B > 0, place_B, places).astype(jnp.int32)
-    row_tiles = decode_row.row_tiles(width, expanded, inner, dtype) if batch == 1 else None
+    row_tiles = decode_row.row_tiles(width, expanded, inner) if batch == 1 else None
     if row_tiles is not None:
         fields = {'place_1': place_B, 'scales': scales, 'chunk_size': spec.chunk_size, 'tiles': row_tiles}
         return decode_row.decode_row(x_BD, parameters, table, window, **fields)

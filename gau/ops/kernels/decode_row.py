@@ -22,9 +22,13 @@ def row_programs(width: int, expanded: int, inner: int, tiles: DecodeRowTiles) -
     return first_z, max(most, cdiv(expanded, tiles.block_e), cdiv(width, tiles.block_d))
 
 
-def row_tiles(width: int, expanded: int, inner: int, dtype: Any) -> DecodeRowTiles | None:
-    """Returns the tiles of a layer with D, E and S; None where its programs would not be on this GPU together."""
-    tiles = tile_sizes.decode_row_tiles(str(dtype))
+def row_tiles(width: int, expanded: int, inner: int) -> DecodeRowTiles | None:
+    """Returns the tiles of a layer with D, E and S; None where they would not fit into a program's registers, or its
+    programs not on this GPU together.
+    """
+    tiles = tile_sizes.DECODE_ROW
+    if max(power_of_two(width), power_of_two(expanded) // 2, power_of_two(inner) * 8) > tiles.most:
+        return None
     if interpreted():
         # Programs run one after the other there: one has it all.
         sides = {'block_n': 2 * expanded, 'block_h': inner, 'block_e': expanded, 'block_d': width}
@@ -87,7 +91,7 @@ def decode_row(
         EPSILON=NORM_EPSILON,
         PROGRAMS=programs,
         FIRST_Z=first_z,
-        BLOCK_K=min(power_of_two(width), tiles.block_k),
+        BLOCK_K=power_of_two(width),
         BLOCK_N=tiles.block_n,
         BLOCK_H=tiles.block_h,
         BLOCK_S=power_of_two(inner),

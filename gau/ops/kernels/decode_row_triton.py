@@ -17,17 +17,19 @@ def _silu(x):
 
 
 @triton.jit
-def _wait_for_all(arrivals_ptr, PROGRAMS: tl.constexpr):
-    """Returns when every program has come here, and what each of them wrote before can be read.
-
-    `arrivals` only grows, so that nobody must set it back: programs wait for the next multiple of their number.
-    """
+def _arrive(arrivals_ptr, PROGRAMS: tl.constexpr):
+    """Tells the other programs that this one has written what it had to."""
     if PROGRAMS > 1:
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr, 1, sem='acq_rel', scope='gpu') + 1
-        wanted = (arrived + PROGRAMS - 1) // PROGRAMS * PROGRAMS
-        while arrived < wanted:
-            arrived = tl.atomic_add(arrivals_ptr, 0, sem='acq_rel', scope='gpu')
+        tl.atomic_add(arrivals_ptr, 1, sem='release', scope='gpu')
+
+
+@triton.jit
+def _wait(arrivals_ptr, wanted, PROGRAMS: tl.constexpr):
+    """Returns when so many have arrived, and what they wrote before can be read."""
+    if PROGRAMS > 1:
+        while tl.atomic_add(arrivals_ptr, 0, sem='acquire', scope='gpu') < wanted:
+            pass
         tl.debug_barrier()
 
 
@@ -53,6 +55,10 @@ def decode_row_kernel(
     Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
     """
     program = tl.program_id(0)
+    # The count only grows, so that nobody must set it back. While this program has not arrived, no second time is over.
+    arrived = 0
+    if PROGRAMS > 1:
+        arrived = tl.load(arrivals_ptr, volatile=True) // (2 * PROGRAMS) * (2 * PROGRAMS)
     place = tl.load(place_ptr)
     filled = tl.minimum(place, PLACES)
     chunk = place // C
@@ -66,19 +72,14 @@ def decode_row_kernel(
     y = tl.load(x_ptr + n, mask=n < D, other=0.0).to(tl.float32)
     y += tl.load(out_bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)
 
+    d = tl.arange(0, BLOCK_K)
     if program * BLOCK_N < 2 * E:
         col = program * BLOCK_N + tl.arange(0, BLOCK_N)
-        products = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
+        w = load_tile(uv_ptr, d, col, 2 * E, D, 2 * E)  # [BK, BN]
         bias = tl.load(uv_bias_ptr + col, mask=col < 2 * E, other=0.0).to(tl.float32)
-        for start in tl.static_range(0, D, BLOCK_K):
-            d = start + tl.arange(0, BLOCK_K)
-            w = load_tile(uv_ptr, d, col, 2 * E, D, 2 * E)  # [BK, BN]
-            x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-            products += x[:, None] * w.to(tl.float32)
-            squares += x * x
-        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=0) / D + EPSILON)
-        uv = _silu(tl.sum(products, axis=0) * scale + bias)
+        x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=0) / D + EPSILON)
+        uv = _silu(tl.sum(x[:, None] * w.to(tl.float32), axis=0) * scale + bias)
         tl.store(u_ptr + col, uv.to(u_ptr.dtype.element_ty), mask=col < E)
         is_v = (col >= E) & (col < 2 * E) & (col * 0 + place < PLACES)
         tl.store(v_ptr + place.to(tl.int64) * E + col - E, uv.to(v_ptr.dtype.element_ty), mask=is_v)
@@ -87,6 +88,8 @@ def decode_row_kernel(
         half = (program - FIRST_Z) * BLOCK_H + tl.arange(0, BLOCK_H)
         first = half < H
         second = half < S - H
+        w1 = load_tile(z_ptr, d, half, S, D, H)  # [BK, BH]
+        w2 = load_tile(z_ptr + H, d, half, S, D, S - H)  # [BK, BH]
         # Of q, k, q_lin and k_lin.
         role = tl.arange(0, 4)
         gamma1 = load_tile(gamma_ptr, role, half, S, None, H)  # [4, BH]
@@ -98,20 +101,10 @@ def decode_row_kernel(
         if ROPE:
             cos = tl.load(cos_ptr + half, mask=first, other=0.0)[None, :]
             sin = tl.load(sin_ptr + half, mask=first, other=0.0)[None, :]
-        products1 = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-        products2 = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-        for start in tl.static_range(0, D, BLOCK_K):
-            d = start + tl.arange(0, BLOCK_K)
-            w1 = load_tile(z_ptr, d, half, S, D, H)  # [BK, BH]
-            w2 = load_tile(z_ptr + H, d, half, S, D, S - H)  # [BK, BH]
-            x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-            products1 += x[:, None] * w1.to(tl.float32)
-            products2 += x[:, None] * w2.to(tl.float32)
-            squares += x * x
-        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=0) / D + EPSILON)
-        z1 = _silu(tl.sum(products1, axis=0) * scale + bias1)
-        z2 = _silu(tl.sum(products2, axis=0) * scale + bias2)
+        x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=0) / D + EPSILON)
+        z1 = _silu(tl.sum(x[:, None] * w1.to(tl.float32), axis=0) * scale + bias1)
+        z2 = _silu(tl.sum(x[:, None] * w2.to(tl.float32), axis=0) * scale + bias2)
         y1 = z1[None, :] * gamma1.to(tl.float32) + beta1.to(tl.float32)
         y2 = z2[None, :] * gamma2.to(tl.float32) + beta2.to(tl.float32)
         if ROPE:
@@ -123,9 +116,10 @@ def decode_row_kernel(
         written = (role % 2 == 0) | (role * 0 + place < PLACES)
         tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=written[:, None] & first[None, :])
         tl.store(to + H, y2.to(q_ptr.dtype.element_ty), mask=written[:, None] & second[None, :])
+    _arrive(arrivals_ptr, PROGRAMS)
     v = _values(v_ptr, 0, e, filled, E, BLOCK_W)  # [BW, BE]
     keys = _keys(k_ptr, k_lin_ptr, 0, s, filled, chunk, C, S, BLOCK_W)  # [BW, BS]
-    _wait_for_all(arrivals_ptr, PROGRAMS)
+    _wait(arrivals_ptr, arrived + PROGRAMS, PROGRAMS)
 
     score_scale = tl.load(scales_ptr)
     weight_scale = tl.load(scales_ptr + 1)
@@ -162,7 +156,8 @@ def decode_row_kernel(
             a = tl.where(j < filled, a, 0.0).to(dtype).to(tl.float32)
             mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
     tl.store(o_ptr + e, (u * mixed).to(o_ptr.dtype.element_ty), mask=e < E)
-    _wait_for_all(arrivals_ptr, PROGRAMS)
+    _arrive(arrivals_ptr, PROGRAMS)
+    _wait(arrivals_ptr, arrived + 2 * PROGRAMS, PROGRAMS)
 
     o = tl.load(o_ptr + i, mask=i < E, other=0.0).to(tl.float32)
     y += tl.sum(o[:, None] * out.to(tl.float32), axis=0)

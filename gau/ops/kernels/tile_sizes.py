@@ -252,24 +252,22 @@ def decode_tiles(batch: int, dtype: str) -> DecodeTiles:
 
 
 class DecodeRowTiles(NamedTuple):
-    """Programs have block_n columns of u and v in steps of block_k, or block_h of either half of z; block_e of o, over
-    block_w places at a time; block_d of y. Sides need no 16: there are no matrix units in it.
+    """Programs have block_n columns of u and v, or block_h of either half of z; block_e of o, over block_w places at a
+    time; block_d of y. Sides need no 16: there are no matrix units in it. A program has all of D, S and E in registers:
+    D, E / 2 and 8 S, rounded up to powers of two, are at most `most`.
     """
 
-    block_k: int
     block_n: int
     block_h: int
     block_w: int
     block_e: int
     block_d: int
     num_warps: int
+    most: int
 
 
-def decode_row_tiles(dtype: str) -> DecodeRowTiles:
-    """Returns the tiles: of base size 100 programs, which an H100 and an H200 have SMs for."""
-    if dtype == 'float32':
-        return DecodeRowTiles(64, 32, 16, block_w=16, block_e=16, block_d=8, num_warps=8)
-    return DecodeRowTiles(256, 32, 16, block_w=256, block_e=16, block_d=8, num_warps=8)
+# Of base size 100 programs, which an H100 and an H200 have SMs for.
+DECODE_ROW = DecodeRowTiles(block_n=32, block_h=16, block_w=256, block_e=16, block_d=8, num_warps=8, most=1024)
 
 
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------
