@@ -68,7 +68,11 @@ def test_decoding_is_told_per_token_of_one_text():
 def test_bytes_that_a_step_cannot_do_without_are_told_as_a_rate():
     row = decode_row(bytes_per_step=3.2e9)
     assert row['bytes_per_second'] == pytest.approx(3.2e11)
-    assert report.table([row]).splitlines()[-1].endswith(' 320')
+    rate = processes.merge(Cell('memory', Spec('memory'), **COMMON), [{'seconds': [1.0, 1.0], 'bytes': 8e11}])
+    processes.add_utilisation([rate, row])
+    lines = report.table([rate, row]).splitlines()
+    assert lines[2].endswith(' 320 0.40')
+    assert 'read and written: 800 GB/s (median of 2)' in lines[4]
 
 
 def test_the_kernels_of_a_step_are_told_by_name():
