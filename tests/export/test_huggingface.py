@@ -127,5 +127,5 @@ def test_the_file_of_the_model_knows_neither_jax_nor_this_repository():
         source = (Path(gau.__file__).parent / 'export' / name).read_text()
         imports = [line.split()[1] for line in source.splitlines() if line.startswith(('import ', 'from '))]
         assert {line.split('.')[0] for line in imports} <= {
-            *('inspect', 'dataclasses', 'typing', 'shutil', 'pathlib', 'torch', 'transformers', 'sentencepiece')
+            *('inspect', 'math', 'dataclasses', 'typing', 'shutil', 'pathlib', 'torch', 'transformers', 'sentencepiece')
         }
