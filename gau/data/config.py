@@ -15,7 +15,7 @@ from gau.errors import UserError, check_name, did_you_mean
 if TYPE_CHECKING:
     from gau.data.formats import RowFormat
 
-SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture')
+SOURCES = ('embedded', 'text:', 'jsonl:', 'tfds:', 'tokens:', 'mixture', 'pairs:')
 TOKENIZERS = ('bytes', 'sentencepiece:', 'huggingface:')
 SHUFFLES = ('rows', 'documents', 'none')
 PACKINGS = ('concat', 'first_fit', 'document')
@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
       `text:GLOB`, `jsonl:GLOB`: files, plain or .gz/.bz2/.xz/.zst (comma separates several globs, `**` descends).
       `tfds:NAME[/CONFIG]`: a data set already built in the ArrayRecord format.
       `tokens:DIR`: what scripts/prepare_data.py wrote.
+      `pairs:P`: rows of P pairs that are drawn, for the objective recall.
       `mixture`: several of these, see the field `mixture`.
     context: N, tokens a row. batch_size: rows a step over all processes.
     streams: into how many the documents are dealt out, each of which gives batch_size / streams rows of every batch.
@@ -205,7 +206,7 @@ def _resolve_paths(config: ConfigDict) -> None:
 def _absolute(spec: str) -> str:
     """Returns `text:GLOB`, `tokens:DIR`, `sentencepiece:FILE` and the like with absolute paths."""
     kind, colon, rest = spec.partition(':')
-    if not colon or kind == 'tfds':
+    if not colon or kind in ('tfds', 'pairs'):
         return spec
     if kind not in ('text', 'jsonl'):
         return f'{kind}:{_join(os.getcwd(), rest)}'

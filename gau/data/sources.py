@@ -91,6 +91,8 @@ def _splits_of(config: ConfigDict, source: str) -> list[str]:
         own = list(embedded.SPLITS)
     elif kind == 'tokens':
         own = list(manifest.read(_argument(source))['splits'])
+    elif kind == 'pairs':
+        raise UserError(f'data.source={source} holds no documents: its rows are drawn for objective=recall')
     elif kind == 'tfds':
         own = tfds_source.splits(_argument(source), config.tfds_dir)
     else:
@@ -153,6 +155,8 @@ def identity_of(config: ConfigDict, source: str, *, moved: tuple[str, str] = (''
         return f'manifest {manifest.identity(_argument(source))}'
     if kind == 'tfds':
         return tfds_source.identity(_argument(source), config.tfds_dir)
+    if kind == 'pairs':
+        return 'drawn'
     old, new = moved
     files = [
         [old + name.removeprefix(new) if name.startswith(new) else name, *rest]
