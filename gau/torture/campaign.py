@@ -4,17 +4,19 @@ import itertools
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gau.torture.lab import Lab
+from gau.torture.lab import Lab, Stopped
 from gau.torture.scenes import SCENES
 from gau.torture.tally import Tally, from_json
 
 DAMAGED = 'damaged files'
-# Damaged inputs a round, all in one process.
-_INPUTS = 40
+# Damaged inputs a scene, all in one process.
+_INPUTS = 50
+# Seconds that what has begun may take when the time is over.
+_GRACE_SECONDS = 90
 
 
 def run(
@@ -25,50 +27,71 @@ def run(
     scenes: Sequence[str] | None = None,
     rounds: int | None = None,
     workers: int = 1,
-) -> list[Tally]:
+) -> tuple[list[Tally], bool]:
     """Plays rounds of scenes; says on stderr what each brought.
+
+    Scenes that are not finished when the campaign ends are left out, since what they did has not been compared yet;
+    unless they have found something.
 
     Args:
       directory: to work in, which is made.
       seed: of all that is drawn: what is done to whom, and when, as a share of how long an undisturbed program takes.
-      minutes: after which no scene begins.
-      scenes: of NAMES; None means all.
+      minutes: after which no scene begins; a little later those that are not finished are stopped.
+      scenes: of NAMES; None means all, the rare ones in every second round.
       rounds: at most; None means as many as there is time for.
       workers: scenes at once.
 
     Returns:
-      A tally for each scene.
+      A tally for each scene, and whether Ctrl-C ended the campaign.
     """
     begun, lab = time.monotonic(), Lab(directory, seed)
-    chosen = {name: _SCENES[name] for name in scenes or NAMES}
-    tallies = {name: Tally(name) for name in chosen}
-    # What all compare with is made before they begin.
-    for _, references in chosen.values():
-        for reference in references:
-            getattr(lab, reference)
+    names = scenes or NAMES
+    tallies = {name: Tally(name) for name in names}
+    numbers = itertools.count() if rounds is None else range(rounds)
+    jobs = ((number, name) for number in numbers for name in names if scenes or name not in _RARE or number % 2 == 0)
+    lock, interrupted = threading.Lock(), False
 
-    jobs = ((number, name) for number in (itertools.count() if rounds is None else range(rounds)) for name in chosen)
-    lock = threading.Lock()
+    def play(number: int, name: str) -> None:
+        tally = Tally(name)
+        try:
+            # What is drawn depends on nothing but the seed, whatever runs beside.
+            _SCENES[name][0](lab.another(f'{seed} {number} {name}'), tally)
+        except Stopped:
+            if tally.clean:
+                return
+        except Exception:
+            tally.prints('the campaign itself', traceback.format_exc())
+        elapsed = (time.monotonic() - begun) / 60
+        with lock:
+            tallies[name].add(tally)
+            print(*tally.notes, f'{elapsed:5.1f} min  {name}: {tally.faults} faults', sep='\n', file=sys.stderr)
 
     def work() -> None:
-        while time.monotonic() - begun <= 60 * minutes:
+        while time.monotonic() - begun <= 60 * minutes and not lab.stopped:
             with lock:
                 number, name = next(jobs, (0, None))
             if name is None:
                 return
-            tally = Tally(name)
-            play, _ = chosen[name]
-            # What is drawn depends on nothing but the seed, whatever runs beside.
-            play(lab.another(f'{seed} {number} {name}'), tally)
-            elapsed = (time.monotonic() - begun) / 60
-            with lock:
-                tallies[name].add(tally)
-                print(*tally.notes, f'{elapsed:5.1f} min  {name}: {tally.faults} faults', sep='\n', file=sys.stderr)
+            play(number, name)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for worker in [pool.submit(work) for _ in range(workers)]:
-            worker.result()
-    return list(tallies.values())
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    try:
+        # What all compare with is made before they begin.
+        for name in names:
+            for reference in _SCENES[name][1]:
+                getattr(lab, reference)
+        print(f'{(time.monotonic() - begun) / 60:5.1f} min  undisturbed results are there', file=sys.stderr)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(begun + 60 * minutes + _GRACE_SECONDS - time.monotonic(), 0))
+    except KeyboardInterrupt:
+        interrupted = True
+    lab.stop()
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
+    return list(tallies.values()), interrupted
 
 
 def _damage(lab: Lab, tally: Tally) -> None:
@@ -86,3 +109,5 @@ def _damage(lab: Lab, tally: Tally) -> None:
 
 _SCENES = {**SCENES, DAMAGED: (_damage, ('tokens', 'trained'))}
 NAMES = tuple(_SCENES)
+# What takes long beside what it draws.
+_RARE = ('full disk', 'read-only', 'clock', 'two programs')

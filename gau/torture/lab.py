@@ -1,5 +1,6 @@
 """The bench that faults are tried on: tiny inputs, the commands that a user gives, and their undisturbed results."""
 
+import contextlib
 import copy
 import json
 import os
@@ -38,10 +39,15 @@ _TINY = {
 _TIMINGS = ('tokens_per_second', 'step_seconds', 'mfu')
 _WORDS = ('alpha', 'beta', 'gamma', 'delta', 'Zoë', '漢字', 'kill', 'run')
 _GIVE_UP_SECONDS = 900
+_SOON_SECONDS, _PATIENCE_SECONDS = 0.2, 40
 
 
 # Frames below which a program answers in its own words.
 _OUR_WORDS = re.compile(r'gau/cli\.py", line \d+, in (guarded|_parse_flags|run)\n')
+
+
+class Stopped(Exception):
+    """The campaign is over, and with it the programs that it has started."""
 
 
 class Done:
@@ -50,6 +56,8 @@ class Done:
     def __init__(self, process: subprocess.Popen, met: bool):
         self.out, self.err = process.communicate(timeout=_GIVE_UP_SECONDS)
         self.code, self.met = process.returncode, met
+        # Whether it was left to end by itself when another process of its run had got a signal.
+        self.left_alone = False
 
 
 class Lab:
@@ -68,6 +76,8 @@ class Lab:
             lines = [' '.join(texts.choice(_WORDS) for _ in range(12)) for _ in range(60)]
             (self.corpus / f'{number}.txt').write_text('\n'.join(lines), encoding='utf-8')
         self._seconds: dict[str, float] = {}
+        self._running: set[subprocess.Popen] = set()
+        self._starting, self._stopped = threading.Lock(), threading.Event()
         self._numbers = iter(range(10**9))
 
     def new(self, name: str) -> Path:
@@ -178,6 +188,9 @@ class Lab:
           largest_file: bytes beyond which writing fails, as on a full disk.
           clock: seconds by which the clock jumps every now and then.
           devices: that JAX simulates.
+
+        Raises:
+          Stopped: nothing is started any more.
         """
         if clock or largest_file is not None:
             program = _DISTURBED.format(jumps=list(clock), largest_file=largest_file, program=arguments[0])
@@ -192,14 +205,35 @@ class Lab:
             'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with self._starting:
+            if self.stopped:
+                raise Stopped
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                # Ctrl-C is for the campaign alone.
+                start_new_session=True,
+            )
+            self._running.add(process)
+        return process
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing starts any more."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Kills what is running, in which `Stopped` is raised wherever it is waited for; nothing starts any more."""
+        with self._starting:
+            self._stopped.set()
+            for process in self._running:
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
 
     def start_two(self, arguments: Sequence[str]) -> list[subprocess.Popen]:
         """Starts the two processes of one run."""
@@ -211,11 +245,18 @@ class Lab:
 
     def finish(self, processes: Sequence[subprocess.Popen]) -> list[Done]:
         """Waits for programs that nothing disturbs; returns how each ended."""
-        return [Done(process, met=False) for process in processes]
+        return [self._end(process, met=False) for process in processes]
+
+    def _end(self, process: subprocess.Popen, *, met: bool) -> Done:
+        done = Done(process, met)
+        self._running.discard(process)
+        if self.stopped:
+            raise Stopped
+        return done
 
     def run(self, arguments: Sequence[str], **fault: Any) -> Done:
         """Runs a command to its end."""
-        return Done(self.start(arguments, **fault), met=False)
+        return self._end(self.start(arguments, **fault), met=False)
 
     def must(self, arguments: Sequence[str]) -> Done:
         """Runs a command that nothing disturbs, and remembers how long it takes; RuntimeError if it fails."""
@@ -245,12 +286,18 @@ class Lab:
         self._seconds[name] *= 1.05 if met else 0.8
         for number in whom:
             processes[number].send_signal(signum)
-        if met and signum == signal.SIGKILL:
-            # The scheduler takes the rest of a job away a moment after one of its processes has died.
-            time.sleep(0.2)
-            for process in processes:
-                process.kill()
-        ended = [Done(process, met) for process in processes]
+        others = [process for number, process in enumerate(processes) if number not in whom]
+        # A scheduler takes the rest of a job away a moment after one of its processes has died, or waits long.
+        patience = _SOON_SECONDS if signum == signal.SIGKILL and self.rng.random() < 0.5 else _PATIENCE_SECONDS
+        given_up = time.monotonic() + patience
+        while any(process.poll() is None for process in others) and time.monotonic() < given_up:
+            time.sleep(0.005)
+        alone = [process not in others or process.poll() is not None for process in processes]
+        for process in others:
+            process.kill()
+        ended = [self._end(process, met=met) for process in processes]
+        for done, left_alone in zip(ended, alone, strict=True):
+            done.left_alone = left_alone
         for done in ended:
             # Python itself answers Ctrl-C, with a traceback, as long as the program is still being imported.
             if done.err.rstrip().endswith('KeyboardInterrupt') and not _OUR_WORDS.search(done.err):

@@ -41,8 +41,8 @@ class Tally:
             self.notes.append(f'{self.scene}: {work} lost: {what}')
 
     def prints(self, what: str, text: str) -> None:
-        """Notes a traceback, if there is one in what a program printed."""
-        if 'Traceback (most recent call last)' in text:
+        """Notes a traceback, or the stacks of a crash, if there are any in what a program printed."""
+        if 'Traceback (most recent call last)' in text or 'Fatal Python error' in text:
             self.tracebacks += 1
             self.notes.append(f'{self.scene}: traceback: {what}: {" | ".join(text.strip().splitlines()[-12:])}')
 
