@@ -133,6 +133,7 @@ def test_kernels_compile_for_tpus(topology):
         'flash_quad narrow': 3,
         # Of two layers; FLASH's have a state and its gradient for the other chip, too.
         'step flash': 10,
+        'step flash gated': 10,
         'step flash_quad': 6,
         'step transformer_plus_plus': 6,
     }

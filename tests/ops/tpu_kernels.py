@@ -71,12 +71,17 @@ def main() -> None:
         arrays = *[array(2, n, s, dtype=dtype)] * 2, array(2, n, e, dtype=dtype), array(2 * n - 1, dtype='float32')
         found[f'flash_quad {name}'] = kernels(attend, *arrays, ids=array(2, n, dtype='int32'))
     # Every sequence on two of four chips.
-    for model in ('flash', 'flash_quad', 'transformer_plus_plus'):
+    for name, fields in (
+        ('flash', {}),
+        ('flash gated', {'name': 'flash', 'decay_gate': 'scalar'}),
+        ('flash_quad', {}),
+        ('transformer_plus_plus', {}),
+    ):
         config = default_config()
-        config.model.update({'name': model, 'num_layers': 2})
+        config.model.update({'name': name, 'num_layers': 2} | fields)
         config.data.update({'context': 1024, 'batch_size': 4})
         config.mesh.update({'data': 2, 'sequence': 2})
-        found[f'step {model}'] = count(compile_check.check(config, target, vocab_size=1024).program)
+        found[f'step {name}'] = count(compile_check.check(config, target, vocab_size=1024).program)
     print(json.dumps(found))
 
 
