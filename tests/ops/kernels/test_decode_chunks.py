@@ -7,6 +7,7 @@ import pytest
 
 from gau.ops.chunk_window import open_window, window_token
 from gau.ops.decoding import DecodePosition, mixed_chunk_block
+from gau.ops.kernels import decode_row
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -57,12 +58,14 @@ def expect_close(found, wanted, dtype, name):
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
-        *((case, slice(None)) for case in ('mean', 'mean, decay, visible')),
-        pytest.param('sum, decay, su', slice(None), marks=pytest.mark.slow),
-        # A row alone has a kernel of its own: in its first chunk, and beyond the border that its window crosses.
-        ('mean', slice(0, 1)),
+        ('mean, decay, visible', slice(None)),
+        # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
         ('mean, decay, visible', slice(3, 4)),
-        pytest.param('sum, decay, su', slice(1, 2), marks=pytest.mark.slow),
+        *(
+            pytest.param(case, rows, marks=pytest.mark.slow)
+            for case in ('mean', 'sum, decay, su')
+            for rows in (slice(None), slice(0, 1), slice(1, 2))
+        ),
     ],
 )
 def test_one_token_of_a_layer(case, rows, dtype):
@@ -100,6 +103,16 @@ def test_one_token_of_a_layer(case, rows, dtype):
     expect_close(found_BD, y_BD, dtype, 'y')
     for name in ('k', 'k_lin', 'v'):
         expect_close(found[name], wanted[name], dtype, name)
+
+
+def test_a_row_has_one_kernel_where_its_programs_fit_on_the_gpu_together(monkeypatch):
+    monkeypatch.setattr(decode_row, 'interpreted', lambda: False)
+    monkeypatch.setattr(decode_row, 'streaming_multiprocessors', lambda: 100)
+    tiles = decode_row.row_tiles(768, 1536, 128)
+    assert decode_row.row_programs(768, 1536, 128, tiles) == (96, 100)
+    assert decode_row.row_tiles(1280, 2560, 128) is None
+    monkeypatch.setattr(decode_row, 'streaming_multiprocessors', lambda: 99)
+    assert decode_row.row_tiles(768, 1536, 128) is None
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
