@@ -130,7 +130,11 @@ def check_batch(mesh: Mesh, *, batch_size: int, context: int, model: ConfigDict)
     """Raises UserError unless [batch_size, context] arrays divide over the mesh, in whole chunks of the model."""
     rows, shards = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['sequence']
     if batch_size % rows:
-        raise UserError(f'a batch of {batch_size} sequences does not divide over mesh data x fsdp = {rows}')
+        fits = max(part for part in range(1, rows) if batch_size % part == 0)
+        raise UserError(
+            f'a batch of {batch_size} sequences does not divide over mesh data x fsdp = {rows}; '
+            f'--config.mesh.data={fits} --config.mesh.fsdp=1 fits, or a data.batch_size that {rows} divides'
+        )
     if context % shards:
         raise UserError(f'data.context={context} does not divide over mesh.sequence={shards}')
     multiple = ARCHITECTURES[model.name].attention.shard_multiple(model)

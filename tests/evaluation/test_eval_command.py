@@ -8,12 +8,11 @@ import pytest
 
 from gau.errors import UserError
 from gau.evaluation.whole_documents import WholeDocuments
-from gau.sampling import generation
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
 from tests.programs import call, report
 from tests.training.test_commands import run
-from tests.training.tiny import tiny_config
+from tests.training.tiny import read_metrics, tiny_config
 
 
 @pytest.fixture(scope='module')
@@ -42,16 +41,21 @@ def test_the_evaluators_of_training_on_the_same_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_devices_that_the_width_does_not_divide_over_hold_copies(trained, tmp_path):
-    path = shutil.copytree(trained, tmp_path / 'run')
-    found = report('tests.evaluation.on_six_devices', path)
-    # 32 wide: two parts, three copies of each.
-    assert found['mesh'] == {'data': 3, 'fsdp': 2, 'tensor': 1, 'sequence': 1}
-    final = workdir.read_json(trained / 'final.json')
-    assert found['loss'] == pytest.approx(final['eval']['valid']['loss'], rel=1e-5)
-    run, params, _ = load_run(trained)
-    own = generation.sample(run.model, params, [1, 2], bos_id=256, max_tokens=4, temperature=0.0, seed=0)
-    assert found['tokens'] == own.tolist()
+def test_what_eight_devices_trained_goes_on_on_any_number_of_them(tmp_path):
+    program = 'tests.evaluation.on_some_devices'
+    report(program, tmp_path / 'half', 8, 2)
+    shutil.copytree(tmp_path / 'half', tmp_path / 'whole')
+    expected, straight = report(program, tmp_path / 'whole', 8, 4), read_metrics(tmp_path / 'whole')
+    # 32 wide: six devices hold three copies of two parts.
+    for devices, mesh in ((3, (3, 1)), (5, (5, 1)), (6, (3, 2)), (7, (7, 1))):
+        path = shutil.copytree(tmp_path / 'half', tmp_path / str(devices))
+        found = report(program, path, devices, 4)
+        assert (found['mesh']['data'], found['mesh']['fsdp']) == mesh
+        assert found['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+        assert found['tokens'] == expected['tokens']
+        rows = read_metrics(path)
+        assert [(row['step'], row['split']) for row in rows] == [(row['step'], row['split']) for row in straight]
+        assert [row['loss'] for row in rows] == pytest.approx([row['loss'] for row in straight], rel=1e-5)
 
 
 def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys, monkeypatch):

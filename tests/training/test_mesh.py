@@ -55,5 +55,5 @@ def test_a_shard_of_a_text_is_whole_chunks():
     meshes.check_batch(mesh, batch_size=8, context=192, model=ConfigDict({'name': 'flash_quad', 'chunk_size': None}))
     with pytest.raises(UserError, match=r'does not divide over mesh.sequence=4'):
         meshes.check_batch(mesh, batch_size=8, context=254, model=flash)
-    with pytest.raises(UserError, match='data x fsdp = 4'):
+    with pytest.raises(UserError, match=r'data x fsdp = 4; --config.mesh.data=3 --config.mesh.fsdp=1 fits'):
         meshes.check_batch(mesh, batch_size=6, context=256, model=flash)
