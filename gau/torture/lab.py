@@ -361,24 +361,27 @@ def same_files(one: Path, other: Path) -> bool:
 _reading = threading.Lock()
 
 
-def state_of(workdir: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a run's last checkpoint by their paths, whatever devices it was saved on."""
+def state_of(workdir: Path, reference: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a run's last checkpoint by their paths, whatever devices it was saved on.
+
+    Which arrays there are the reference says: what Orbax notes of the devices may be what is damaged.
+    """
     # Imported late, since programs are started from a process that needs none of it.
     import jax
     import orbax.checkpoint as ocp
     from etils import epath
 
-    path = epath.Path(workdir / 'checkpoints' / str(STEPS) / 'state')
+    path, whole = (epath.Path(run / 'checkpoints' / str(STEPS) / 'state') for run in (workdir, reference))
     handler = ocp.PyTreeCheckpointHandler()
     with _reading:
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(whole).tree)
         tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def compare_runs(workdir: Path, reference: Path, *, metrics: bool = True) -> str:
     """Says in what a run differs from an undisturbed one: state to the bit, metrics, result; nothing if in nothing."""
-    found, expected = state_of(workdir), state_of(reference)
+    found, expected = (state_of(run, reference) for run in (workdir, reference))
     if found.keys() != expected.keys():
         return 'parameters'
     changed = [name for name in found if not np.array_equal(found[name], expected[name])]
