@@ -133,6 +133,7 @@ def trained(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_sparse_model_recovers_with_its_zeros(trained, tmp_path):
     method = functools.partial(compression.sparser, pattern='0.5')
     compression.compress(trained, tmp_path / 'sparse', method)

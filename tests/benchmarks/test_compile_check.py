@@ -33,6 +33,7 @@ def test_unknown_topologies_are_one_line(name, message):
         chips.target(name)
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_for_simulated_devices(tmp_path):
     output = tmp_path / 'row.jsonl'
     mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=-1']

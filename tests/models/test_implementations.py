@@ -259,8 +259,8 @@ def test_pallas_for_flash_quad_needs_relu2_and_a_width_that_fits():
 
 @pytest.mark.parametrize(('name', 'objective', 'fields'), [
     ('flash', 'lm', {'decay_gate': 'scalar'}),
-    ('flash', 'mlm', {}),
-    ('flash_quad', 'lm', {}),
+    pytest.param('flash', 'mlm', {}, marks=pytest.mark.slow),
+    pytest.param('flash_quad', 'lm', {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_model_with_pallas_has_the_parameters_and_the_gradients_of_one_without(monkeypatch, name, objective, fields):
     monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')

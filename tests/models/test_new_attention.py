@@ -127,6 +127,7 @@ def test_its_shards_are_checked():
         meshes.check_batch(mesh, context=12, **options)
 
 
+@pytest.mark.slow
 def test_devices_share_it():
     """Loss and gradients on four simulated devices, of which two share rows and two the width, and on one."""
     found = json.loads(python('-m', 'tests.models.test_new_attention', JAX_PLATFORMS='cpu'))

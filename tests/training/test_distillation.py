@@ -52,6 +52,7 @@ def config(teacher, **fields):
     return tiny_config(distillation__teacher=str(teacher), distillation__weight=0.7, model__num_layers=1, **fields)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_has_no_loss_of_its_own(teacher):
     run = Run.from_config(loop.resolve(tiny_config(model__num_layers=3)))
     params = read_state(teacher).params

@@ -47,6 +47,7 @@ def test_a_run_starts_with_the_parameters_and_resumes_without_the_export(trained
     assert final['step'] == 6
 
 
+@pytest.mark.slow
 def test_a_head_around_the_model_stays_as_it_is_drawn(trained, exported):
     found = Run.from_config(loop.resolve(tiny_config()))
     head = {

@@ -18,6 +18,7 @@ from tests.training.tiny import read_metrics, tiny_config
 pytest.importorskip('qwix', reason='requirements-compress.txt')
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_as_compress_rounds_them():
     for name, fields in (('flash', {}), ('transformer_plus_plus', {'layer_stack': 'scan'})):
         model, params = make(name, dtype='float32', **fields)
