@@ -5,7 +5,9 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -120,7 +122,7 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
     # Our own words go to stdout and stderr; Orbax and Grain warn of what is normal here, and Orbax logs what it raises,
     # with a traceback for each of its threads.
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = _leave_out_closed_loops
+    sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a file that is not UTF-8 gets escapes for what it cannot show.
         if isinstance(stream, io.TextIOWrapper):
@@ -128,8 +130,15 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
     app.run(guarded, flags_parser=functools.partial(_parse_flags, stored_config=stored_config))
 
 
-def _leave_out_closed_loops(unraisable: Any) -> None:
-    """In place of sys.unraisablehook: where a write of Orbax has failed, the others come back when nobody waits."""
+def _unraisable(unraisable: Any) -> None:
+    """In place of sys.unraisablehook, which tells what Python drops: what callbacks and objects that go away raise."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Ctrl-C came in the middle of a callback, as JAX has one of the garbage collector: once more, for the program.
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+        return
+    # Where a write of Orbax has failed, the others come back when nobody waits.
     if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == 'Event loop is closed'):
         sys.__unraisablehook__(unraisable)
 

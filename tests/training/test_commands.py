@@ -169,3 +169,24 @@ def test_importing_gau_is_light():
     assert code == 0
     for heavy in ('jax', 'flax', 'grain', 'orbax', 'matplotlib', 'tensorflow_datasets', 'sentencepiece', 'numpy'):
         assert f'| {heavy}\n' not in err.replace('|   ', '| ').replace('  ', ''), heavy
+
+
+def test_an_interrupt_that_comes_in_a_callback_is_not_lost():
+    program = """
+import gc, signal, time
+from gau import cli
+
+def main():
+    came = []
+    def callback(phase, info):
+        if not came:
+            came.append(phase)
+            signal.raise_signal(signal.SIGINT)
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(30)
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, 'interrupted\n')
