@@ -17,7 +17,7 @@ A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `s
 NVIDIA H200 that four runs share.
 
 Result: docs/results/quality.md. FLASH keeps Transformer++'s quality at 1,024 tokens of context and not at 8,192.
-`memory`: docs/results/quality_memory.md.
+`memory`, `gate`, `causes`, `muon`: docs/results/quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md.
 """
 
 from collections.abc import Iterator
