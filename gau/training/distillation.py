@@ -1,6 +1,6 @@
 """Training against the predictions of a larger model as well: `config.distillation`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +11,17 @@ from gau.errors import UserError
 from gau.layers.sharding import devices_together
 from gau.models import config as model_config
 from gau.models.target import Target
-from gau.objectives.objective import Objective
 from gau.ops.distillation import sliced_divergence
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints
+from gau.training.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from gau.training.setup import Run
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distilled(Wrapped):
     """The loss of a student: that of its objective, and how far its predictions are from the teacher's.
 
     Attributes:
@@ -32,21 +32,10 @@ class Distilled:
       temperature: T.
     """
 
-    objective: Objective
     teacher: Any
     teacher_params: Any
     weight: float
     temperature: float
-
-    @property
-    def targets(self) -> str:
-        """As of the objective."""
-        return self.objective.targets
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        """As of the objective."""
-        return self.objective.metrics
 
     def loss(self, model: Any, params: Any, batch: Mapping[str, Any], *, dropout_key: Any = None) -> tuple[Any, dict]:
         """See `Objective.loss`; the teacher has no dropout."""

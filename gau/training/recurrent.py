@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from gau.models import decoding
-from gau.objectives.objective import Objective
+from gau.training.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Wrapped):
     """The loss of a language model that reads every row a segment at a time, with its decoding state carried on.
 
     It is the loss of the whole row, and so is its gradient, which goes back through the state. Of every segment but one
@@ -23,18 +23,7 @@ class Recurrent:
       segment_tokens: tokens of a segment; they divide a row.
     """
 
-    objective: Objective
     segment_tokens: int
-
-    @property
-    def targets(self) -> str:
-        """As of the objective."""
-        return self.objective.targets
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        """As of the objective."""
-        return self.objective.metrics
 
     def loss(self, model: Any, params: Any, batch: Mapping[str, Any], *, dropout_key: Any = None) -> tuple[Any, dict]:
         """See `Objective.loss`; there is no dropout."""
