@@ -27,7 +27,7 @@ NOT_OF_THE_MODEL = {
     *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
 # Fields of which modeling_gau.py has one value.
-AS_EVER = {'decay_gate': 'none', 'global_norm': 'none', 'local_window': 1}
+AS_EVER = {'decay_gate': 'none', 'global_norm': 'none', 'local_window': 1, 'short_convolution': 0}
 
 USE = """\
 ```python

@@ -7,6 +7,7 @@ from jax import Array
 
 from gau.layers.common import TokenInfo, constrain
 from gau.layers.norm import Norm
+from gau.layers.short_convolution import ShortConvolution
 from gau.models.architectures import ARCHITECTURES
 from gau.models.target import Implementation
 
@@ -43,15 +44,24 @@ class Block(nn.Module):
         return x_BND, None
 
     def residual(self, x_BND: Array, norm_name: str, layer: nn.Module, tokens: TokenInfo, deterministic: bool) -> Array:
-        """Returns x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x)))."""
+        """Returns x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x))); f with its convolution."""
         placement = self.config.norm_placement
         norm = self._norm(norm_name)
-        y_BND = layer(x_BND if placement == 'post' else norm(x_BND), tokens)
+        h_BND = self.convolved(x_BND if placement == 'post' else norm(x_BND), norm_name, tokens)
+        y_BND = layer(h_BND, tokens)
         if placement == 'sandwich':
             y_BND = self._norm(norm_name.replace('norm', 'output_norm'))(y_BND)
         y_BND = constrain(self.dropout(y_BND, deterministic), 'batch', 'length', 'act_embed')
         x_BND = x_BND + y_BND.astype(x_BND.dtype)
         return constrain(norm(x_BND) if placement == 'post' else x_BND, 'batch', 'length', 'act_embed')
+
+    def convolved(self, h_BND: Array, norm_name: str, tokens: TokenInfo) -> Array:
+        """Returns what a layer reads: after a short convolution, where the model has it."""
+        width = self.config.short_convolution
+        if not width:
+            return h_BND
+        name = norm_name.replace('norm', 'short_convolution')
+        return ShortConvolution(width, self.causal, self.config.dtype, name=name)(h_BND, tokens)
 
     def _norm(self, name: str) -> Norm:
         return Norm(self.config.norm, self.config.model_dim, self.config.dtype, name=name)

@@ -88,7 +88,7 @@ def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
         fill(name, value)
         if config[name] is None:
             raise AssertionError(f'{name} was left open: no record of {config.name} fills it')
-    _check_common(config, architecture)
+    _check_common(config, architecture, causal)
     family.check(config)
     attention.check(config, causal=causal, context=context, chosen=chosen)
     return config
@@ -108,7 +108,7 @@ def _applying_defaults(config: ConfigDict, architecture: Architecture) -> dict[s
     return defaults
 
 
-def _check_common(config: ConfigDict, architecture: Architecture) -> None:
+def _check_common(config: ConfigDict, architecture: Architecture, causal: bool) -> None:
     options = ('auto', *architecture.attention.implementations)
     if config.impl not in options:
         raise UserError(f'model.impl={config.impl} does not exist for {config.name}; choose from {", ".join(options)}')
@@ -116,6 +116,11 @@ def _check_common(config: ConfigDict, architecture: Architecture) -> None:
         raise UserError('model.rope=local is of attention inside chunks and between them; use rotary or none')
     if config.absolute_position == 'sinusoid' and config.model_dim % 2:
         raise UserError(f'model.absolute_position=sinusoid needs an even model_dim, not {config.model_dim}')
+    if not causal and (config.short_convolution or 0) % 2:
+        raise UserError(
+            f'model.short_convolution={config.short_convolution} must be even where the model is bidirectional: half '
+            'of it lies before a token and half after'
+        )
     if config.layer_stack == 'scan' and config.head_decay:
         raise UserError('model.layer_stack=scan needs layers that are alike; set head_decay=0 or layer_stack=unrolled')
 

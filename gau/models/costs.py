@@ -47,10 +47,11 @@ def norm(config: ConfigDict) -> Count:
     return Count(numbers, 0, 2 * d * BYTES[config.dtype])
 
 
-def layer_norms(config: ConfigDict) -> Count:
-    """The norms of one layer in its residual connection."""
-    one = norm(config)
-    return one + one if config.norm_placement == 'sandwich' else one
+def layer_inputs(config: ConfigDict) -> Count:
+    """The norms of one layer in its residual connection, and its short convolution."""
+    one, width = norm(config), config.short_convolution or 0
+    total = one + one if config.norm_placement == 'sandwich' else one
+    return total + Count(width * config.model_dim) + saved(config, config.model_dim) if width else total
 
 
 def linear(inputs: int, outputs: int) -> Count:

@@ -8,6 +8,7 @@ cut by rows:
     blocks_0/gau/..., blocks_1/...      the layers' own (`gau.ops.decoding`), with the heads H after B:
       FLASH, MC-TFM++                   v [B, H, C, E/H], k and k_lin [B, H, C, S] (compute type), sum [B, H, S, E/H]
       FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
+      a short convolution               before [B, W, D]; blocks_0/short_convolution, beside gau
       Performer                         sum [B, H, F, K + 1]; with FAVOR+ log_scale [B, H]
 
 The sums are float32 (float64 in float64). With `layer_stack='scan'` the layers' arrays have a first axis more, the
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.errors import UserError
+from gau.layers.short_convolution import BEFORE
 from gau.models.architectures import ARCHITECTURES
 from gau.models.language_model import LanguageModel
 from gau.ops.decoding import DecodePosition
@@ -203,7 +205,7 @@ def decode(
         (logits_BV, opened, _), tokens_TB = jax.lax.scan(one, (logits_BV, opened, start_B), numbers_T)
         fields = {'start_B': start_B, 'end_B': opened['position']}
         state = _layer_states(functools.partial(attention.close_window, model.config, **fields), state, opened)
-        return (logits_BV, state | {'position': opened['position']}), tokens_TB
+        return (logits_BV, state), tokens_TB
 
     carry = logits_BV, state
     if window == n:
@@ -214,10 +216,11 @@ def decode(
 
 
 def _layer_states(function: Callable[..., dict], state: State, *others: State) -> State:
-    """Applies a function to the states of each layer, dicts of arrays; what is no layer's stays."""
+    """Applies a function to the states of each attention, dicts of arrays; what is no attention's is the last's."""
 
-    def one(layer, *others):
-        return function(layer, *others) if isinstance(layer, dict) else layer
+    def one(*layers):
+        is_attention = isinstance(layers[0], dict) and BEFORE not in layers[0]
+        return function(*layers) if is_attention else layers[-1]
 
     def is_layer(node):
         return isinstance(node, dict) and not any(isinstance(value, dict) for value in node.values())

@@ -109,6 +109,13 @@ COMMON = {
         *('rotary', 'local', 'none'),
         default='rotary',
     ),
+    'short_convolution': Field(
+        int,
+        'W: the W tokens before each one that a convolution adds to what a layer reads, column by column; in '
+        'bidirectional models W / 2 before and W / 2 after; 0: none.',
+        0,
+        wrong=(lambda value: value < 0, 'at least 0'),
+    ),
     'dropout_rate': number(
         'On embeddings and on what a layer adds to the residual stream.',
         default=0.0,

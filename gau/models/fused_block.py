@@ -24,7 +24,7 @@ class FusedBlock(Block):
         if in_one:
             return layer(x, tokens, norm.scale)
         x, h_BND = norm.of_residual(x)
-        y_BND, bias_D = layer.without_bias(h_BND, tokens)
+        y_BND, bias_D = layer.without_bias(self.convolved(h_BND, norm_name, tokens), tokens)
         if self.config.dropout_rate and not deterministic:
             y_BND, bias_D = self.dropout(y_BND + bias_D.astype(y_BND.dtype), deterministic), None
         x = x.plus(constrain(y_BND, 'batch', 'length', 'act_embed'), bias_D)

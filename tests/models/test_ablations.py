@@ -36,6 +36,7 @@ GAU_OPTIONS = [
     {'norm_placement': 'sandwich'},
     {'expansion_factor': 3.0},
     {'query_key_dim': 6},
+    {'short_convolution': 3},
 ]
 CHUNK_OPTIONS = [
     {'branches': 'local'},
@@ -65,6 +66,7 @@ ATTENTION_OPTIONS = [
     {'norm': 'scale_norm'},
     {'norm_placement': 'post'},
     {'norm_placement': 'sandwich'},
+    {'short_convolution': 2},
 ]
 OPTIONS = [
     *(('flash_quad', option) for option in [*GAU_OPTIONS, {'normalizer': 'paper'}]),

@@ -142,6 +142,8 @@ def test_heads_fall_with_depth():
     ({'local_window': 2, 'num_heads': 2}, 'model.local_window=2 is of causal models with one head'),
     ({'local_window': 3}, 'model.local_window must be 1 or 2, not 3'),
     ({'global_norm': 'rms_norm', 'branches': 'global'}, 'model.global_norm=rms_norm is for branches=both'),
+    ({'short_convolution': -1}, 'model.short_convolution must be at least 0, not -1'),
+    ({'short_convolution': 3, 'objective': 'mlm'}, 'model.short_convolution=3 must be even where'),
     ({'global_decay': 1.5}, 'model.global_decay must be above 0 and at most 1, not 1.5'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip
@@ -182,6 +184,6 @@ def test_a_config_that_was_resolved_before_a_field_came_is_understood():
     # One chunk, in which a reduction that somebody chose would be refused.
     config = resolved(context=128)
     older = config.copy_and_resolve_references()
-    for field in ('decay_gate', 'local_window', 'global_norm', 'linear_start', 'global_decay'):
+    for field in ('decay_gate', 'local_window', 'global_norm', 'linear_start', 'global_decay', 'short_convolution'):
         del older[field]
     assert resolve(older, causal=True, context=128) == config

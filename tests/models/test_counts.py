@@ -39,13 +39,20 @@ def test_base_is_the_papers_size():
 
 
 OPTIONS = [
-    {'name': 'flash', 'num_heads': 4},
+    {'name': 'flash', 'num_heads': 4, 'short_convolution': 3},
     {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'},
     {'name': 'flash', 'branches': 'local', 'temperature': 'learned', 'norm_placement': 'sandwich'},
     {'name': 'flash', 'branches': 'global', 'absolute_position': 'none'},
     {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0},
     {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4, 'head_decay': 1.0},
-    {'name': 'transformer', 'gate': 'silu', 'head_dim': 6, 'norm': 'rms_norm', 'norm_placement': 'sandwich'},
+    {
+        'name': 'transformer',
+        'gate': 'silu',
+        'head_dim': 6,
+        'short_convolution': 2,
+        'norm': 'rms_norm',
+        'norm_placement': 'sandwich',
+    },
     {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
     {'name': 'flash', 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'},

@@ -28,7 +28,7 @@ ABLATIONS = {
         'flash',
         {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7},
     ),
-    'scan, quadratic': ('transformer_plus_plus', {'layer_stack': 'scan'}),
+    'scan, quadratic': ('transformer_plus_plus', {'layer_stack': 'scan', 'short_convolution': 2}),
     'local, rotary bias, post norm': (
         'flash',
         {'branches': 'local', 'relative_bias': 'rotary', 'norm_placement': 'post'},
@@ -38,7 +38,10 @@ ABLATIONS = {
         {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
         | {'rope': 'local'},
     ),
-    'gate, norm': ('flash', {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'}),
+    'gate, norm, convolution': (
+        'flash',
+        {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'short_convolution': 3},
+    ),
     'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
@@ -165,7 +168,7 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7},
+        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3},
         pytest.param(
             {'branches': 'local', 'relative_bias': 'rotary', 'normalizer': 'visible', 'num_layers': 1},
             marks=pytest.mark.slow,

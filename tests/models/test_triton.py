@@ -75,7 +75,11 @@ def expect_the_reference(fused, reference, params, ids, n=N):
 
 
 @pytest.mark.parametrize(
-    'fields', [{'decay_gate': 'scalar'}, {'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'}]
+    'fields',
+    [
+        {'decay_gate': 'scalar', 'short_convolution': 2},
+        {'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'},
+    ],
 )
 def test_a_gate_of_the_state_is_that_of_the_reference(fields):
     fused, reference, params = models('flash', 'lm', **fields)

@@ -68,6 +68,8 @@ def main() -> None:
             config.model.feed_forward_dim = 64
         if model == 'flash_quad':
             config.model.chunk_size = None
+        # Its neighbours may lie on another device.
+        config.model.short_convolution = 2
         config.data.batch_size = 8
         config.data.context = 64
         config.optimizer.learning_rate = 1e-2

@@ -22,7 +22,9 @@ SLOW = pytest.mark.slow
     ('name', 'segment', 'fields'),
     [
         ('flash', 8, {'num_layers': 1}),
-        pytest.param('flash', 12, {'decay_gate': 'keys', 'global_norm': 'rms_norm'}, marks=SLOW),
+        pytest.param(
+            'flash', 12, {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'short_convolution': 2}, marks=SLOW
+        ),
         pytest.param('flash', 3, {'decay_gate': 'scalar', 'layer_stack': 'scan', 'remat': 'full'}, marks=SLOW),
         pytest.param('mc_transformer_plus_plus', 8, {}, marks=SLOW),
         pytest.param('performer', 8, {}, marks=SLOW),

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.attentions.record import Attention
-from gau.models.costs import Count, Shape, layer_norms, linear, saved
+from gau.models.costs import Count, Shape, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, number, table
 from gau.models.widths import check_even, check_heads, expanded_dim, heads_at
@@ -36,7 +36,8 @@ class GatedUnit(Family):
         kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
         fused = impl in kernels and config.gate == 'silu' and not decoding
         unit = kernels[impl] if fused else GatedAttentionUnit
-        if in_window and implementation.norm == 'triton' and attention.decodes_in_kernels(config, impl):
+        in_kernels = attention.decodes_in_kernels(config, impl) and not config.short_convolution
+        if in_window and implementation.norm == 'triton' and in_kernels:
             unit = DecodeGatedAttentionUnit
         yield (
             'norm',
@@ -58,7 +59,9 @@ class GatedUnit(Family):
         """See the base class."""
         d, e, s, h = config.model_dim, expanded_dim(config), config.query_key_dim, heads_at(config, layer)
         gate, roles = config.gate == 'silu', 2 * len(attention.pairs(config))
-        total = layer_norms(config) + linear(d, (1 + gate) * e) + linear(d, s) + linear(e, d) + Count(roles * 2 * h * s)
+        total = (
+            layer_inputs(config) + linear(d, (1 + gate) * e) + linear(d, s) + linear(e, d) + Count(roles * 2 * h * s)
+        )
         # Before and after silu, the roles, attention's output, and the gated output.
         total += saved(config, 2 * (1 + gate) * e + 2 * s + roles * h * s + (1 + gate) * e)
         return total + attention.count(config, Shape(h, s, e / h, context), causal=causal)

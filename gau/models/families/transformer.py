@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.attentions.record import Attention
-from gau.models.costs import Count, Shape, layer_norms, linear, saved
+from gau.models.costs import Count, Shape, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, table
 from gau.models.widths import check_even, check_heads, head_dim_at, heads_at
@@ -54,7 +54,7 @@ class Transformer(Family):
         """See the base class."""
         d, h, k = config.model_dim, heads_at(config, layer), head_dim_at(config, layer)
         gate = config.gate == 'silu'
-        total = layer_norms(config) + linear(d, 3 * h * k) + linear(h * k, d)
+        total = layer_inputs(config) + linear(d, 3 * h * k) + linear(h * k, d)
         if gate:
             total += linear(d, h * k)
         total += saved(config, (3 + 1 + 3 * gate) * h * k)
@@ -63,7 +63,7 @@ class Transformer(Family):
         total += attention.count(config, Shape(h, k, k, context), causal=causal)
 
         e, gated = config.feed_forward_dim, config.feed_forward != 'gelu'
-        total += layer_norms(config) + linear(d, (1 + gated) * e) + linear(e, d)
+        total += layer_inputs(config) + linear(d, (1 + gated) * e) + linear(e, d)
         return total + saved(config, (2 + 2 * gated) * e)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
