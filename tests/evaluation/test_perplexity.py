@@ -11,6 +11,7 @@ from gau.data import embedded, pipeline
 from gau.errors import UserError
 from gau.evaluation.evaluator import Cancelled, Case
 from gau.evaluation.perplexity_by_position import by_position
+from gau.evaluation.perplexity_by_repetition import PerplexityByRepetition, distances
 from gau.evaluation.perplexity_in_chunk import PerplexityInChunk
 from gau.training import config as training_config
 from gau.training.config import resolve
@@ -75,6 +76,29 @@ def test_the_loss_by_place_is_that_of_the_same_targets(run):
     assert metrics['loss'] == pytest.approx(losses.sum() / tokens.sum(), rel=1e-6)
     second_half = losses[8:].sum() / tokens[8:].sum()
     assert metrics['border_loss'] == pytest.approx(metrics['loss'] - second_half, abs=1e-6)
+
+
+def test_the_loss_by_repetition_is_that_of_pairs_seen_before(run):
+    params = run.init_state().params
+    evaluator = PerplexityByRepetition(run, 'pairs', ConfigDict(training_config.evaluators(run.config)['eval']))
+    case = Case('valid', 'valid', run.config.data.context)
+    metrics, repeated, new = dict(evaluator.measure(params, case)), [], []
+    for batch, nll_BN in evaluator.batches(params, case, lambda: False):
+        names = 'inputs', 'targets', 'segment_ids', 'weights'
+        for inputs, targets, ids, weights, nll in zip(*(batch[name] for name in names), nll_BN, strict=True):
+            pairs = list(zip(ids.tolist(), inputs.tolist(), targets.tolist(), strict=True))
+            for n, pair in enumerate(pairs):
+                if weights[n]:
+                    (repeated if pair in pairs[:n] else new).append(float(nll[n]))
+    assert len(repeated) > 20
+    assert metrics['repeated_loss'] == pytest.approx(np.mean(repeated), rel=1e-6)
+    assert metrics['new_loss'] == pytest.approx(np.mean(new), rel=1e-6)
+    rows = metrics['loss_by_distance']
+    assert rows[0]['tokens'] == len(new)
+    assert sum(row['tokens'] for row in rows) == metrics['tokens'] == len(new) + len(repeated)
+    # The last place counts, and documents do not see each other.
+    found = distances(np.asarray([1, 2, 1, 2, 1, 2]), np.asarray([2, 1, 2, 1, 2, 3]), np.asarray([1, 1, 1, 1, 2, 2]))
+    np.testing.assert_array_equal(found, [0, 0, 2, 2, 0, 0])
 
 
 def test_a_model_without_chunks_is_told_them(run):
