@@ -11,8 +11,8 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
-with the gate), `muon` (with what helps both), `forms` (other memories with it), `convolution`
-(before every layer of either model, with it), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+with the gate), `muon` (with what helps both), `forms` (other memories with it), `convolution` (before every layer of
+either model, with it), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -165,10 +165,11 @@ def sweep_muon() -> Iterator[Overrides]:
 
 
 def sweep_convolution() -> Iterator[Overrides]:
-    """8,192 tokens of context, Muon and no sinusoid: both models with a short convolution before every layer."""
-    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3, 'model.short_convolution': 3}
-    yield {'name': 'gated_convolution', **GATED, **better}
-    yield {'name': 'transformer_plus_plus_convolution', ':context': 8192, **TRANSFORMER, **better}
+    """8,192 tokens of context, Muon and no sinusoid: each model without and with a convolution before its layers."""
+    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
+    for name, model in (('gated', GATED), ('transformer_plus_plus', {':context': 8192, **TRANSFORMER})):
+        yield {'name': name, **model, **better}
+        yield {'name': f'{name}_convolution', **model, **better, 'model.short_convolution': 3}
 
 
 def sweep_forms() -> Iterator[Overrides]:
