@@ -22,10 +22,12 @@ def report(module: str, *arguments: Any) -> Any:
 
     A process of its own is for what is fixed when JAX starts, such as the number of devices.
     """
+    # What this process imports from elsewhere (libtpu, say) is found there, too.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     done = subprocess.run(
         [sys.executable, '-m', module, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        env={**os.environ, 'PYTHONPATH': path},
         capture_output=True,
         text=True,
         # A guard against hanging, whatever else the machine does.
