@@ -12,7 +12,8 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
 with the gate), `muon` (with what helps both), `forms` (other memories with it), `convolution` (before every layer of
-either model, with it), `base` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+either model, with it), `keys` (that are found by the token before, with it), `base` (112 M parameters). `seed:N:FIRST`
+adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -170,6 +171,15 @@ def sweep_convolution() -> Iterator[Overrides]:
     for name, model in (('gated', GATED), ('transformer_plus_plus', {':context': 8192, **TRANSFORMER})):
         yield {'name': name, **model, **better}
         yield {'name': f'{name}_convolution', **model, **better, 'model.short_convolution': 3}
+
+
+def sweep_keys() -> Iterator[Overrides]:
+    """8,192 tokens of context, Muon and no sinusoid: keys that can be found by the token before them."""
+    better = {**GATED, 'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
+    for width in (0, 3):
+        for keys in ('shifted', 'own'):
+            name = f'keys_{keys}_convolution' if width else f'keys_{keys}'
+            yield {'name': name, **better, 'model.key_input': keys, 'model.short_convolution': width}
 
 
 def sweep_forms() -> Iterator[Overrides]:

@@ -27,7 +27,13 @@ NOT_OF_THE_MODEL = {
     *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
 # Fields of which modeling_gau.py has one value.
-AS_EVER = {'decay_gate': 'none', 'global_norm': 'none', 'local_window': 1, 'short_convolution': 0}
+AS_EVER = {
+    'decay_gate': 'none',
+    'global_norm': 'none',
+    'local_window': 1,
+    'short_convolution': 0,
+    'key_input': 'shared',
+}
 
 USE = """\
 ```python

@@ -8,7 +8,6 @@ fewer (`PallasGatedAttentionUnit`). The same in plain JAX, to read:
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -37,6 +36,9 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
+        if self.key_input != 'shared':
+            queries_keys, p = self.plain_queries_keys(x_BND, tokens), self.project(x_BND, uv_D2E)
+            return self.output(x_BND, p, bias_2E, queries_keys, tokens)
         z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
         scale_offset = self.scale_offset(FusedScaleOffset)
         if parts_of('act_expanded') == 1:
@@ -47,6 +49,24 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             # U and V are cut over devices, Z is not.
             queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S, tokens)
             p = jnp.tensordot(x_BND, uv_D2E, axes=1)
+        return self.output(x_BND, p, bias_2E, queries_keys, tokens)
+
+    def plain_queries_keys(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, ...]:
+        """Returns queries and keys, [B, N, S] each, without a kernel."""
+        queries_keys = self.scale_offset(ScaleOffset)(*self.of_queries_and_keys(x_BND, tokens), tokens=tokens)
+        return tuple(x_BHNS[:, 0] for x_BHNS in queries_keys)
+
+    def project(self, x_BND: Array, uv_D2E: Array) -> Array:
+        """Returns the projections of gate and values, for `attend`."""
+        if parts_of('act_expanded') == 1:
+            # Without a dimension of 2, which a TPU would pad.
+            uv_D2E = uv_D2E.reshape(len(uv_D2E), -1)
+        return jnp.tensordot(x_BND, uv_D2E, axes=1)
+
+    def output(
+        self, x_BND: Array, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo
+    ) -> tuple[Array, Array]:
+        """Returns what `without_bias` does, of projections and queries and keys."""
         o_BNE = self.attend(p, bias_2E, queries_keys, tokens, self.core.gate_logits(x_BND))
         out_ED, bias_D = Weights((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
         return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
@@ -102,14 +122,10 @@ class PallasGatedAttentionUnit(FusedGatedAttentionUnit):
     @nn.compact
     def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
         """Applies the unit to normalised inputs."""
-        e, s = self.expanded_dim, self.query_key_dim
+        e = self.expanded_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
-        z_BNS = jax.nn.silu(Linear((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND))
-        queries_keys = tuple(x_BHNS[:, 0] for x_BHNS in self.scale_offset(ScaleOffset)(z_BNS, tokens=tokens))
-        if parts_of('act_expanded') == 1:
-            # Without a dimension of 2, which a TPU would pad.
-            uv_D2E = uv_D2E.reshape(len(uv_D2E), -1)
-        p, gate_BNL = jnp.tensordot(x_BND, uv_D2E, axes=1), self.core.gate_logits(x_BND)
+        queries_keys = self.plain_queries_keys(x_BND, tokens)
+        p, gate_BNL = self.project(x_BND, uv_D2E), self.core.gate_logits(x_BND)
         o_BNE = self.attend(p, bias_2E, queries_keys, tokens, gate_BNL)
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
 

@@ -19,6 +19,7 @@ from jax import Array
 
 from gau.layers.common import Linear, TokenInfo, constrain, param_dtype
 from gau.layers.core import AttentionCore
+from gau.layers.short_convolution import KeyShift
 from gau.ops.positions import apply_rope
 
 GAMMA_INITS = {'normal': nn.initializers.normal(0.02), 'ones': nn.initializers.ones}
@@ -40,6 +41,8 @@ class GatedAttentionUnit(nn.Module):
       gamma_init: 'normal' or 'ones'.
       linear_start: where gamma and beta of the core's linear pair start (see `ScaleOffset`).
       rope: which queries and keys are rotated: 'rotary': all; 'local': those of the core's direct pair; 'none'.
+      key_input: what the keys are transforms of: 'shared': the Z of the queries, as in the paper; 'shifted': Z mixed
+        with that of the token before (`KeyShift`); 'own': a projection of their own.
       dtype: compute type.
     """
 
@@ -51,6 +54,7 @@ class GatedAttentionUnit(nn.Module):
     gamma_init: str = 'normal'
     linear_start: str = 'direct'
     rope: str = 'rotary'
+    key_input: str = 'shared'
     dtype: str = 'float32'
 
     def setup(self):
@@ -60,20 +64,33 @@ class GatedAttentionUnit(nn.Module):
     @nn.compact
     def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
         """Applies the unit to normalised inputs."""
-        gated, e, s = self.gate == 'silu', self.expanded_dim, self.query_key_dim
+        gated, e = self.gate == 'silu', self.expanded_dim
         uv_BN2E = jax.nn.silu(Linear((1 + gated, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND))
         uv_BN2E = constrain(uv_BN2E, 'batch', 'length', None, 'act_expanded')
         # Without a gate there is V alone.
         u_BNE, v_BNE = uv_BN2E[:, :, 0] if gated else None, uv_BN2E[:, :, -1]
-        z_BNS = jax.nn.silu(Linear((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND))
         # Q and K; in FLASH also Q_lin and K_lin.
-        queries_keys = self.scale_offset(ScaleOffset)(z_BNS, tokens=tokens)
+        queries_keys = self.scale_offset(ScaleOffset)(*self.of_queries_and_keys(x_BND, tokens), tokens=tokens)
 
         inputs = [x_BND] if self.core.reads_input else []
         av_BNE = merge_heads(self.core(queries_keys, split_heads(v_BNE, self.num_heads), tokens, *inputs))
 
         o_BNE = constrain(u_BNE * av_BNE if gated else av_BNE, 'batch', 'length', 'act_expanded')
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
+
+    def of_queries_and_keys(self, x_BND: Array, tokens: TokenInfo) -> list[Array]:
+        """Returns what queries and keys are transforms of: Z, [B, N, S], or one array for each of them."""
+
+        def projected(name):
+            return jax.nn.silu(Linear((self.query_key_dim,), ('embed',), ('query_key',), self.dtype, name=name)(x_BND))
+
+        z_BNS = projected('z')
+        if self.key_input == 'shared':
+            return [z_BNS]
+        of_keys_BNS = (
+            projected('z_key') if self.key_input == 'own' else KeyShift(self.dtype, name='key_shift')(z_BNS, tokens)
+        )
+        return [z_BNS, of_keys_BNS] * len(self.core.pairs)
 
     def scale_offset(self, kind: type['ScaleOffset']) -> 'ScaleOffset':
         """Returns the module that makes queries and keys of Z."""

@@ -1,4 +1,4 @@
-"""The short convolution between a norm and its layer, with its parameters and its decoding state."""
+"""What lets a token see its neighbours without attention, with parameters and decoding state."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,8 +32,37 @@ class ShortConvolution(nn.Module):
         shape = self.width, x_BND.shape[-1]
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, 'norm'))
         weights_WD = self.param('weights', init, shape, param_dtype(self.dtype))
-        if tokens.decode is None:
-            return short_convolution(x_BND, weights_WD, tokens.segment_ids_BN, causal=self.causal)
-        before = self.variable('cache', BEFORE, jnp.zeros, (len(x_BND), *shape), x_BND.dtype)
-        y_BND, before.value = short_convolution_block(x_BND, weights_WD, before.value, tokens.decode.length_B)
-        return y_BND
+        return _convolved(self, x_BND, weights_WD, tokens, causal=self.causal)
+
+
+class KeyShift(nn.Module):
+    """Mixes each token with the one before it, column by column: (1 - m) z_n + m z_(n - 1), z_(-1) = 0.
+
+    As queries and keys are transforms of one Z column by column, a query can look for tokens that are like its own, and
+    not for tokens that came after one like its own, which is how a text is copied. Shifted keys are found by the token
+    before them. m starts between 0 and 1, evenly over the columns.
+
+    Attributes:
+      dtype: type of the result.
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, z_BNS: Array, tokens: TokenInfo) -> Array:
+        """Returns [B, N, S]."""
+        width = z_BNS.shape[-1]
+        init = nn.with_logical_partitioning(
+            lambda _, shape, dtype: jnp.linspace(0, 1, *shape, dtype=dtype), ('query_key',)
+        )
+        mix_S = self.param('mix', init, (width,), param_dtype(self.dtype))
+        shifted_BNS = _convolved(self, z_BNS, mix_S[None], tokens, causal=True)
+        return (shifted_BNS - mix_S * z_BNS).astype(z_BNS.dtype)
+
+
+def _convolved(module: nn.Module, x_BND: Array, weights_WD: Array, tokens: TokenInfo, *, causal: bool) -> Array:
+    if tokens.decode is None:
+        return short_convolution(x_BND, weights_WD, tokens.segment_ids_BN, causal=causal)
+    before = module.variable('cache', BEFORE, jnp.zeros, (len(x_BND), *weights_WD.shape), x_BND.dtype)
+    y_BND, before.value = short_convolution_block(x_BND, weights_WD, before.value, tokens.decode.length_B)
+    return y_BND

@@ -218,14 +218,18 @@ def decode(
 def _layer_states(function: Callable[..., dict], state: State, *others: State) -> State:
     """Applies a function to the states of each attention, dicts of arrays; what is no attention's is the last's."""
 
-    def one(*layers):
-        is_attention = isinstance(layers[0], dict) and BEFORE not in layers[0]
-        return function(*layers) if is_attention else layers[-1]
+    def one(*nodes):
+        if not isinstance(nodes[0], dict):
+            return nodes[-1]
+        others = {name: one(*(node[name] for node in nodes)) for name, value in nodes[0].items() if is_other(value)}
+        own = [{name: value for name, value in node.items() if not is_other(value)} for node in nodes]
+        return others | (function(*own) if own[0] and BEFORE not in own[0] else own[-1])
 
-    def is_layer(node):
-        return isinstance(node, dict) and not any(isinstance(value, dict) for value in node.values())
+    def is_other(value):
+        return isinstance(value, dict)
 
-    return jax.tree.map(one, state, *others, is_leaf=is_layer)
+    layers = {name: one(*(tree[name] for tree in (state, *others))) for name in state if name != 'position'}
+    return layers | {'position': (state, *others)[-1]['position']}
 
 
 def prefill(

@@ -12,19 +12,21 @@ from gau.layers.common import TokenInfo
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.mixed_chunk import MixedChunkCore
 from gau.layers.quadratic import QuadraticCore
+from gau.layers.short_convolution import KeyShift
 from gau.ops.positions import rope_table
 from gau.ops.scores import Scoring
-from tests.numerics import LAYOUTS, finite_difference, normal, random_like
+from tests.numerics import LAYOUTS, finite_difference, max_error, normal, random_like
 from tests.ops import oracle
 
 N, D, E, S, C = 24, 6, 8, 4, 5
 POSITIONS = np.arange(N) % 17
 
 
-def unit(gate='silu', core=QuadraticCore, **fields):
+def unit(gate='silu', core=QuadraticCore, key_input='shared', **fields):
     defaults = {'causal': True, 'impl': 'xla', 'dtype': 'float64', 'width': S}
     defaults |= {'relative_bias': 'toeplitz', 'relative_bias_length': N}
-    return GatedAttentionUnit(core(**(defaults | fields)), expanded_dim=E, query_key_dim=S, gate=gate, dtype='float64')
+    own = {'expanded_dim': E, 'query_key_dim': S, 'gate': gate, 'key_input': key_input, 'dtype': 'float64'}
+    return GatedAttentionUnit(core(**(defaults | fields)), **own)
 
 
 def info(ids=None):
@@ -148,3 +150,16 @@ def test_linear_start_is_of_the_linear_pair_alone():
     np.testing.assert_array_equal(mean[1][:, 0], [[0] * S, [0] * S, [0, 1, 0, 0], [0, 1, 0, 0]])
     alone, _ = start('ones', pairs=('linear',))
     np.testing.assert_array_equal(alone, np.ones((2, 1, S)))
+
+
+def test_shifted_keys_are_those_of_the_token_before():
+    shared, shifted = unit(), unit(key_input='shifted')
+    x, ids = normal(3, 1, N, D), [1] * 10 + [2] * (N - 10)
+    params = parameters(shifted)
+    own = {name: leaf for name, leaf in params.items() if name != 'key_shift'}
+    unmixed = params | {'key_shift': {'mix': jnp.zeros(S)}}
+    np.testing.assert_array_equal(apply(shifted, unmixed, x, info(ids)), apply(shared, own, x, info(ids)))
+    z, mix = normal(4, 1, N, S), normal(5, S)
+    before = np.where(np.diff([0, *ids])[:, None], 0, np.roll(z[0], 1, axis=0))
+    found = KeyShift('float64').apply({'params': {'mix': mix}}, z, info(ids))[0]
+    assert max_error(found, (1 - mix) * z[0] + mix * before) < 1e-14

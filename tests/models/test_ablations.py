@@ -37,6 +37,8 @@ GAU_OPTIONS = [
     {'expansion_factor': 3.0},
     {'query_key_dim': 6},
     {'short_convolution': 3},
+    {'key_input': 'shifted'},
+    {'key_input': 'own'},
 ]
 CHUNK_OPTIONS = [
     {'branches': 'local'},

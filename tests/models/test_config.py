@@ -184,6 +184,14 @@ def test_a_config_that_was_resolved_before_a_field_came_is_understood():
     # One chunk, in which a reduction that somebody chose would be refused.
     config = resolved(context=128)
     older = config.copy_and_resolve_references()
-    for field in ('decay_gate', 'local_window', 'global_norm', 'linear_start', 'global_decay', 'short_convolution'):
+    for field in (
+        'decay_gate',
+        'local_window',
+        'global_norm',
+        'linear_start',
+        'global_decay',
+        'short_convolution',
+        'key_input',
+    ):
         del older[field]
     assert resolve(older, causal=True, context=128) == config

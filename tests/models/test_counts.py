@@ -42,8 +42,8 @@ OPTIONS = [
     {'name': 'flash', 'num_heads': 4, 'short_convolution': 3},
     {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'},
     {'name': 'flash', 'branches': 'local', 'temperature': 'learned', 'norm_placement': 'sandwich'},
-    {'name': 'flash', 'branches': 'global', 'absolute_position': 'none'},
-    {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0},
+    {'name': 'flash', 'branches': 'global', 'absolute_position': 'none', 'key_input': 'own'},
+    {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0, 'key_input': 'shifted'},
     {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4, 'head_decay': 1.0},
     {
         'name': 'transformer',

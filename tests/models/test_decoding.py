@@ -36,7 +36,7 @@ ABLATIONS = {
     'sum, su, no gate, temperature': (
         'flash',
         {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
-        | {'rope': 'local'},
+        | {'rope': 'local', 'key_input': 'shifted'},
     ),
     'gate, norm, convolution': (
         'flash',
@@ -53,7 +53,7 @@ ABLATIONS = {
     'reference impl, no positions': ('flash', {'impl': 'reference', 'rope': 'none', 'absolute_position': 'none'}),
     'quad, rotary bias, heads, visible': (
         'flash_quad',
-        {'relative_bias': 'rotary', 'num_heads': 2, 'normalizer': 'visible'},
+        {'relative_bias': 'rotary', 'num_heads': 2, 'normalizer': 'visible', 'key_input': 'own'},
     ),
     'quad, softmax, temperature': ('flash_quad', {'attention_function': 'softmax', 'temperature': 'learned'}),
     'attention with relu^2, bias, gate, falling heads': (
@@ -168,7 +168,8 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3},
+        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3}
+        | {'key_input': 'shifted'},
         pytest.param(
             {'branches': 'local', 'relative_bias': 'rotary', 'normalizer': 'visible', 'num_layers': 1},
             marks=pytest.mark.slow,

@@ -77,8 +77,8 @@ def expect_the_reference(fused, reference, params, ids, n=N):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'decay_gate': 'scalar', 'short_convolution': 2},
-        {'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'},
+        {'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'},
+        {'key_input': 'shifted', 'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'},
     ],
 )
 def test_a_gate_of_the_state_is_that_of_the_reference(fields):

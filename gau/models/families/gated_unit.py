@@ -19,6 +19,12 @@ class GatedUnit(Family):
         expansion_factor=number('E / D.', default=2.0, wrong=lambda value: not value > 0, right='positive'),
         query_key_dim=count('S.', default=128),
         gate=choice('U; "none" leaves plain attention.', 'silu', 'none', default='silu'),
+        key_input=choice(
+            'What the keys are transforms of: the Z of the queries ("shared"); Z mixed with that of the token before, '
+            'column by column ("shifted"); a projection of their own ("own").',
+            *('shared', 'shifted', 'own'),
+            default='shared',
+        ),
         gamma_init=choice(
             'Init of the scale of queries and keys: N(0, 0.02), or ones, which is the default where there is no '
             'relative bias: the layer would be dead otherwise (docs/paper.md section 7, trap 2).',
@@ -36,7 +42,7 @@ class GatedUnit(Family):
         kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
         fused = impl in kernels and config.gate == 'silu' and not decoding
         unit = kernels[impl] if fused else GatedAttentionUnit
-        in_kernels = attention.decodes_in_kernels(config, impl) and not config.short_convolution
+        in_kernels = self._decodes_in_kernels(config) and attention.decodes_in_kernels(config, impl)
         if in_window and implementation.norm == 'triton' and in_kernels:
             unit = DecodeGatedAttentionUnit
         yield (
@@ -50,6 +56,7 @@ class GatedUnit(Family):
                 gamma_init=config.gamma_init,
                 linear_start=config.linear_start or 'direct',
                 rope=config.rope,
+                key_input=config.key_input or 'shared',
                 dtype=config.dtype,
                 name='gau',
             ),
@@ -64,7 +71,14 @@ class GatedUnit(Family):
         )
         # Before and after silu, the roles, attention's output, and the gated output.
         total += saved(config, 2 * (1 + gate) * e + 2 * s + roles * h * s + (1 + gate) * e)
+        if config.key_input == 'own':
+            total += linear(d, s) + saved(config, 2 * s)
+        elif config.key_input == 'shifted':
+            total += Count(s) + saved(config, s)
         return total + attention.count(config, Shape(h, s, e / h, context), causal=causal)
+
+    def _decodes_in_kernels(self, config: ConfigDict) -> bool:
+        return not config.short_convolution and config.key_input in (None, 'shared')
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""
