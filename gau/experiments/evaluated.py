@@ -13,8 +13,9 @@ from gau.training import workdir as files
 def find(workdirs: Sequence[Path]) -> list[Run]:
     """Returns a record for every directory of a run or of `scripts/compress.py`, and every setting it was measured in.
 
-    A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each counts,
-    of the newest checkpoint that was measured. The label is that of the run, or the directory's name, with the setting.
+    A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each metric
+    counts, by whatever evaluator, of the newest checkpoint that was measured. The label is that of the run, or the
+    directory's name, with the setting.
 
     Raises:
       UserError: a directory holds no measurement, or the model that one was made of is not beside it.
@@ -34,7 +35,8 @@ def find(workdirs: Sequence[Path]) -> list[Run]:
             told = ' '.join(f'{field.rpartition(".")[2]}={value}' for field, value in changed.items())
             metrics = settings.setdefault(told, (changed, {}))[1]
             split = row['split'].partition('/')[2]
-            metrics[split] = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
+            numbers = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
+            metrics.setdefault(split, {}).update(numbers)
         found += [_measured(run, told, *setting) for told, setting in settings.items()]
     return found
 

@@ -283,6 +283,8 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
             | ({'config': changed} if changed else {})
             for step, loss, changed in measured
         ]
+        # By another evaluator.
+        lines.insert(0, {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256})
         (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
     final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
     files.write_json(tmp_path / 'flash' / files.FINAL, final | {'eval': {}})
@@ -294,6 +296,7 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
     made = report.make(found, Options(by=('point',), against='flash'))
     losses = {row.values['point']: row.mean.value for row in made.rows}
     assert losses == {'flash': 2.0, 'flash quantization=int8': 2.2, 'narrow': 2.5}
+    assert [run.metrics['valid'].get('new_loss') for run in found] == [3.0, None, 3.0]
     narrow = found[-1].facts
     assert narrow['parameters'] == 6
     assert narrow['command'] == 'python scripts/compress.py --method=narrower --expansion_factor=1.5'
