@@ -64,7 +64,8 @@ class Block(nn.Module):
         return ShortConvolution(width, self.causal, self.config.dtype, name=name)(h_BND, tokens)
 
     def _norm(self, name: str) -> Norm:
-        return Norm(self.config.norm, self.config.model_dim, self.config.dtype, name=name)
+        norm = nn.remat(Norm, prevent_cse=False) if self.implementation.norm == 'recomputed' else Norm
+        return norm(self.config.norm, self.config.model_dim, self.config.dtype, name=name)
 
     def dropout(self, y_BND: Array, deterministic: bool) -> Array:
         """Returns y with dropout, where the model has it."""

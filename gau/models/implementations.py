@@ -31,7 +31,11 @@ def settle(config: ConfigDict, *, target: Target) -> Implementation:
     # matmuls take that range in, and its autotuner prefers them to a library's with a copy of the range; without them
     # the library's matmuls read the range in place (LOG.md, L11). FLASH has no such matmuls and loses nothing by it.
     options = (('xla_gpu_enable_triton_gemm', False),) if attention == 'triton' else ()
-    return Implementation(attention, 'triton' if apart else 'xla', 'triton' if kernels else 'xla', options)
+    # What a scan of layers saves is stacked in main memory, of every norm three float32 arrays, which a TPU makes again
+    # in less time (LOG.md, L44). On a CPU the losses would move by a bit, and nobody has asked a GPU.
+    again = target.platform == 'tpu' and config.layer_stack == 'scan'
+    norm = 'triton' if apart else 'recomputed' if again else 'xla'
+    return Implementation(attention, norm, 'triton' if kernels else 'xla', options)
 
 
 def lacks(config: ConfigDict, target: Target) -> str | None:

@@ -76,7 +76,8 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         """Makes the parts: `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...) and `final_norm`."""
-        config, fused = self.config, choose(self.implementation.norm, {'xla': False, 'triton': True})
+        config = self.config
+        fused = choose(self.implementation.norm, {'xla': False, 'recomputed': False, 'triton': True})
         self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)

@@ -39,7 +39,8 @@ class Implementation(NamedTuple):
 
     Attributes:
       attention: a name of the attention record's `implementations`.
-      norm: 'triton' has a kernel for the residual stream, its ScaleNorm and the biases of the layers; 'xla'.
+      norm: 'triton' has a kernel for the residual stream, its ScaleNorm and the biases of the layers; 'xla'; or
+        'recomputed', by XLA, with its float32 arrays computed again in the backward pass.
       loss: 'triton' has a kernel for the loss and the gradient of the logits; 'xla'.
       compiler_options: what XLA is to be told where a training step or a prefill is compiled, as (name, value).
     """

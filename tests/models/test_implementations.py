@@ -73,7 +73,7 @@ def test_an_unknown_implementation_is_refused_wherever_it_is_named():
     model, params = make('combiner', 'mlm', num_layers=1)
     with pytest.raises(ValueError, match="'xal' does not exist; choose from reference"):
         model.clone(implementation=Implementation('xal')).apply({'params': params}, tokens())
-    with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, triton"):
+    with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, recomputed, triton"):
         model.clone(implementation=Implementation('reference', norm='xal')).apply({'params': params}, tokens())
     with pytest.raises(ValueError, match="'xal' does not exist; choose from xla, triton"):
         slice_loss('xal', 11)
@@ -291,6 +291,14 @@ def test_norm_and_loss_follow_the_attention():
     assert settle(softmax, target=HOPPER._replace(triton=False)) == Implementation('cudnn')
     assert slice_loss('triton', 65_536) is FUSED_LOSS
     assert slice_loss('triton', 65_537) is slice_loss('xla', 11) is REFERENCE
+
+
+def test_norms_are_computed_again_where_a_tpu_scans_its_layers():
+    for name in ('flash', 'transformer_plus_plus'):
+        scanned = tiny_config(name, layer_stack='scan', dtype='bfloat16')
+        assert settle(scanned, target=TPU).norm == 'recomputed'
+        assert settle(tiny_config(name, dtype='bfloat16'), target=TPU).norm == settle(scanned, target=CPU).norm == 'xla'
+        assert settle(scanned, target=HOPPER).norm != 'recomputed'
 
 
 @pytest.mark.parametrize('ids', [None, 'packed'])

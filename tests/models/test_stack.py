@@ -52,6 +52,29 @@ def test_scan_and_remat_change_nothing(name, layer_stack, remat):
     assert max_error((losses, unstack_layers(gradient)), expected) < 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['flash', 'transformer_plus_plus'])
+def test_norms_that_are_computed_again_change_nothing(name):
+    model, params = make(name, layer_stack='scan')
+    again = model.clone(implementation=Implementation('xla', norm='recomputed'))
+    assert max_error(run(again, params), run(model, params)) < 1e-12
+
+
+def test_of_norms_that_are_computed_again_a_scan_saves_nothing_in_float32():
+    model, params = make('flash', layer_stack='scan', dtype='bfloat16')
+    shape = (model.config.num_layers, *tokens(1).shape, model.config.model_dim)
+
+    def saved(implementation):
+        """How many float32 arrays [layers, B, N, D] the backward pass takes from the forward pass."""
+        other = model.clone(implementation=implementation)
+        loss = lambda params: other.apply({'params': params}, tokens(1)).sum()  # noqa: E731
+        scans = [eqn for eqn in jax.make_jaxpr(jax.grad(loss))(params).eqns if eqn.primitive.name == 'scan']
+        return sum((out.aval.shape, out.aval.dtype) == (shape, jnp.float32) for out in scans[0].outvars)
+
+    assert saved(Implementation('xla')) == 3
+    assert saved(Implementation('xla', norm='recomputed')) == 0
+
+
 def test_layouts_are_told_apart():
     _, params = make('flash')
     with pytest.raises(ValueError, match='no blocks among'):
