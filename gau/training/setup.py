@@ -175,10 +175,11 @@ class Run:
         return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
 
     @cached_property
-    def _draw_params(self) -> Callable[[], Any]:
-        # Traced once within `_drawing`, wherever it is called.
+    def _draw_params(self) -> Callable[[jax.Array | int], Any]:
+        # Traced once within `_drawing`, wherever it is called. The seed is an argument and no constant of the program:
+        # all seeds of a sweep then find one compiled program in the cache.
         context = self.config.data.context
-        return jax.jit(lambda: self.objective.init(self.model, jax.random.key(self.config.seed), context=context))
+        return jax.jit(lambda seed: self.objective.init(self.model, jax.random.key(seed), context=context))
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -196,7 +197,7 @@ class Run:
     @cached_property
     def _boxed_params(self) -> Any:
         with self._drawing():
-            return jax.eval_shape(self._draw_params)
+            return jax.eval_shape(self._draw_params, self.config.seed)
 
     @cached_property
     def abstract_params(self) -> Any:
@@ -204,7 +205,7 @@ class Run:
         return checkpoints.abstract(nn.unbox(self._boxed_params), meshes.shardings(self._boxed_params, self.mesh))
 
     @cached_property
-    def _init(self) -> Callable[[], step.TrainState]:
+    def _init(self) -> Callable[[jax.Array | int], step.TrainState]:
         return step.make_init(self._draw_params, self.optimizer)
 
     @cached_property
@@ -217,7 +218,7 @@ class Run:
         # The optimizer is made outside, where there is no mesh yet to lay shapes over.
         init = self._init
         with self._drawing():
-            boxed = jax.eval_shape(init)
+            boxed = jax.eval_shape(init, self.config.seed)
         shardings = meshes.shardings(boxed, self.mesh)
         if self._over_data:
             opt_state = jax.tree.map(
@@ -245,13 +246,13 @@ class Run:
         """Draws the parameters of step 0 alone, every leaf on its own devices at once."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
         with self._drawing():
-            return jax.jit(lambda: nn.unbox(self._draw_params()), out_shardings=shardings)()
+            return jax.jit(lambda seed: nn.unbox(self._draw_params(seed)), out_shardings=shardings)(self.config.seed)
 
     def init_state(self) -> step.TrainState:
         """Draws the state of step 0, every leaf on its own devices at once."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         with self._drawing():
-            return jax.jit(lambda: nn.unbox(self._init()), out_shardings=shardings)()
+            return jax.jit(lambda seed: nn.unbox(self._init(seed)), out_shardings=shardings)(self.config.seed)
 
     def train_step(self) -> Callable[[step.TrainState, step.Batch], tuple[step.TrainState, dict[str, jax.Array]]]:
         """Returns the jitted step; the state given to it is consumed."""

@@ -28,16 +28,18 @@ class TrainState:
     opt_state: Any
 
 
-def make_init(draw_params: Callable[[], Any], optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
-    """Returns a function that draws the boxed state of step 0; wrap it in `jax.eval_shape` or `jax.jit`.
+def make_init(
+    draw_params: Callable[[jax.Array | int], Any], optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array | int], TrainState]:
+    """Returns a function of the seed that draws the boxed state of step 0; wrap it in `jax.eval_shape` or `jax.jit`.
 
     Args:
       draw_params: returns freshly drawn parameters, boxed with their logical axis names.
       optimizer: whose state is made for it.
     """
 
-    def init() -> TrainState:
-        params = draw_params()
+    def init(seed: jax.Array | int) -> TrainState:
+        params = draw_params(seed)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     return init

@@ -42,6 +42,13 @@ def test_parameters_are_traced_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_all_seeds_draw_with_one_program():
+    """Or each seed of a sweep would compile its own."""
+    runs = [Run.from_config(resolve(tiny_config(seed=seed))) for seed in (0, 1)]
+    first, second = (jax.jit(run._init).lower(run.config.seed).as_text() for run in runs)
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ('impl', 'module', 'function'),
     [
