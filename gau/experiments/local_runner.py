@@ -26,7 +26,7 @@ class LocalRunner(Runner):
         self._places: dict[str, Place] = {}
 
     def _fill(self) -> None:
-        for task in self.tasks:
+        for task in self._queue:
             if task.state not in (WAITING, ELSEWHERE):
                 continue
             if self._directory.is_held(task.name):

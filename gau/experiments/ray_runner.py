@@ -74,7 +74,7 @@ class RayRunner(Runner):
             ray.shutdown()
 
     def _fill(self) -> None:
-        for task in self.tasks:
+        for task in self._queue:
             if task.state == WAITING and task.handle is None:
                 # What Ray has no place for yet waits in its queue.
                 task.handle = self._run_point.options(name=task.name).remote(

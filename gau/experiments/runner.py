@@ -70,6 +70,9 @@ class Runner(abc.ABC):
         self._program, self._directory = program, directory
         self._tell, self._show = tell, show
         self.tasks = [Task(point) for point in points]
+        # Started seed by seed: a sweep that is stopped has something of every row, and other seeds than the first find
+        # what that one has compiled.
+        self._queue = sorted(self.tasks, key=lambda task: task.point.config.seed)
         self._progress: dict[str, Progress] = {}
         self._commit = commit()
         self._signals = 0
