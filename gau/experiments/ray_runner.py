@@ -136,32 +136,38 @@ def run_point(program: Program, directory: SweepDirectory, point: Point, *, cwd:
       RunFailed: it ended before it was finished, for another reason.
     """
     os.chdir(cwd)
-    # Where ray.cancel arrives, too. A node that a script has started in the background ignores it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    while True:
-        while directory.is_held(point.name):
-            # By a run whose node only seems dead, or that is still saving.
-            time.sleep(POLL_SECONDS)
-        if directory.progress(point.name).finished:
-            return ''
-        run = process.start(program, point, directory, place=_place(), **how)
-        try:
-            # ray.cancel comes as a KeyboardInterrupt that ends no system call: run.wait() would not notice it.
-            while (code := run.poll()) is None:
+    # ray.cancel comes as SIGINT. It must not interrupt just when a run is being started, which nobody would stop then;
+    # and a node that a script has started in the background ignores it.
+    cancelled: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: cancelled.append(number))
+    try:
+        while True:
+            while directory.is_held(point.name) and not cancelled:
+                # By a run whose node only seems dead, or that is still saving.
                 time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            run.terminate()
-            run.wait()
-            raise
-        directory.note(point.name, event='end', exit_code=code)
-        if code == process.BAD_INPUT and directory.is_held(point.name):
-            continue  # somebody else was faster
-        if code == 0 and directory.progress(point.name).finished:
-            return ''
-        error = process.failure(code, directory.last_line(point.name))
-        if code == process.BAD_INPUT:
-            return error
-        raise RunFailed(error)
+            if directory.progress(point.name).finished:
+                return ''
+            if cancelled:
+                raise KeyboardInterrupt
+            run = process.start(program, point, directory, place=_place(), **how)
+            # No run.wait(): the signal ends no system call.
+            while (code := run.poll()) is None and not cancelled:
+                time.sleep(POLL_SECONDS)
+            if code is None:
+                run.terminate()
+                run.wait()
+                raise KeyboardInterrupt
+            directory.note(point.name, event='end', exit_code=code)
+            if code == process.BAD_INPUT and directory.is_held(point.name):
+                continue  # somebody else was faster
+            if code == 0 and directory.progress(point.name).finished:
+                return ''
+            error = process.failure(code, directory.last_line(point.name))
+            if code == process.BAD_INPUT:
+                return error
+            raise RunFailed(error)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _place() -> str:
