@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> int:
         found, unfinished = evaluated.find(paths), []
     else:
         found, unfinished = runs.find(paths)
+    if not found:
+        raise UserError(f'no finished run to report{"; not finished: " * bool(unfinished)}{", ".join(unfinished)}')
     if unfinished:
         print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
     stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from gau.experiments import publish, report, runs
+from gau.experiments.directory import SweepDirectory
 from gau.experiments.report import Options
 from gau.experiments.sweep import Program, find_points
 from gau.training import loop
@@ -120,3 +121,11 @@ def test_bad_reports_are_one_line_and_code_2(name):
     code, out, err = call('scripts/report.py', *arguments)
     assert (code, err.count('\n'), out) == (2, 1, ''), err
     assert hint in err
+
+
+def test_a_sweep_without_a_finished_run_is_one_line_and_code_2(tmp_path):
+    program = Program(str(ROOT / PROGRAM))
+    SweepDirectory(tmp_path, program, 'seed:2', find_points(program, 'seed:2')).claim()
+    code, out, err = call('scripts/report.py', str(tmp_path))
+    assert (code, err.count('\n'), out) == (2, 1, ''), err
+    assert 'no finished run to report; not finished: seed_0, seed_1' in err
