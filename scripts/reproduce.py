@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     if code:
         return code
     output = _OUTPUT.value or f'{workdir}/report'
-    report = [f'--{flag}={value}' for flag, value in table.report.items()]
+    report = [f'--{flag}={value}' for flag, value in table.flags(budget).items()]
     return _run('report.py', workdir, f'--title={table.title}', f'--output={output}', *report)
 
 

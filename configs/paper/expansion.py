@@ -25,7 +25,15 @@ TABLE = Table(
         'tiny': 'expansion+equal_parameters:tiny,seed:2',
         'paper': 'expansion+equal_parameters:paper+chunk_128,seed:3',
     },
-    {'by': 'model.expansion_factor,model.num_layers,model.chunk_size', 'against': 'model.expansion_factor=2.0'},
+    {
+        'by': 'model.expansion_factor,model.num_layers,model.chunk_size',
+        # Rows of other numbers of layers are compared with E = 2D, too, which has their parameters.
+        'against': {
+            'tiny': 'model.expansion_factor=2.0,model.num_layers=4',
+            'small': 'model.expansion_factor=2.0,model.num_layers=12',
+            'paper': 'model.expansion_factor=2.0,model.num_layers=24',
+        },
+    },
 )
 FACTORS = (1.0, 1.5, 2.0, 3.0)
 

@@ -10,13 +10,21 @@ class Table(NamedTuple):
     Attributes:
       title: of the page.
       sweeps: by budget, what `scripts/sweep.py --sweep` takes; `small` stands for a budget that is not there.
-      report: flags of `scripts/report.py` by name.
+      report: flags of `scripts/report.py` by name; their values may be by budget, too.
     """
 
     title: str
     sweeps: Mapping[str, str]
-    report: Mapping[str, str] = {}
+    report: Mapping[str, str | Mapping[str, str]] = {}
 
     def sweep(self, budget: str) -> str:
         """Returns the sweep of a budget."""
-        return self.sweeps.get(budget, self.sweeps['small'])
+        return _of_budget(self.sweeps, budget)
+
+    def flags(self, budget: str) -> dict[str, str]:
+        """Returns the flags of the report of a budget."""
+        return {flag: _of_budget(value, budget) for flag, value in self.report.items()}
+
+
+def _of_budget(value: str | Mapping[str, str], budget: str) -> str:
+    return value if isinstance(value, str) else value.get(budget, value['small'])
