@@ -22,6 +22,7 @@ from gau.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / 'configs' / 'paper'
+PIECES = 32_000
 
 _BUDGET = flags.DEFINE_enum(
     'budget', 'tiny', ['tiny', 'small', 'paper'], 'How much is run, see configs/paper/budgets.py.'
@@ -30,7 +31,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; default
 _OUTPUT = flags.DEFINE_string('output', None, 'Path of the table without ending; default: WORKDIR/report.')
 _SOURCE = flags.DEFINE_string('source', None, 'Text to prepare as the data of the budget, if they are not there yet.')
 _TOKENIZER = flags.DEFINE_string(
-    'tokenizer', None, 'To prepare it with; default: a SentencePiece model of 32,000, trained.'
+    'tokenizer', None, f'To prepare it with; default: a SentencePiece model of {PIECES:,} pieces, trained.'
 )
 _PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device, see scripts/sweep.py.', lower_bound=1)
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
@@ -49,9 +50,14 @@ def main(arguments: list[str]) -> int:
     budget = _BUDGET.value
     workdir = _WORKDIR.value or f'runs/{name}_{budget}'
     program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
+    source = module.get_config(f'budget={budget}').data.source
     if _DRY_RUN.value:
+        if not _is_there(source):
+            # Of the data the cost only knows the vocabulary: that which they would be prepared with.
+            program[0] += ',data=embedded'
+            program.append(f'--vocab_size={PIECES}')
         return _run('sweep.py', *program, '--dry_run')
-    _prepare(module.get_config(f'budget={budget}').data.source, budget)
+    _prepare(source, budget)
     code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
     if code:
         return code
@@ -66,18 +72,23 @@ def _prepare(source: str, budget: str) -> None:
     Raises:
       UserError: they are not, and no text is given.
     """
-    kind, _, directory = source.partition(':')
-    if kind != 'tokens' or (Path(directory) / 'manifest.json').is_file():
+    if _is_there(source):
         return
+    directory = source.partition(':')[2]
     if _SOURCE.value is None:
         raise UserError(
             f'--budget={budget} reads {directory}, which is not there: give the text to prepare it from, as '
             '--source=jsonl:GLOB, text:GLOB or tfds:NAME'
         )
-    tokenizer = f'--tokenizer={_TOKENIZER.value}' if _TOKENIZER.value else '--train_tokenizer=32000'
+    tokenizer = f'--tokenizer={_TOKENIZER.value}' if _TOKENIZER.value else f'--train_tokenizer={PIECES}'
     code = _run('prepare_data.py', f'--source={_SOURCE.value}', tokenizer, f'--output={directory}')
     if code:
         sys.exit(code)
+
+
+def _is_there(source: str) -> bool:
+    kind, _, directory = source.partition(':')
+    return kind != 'tokens' or (Path(directory) / 'manifest.json').is_file()
 
 
 def _run(script: str, *arguments: str) -> int:

@@ -41,6 +41,9 @@ _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what the
 _CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run estimates.')
 _UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
 _COMPILE_CHECK = flags.DEFINE_string('compile_check', None, 'Compile each point for this topology; run nothing.')
+_VOCAB_SIZE = flags.DEFINE_integer(
+    'vocab_size', None, "Vocabulary of --dry_run and --compile_check; default: the tokenizer's.", lower_bound=1
+)
 
 
 def main() -> int:
@@ -62,10 +65,11 @@ def main() -> int:
         )
     print(plan.describe(program, points), flush=True)
     if _DRY_RUN.value:
-        print('\n' + plan.costs(points, chip=_CHIP.value, utilisation=_UTILISATION.value))
+        how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': _VOCAB_SIZE.value}
+        print('\n' + plan.costs(points, **how))
         return 0
     if _COMPILE_CHECK.value is not None:
-        return plan.compile_check(program, accepted, _COMPILE_CHECK.value)
+        return plan.compile_check(program, accepted, _COMPILE_CHECK.value, vocab_size=_VOCAB_SIZE.value)
     if _WORKDIR.value is None:
         raise UserError('--workdir=DIR must be given')
     return _run(program, points)

@@ -32,8 +32,8 @@ class Cost(NamedTuple):
         return None if self.flops is None else self.flops / (peak_flops * utilisation) / 3600
 
 
-def cost(config: ConfigDict) -> Cost:
-    """Returns the cost of the run of a resolved config.
+def cost(config: ConfigDict, *, vocab_size: int | None = None) -> Cost:
+    """Returns the cost of the run of a resolved config, by default with its tokenizer's vocabulary.
 
     Raises:
       UserError: its tokenizer cannot be read.
@@ -41,7 +41,7 @@ def cost(config: ConfigDict) -> Cost:
     # Imported late: a tokenizer brings NumPy.
     from gau.data import tokenizers
 
-    vocab_size = tokenizers.load(config.data.tokenizer).vocab_size
+    vocab_size = vocab_size or tokenizers.load(config.data.tokenizer).vocab_size
     causal = objectives.load(config.objective).causal
     forward = counts.flops_per_token(
         config.model,

@@ -45,13 +45,14 @@ def describe(program: Program, points: Sequence[Point]) -> str:
     return '\n'.join(lines)
 
 
-def costs(points: Sequence[Point], *, chip: str, utilisation: float) -> str:
+def costs(points: Sequence[Point], *, chip: str, utilisation: float, vocab_size: int | None = None) -> str:
     """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
 
     Args:
       points: all of the sweep, for their numbers; those that are refused are left out.
       chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
       utilisation: share of the chip's peak that training is taken to reach.
+      vocab_size: to count with; None: each point's tokenizer's.
 
     Raises:
       UserError: an unknown chip.
@@ -68,7 +69,7 @@ def costs(points: Sequence[Point], *, chip: str, utilisation: float) -> str:
     for number, point in enumerate(points):
         if point.config is None:
             continue
-        found = cost(point.config)
+        found = cost(point.config, vocab_size=vocab_size)
         hours.append(found.hours(PEAK_FLOPS[name], utilisation))
         rows.append(
             [
@@ -96,14 +97,15 @@ def weights(points: Sequence[Point]) -> dict[str, float]:
     return found if all(found.values()) else dict.fromkeys(found, 1.0)
 
 
-def compile_check(program: Program, points: Sequence[Point], topology: str) -> int:
+def compile_check(program: Program, points: Sequence[Point], topology: str, *, vocab_size: int | None = None) -> int:
     """Prints whether the training step of each point compiles for a topology and fits; returns 1 if one does not.
 
-    Each is compiled in a process of scripts/compile_check.py: JAX can be set up for one machine only.
+    Each is compiled in a process of scripts/compile_check.py: JAX can be set up for one machine only. By default it has
+    the vocabulary of its tokenizer.
     """
     fit = True
     for point in points:
-        vocabulary = _vocab_size(point)
+        vocabulary = vocab_size or _vocab_size(point)
         with tempfile.TemporaryDirectory() as directory:
             kept = Path(directory) / 'row.jsonl'
             done = subprocess.run(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs.paper import budgets
-from gau.experiments import publish
+from gau.experiments import plan, publish
 from gau.experiments.report import LABEL
 from gau.experiments.sweep import Program, find_points
 from gau.training.config import flatten
@@ -88,6 +88,28 @@ def test_bad_input_is_one_line_and_code_2(name):
     code, _, err = call('scripts/reproduce.py', *arguments)
     assert (code, err.count('\n')) == (2, 1), err
     assert hint in err
+
+
+def test_a_dry_run_needs_no_data(monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, arguments):
+            started.append(arguments)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(subprocess, 'Popen', Process)
+    code, _, err = call('scripts/reproduce.py', 'branches', '--budget=paper', '--dry_run')
+    assert code == 0, err
+    (sweep,) = started
+    path, _, argument = sweep[2].removeprefix('--config=').partition(':')
+    points = find_points(Program(path, argument), sweep[3].removeprefix('--sweep='))
+    assert not any(point.error for point in points)
+    table = plan.costs(points, chip='H100', utilisation=0.4, vocab_size=int(sweep[4].removeprefix('--vocab_size=')))
+    assert '112,' in table  # millions of parameters, with the vocabulary that the data would have
 
 
 @pytest.mark.slow
