@@ -11,9 +11,9 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
-with the gate), `muon` (with what helps both), `forms` (other memories with it), `convolution` (before every layer of
-either model, with it), `keys` (that are found by the token before, with it), `base` (112 M parameters). `seed:N:FIRST`
-adds seeds to a table.
+with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
+`convolution` (before every layer of either model) and `keys` (that are found by the token before), `base` (112 M
+parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -37,6 +37,7 @@ PAPER = {':model': 'flash', 'model.relative_bias_init': 'normal'}
 QUAD = {**MEAN, ':model': 'flash_quad'}
 GATED = {':context': 8192, **MEAN, 'model.decay_gate': 'scalar', RATE: 3e-3}
 TRANSFORMER = {':model': 'transformer_plus_plus'}
+BETTER = {'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
 
 
 def get_config(arg: str | None = None, *, checkpoint_steps: int = 1000) -> ConfigDict:
@@ -158,38 +159,42 @@ def sweep_gated() -> Iterator[Overrides]:
 
 def sweep_muon() -> Iterator[Overrides]:
     """8,192 tokens of context: Muon and no sinusoid, which `causes` found, to the end, each model at two rates."""
-    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none'}
     transformer = {':context': 8192, **TRANSFORMER}
     for rate in (4e-3, 2e-3):
         for name, model in (('gated', GATED), ('transformer_plus_plus', transformer)):
-            yield {'name': f'{name}_muon_lr_{rate:g}', **model, **better, RATE: rate}
+            yield {'name': f'{name}_muon_lr_{rate:g}', **model, **BETTER, RATE: rate}
+
+
+def sweep_far() -> Iterator[Overrides]:
+    """8,192 tokens of context, Muon and no sinusoid: `gated` with a few earlier chunks read exactly."""
+    far = {**GATED, **BETTER, 'model.far_chunks': 4}
+    yield {'name': 'far_rope_local', **far, 'model.rope': 'local'}
+    yield {'name': 'far_keys_shifted_rope_local', **far, 'model.rope': 'local', 'model.key_input': 'shifted'}
+    yield {'name': 'far', **far}
 
 
 def sweep_convolution() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: each model without and with a convolution before its layers."""
-    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
     for name, model in (('gated', GATED), ('transformer_plus_plus', {':context': 8192, **TRANSFORMER})):
-        yield {'name': name, **model, **better}
-        yield {'name': f'{name}_convolution', **model, **better, 'model.short_convolution': 3}
+        yield {'name': name, **model, **BETTER}
+        yield {'name': f'{name}_convolution', **model, **BETTER, 'model.short_convolution': 3}
 
 
 def sweep_keys() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: keys that can be found by the token before them."""
-    better = {**GATED, 'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
     for width in (0, 3):
         for keys in ('shifted', 'own'):
             name = f'keys_{keys}_convolution' if width else f'keys_{keys}'
-            yield {'name': name, **better, 'model.key_input': keys, 'model.short_convolution': width}
+            yield {'name': name, **GATED, **BETTER, 'model.key_input': keys, 'model.short_convolution': width}
 
 
 def sweep_forms() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: every token exactly, other memories, a larger rate."""
-    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none', RATE: 4e-3}
     alive = {'model.linear_start': 'ones', 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
-    yield {'name': 'quad', ':context': 8192, **QUAD, **better}
-    yield {'name': 'norm_ones_keys', **GATED, **better, **alive}
-    yield {'name': 'window_2_chunk_128', **GATED, **better, 'model.chunk_size': 128, 'model.local_window': 2}
-    yield {'name': 'transformer_plus_plus_lr_0.008', ':context': 8192, **TRANSFORMER, **better, RATE: 8e-3}
+    yield {'name': 'quad', ':context': 8192, **QUAD, **BETTER}
+    yield {'name': 'norm_ones_keys', **GATED, **BETTER, **alive}
+    yield {'name': 'window_2_chunk_128', **GATED, **BETTER, 'model.chunk_size': 128, 'model.local_window': 2}
+    yield {'name': 'transformer_plus_plus_lr_0.008', ':context': 8192, **TRANSFORMER, **BETTER, RATE: 8e-3}
 
 
 def sweep_base() -> Iterator[Overrides]:

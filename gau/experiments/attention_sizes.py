@@ -129,9 +129,9 @@ def _layer_sizes(seen: dict[str, Any], ids_BN: Array, config: Any) -> dict[str, 
     }
     if bias is not None:
         sizes['bias'] = _rms(bias, mask)
-    if len(seen[_QUERY_KEY]) > 2:
+    if model.branches == 'both':
         sizes['global_sum'] = _global_sum(
-            *seen[_QUERY_KEY][2:], ids_BN, c, (model.local_window or 1) if causal else None
+            *seen[_QUERY_KEY][2:4], ids_BN, c, (model.local_window or 1) if causal else None
         )
     return {name: sizes[name] for name in SIZES if name in sizes}
 

@@ -29,6 +29,7 @@ NOT_OF_THE_MODEL = {
 # Fields of which modeling_gau.py has one value.
 AS_EVER = {
     'decay_gate': 'none',
+    'far_chunks': 0,
     'global_norm': 'none',
     'local_window': 1,
     'short_convolution': 0,

@@ -20,8 +20,9 @@ class AttentionCore(nn.Module):
       impl: implementation of the op.
       dtype: compute type.
       pairs: the pairs of queries and keys that the core takes, in their order: 'direct' is the layer's own, 'linear'
-        one for a linear attention. A gated unit makes each pair by scale and offset from Z. A multi-head layer rotates
-        its projections for the direct pair, and makes the linear one by scale and offset from them.
+        one for a linear attention, 'far' one for earlier chunks. A gated unit makes each pair by scale and offset from
+        Z. A multi-head layer rotates its projections for the direct pair, makes the linear one by scale and offset from
+        them, and has no far one.
     """
 
     causal: bool

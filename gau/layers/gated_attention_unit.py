@@ -96,7 +96,7 @@ class GatedAttentionUnit(nn.Module):
         """Returns the module that makes queries and keys of Z."""
         roles = 2 * len(self.core.pairs)
         rotated = {'rotary': roles, 'local': 2, 'none': 0}[self.rope]
-        starts = tuple(self.linear_start if name == 'linear' else 'direct' for name in self.core.pairs)
+        starts = tuple({'linear': self.linear_start, 'far': 'ones'}.get(name, 'direct') for name in self.core.pairs)
         return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, starts, name='query_key')
 
 

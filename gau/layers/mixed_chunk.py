@@ -63,9 +63,14 @@ class MixedChunkCore(QuadraticCore):
         return self.gate_layer(x_BND) if self.decay_gate != 'none' else None
 
     @property
+    def near_pairs(self) -> tuple[str, ...]:
+        """The pairs of the two branches, without those of a subclass."""
+        return self.pairs
+
+    @property
     def spec(self) -> ChunkSpec:
         """What the op asks for."""
-        branches = 'both' if len(self.pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.pairs[0]]
+        branches = 'both' if len(self.near_pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.near_pairs[0]]
         state = self.global_reduction, self.global_decay, self.local_window
         return ChunkSpec(self.chunk_size, self.scoring, self.causal, branches, *state)
 
@@ -75,7 +80,7 @@ class MixedChunkCore(QuadraticCore):
     ) -> Array:
         """See the base class."""
         # Of one branch alone there are two arrays, and both pairs of names mean them; the op uses its branch's.
-        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = [*queries_keys] * (2 // len(self.pairs))
+        q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS = [*queries_keys] * (2 // len(self.near_pairs))
         bias_HCC = None
         if self.spec.has_local:
             q_BHNS = self.scaled(q_BHNS)

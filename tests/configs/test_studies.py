@@ -10,7 +10,7 @@ SWEEPS = [
     ('relu2', 'trials', 16),
     ('relu2', 'mlm', 4),
     ('quality', 'models,seed:5:3', 15),
-    ('quality', 'rates+long+memory+base', 19),
+    ('quality', 'rates+long+memory+far+base', 22),
     ('compression', 'trained+quantised+narrow+teacher+distilled:runs', 7),
     ('compression', 'recovered:runs', 4),
     ('borders', 'chunks+remedies', 10),

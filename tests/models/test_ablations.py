@@ -51,6 +51,7 @@ STATE_OPTIONS = [
     {'rope': 'local'},
     {'decay_gate': 'scalar', 'global_norm': 'rms_norm'},
     {'decay_gate': 'keys', 'local_window': 2},
+    {'far_chunks': 2},
 ]
 ATTENTION_OPTIONS = [
     {'attention_function': 'relu2'},

@@ -141,6 +141,9 @@ def test_heads_fall_with_depth():
     ({'decay_gate': 'scalar', 'objective': 'mlm'}, 'model.decay_gate=scalar is of causal models with one head'),
     ({'local_window': 2, 'num_heads': 2}, 'model.local_window=2 is of causal models with one head'),
     ({'local_window': 3}, 'model.local_window must be 1 or 2, not 3'),
+    ({'far_chunks': -1}, 'model.far_chunks must be at least 0, not -1'),
+    ({'far_chunks': 2, 'objective': 'mlm'}, 'model.far_chunks=2 is of causal models with one head'),
+    ({'far_chunks': 2, 'chunk_size': 1024}, 'far_chunks=2 changes nothing'),
     ({'global_norm': 'rms_norm', 'branches': 'global'}, 'model.global_norm=rms_norm is for branches=both'),
     ({'short_convolution': -1}, 'model.short_convolution must be at least 0, not -1'),
     ({'short_convolution': 3, 'objective': 'mlm'}, 'model.short_convolution=3 must be even where'),
@@ -184,14 +187,7 @@ def test_a_config_that_was_resolved_before_a_field_came_is_understood():
     # One chunk, in which a reduction that somebody chose would be refused.
     config = resolved(context=128)
     older = config.copy_and_resolve_references()
-    for field in (
-        'decay_gate',
-        'local_window',
-        'global_norm',
-        'linear_start',
-        'global_decay',
-        'short_convolution',
-        'key_input',
-    ):
+    came = 'decay_gate', 'local_window', 'global_norm', 'linear_start', 'global_decay', 'short_convolution'
+    for field in (*came, 'key_input', 'far_chunks'):
         del older[field]
     assert resolve(older, causal=True, context=128) == config

@@ -57,6 +57,7 @@ OPTIONS = [
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
     {'name': 'flash', 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'},
     {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz', 'linear_start': 'mean'},
+    {'name': 'flash', 'far_chunks': 2, 'branches': 'local'},
     {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4, 'head_decay': 1.0},
 ]
 

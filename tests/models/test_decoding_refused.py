@@ -11,6 +11,7 @@ from tests.models import tiny
     ('name', 'objective', 'fields', 'capacity', 'message'),
     [
         ('flash', 'mlm', {}, None, 'masked language model cannot be decoded'),
+        ('flash', 'lm', {'far_chunks': 2}, None, 'far_chunks=2 cannot be decoded'),
         ('combiner', 'lm', {}, None, 'weighted by the mean of all their queries'),
         ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole sequence'),
         ('flash_quad', 'lm', {}, 25, 'relative positions for 24 tokens'),

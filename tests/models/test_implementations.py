@@ -227,6 +227,7 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'num_heads': 2}, TPU, 'num_heads=1, this is 2'),
     ({'branches': 'local'}, TPU, 'branches=both, this is local'),
     ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
+    ({'far_chunks': 2}, TPU, 'far_chunks=0, this is 2'),
     ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
     (
         {'decay_gate': 'keys'},

@@ -74,14 +74,12 @@ def expect_the_reference(fused, reference, params, ids, n=N):
         assert max_error(leaf, expected) < (TOLERANCE if leaf.ndim else SCALAR_TOLERANCE), path
 
 
-@pytest.mark.parametrize(
-    'fields',
-    [
-        {'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'},
-        {'key_input': 'shifted', 'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum'},
-    ],
-)
-def test_a_gate_of_the_state_is_that_of_the_reference(fields):
+@pytest.mark.parametrize('fields', [
+    {'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'},
+    {'key_input': 'shifted', 'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum', 'far_chunks': 2},
+    pytest.param({'rope': 'local', 'far_chunks': 2}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_gate_of_the_state_and_far_chunks_are_those_of_the_reference(fields):
     fused, reference, params = models('flash', 'lm', **fields)
     expect_the_reference(fused, reference, params, jnp.concatenate([IDS, jnp.ones_like(IDS)]))
 

@@ -1,5 +1,7 @@
 """Mixed chunk attention: FLASH, and MC-TFM++ in a Transformer."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from gau.errors import UserError
@@ -8,7 +10,7 @@ from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
 from gau.models.costs import Count, Shape, saved
-from gau.models.fields import Filler, choice, count, number, table, with_defaults
+from gau.models.fields import Field, Filler, choice, count, number, table, with_defaults
 
 CHUNK_FIELDS = {
     'chunk_size': count('C, tokens in a chunk.', default=256),
@@ -47,6 +49,13 @@ STATE_FIELDS = {
         'Chunks that the local branch reads, the own one included: 1 or 2. The global branch reads those before.',
         default=1,
     ),
+    'far_chunks': Field(
+        int,
+        'Earlier chunks that the queries of a chunk read exactly, beside both branches: the one before, and those '
+        'whose mean key fits best (gau/ops/far_chunks.py). 0: none.',
+        0,
+        wrong=(lambda value: value < 0, 'at least 0'),
+    ),
     'linear_start': choice(
         'Where the scale gamma and the offset beta of the linear queries and keys start: as the others ("direct"); '
         'gamma as ones; beta so that q.k is about 1, and the global branch a mean ("mean").',
@@ -67,7 +76,7 @@ class MixedChunk(ScoredAttention):
         pallas=pallas(
             at_most={'chunk_size': 512},
             sharded={'decay_gate': ('none', 'scalar')},
-            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'local_window': 1},
+            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'local_window': 1, 'far_chunks': 0},
         ),
         xla=ANYWHERE,
         reference=ANYWHERE,
@@ -76,10 +85,14 @@ class MixedChunk(ScoredAttention):
 
     def core(self, config, *, heads, width, causal, impl):
         """See the base class."""
+        from gau.layers.far_chunks import FarChunksCore
         from gau.layers.mixed_chunk import MixedChunkCore
 
         fields = self.core_fields(config, heads=heads, width=width)
-        return MixedChunkCore(
+        kind = MixedChunkCore
+        if config.far_chunks:
+            kind, fields = FarChunksCore, fields | {'far_chunks': config.far_chunks}
+        return kind(
             causal=causal,
             impl=impl,
             dtype=config.dtype,
@@ -96,7 +109,8 @@ class MixedChunk(ScoredAttention):
 
     def pairs(self, config: ConfigDict) -> tuple[str, ...]:
         """See the base class."""
-        return {'both': ('direct', 'linear'), 'local': ('direct',), 'global': ('linear',)}[config.branches]
+        near = {'both': ('direct', 'linear'), 'local': ('direct',), 'global': ('linear',)}[config.branches]
+        return (*near, 'far') if config.far_chunks else near
 
     def positions(self, config: ConfigDict, context: int) -> int:
         """See the base class."""
@@ -108,7 +122,7 @@ class MixedChunk(ScoredAttention):
         if config.branches == 'global':
             void |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
         if config.branches == 'local':
-            fields = {'global_reduction', 'global_decay', *STATE_FIELDS} - {'local_window'}
+            fields = {'global_reduction', 'global_decay', *STATE_FIELDS} - {'local_window', 'far_chunks'}
             void |= dict.fromkeys(fields, 'branches=local has no global branch')
         if (config.decay_gate or 'none') != 'none':
             void['global_decay'] = f'decay_gate={config.decay_gate} takes its place'
@@ -157,7 +171,18 @@ class MixedChunk(ScoredAttention):
             total += Count(0, 4 * state, 0) + saved(config, 2 * state / c)
         if config.branches != 'local':
             total += self._count_gate_and_norm(config, shape)
+        if config.far_chunks:
+            total += self._count_far(config, shape)
         return total
+
+    def _count_far(self, config: ConfigDict, shape: Shape) -> Count:
+        c = min(config.chunk_size, shape.context)
+        chunks = math.ceil(shape.context / c)
+        read = sum(min(before, config.far_chunks) for before in range(chunks)) / chunks
+        # Every chunk is compared with half of the others; what it reads is saved, the weights are not.
+        compared = Count(0, shape.heads * shape.width * chunks / c, 0)
+        far = self.count_weights(config, shape, seen=c * read, matrix=0)
+        return compared + far + saved(config, shape.heads * shape.value_width)
 
     def _count_gate_and_norm(self, config: ConfigDict, shape: Shape) -> Count:
         d, s, rank = config.model_dim, shape.width, 16
@@ -170,6 +195,8 @@ class MixedChunk(ScoredAttention):
         """See the base class."""
         if config.local_window == 2:
             return 'model.local_window=2 cannot be decoded: no state holds two chunks'
+        if config.far_chunks:
+            return f'model.far_chunks={config.far_chunks} cannot be decoded: no state holds all chunks'
         return None  # Its core has a state.
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops import queries_keys
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import RowSumTiles, RowTiles, cdiv, power_of_two, rows_of
@@ -33,16 +34,21 @@ def queries_and_keys(
     *,
     rotated: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does, for up to four roles.
+    """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does; it computes the roles after the fourth.
 
     Args:
       p_BNW: projections, bfloat16 or float32, that of z in the last S columns; finite at padding.
       bias_S: the bias of z, float32.
-      gamma_RS: scales of up to four roles, float32.
+      gamma_RS: scales, float32.
       beta_RS: offsets, float32.
       table: cosines and sines, float32 [B or 1, N, S/2]; no gradient goes there. Or None.
       rotated: how many of the roles, the first ones, are rotated by the table.
     """
+    if len(gamma_RS) > ROLES:
+        first, others = (gamma_RS[:ROLES], beta_RS[:ROLES]), (gamma_RS[ROLES:], beta_RS[ROLES:])
+        made, p = queries_and_keys(p_BNW, bias_S, *first, table, rotated=min(rotated, ROLES))
+        more, _ = queries_keys.queries_and_keys(p_BNW, bias_S, *others, table, rotated=max(rotated - ROLES, 0))
+        return (*made, *more), p
     return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated)
 
 
