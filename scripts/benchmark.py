@@ -22,7 +22,6 @@ import datetime
 import importlib.util
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +29,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, source
 from gau.benchmarks import cells, processes, report
 from gau.errors import UserError
 
@@ -44,7 +43,9 @@ _CONTEXTS = flags.DEFINE_list(
     'contexts', None, 'Tokens of context of models that name none; each kind has its own default.'
 )
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
-_PROFILE = flags.DEFINE_boolean('profile', False, 'Of decode: also the kernels of a GPU by name, in the rows.')
+_PROFILE = flags.DEFINE_boolean(
+    'profile', False, 'Of decode and prefill: also the kernels of a GPU by name, in the rows.'
+)
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1, 8 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
@@ -62,7 +63,7 @@ _QUICK_CONTEXTS = dict.fromkeys(cells.KINDS, (512,))
 # Flags that would do nothing if none of these kinds is measured.
 _SPEAKS_TO = dict.fromkeys(
     ('impls', 'remat', 'layer_stack', 'tokens_per_step', 'objective', 'packed'), cells.PASSES
-) | dict.fromkeys(('batch_sizes', 'profile'), ('decode',))
+) | {'batch_sizes': ('decode',), 'profile': ('decode', 'prefill')}
 
 
 def main() -> int:
@@ -166,15 +167,7 @@ def _title(rows: list[processes.Row]) -> str:
 
 
 def _about() -> dict[str, str]:
-    def git(*arguments: str) -> str:
-        command = ['git', *arguments]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    changed = '+' if git('status', '--porcelain', '--untracked-files=no') else ''
-    commit = git('rev-parse', '--short', 'HEAD')
-    return {'commit': commit + changed if commit else 'unknown', 'date': datetime.date.today().isoformat()}
+    return {'commit': source.commit() or 'unknown', 'date': datetime.date.today().isoformat()}
 
 
 if __name__ == '__main__':

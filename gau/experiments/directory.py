@@ -9,7 +9,6 @@ DIR/POINT.log       what it printed
 import fcntl
 import json
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from gau.training.config import differences
 
 SWEEP = 'sweep.json'
 ATTEMPTS = 'attempts.jsonl'
-COMMIT_VARIABLE = 'GAU_COMMIT'
 # Of a metrics file only the end is read: it grows while it is looked at.
 _TAIL_BYTES = 2**16
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,24 +167,6 @@ def read_starts(sweep: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [line for line in lines if isinstance(line, dict) and line.get('event') == 'start']
-
-
-def commit() -> str | None:
-    """Returns the commit that the repository is at, with `+` if its files were changed; None if that is not known.
-
-    A copy of the repository without git, as in an image, is told its commit by the environment variable GAU_COMMIT.
-    """
-    if COMMIT_VARIABLE in os.environ:
-        return os.environ[COMMIT_VARIABLE]
-    try:
-        git = ('git', '-C', str(ROOT))
-        head = subprocess.run([*git, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, 'status', '--porcelain', '--untracked-files=no'], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ('+' if changed.stdout.strip() else '')
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:

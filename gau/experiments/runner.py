@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from gau.experiments.directory import Progress, SweepDirectory, commit
+from gau.experiments.directory import Progress, SweepDirectory
 from gau.experiments.sweep import Point, Program
+from gau.source import commit
 
 POLL_SECONDS = 0.3
 # A signal that comes again within this time is the same one: timeout(1) sends it to the process and to its group.
