@@ -66,7 +66,7 @@ class Cell:
       dtype: compute type.
       vocab_size: V.
       effort: 'full', or 'quick' for fewer and smaller samples.
-      profile: whether the kernels of one more sample are told (decode).
+      profile: whether the kernels of one more sample are told (decode, prefill).
     """
 
     benchmark: str

@@ -120,7 +120,7 @@ def _jitted(function: Callable, model: LanguageModel, *static: int, options: tup
 
 
 def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, position: int) -> None:
-    """Times `run(state) -> state`, from states at `position`; of decoding with `cell.profile` tells its kernels."""
+    """Times `run(state) -> state`, from states at `position`; with `cell.profile` tells its kernels."""
     make = functools.partial(decoding.init_state, model, batch_size=cell.batch_size, capacity=cell.context)
     abstract = jax.eval_shape(make)
     result['state_bytes'] = needed = decoding.state_bytes(abstract)
@@ -128,19 +128,22 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
     if memory and needed > STATE_SHARE * memory:
         raise UserError(f'out of memory: {needed / 2**30:.0f} GiB of state')
     state = jax.tree.map(_random, abstract)
-    seconds = []
+    seconds, launch_seconds = [], []
     for sample in range(SAMPLES[cell.effort] + 1):
         state['position'] = jnp.full_like(state['position'], position)
         jax.block_until_ready(state)
         started = time.perf_counter()
         state = run(state)
+        launched = time.perf_counter()
         jax.block_until_ready(state)
         if sample:  # The first waits for the compiler.
             seconds.append(time.perf_counter() - started)
-    result['seconds'] = seconds
-    if cell.profile and cell.benchmark == 'decode':
+            launch_seconds.append(launched - started)
+    result |= {'seconds': seconds, 'launch_seconds': launch_seconds}
+    if cell.profile:
         state['position'] = jnp.full_like(state['position'], position)
-        result['profile'] = kernel_trace.kernels(kernel_trace.traced(lambda: run(state)), steps=STEPS[cell.effort])
+        steps = STEPS[cell.effort] if cell.benchmark == 'decode' else 1
+        result['profile'] = kernel_trace.kernels(kernel_trace.traced(lambda: run(state)), steps=steps)
         if result['profile'] is None:
             raise UserError(f'--profile lists the kernels of a GPU, this is {jax.devices()[0].platform}')
 

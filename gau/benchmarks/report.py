@@ -75,9 +75,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _kernels(row: Row) -> str:
-    profile = row['profile']
+    profile, what = row['profile'], 'prompt' if row['benchmark'] == 'prefill' else 'step'
     lines = [
-        f'{brief(row)}; of a step {profile["kernels"]:.0f} kernels in {profile["busy_us"]:.0f} us, '
+        f'{brief(row)}; of a {what} {profile["kernels"]:.0f} kernels in {profile["busy_us"]:.0f} us, '
         f'{profile["gaps_us"]:.0f} us between them'
     ]
     lines += [f'{microseconds:8.1f} us {number:6.1f} x {name}' for name, number, microseconds in profile['by_name']]
