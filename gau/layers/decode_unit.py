@@ -1,4 +1,4 @@
-"""One token of each sequence in a gated attention unit, in kernels, with its norm and its residual connection."""
+"""A token of each sequence, or a short block, in a gated attention unit in kernels, with its norm and its residual."""
 
 import flax.linen as nn
 import jax
@@ -7,43 +7,51 @@ from jax import Array
 from gau.layers.common import TokenInfo, Weights
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
+from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 
 
 class DecodeGatedAttentionUnit(GatedAttentionUnit):
-    """A `GatedAttentionUnit` around mixed chunk attention with relu2, both branches and one head, in a window.
+    """A `GatedAttentionUnit` around mixed chunk attention with relu2, both branches and one head, with a state.
 
-    See `gau.ops.kernels.decode_chunks`.
+    See `gau.ops.kernels.decode_chunks` for a token in a window, `gau.ops.kernels.prefill_chunks` for a block.
     """
 
     @nn.compact
-    def __call__(self, x_B1D: Array, tokens: TokenInfo, norm_scale: Array) -> Array:
-        """Returns x + GAU(ScaleNorm(x)), [B, 1, D].
+    def __call__(self, x_BTD: Array, tokens: TokenInfo, norm_scale: Array) -> Array:
+        """Returns x + GAU(ScaleNorm(x)), [B, T, D].
 
         Args:
-          x_B1D: the residual stream.
-          tokens: what the layers of one call share; the state is a window (`gau.ops.chunk_window`).
+          x_BTD: the residual stream.
+          tokens: what the layers of one call share; of single tokens the state is a window (`gau.ops.chunk_window`).
           norm_scale: the parameter of ScaleNorm.
         """
         e, s, core = self.expanded_dim, self.query_key_dim, self.core
-        uv_D2E, uv_bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_B1D)
-        z_DS, z_bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_B1D)
+        uv_D2E, uv_bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BTD)
+        z_DS, z_bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BTD)
         gamma_RS, beta_RS = self.scale_offset(_Parameters)(s)
         like_o = jax.ShapeDtypeStruct((e,), self.dtype)
-        out_ED, out_bias_D = Weights((x_B1D.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(like_o)
+        out_ED, out_bias_D = Weights((x_BTD.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(like_o)
         bias_HP = core.bias(core.chunk_size)
         parameters = Parameters(
             *(norm_scale, uv_D2E, uv_bias_2E, z_DS, z_bias_S, gamma_RS, beta_RS, out_ED, out_bias_D),
             None if bias_HP is None else bias_HP[0],
         )
-        table = tuple(x_B1h[:, 0] for x_B1h in tokens.rope[s]) if self.rope == 'rotary' else None
-        names = 'k', 'k_lin', 'v', 'sum', 'arrivals'
-        window = {name: core.get_variable('cache', name)[:, 0] for name in names}
-        y_BD, window = decode_gated_chunks(
-            x_B1D[:, 0], parameters, table, window, position=tokens.decode, spec=core.spec
+        table, fields = (
+            tokens.rope[s] if self.rope == 'rotary' else None,
+            {'position': tokens.decode, 'spec': core.spec},
         )
+        in_window = tokens.decode.opened_B is not None
+        names = ('k', 'k_lin', 'v', 'sum', *(['arrivals'] if in_window else []))
+        state = {name: core.get_variable('cache', name)[:, 0] for name in names}
+        if in_window:
+            table = None if table is None else tuple(x_B1h[:, 0] for x_B1h in table)
+            y_BD, state = decode_gated_chunks(x_BTD[:, 0], parameters, table, state, **fields)
+            y_BTD = y_BD[:, None]
+        else:
+            y_BTD, state = prefill_gated_chunks(x_BTD, parameters, table, state, **fields)
         for name in names:
-            core.put_variable('cache', name, window[name][:, None])
-        return y_BD[:, None]
+            core.put_variable('cache', name, state[name][:, None])
+        return y_BTD
 
 
 class _Parameters(ScaleOffset):

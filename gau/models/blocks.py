@@ -38,7 +38,7 @@ class Block(nn.Module):
             causal=self.causal,
             implementation=self.implementation,
             decoding=not tokens.whole,
-            in_window=tokens.decode is not None and tokens.decode.opened_B is not None,
+            decoding_kernels=tokens.decode is not None and tokens.decode.for_kernels,
         ):
             x_BND = self.residual(x_BND, norm_name, layer, tokens, deterministic)
         return x_BND, None

@@ -34,11 +34,14 @@ from gau.ops.decoding import DecodePosition
 State = dict[str, Any]
 
 # Tokens of a row that the reference prefills at once: memory does not grow with the prompt, and matrices are large
-# enough; tokens of all rows together that kernels do; and the most of whole prompts, whose activations are all there.
+# enough; tokens of all rows together that training's kernels do; and the most of whole prompts, whose activations are
+# all there.
 PREFILL_BLOCK = 512
 WHOLE_BLOCK_TOKENS = 16_384
 MOST_WHOLE_TOKENS = 2**18
-
+# The most tokens of all rows that are short prompts, where launches would take longer than training's kernels, and the
+# tokens of one block of them, whose chunks look at each other.
+SHORT_PROMPT_TOKENS, SHORT_BLOCK_TOKENS = 4096, 2048
 
 # What XLA is told where a prefill is compiled: it runs once, and to make a CUDA graph of it takes longer than launches.
 PREFILL_OPTIONS = {'gpu': (('xla_gpu_enable_command_buffer', ''),)}
@@ -127,7 +130,7 @@ def extend(
     length_B: Array,
     *,
     opened_B: Array | None = None,
-    whole: bool = False,
+    reader: str = 'reference',
 ) -> tuple[Array, State]:
     """Reads a block of T tokens, right-padded: row b takes the first length_B[b] (0..T).
 
@@ -138,13 +141,13 @@ def extend(
       tokens_BT: the next tokens of every row.
       length_B: int32, how many of them are the row's.
       opened_B: where the state is one that `open_window` opened, the positions then; T is 1.
-      whole: whether training's implementation reads the block (`DecodePosition`).
+      reader: what reads the block (`DecodePosition`).
 
     Returns:
       What the output layer reads, [B, T, D], meaningless at padding; and the new state.
     """
     layers = {name: leaf for name, leaf in state.items() if name != 'position'}
-    position = DecodePosition(state['position'], length_B, opened_B, whole)
+    position = DecodePosition(state['position'], length_B, opened_B, reader)
     h_BTD, new = model.apply(
         {'params': params, 'cache': layers}, tokens_BT, position, method='extend', mutable=['cache']
     )
@@ -264,6 +267,7 @@ def prefill(
     where = attention.whole_blocks(config, model.implementation.attention)
     last_BD = jnp.zeros((batch, config.model_dim), config.dtype)
     whole = where == 'chunk' or (where == 'sequence' and fresh and batch * n <= MOST_WHOLE_TOKENS)
+    reader, tokens = 'training' if whole else 'reference', WHOLE_BLOCK_TOKENS
     if whole and where == 'sequence':
         # The rest is padding, for which there may be no relative bias.
         block = n = min(n, attention.longest_decoded(config) or n)
@@ -272,10 +276,13 @@ def prefill(
         if not fresh:
             # To the end of the chunk that is current.
             head_B = jnp.minimum(length_B, -state['position'] % size).astype(jnp.int32)
-            last_BD, state = _read(model, params, state, last_BD, tokens_BN[:, :size], head_B, whole=False)
+            last_BD, state = _read(model, params, state, last_BD, tokens_BN[:, :size], head_B)
             places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
-        most = block or max(size, WHOLE_BLOCK_TOKENS // batch)
+        short = ARCHITECTURES[config.name].family.decodes_in_kernels(config, attention, model.implementation)
+        if short and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
+            reader, tokens = 'short', SHORT_BLOCK_TOKENS
+        most = block or max(size, tokens // batch)
         # Blocks alike, of whole chunks.
         block = -(-n // -(-n // most))
         block = -(-block // size) * size
@@ -288,15 +295,15 @@ def prefill(
         last_BD, state = carry
         first, tokens_BT = xs
         here_B = jnp.clip(length_B - first, 0, block).astype(jnp.int32)
-        return _read(model, params, state, last_BD, tokens_BT, here_B, whole=whole), None
+        return _read(model, params, state, last_BD, tokens_BT, here_B, reader=reader), None
 
     (last_BD, state), _ = jax.lax.scan(read, (last_BD, state), (jnp.arange(blocks) * block, tokens_GBT))
     return model.apply({'params': params}, last_BD[:, None], method='logits')[:, 0], state
 
 
-def _read(model, params, state, last_BD, tokens_BT, length_B, *, whole) -> tuple[Array, State]:
+def _read(model, params, state, last_BD, tokens_BT, length_B, *, reader='reference') -> tuple[Array, State]:
     """Reads a block; returns what the output layer reads of each row's last token so far, and the new state."""
-    h_BTD, state = extend(model, params, state, tokens_BT, length_B, whole=whole)
+    h_BTD, state = extend(model, params, state, tokens_BT, length_B, reader=reader)
     own_BD = jnp.take_along_axis(h_BTD, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(length_B[:, None] > 0, own_BD, last_BD), state
 

@@ -29,6 +29,7 @@ from gau.ops.linear_attention import quotient
 from gau.ops.masks import clear_padding
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring, attention_weights
+from gau.ops.tracing import choose
 
 State = dict[str, Array]
 
@@ -43,16 +44,28 @@ class DecodePosition:
       length_B: int32, tokens of the block that are the row's, the first ones.
       opened_B: int32, tokens of each row before the window, where single tokens are decoded in one
         (`gau.ops.chunk_window`); else None.
-      whole: whether training's implementation takes the block, as it takes whole sequences: rows stand where it needs
-        them (`gau.models.attentions.record.Attention.whole_blocks`).
+      reader: what takes a block of more than one token. 'reference': the functions here. 'training': training's
+        implementation, as it takes whole sequences; rows stand where it needs them
+        (`gau.models.attentions.record.Attention.whole_blocks`). 'short': the kernels of short blocks where the model
+        decodes in kernels; rows stand where a chunk begins, and the block has whole chunks.
       capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
     """
 
     start_B: Array
     length_B: Array
     opened_B: Array | None = None
-    whole: bool = dataclasses.field(default=False, metadata={'static': True})
+    reader: str = dataclasses.field(default='reference', metadata={'static': True})
     capacity: int | None = dataclasses.field(default=None, metadata={'static': True})
+
+    @property
+    def whole(self) -> bool:
+        """Whether training's implementation takes the block."""
+        return choose(self.reader, {'reference': False, 'training': True, 'short': False})
+
+    @property
+    def for_kernels(self) -> bool:
+        """Whether kernels of decoding may take it: a single token in a window, or a short block."""
+        return self.opened_B is not None or self.reader == 'short'
 
     def real_BT(self, n: int) -> Array:
         """Returns which of the block's n tokens are not padding, as segment ids, int32 [B, n]."""

@@ -1,4 +1,7 @@
-"""Token by token is the same as all at once: every causal model, prompt length, row and chunk border."""
+"""Token by token is the same as all at once: every causal model, prompt length, row and chunk border.
+
+On a GPU: GAU_TEST_PLATFORM=cuda python -m pytest tests/models/test_decoding.py
+"""
 
 import functools
 
@@ -242,18 +245,25 @@ def test_decoding_is_the_full_forward_at_every_position(name):
 
 
 @pytest.mark.parametrize(
-    ('name', 'fields'),
+    ('name', 'fields', 'short'),
     [
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}),
-        ('flash_quad', {'num_layers': 1}),
-        pytest.param('flash', {'layer_stack': 'scan'}, marks=pytest.mark.slow),
+        ('flash', {'global_decay': 0.7, 'num_layers': 1}, True),
+        ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
+        ('flash_quad', {'num_layers': 1}, False),
+        ('flash', {'layer_stack': 'scan', 'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
+        ('flash', {'layer_stack': 'scan'}, False),
     ],
 )
-# Blocks with a carried state are proven in tests/ops/kernels/test_decode_chunks.py and test_gated_chunks.py.
+# Blocks with a carried state are proven in tests/ops/kernels: test_prefill_chunks.py, test_decode_chunks.py and
+# test_gated_chunks.py.
 @pytest.mark.slow
-def test_prompts_in_the_kernels_of_training(name, fields):
-    """Prompts at once and in two parts, of which the second begins anywhere in a chunk."""
+def test_prompts_in_kernels(name, fields, short, monkeypatch):
+    """Prompts at once and in two parts, of which the second begins anywhere in a chunk; short ones, and others."""
     pytest.importorskip('triton')
+    if not short:
+        monkeypatch.setattr(decoding, 'SHORT_PROMPT_TOKENS', 0)
+    calls, kernels = [], decode_unit.prefill_gated_chunks
+    monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
     model, params = tiny.make(name, impl='triton', dtype='float32', **fields)
     exact, _ = tiny.make(name, impl='reference', **fields)
     length_B, first_B = jnp.array([1, 4, 10, 21, 22]), jnp.array([0, 1, 5, 8, 11])
@@ -277,6 +287,7 @@ def test_prompts_in_the_kernels_of_training(name, fields):
             logits_BV, state = step(params, state, tokens_BN[rows, last + more])
             difference = logits_BV - full_BNV[rows, last + more]
             assert np.abs(difference).max() < 1e-5 * np.abs(full_BNV).max(), (way, more)
+    assert bool(calls) == short
 
 
 def test_a_transformer_built_for_cudnn(monkeypatch):

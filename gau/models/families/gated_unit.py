@@ -9,6 +9,7 @@ from gau.models.attentions.record import Attention
 from gau.models.costs import Count, Shape, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, number, table
+from gau.models.target import Implementation
 from gau.models.widths import check_even, check_heads, expanded_dim, heads_at
 
 
@@ -32,7 +33,7 @@ class GatedUnit(Family):
         ),
     )
 
-    def layers(self, config, attention, *, layer, causal, implementation, decoding, in_window=False) -> Iterator:
+    def layers(self, config, attention, *, layer, causal, implementation, decoding, decoding_kernels=False) -> Iterator:
         """See the base class."""
         from gau.layers.decode_unit import DecodeGatedAttentionUnit
         from gau.layers.fused_unit import FusedGatedAttentionUnit, PallasGatedAttentionUnit
@@ -42,8 +43,7 @@ class GatedUnit(Family):
         kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
         fused = impl in kernels and config.gate == 'silu' and not decoding
         unit = kernels[impl] if fused else GatedAttentionUnit
-        in_kernels = self._decodes_in_kernels(config) and attention.decodes_in_kernels(config, impl)
-        if in_window and implementation.norm == 'triton' and in_kernels:
+        if decoding_kernels and self.decodes_in_kernels(config, attention, implementation):
             unit = DecodeGatedAttentionUnit
         yield (
             'norm',
@@ -77,8 +77,11 @@ class GatedUnit(Family):
             total += Count(s) + saved(config, s)
         return total + attention.count(config, Shape(h, s, e / h, context), causal=causal)
 
-    def _decodes_in_kernels(self, config: ConfigDict) -> bool:
-        return not config.short_convolution and config.key_input in (None, 'shared')
+    def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
+        """See the base class."""
+        plain = not config.short_convolution and config.key_input in (None, 'shared')
+        impl = implementation.attention
+        return plain and implementation.norm == 'triton' and attention.decodes_in_kernels(config, impl)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""

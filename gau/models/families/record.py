@@ -34,7 +34,7 @@ class Family:
         causal: bool,
         implementation: Implementation,
         decoding: bool,
-        in_window: bool = False,
+        decoding_kernels: bool = False,
     ) -> Iterator[tuple[str, 'nn.Module']]:
         """Yields the layers of a block, called with (x_BND, tokens), and the names of their norms.
 
@@ -45,9 +45,13 @@ class Family:
           causal: whether later tokens are hidden.
           implementation: what the model is built with.
           decoding: whether sequences are decoded otherwise than in whole blocks: no kernels then.
-          in_window: whether it is single tokens with the state in a window (`gau.ops.chunk_window`).
+          decoding_kernels: whether kernels of decoding may take it (`DecodePosition.for_kernels`).
         """
         raise NotImplementedError
+
+    def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
+        """Returns whether single tokens, and short prompts, have kernels of their own (`gau.layers.decode_unit`)."""
+        return False
 
     def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:
         """Returns what a block costs (see `gau.models.counts`)."""

@@ -28,7 +28,7 @@ class Transformer(Family):
     )
     blocks_for_two_units = 1
 
-    def layers(self, config, attention, *, layer, causal, implementation, decoding, in_window=False) -> Iterator:
+    def layers(self, config, attention, *, layer, causal, implementation, decoding, decoding_kernels=False) -> Iterator:
         """See the base class."""
         from gau.layers.feed_forward import FeedForward
         from gau.layers.multi_head import MultiHeadAttention

@@ -270,6 +270,40 @@ class DecodeRowTiles(NamedTuple):
 DECODE_ROW = DecodeRowTiles(block_n=32, block_h=16, block_w=256, block_e=16, block_d=8, num_warps=8, most=1024)
 
 
+# --- prefill_chunks_triton: a short block of a prompt -----------------------------------------------------------------
+
+
+class PrefillTiles(NamedTuple):
+    """Tiles of the projections have block_m rows and columns: block_n of u and v, block_h of either half of z; sums in
+    steps of block_k. Those of attention have attention_m queries and block_e columns, attention_n keys at a time; those
+    of the output output_m rows and block_out columns, or state_e columns of the sum; sums in steps of output_k.
+    """
+
+    block_m: int
+    block_n: int
+    block_h: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    attention_m: int
+    attention_n: int
+    block_e: int
+    attention_warps: int
+    attention_stages: int
+    output_m: int
+    block_out: int
+    state_e: int
+    output_k: int
+    output_warps: int
+    output_stages: int
+
+
+PREFILL = {
+    'bfloat16': PrefillTiles(128, 128, 32, 64, 8, 3, 64, 64, 128, 4, 2, 128, 64, 64, 64, 4, 4),
+    'float32': PrefillTiles(32, 32, 16, 32, 4, 1, 32, 32, 64, 4, 1, 32, 32, 32, 32, 4, 1),
+}
+
+
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------
 
 

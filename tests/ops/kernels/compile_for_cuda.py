@@ -1,7 +1,11 @@
 """Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
 
+    python -m tests.ops.kernels.compile_for_cuda decode|prefill
+
 Prints a line for each kernel: its name, and the bytes of its machine code.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +20,14 @@ from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
+from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
 
 H100 = GPUTarget('cuda', 90, 32)
 TYPES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
 DTYPE, D, E, S, C = 'bfloat16', 768, 1536, 128, 256
+SPEC = ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0)
 
 
 def compile_only(kernel, inputs, outputs, *, grid, num_warps, num_stages, overwrite, constants):
@@ -47,37 +53,49 @@ def zeros(*shape, dtype=DTYPE):
     return jnp.zeros(shape, dtype)
 
 
-def main():
-    """Every decoding kernel at size base, for one row and for many; training's scans with a factor for each row."""
-    compat.triton_call = compile_only
-    spec = ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0)
+def parameters():
+    vector = {'dtype': 'float32'}
+    return Parameters(
+        *(zeros(**vector), zeros(D, 2, E), zeros(2, E, **vector), zeros(D, S), zeros(S, **vector)),
+        *(zeros(4, S, **vector), zeros(4, S, **vector), zeros(E, D), zeros(D, **vector)),
+        zeros(2 * C - 1, **vector),
+    )
+
+
+def decode():
+    """Every kernel of decoding at size base, for one row and for many; training's scans with a factor for each row."""
     vector = {'dtype': 'float32'}
     for batch in (1, 64):
         at_B = jnp.zeros(batch, jnp.int32)
         position = DecodePosition(at_B, at_B + 1, at_B)
         state = {'k': zeros(batch, C, S), 'k_lin': zeros(batch, C, S), 'v': zeros(batch, C, E)}
         state['sum'] = zeros(batch, S, E, **vector)
-        parameters = Parameters(
-            *(zeros(**vector), zeros(D, 2, E), zeros(2, E, **vector), zeros(D, S), zeros(S, **vector)),
-            *(zeros(4, S, **vector), zeros(4, S, **vector), zeros(E, D), zeros(D, **vector)),
-            zeros(2 * C - 1, **vector),
-        )
         table = (zeros(batch, S // 2, **vector),) * 2
         window = open_window(state, 32)
-        decode_gated_chunks(zeros(batch, D), parameters, table, window, position=position, spec=spec)
+        decode_gated_chunks(zeros(batch, D), parameters(), table, window, position=position, spec=SPEC)
         for function, normalizer, heads, s, e in (('softmax', None, 12, 64, 64), ('relu2', 'fixed', 1, S, E)):
             q, v = zeros(batch, heads, 1, s), zeros(batch, heads, 1, e)
             cache = {'k': zeros(batch, heads, 512, s), 'v': zeros(batch, heads, 512, e)}
             decode_with_cache(q, q, v, cache, position=position, scoring=Scoring(function, normalizer))
     queries_keys = [zeros(batch, C, S)] * 4
     p, bias = zeros(batch, C, 2 * E + S), zeros(2, E, **vector)
-    gated_mixed_chunk_block(p, bias, *queries_keys, state, position=position, spec=spec, bias_P=parameters.bias_P)
+    fields = {'position': position, 'spec': SPEC, 'bias_P': parameters().bias_P}
+    gated_mixed_chunk_block(p, bias, *queries_keys, state, **fields)
 
     chunks, factors = zeros(1, 4, C, S), (zeros(1, 4, S, **vector), zeros(1, 4, 1, **vector))
     values_and_states(zeros(1, 4, C, 2 * E + S), bias, chunks, *factors)
     gradient_of_added(chunks, zeros(1, 4, C, E), *factors)
 
 
+def short_prompts():
+    """The kernels of short prompts at size base."""
+    table = (zeros(1, 4 * C, S // 2, dtype='float32'),) * 2
+    position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
+    state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}
+    prefill_gated_chunks(zeros(1, 4 * C, D), parameters(), table, state, position=position, spec=SPEC)
+
+
 if __name__ == '__main__':
+    compat.triton_call = compile_only
     with jax.disable_jit():
-        main()
+        {'decode': decode, 'prefill': short_prompts}[sys.argv[1]]()

@@ -1,0 +1,135 @@
+"""A short block of a prompt in a FLASH layer on a GPU: norm, projections, attention, gate, output, residual and state.
+
+What `gau.ops.kernels.decode_chunks` does for a token, in three kernels for hundreds or thousands of them. Those of
+training are more, with the library's matmuls and the compiler's slices and casts between them, and a short prompt would
+wait for their launches. Between chunks attention is quadratic here, which long prompts could not afford.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gau.ops.decoding import DecodePosition, State, scale_of_state
+from gau.ops.kernels import tile_sizes
+from gau.ops.kernels.decode_chunks import PRECISION, Parameters
+from gau.ops.kernels.launch import launch
+from gau.ops.kernels.tile_sizes import cdiv, power_of_two
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.norms import NORM_EPSILON
+from gau.ops.scores import Scoring
+from gau.ops.tracing import choose, traced_once
+
+
+@traced_once('spec')
+def prefill_gated_chunks(
+    x_BTD: Array,
+    parameters: Parameters,
+    table: tuple[Array, Array] | None,
+    state: State,
+    *,
+    position: DecodePosition,
+    spec: ChunkSpec,
+) -> tuple[Array, State]:
+    """Returns x + GAU(ScaleNorm(x)) of a block of tokens in each row, [B, T, D], and the new state.
+
+    Args:
+      x_BTD: the residual stream, bfloat16 or float32, finite at padding; T is a multiple of the chunk.
+      parameters: of the layer.
+      table: cosines and sines of each token's position, float32 [B, T, S / 2], or None.
+      state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`).
+      position: where the tokens stand; rows that take tokens begin a chunk with the first.
+      spec: causal, relu2, both branches.
+    """
+    from gau.ops.kernels import prefill_chunks_triton as kernels
+
+    (batch, t, width), dtype = x_BTD.shape, x_BTD.dtype
+    size, rows, groups = spec.chunk_size, batch * t, t // spec.chunk_size
+    expanded, inner = parameters.out_ED.shape[0], parameters.z_DS.shape[1]
+    tiles = tile_sizes.PREFILL[str(dtype)]
+    half, block_s = (inner + 1) // 2, power_of_two(inner)
+    sizes = {'R': rows, 'E': expanded, 'S': inner, 'PRECISION': PRECISION}
+    # The compiler reads these once for all layers.
+    before_B = (position.start_B // size).astype(jnp.int32)
+    state_scale_BG = scale_of_state(before_B[:, None] + jnp.arange(groups), spec, jnp.float32)
+    decay = {'LOG_DECAY': math.log2(spec.global_decay)}
+
+    activations, roles = launch(
+        kernels.prefill_projections_kernel,
+        *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm))),
+        outputs=[jax.ShapeDtypeStruct((rows, 2 * expanded), dtype), jax.ShapeDtypeStruct((4, rows, inner), dtype)],
+        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(rows, tiles.block_m)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        D=width,
+        ROPE=table is not None,
+        EPSILON=NORM_EPSILON,
+        BLOCK_M=tiles.block_m,
+        BLOCK_K=tiles.block_k,
+        BLOCK_N=tiles.block_n,
+        BLOCK_H=tiles.block_h,
+        **sizes,
+    )
+    bias_P = parameters.bias_P
+    score_scale, over_visible = _normaliser(spec.scoring, size, inner)
+    block_e = min(tiles.block_e, power_of_two(expanded))
+    block_m = min(tiles.attention_m, power_of_two(size))
+    (o_RE,) = launch(
+        kernels.prefill_attention_kernel,
+        *(activations, roles, state['sum'], state_scale_BG if bias_P is None else bias_P, before_B, state_scale_BG),
+        outputs=[jax.ShapeDtypeStruct((rows, expanded), dtype)],
+        grid=(cdiv(expanded, block_e), groups * cdiv(size, block_m), batch),
+        num_warps=tiles.attention_warps,
+        num_stages=tiles.attention_stages,
+        G=groups,
+        C=size,
+        BIAS=bias_P is not None,
+        SCORE_SCALE=score_scale,
+        OVER_VISIBLE=over_visible,
+        BLOCK_M=block_m,
+        BLOCK_N=min(tiles.attention_n, power_of_two(size)),
+        BLOCK_S=block_s,
+        BLOCK_E=block_e,
+        **sizes,
+        **decay,
+    )
+    names = 'sum', 'k', 'k_lin', 'v'
+    inputs = o_RE, parameters.out_ED, parameters.out_bias_D, x_BTD, activations, roles, position.length_B
+    state_e = min(tiles.state_e, power_of_two(expanded))
+    y_BTD, *new = launch(
+        kernels.prefill_output_kernel,
+        *(*inputs, *(state[name] for name in names)),
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_BTD, *(state[name] for name in names))],
+        grid=(batch * cdiv(expanded, state_e) + cdiv(rows, tiles.output_m) * cdiv(width, tiles.block_out),),
+        num_warps=tiles.output_warps,
+        num_stages=tiles.output_stages,
+        overwrite={len(inputs) + i: 1 + i for i in range(len(names))},
+        B=batch,
+        G=groups,
+        C=size,
+        D=width,
+        DECAY=spec.global_decay,
+        BLOCK_M=tiles.output_m,
+        BLOCK_K=tiles.output_k,
+        BLOCK_N=tiles.block_out,
+        BLOCK_S=block_s,
+        BLOCK_E=state_e,
+        **sizes,
+        **decay,
+    )
+    return y_BTD, dict(zip(names, new, strict=True))
+
+
+def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:
+    """Returns the factor on q.k, and what is divided by the tokens seen: 0 nothing, 1 q.k too, 2 the weight."""
+    return choose(
+        scoring.normalizer,
+        {
+            'paper': (1 / size, 0),
+            'fixed': (1 / scoring.length, 0),
+            'visible': (1.0, 1),
+            'su': (width**-0.5, 2),
+        },
+    )

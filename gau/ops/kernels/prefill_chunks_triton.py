@@ -1,0 +1,256 @@
+"""Triton kernels of a short block of a prompt in a FLASH layer (`gau.ops.kernels.prefill_chunks` says what they are).
+
+A short prompt is over before a CPU has launched the kernels of training: here there are three. Weights of the global
+branch are made of queries and keys, as those inside a chunk are, and no state of a chunk is written or read but the one
+that the block begins and ends with. Rows are the tokens of all sequences, R = B G C.
+
+Bytes are of size base (D = 768, E = 1,536, S = 128, C = 256) with 1,024 tokens in bfloat16. All of them stay in the
+cache but for the weights, 7.3 MB a layer, and the state, 1.7 MB.
+"""
+
+import triton
+import triton.language as tl
+
+from gau.ops.kernels.gates_triton import silu
+from gau.ops.kernels.load_store import load_tile, store_tile
+
+
+@triton.jit
+def _norm_scale(
+    x_ptr, g_ptr, row, R: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Returns g / rms of each of these rows of x: ScaleNorm is one factor for a row, taken after the matmul."""
+    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+    depth: tl.constexpr = None if D % (2 * BLOCK_K) == 0 else D
+    squares = tl.zeros((BLOCK_M, 2 * BLOCK_K), tl.float32)
+    for start in range(0, D, 2 * BLOCK_K):
+        x = load_tile(x_ptr, row, start + tl.arange(0, 2 * BLOCK_K), D, rows, depth).to(tl.float32)  # [BM, 2 BK]
+        squares += x * x
+    return tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=1) / D + EPSILON)
+
+
+@triton.jit
+def prefill_projections_kernel(
+    x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr,
+    activations_ptr, roles_ptr,
+    R: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr, EPSILON: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
+
+    Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H, R / BLOCK_M]: tiles of u and v, then of z
+    Tile    [BLOCK_M, BLOCK_N]; of z two of [BLOCK_M, BLOCK_H], columns that the rotation pairs; sums in steps of
+            BLOCK_K
+    Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2]
+    Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]
+    Bytes   x, 1.6 MB, and the weights, 4.9 MB; activations, 6.3 MB, and roles, 1.0 MB
+    """
+    H: tl.constexpr = (S + 1) // 2
+    tiles: tl.constexpr = (2 * E + BLOCK_N - 1) // BLOCK_N
+    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+    depth: tl.constexpr = None if D % BLOCK_K == 0 else D
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Before the matmul, whose loads are pipelined for its factors alone.
+    scale = _norm_scale(x_ptr, g_ptr, row, R, D, EPSILON, BLOCK_M, BLOCK_K)[:, None]
+    if tl.program_id(0) < tiles:
+        cols: tl.constexpr = None if 2 * E % BLOCK_N == 0 else 2 * E
+        col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        bias = load_tile(uv_bias_ptr, tl.arange(0, 1), col, 2 * E, None, cols).to(tl.float32)  # [1, BN]
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            d = start + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, row, d, D, rows, depth)  # [BM, BK]
+            w = load_tile(uv_ptr, d, col, 2 * E, depth, cols)  # [BK, BN]
+            # [BM, BK] @ [BK, BN]
+            product = tl.dot(x, w, product, input_precision=PRECISION)
+        store_tile(activations_ptr, silu(product * scale + bias), row, col, 2 * E, rows, cols)
+    else:
+        half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
+        z1 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        z2 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            d = start + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, row, d, D, rows, depth)  # [BM, BK]
+            w1 = load_tile(z_ptr, d, half, S, depth, H)  # [BK, BH]
+            w2 = load_tile(z_ptr + H, d, half, S, depth, S - H)  # [BK, BH]
+            # [BM, BK] @ [BK, BH]
+            z1 = tl.dot(x, w1, z1, input_precision=PRECISION)
+            z2 = tl.dot(x, w2, z2, input_precision=PRECISION)
+        only = tl.arange(0, 1)
+        z1 = silu(z1 * scale + load_tile(z_bias_ptr, only, half, S, None, H).to(tl.float32))
+        z2 = silu(z2 * scale + load_tile(z_bias_ptr + H, only, half, S, None, S - H).to(tl.float32))
+        if ROPE:
+            cos = load_tile(cos_ptr, row, half, H, rows, H)  # [BM, BH]
+            sin = load_tile(sin_ptr, row, half, H, rows, H)
+        for role in tl.static_range(4):
+            at = role * S
+            gamma1 = load_tile(gamma_ptr + at, only, half, S, None, H).to(tl.float32)
+            gamma2 = load_tile(gamma_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
+            y1 = z1 * gamma1 + load_tile(beta_ptr + at, only, half, S, None, H).to(tl.float32)
+            y2 = z2 * gamma2 + load_tile(beta_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
+            if ROPE:
+                y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
+            store_tile(roles_ptr + at * R, y1, row, half, S, rows, H)
+            store_tile(roles_ptr + at * R + H, y2, row, half, S, rows, S - H)
+
+
+@triton.jit
+def prefill_attention_kernel(
+    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, o_ptr,
+    R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
+    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """o = u (a v + w v' + state_scale decay^g q_lin sum), v' of the chunks of the block before the own one, the g-th.
+
+    a = relu(q.k score_scale + bias)^2 weight_scale in the own chunk. w = state_scale decay^n q_lin.k_lin where n chunks
+    lie between.
+
+    Grid    [E / BLOCK_E, G C / BLOCK_M, B]: the last tokens first, which have the most to read
+    Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
+    Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 C - 1], if BIAS;
+            before [B], chunks before the block; state_scale [B, G]
+    Writes  o [R, E]
+    Bytes   activations, roles and o, 10 MB
+    """
+    tiles: tl.constexpr = (C + BLOCK_M - 1) // BLOCK_M
+    blocks: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    queries: tl.constexpr = None if C % BLOCK_M == 0 else C
+    keys: tl.constexpr = None if C % BLOCK_N == 0 else C
+    width: tl.constexpr = None if S == BLOCK_S else S
+    cols: tl.constexpr = None if E % BLOCK_E == 0 else E
+    number = tl.num_programs(1) - 1 - tl.program_id(1)
+    g = number // tiles
+    i = (number % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.arange(0, BLOCK_S)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = tl.program_id(2).to(tl.int64)
+    first = b * G * C
+    own = first + g * C
+    # Before the matmuls, so that it has arrived when they are done.
+    u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
+    state_scale = tl.load(state_scale_ptr + b * G + g)
+    q_lin_ptr = roles_ptr + (2 * R + own) * S
+    mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    if tl.load(before_ptr + b) > 0:
+        for start in range(0, S, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            q_lin = load_tile(q_lin_ptr, i, j, S, queries, S)  # [BM, BN]
+            m = load_tile(sum_ptr + b * S * E, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
+            # [BM, BN] @ [BN, BE]
+            mixed = tl.dot(q_lin, m, mixed, input_precision=PRECISION)
+        mixed *= state_scale * tl.exp2(LOG_DECAY * g.to(tl.float32))
+    q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
+    for step in range(0, g * blocks):
+        row = first + step // blocks * C
+        j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
+        v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
+        scale = state_scale
+        if LOG_DECAY < 0:
+            scale *= tl.exp2(LOG_DECAY * (g - 1 - step // blocks).to(tl.float32))
+        # [BM, BS] @ [BS, BN]
+        w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
+        # [BM, BN] @ [BN, BE]
+        mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
+    q = load_tile(roles_ptr + own * S, i, s, S, queries, width)  # [BM, BS]
+    visible = (i + 1).to(tl.float32)[:, None]
+    for start in range(0, tl.minimum((number % tiles + 1) * BLOCK_M, C), BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k = load_tile(roles_ptr + (R + own) * S, j, s, S, keys, width)  # [BN, BS]
+        v = load_tile(activations_ptr + own * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
+        seen = (j[None, :] <= i[:, None]) & (i < C)[:, None]
+        # [BM, BS] @ [BS, BN]
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCORE_SCALE
+        if OVER_VISIBLE == 1:
+            x /= visible
+        if BIAS:
+            x += tl.load(bias_ptr + j[None, :] - i[:, None] + C - 1, mask=seen, other=0.0).to(tl.float32)
+        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        a = tl.where(seen, r * r, 0.0)
+        if OVER_VISIBLE == 2:
+            a /= visible
+        # [BM, BN] @ [BN, BE]
+        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
+    store_tile(o_ptr + own * E, u.to(tl.float32) * mixed, i, e, E, queries, cols)
+
+
+@triton.jit
+def prefill_output_kernel(
+    o_ptr, w_ptr, bias_ptr, x_ptr, activations_ptr, roles_ptr, length_ptr,
+    old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr,
+    y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr,
+    B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """y = x + o Wo + b; and the state after the block.
+
+    sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
+    are those of the chunk after them. A row that takes no tokens keeps its state.
+
+    Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
+    Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
+    Reads   o [R, E], w [E, D], bias [D], x [R, D]; of activations [R, 2 E] v; of roles [4, R, S] k and k_lin; length
+            [B]; sum [B, S, E], float32
+    Writes  y [R, D]; sum, k and k_lin [B, C, S], v [B, C, E], which take over the buffers of `old_*`
+    Bytes   o, 3.1 MB, v, k, k_lin, 3.7 MB, x and y, 3.1 MB, and the weights, 2.4 MB; the state, 1.7 MB
+    """
+    across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    across: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) - B * across_e
+    if tile < 0:
+        blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+        keys: tl.constexpr = None if C % BLOCK_K == 0 else C
+        width: tl.constexpr = None if S == BLOCK_S else S
+        cols: tl.constexpr = None if E % BLOCK_E == 0 else E
+        across_state = tl.program_id(0) % across_e
+        b = (tl.program_id(0) // across_e).to(tl.int64)
+        e = across_state * BLOCK_E + tl.arange(0, BLOCK_E)
+        s = tl.arange(0, BLOCK_S)
+        length = tl.load(length_ptr + b)
+        complete = length // C
+        first = b * G * C
+        total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+        for step in range(0, complete * blocks):
+            row = first + step // blocks * C
+            j = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+            k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BK, BS]
+            v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BK, BE]
+            if DECAY < 1:
+                total *= tl.where(step % blocks == 0, DECAY, 1.0)
+            # [BS, BK] @ [BK, BE]
+            total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
+        if complete > 0:
+            old = load_tile(sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
+            total += old * tl.exp2(LOG_DECAY * complete.to(tl.float32))
+            store_tile(sum_ptr + b * S * E, total, s, e, E, S, cols)
+        if (length > 0) & (complete < G):
+            row = first + complete * C
+            for start in range(0, C, BLOCK_K):
+                j = start + tl.arange(0, BLOCK_K)
+                v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)
+                store_tile(v_ptr + b * C * E, v, j, e, E, keys, cols)
+                if across_state == 0:
+                    k = load_tile(roles_ptr + (R + row) * S, j, s, S, keys, width)
+                    store_tile(k_ptr + b * C * S, k, j, s, S, keys, width)
+                    k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)
+                    store_tile(k_lin_ptr + b * C * S, k_lin, j, s, S, keys, width)
+    else:
+        rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+        depth: tl.constexpr = None if E % BLOCK_K == 0 else E
+        outs: tl.constexpr = None if D % BLOCK_N == 0 else D
+        row = (tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+        x = load_tile(x_ptr, row, n, D, rows, outs)  # [BM, BN]
+        bias = load_tile(bias_ptr, tl.arange(0, 1), n, D, None, outs).to(tl.float32)  # [1, BN]
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, E, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            o = load_tile(o_ptr, row, k, E, rows, depth)  # [BM, BK]
+            w = load_tile(w_ptr, k, n, D, depth, outs)  # [BK, BN]
+            # [BM, BK] @ [BK, BN]
+            product = tl.dot(o, w, product, input_precision=PRECISION)
+        store_tile(y_ptr, x.to(tl.float32) + product + bias, row, n, D, rows, outs)

@@ -1,0 +1,61 @@
+"""A short block of a prompt in FLASH's layer, in kernels, against the reference."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gau.ops.decoding import DecodePosition, mixed_chunk_block
+from gau.ops.kernels.decode_chunks import Parameters
+from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
+from gau.ops.norms import scale_norm
+from gau.ops.positions import apply_rope, bias_matrix, rope_table
+from gau.ops.quadratic_attention import gate_and_values
+from tests.numerics import normal
+from tests.ops.kernels.conftest import DTYPES
+from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, expect_close, state_of
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    'case',
+    [case if case == 'mean, decay, visible' else pytest.param(case, marks=pytest.mark.slow) for case in SPECS],
+)
+def test_a_short_block_of_a_layer(case, dtype):
+    spec, t = SPECS[case], 3 * C
+    # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
+    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
+    position = DecodePosition(start_B, length_B)
+    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
+    parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
+    if case == 'mean':
+        parameters = parameters._replace(bias_P=None)
+    table = rope_table(position.positions_BT(t), S) if case != 'mean' else None
+    x_BTD = normal(40, B, t, D)
+    old = state_of('float64')
+    # A sequence that begins has a state of zeros.
+    old = {name: jnp.where((start_B > 0)[:, None, None], x, 0) for name, x in old.items()}
+
+    h_BTD = scale_norm(x_BTD, parameters.norm, dtype='float64')
+    u_BTE, v_BTE = gate_and_values(h_BTD @ parameters.uv_D2E.reshape(D, -1), parameters.uv_bias_2E)
+    z_BTS = jax.nn.silu(h_BTD @ parameters.z_DS + parameters.z_bias_S)
+    roles = [z_BTS * gamma + beta for gamma, beta in zip(parameters.gamma_RS, parameters.beta_RS, strict=True)]
+    roles = roles if table is None else [apply_rope(x, table) for x in roles]
+    bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, C, C)
+    av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, position=position, spec=spec, bias_CC=bias_CC)
+    y_BTD = x_BTD + (u_BTE * av_BTE) @ parameters.out_ED + parameters.out_bias_D
+
+    narrow = {
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
+        for name, x in parameters._asdict().items()
+    }
+    table = None if table is None else tuple(x.astype('float32') for x in table)
+    state = {name: x.astype('float32' if name == 'sum' else dtype) for name, x in old.items()}
+    found_BTD, found = prefill_gated_chunks(
+        x_BTD.astype(dtype), Parameters(**narrow), table, state, position=position, spec=spec
+    )
+    real = (jnp.arange(t) < length_B[:, None])[..., None]
+    expect_close(jnp.where(real, found_BTD, 0), jnp.where(real, y_BTD, 0), dtype, 'y')
+    expect_close(found['sum'], wanted['sum'], dtype, 'sum')
+    filled = (jnp.arange(C) < (start_B + length_B)[:, None] % C)[..., None]
+    for name in ('k', 'k_lin', 'v'):
+        expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)
