@@ -18,8 +18,9 @@ parameters). `seed:N:FIRST` adds seeds to a table.
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
 
-Result: docs/results/quality.md. FLASH keeps Transformer++'s quality at 1,024 tokens of context and not at 8,192.
-`memory`, `gate`, `causes`, `muon`: docs/results/quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md.
+Result: docs/results/quality.md. FLASH keeps Transformer++'s quality at 1,024 tokens of context; at 8,192 with shifted
+keys, so far as they have been trained. `memory`, `gate`, `causes`, `muon`: docs/results/quality_memory.md,
+quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`: quality_keys.md.
 """
 
 from collections.abc import Iterator
