@@ -7,23 +7,25 @@
     python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/half --method=sparser --pattern=0.5
     python scripts/compress.py --workdir=runs/seed_0/flash --output=runs/seed_0/two_of_four --method=sparser \
         --pattern=2:4
-    python eval.py --workdir=runs/seed_0/half        (and the others; flash with --config.quantization=int8, too)
-    python scripts/sweep.py --config=configs/compression.py:steps=300 --config.seed=0 --sweep=recovered:runs/seed_0 \
-        --workdir=runs/recovered_0
-    python scripts/sweep.py --config=configs/compression.py --config.seed=0 --sweep=quantised --workdir=runs/quantised_0
-    python scripts/sweep.py --config=configs/compression.py --sweep=teacher --workdir=runs/teacher
-    python scripts/sweep.py --config=configs/compression.py:steps=1000 --sweep=students,seed:1 --workdir=runs/students
-    python scripts/sweep.py --config=configs/compression.py:steps=1000 --sweep=distilled:runs/teacher/base,seed:1 \
+    python eval.py --workdir=runs/seed_0/half
+    python eval.py --workdir=runs/seed_0/flash --config.quantization=int8 --config.model.impl=xla
+    python scripts/sweep.py --config=configs/compression.py:steps=150 --config.seed=0 \
+        --sweep=recovered:runs/seed_0+quantised:runs/seed_0 --workdir=runs/recovered_0
+    python scripts/sweep.py --config=configs/compression.py:steps=1200 --sweep=teacher --workdir=runs/teacher
+    python scripts/sweep.py --config=configs/compression.py:steps=400 --sweep=students,seed:3 --workdir=runs/students
+    python scripts/sweep.py --config=configs/compression.py:steps=400 --sweep=distilled:runs/teacher/base,seed:3 \
         --workdir=runs/distilled
 
 Question: how much of its loss does `small` lose with weights and activations of 8 bits, with E = 1.5 D in place of 2 D,
-with half of its weights and with two of every four, at once and after a recovery of 300 steps; and are `small` and
-`tiny` better students of `base` than of the text alone, at equal tokens?
+with half of its weights and with two of every four, at once and after a recovery of 150 steps, which for 8 bits is
+training with them; and are `small` and `tiny` better students of `base` than of the text alone, at equal tokens?
 
-Arguments: those of configs/quality.py, whose training this is, and steps. The sweeps of one seed lie in directories of
-their own, so that the starts of `recovered` have the same names for all seeds and the report can take them together.
+Arguments: those of configs/quality.py, whose training this is, and steps (1,000). The sweeps of one seed lie in
+directories of their own, so that the starts of `recovered` have the same names for all seeds and the report can take
+them together. The teacher and all students have half the batch, 32,768 tokens: so few tokens are worth more in more
+steps.
 
-Cost: 95 s of an NVIDIA H200 for `flash`, 14 s for a recovery, 400 s for `base`.
+Cost, computed: 50 s of an NVIDIA H200 for `flash`, 7 s for a recovery, 120 s for `base`, 10 to 40 s for a student.
 """
 
 from collections.abc import Iterator
@@ -42,16 +44,17 @@ RECOVERY = {RATE: 1e-3, 'optimizer.warmup_percent': 10.0}
 SPARSE = {**RECOVERY, 'optimizer.keep_zeros': ('kernel$',)}
 # qwix sees no kernels of our own.
 XLA = {'model.impl': 'xla'}
+BATCH = {'data.batch_size': 32}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/compression.py:arg`."""
-    arg = common.parse_arg(arg, model='flash', size='small', context=1024, data=budgets.DATA['small'], steps=2000)
+    arg = common.parse_arg(arg, model='flash', size='small', context=1024, data=budgets.DATA['small'], steps=1000)
     given = [f'{name}={arg[name]}' for name in arg.given if name != 'steps']
     config = quality.get_config(','.join(given))
     config.optimizer.learning_rate = 4.5e-3
     config.checkpoint.keep_last = 1
-    if 'steps' in arg.given:
+    if 'steps' in arg.given or not arg.runlocal:
         config.steps = arg.steps
     return config
 
@@ -70,10 +73,16 @@ def sweep_recovered(directory: str) -> Iterator[Overrides]:
         yield {'name': pattern, 'init_from': str(source / pattern), **SPARSE}
 
 
-def sweep_quantised() -> Iterator[Overrides]:
-    """Training in 8 bits from the start: weights and activations, and weights alone."""
+def sweep_quantised(directory: str) -> Iterator[Overrides]:
+    """The model as it was trained, trained on in 8 bits: weights and activations, and weights alone."""
     for quantization in ('int8', 'int8_weights'):
-        yield {'name': quantization, 'quantization': quantization, **XLA}
+        start = {'init_from': str(Path(directory).absolute() / 'flash'), **RECOVERY}
+        yield {'name': quantization, 'quantization': quantization, **XLA, **start}
+
+
+def sweep_quantised_from_nothing() -> Iterator[Overrides]:
+    """Training in 8 bits from the start."""
+    yield {'name': 'int8_from_nothing', 'quantization': 'int8', **XLA}
 
 
 def sweep_narrow() -> Iterator[Overrides]:
@@ -83,16 +92,16 @@ def sweep_narrow() -> Iterator[Overrides]:
 
 def sweep_teacher() -> Iterator[Overrides]:
     """112 M parameters."""
-    yield {'name': 'base', ':size': 'base', RATE: 3e-3}
+    yield {'name': 'base', ':size': 'base', RATE: 3e-3, **BATCH}
 
 
 def sweep_students() -> Iterator[Overrides]:
     """Both students without a teacher."""
     for size in ('tiny', 'small'):
-        yield {'name': size, ':size': size}
+        yield {'name': size, ':size': size, **BATCH}
 
 
 def sweep_distilled(teacher: str) -> Iterator[Overrides]:
     """Both with one, half of the loss being its divergence."""
     for size in ('tiny', 'small'):
-        yield {'name': size, ':size': size, TEACHER: str(Path(teacher).absolute())}
+        yield {'name': size, ':size': size, TEACHER: str(Path(teacher).absolute()), **BATCH}

@@ -11,8 +11,8 @@ SWEEPS = [
     ('relu2', 'mlm', 4),
     ('quality', 'models,seed:5:3', 15),
     ('quality', 'rates+long+memory+far+base', 22),
-    ('compression', 'trained+quantised+narrow+teacher+distilled:runs', 7),
-    ('compression', 'recovered:runs', 4),
+    ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
+    ('compression', 'recovered:runs+quantised:runs', 6),
     ('borders', 'chunks+remedies', 10),
     ('heads', 'heads,seed:2', 12),
 ]
