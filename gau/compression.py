@@ -179,7 +179,7 @@ def rounded(leaves: Leaves, model: ConfigDict) -> Compressed:
     except ImportError as error:
         raise UserError('--method=rounded needs qwix: pip install -r requirements-compress.txt') from error
     result, bytes_after = dict(leaves), 0
-    kernels = _kernels(leaves, embedding=True)
+    kernels = _kernels(leaves, vocabulary=True)
     for path, inputs in kernels.items():
         # Every axis but those of the inputs has scales of its own.
         channels = [axis for axis in range(leaves[path].ndim) if axis not in inputs]
@@ -197,14 +197,14 @@ def rounded(leaves: Leaves, model: ConfigDict) -> Compressed:
     return Compressed(result, {}, report)
 
 
-def _kernels(leaves: Leaves, *, embedding: bool = False) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns the paths of the layers' kernels, if asked the embedding's too, with the axes of their inputs."""
+def _kernels(leaves: Leaves, *, vocabulary: bool = False) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the paths of the layers' kernels, if asked the vocabulary's too, with the axes of their inputs."""
     found = {}
     for path, x in leaves.items():
         axes = matrix_axes('/'.join(path), x)
         if axes is not None:
             found[path] = axes[0]
-        elif embedding and path[-2:] == ('embedding', 'kernel'):
+        elif vocabulary and path[-2:] in (('embedding', 'kernel'), ('output', 'kernel')):
             found[path] = (1,)
     return found
 

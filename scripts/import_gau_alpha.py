@@ -3,7 +3,7 @@
     python scripts/import_gau_alpha.py --source=GAU-alpha --tokenizer=huggingface:vocab.json --output=out/gau
     python train.py --config=configs/finetune.py:start=out/gau,data=jsonl:train.jsonl --workdir=runs/classified
 
-Hidden states are the original's; what has no counterpart here is refused (gau/export/gau_alpha.py).
+Hidden states and logits are the original's; what has no counterpart is refused (gau/export/gau_alpha.py).
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""GAU-alpha's layout as an export of ours: the encoder of a BERT made of softmax GAUs, to start a run from.
+"""GAU-alpha's layout as an export of ours: a BERT made of softmax GAUs, to start a run from.
 
 The layout is that of the package `gau-alpha` (`config.json` with `model_type` gau_alpha and `model.safetensors`, or
 `pytorch_model.bin`, which needs torch). A GAU-alpha model is our `flash_quad` with softmax, or with its form that grows
@@ -9,10 +9,9 @@ sharper with the length, after-norms without parameters and no relative bias:
     q_scaleoffset, k_scaleoffset [S]              query_key gamma [2, 1, S]
     pairs (2 i, 2 i + 1) are rotated              pairs (i, i + S/2): z, gamma and beta are sorted anew
     norm(word + token type 0)                     the rows of the embedding, computed once
+    cls.predictions.decoder.weight [V, D]         output [V, D]: output_layer=own
 
-Token type 1 has no place here. Nor has their output layer, which reads the words without that norm, where ours is the
-embedding transposed: hidden states are equal, logits are not, and masked tokens need training. A start for
-classification needs none of it.
+Their output layer is the words without that norm, unless the file has another one. Token type 1 has no place here.
 """
 
 import json
@@ -42,8 +41,8 @@ DEFAULTS = {
 CARD_TEXT = """\
 # Imported from GAU-alpha
 
-`model.safetensors` has the encoder of {source} by our names, `config.json` the model's config. Hidden states equal the
-original's; the output layer is not in it (see gau/export/gau_alpha.py). A run starts from it with
+`model.safetensors` has {source} by our names, `config.json` the model's config. Hidden states and logits of masked
+tokens equal the original's (see gau/export/gau_alpha.py). A run starts from it with
 `--config=configs/finetune.py:start=DIRECTORY`.
 """
 
@@ -71,7 +70,7 @@ def convert(source: Path, output: Path, *, tokenizer: str) -> dict[str, Any]:
     config = _read_config(source)
     weights = _read_weights(source)
     model = model_of(config, where=str(source))
-    named = encoder(weights, config, where=str(source))
+    named = parameters(weights, config, where=str(source))
     vocab_size = _check_tokenizer(tokenizer, named['embedding.weight'].shape[0])
     output.mkdir(parents=True)
     save_file(named, output / WEIGHTS, metadata={'format': 'pt'})
@@ -111,6 +110,7 @@ def model_of(config: dict[str, Any], *, where: str) -> dict[str, Any]:
         'norm': 'scale_norm',
         'norm_placement': 'post',
         'absolute_position': 'none',
+        'output_layer': 'own',
         'rope': 'rotary',
         'relative_bias': 'none',
         'gate': 'silu',
@@ -119,7 +119,7 @@ def model_of(config: dict[str, Any], *, where: str) -> dict[str, Any]:
     }
 
 
-def encoder(weights: dict[str, np.ndarray], config: dict[str, Any], *, where: str) -> dict[str, np.ndarray]:
+def parameters(weights: dict[str, np.ndarray], config: dict[str, Any], *, where: str) -> dict[str, np.ndarray]:
     """Returns the parameters by our stable names (`gau.models.weights`), float32.
 
     Raises:
@@ -127,7 +127,7 @@ def encoder(weights: dict[str, np.ndarray], config: dict[str, Any], *, where: st
     """
     d, e, s = (config[name] for name in ('hidden_size', 'intermediate_size', 'attention_key_size'))
 
-    def take(name: str, *shape: int, otherwise: float | None = None) -> np.ndarray:
+    def take(name: str, *shape: int, otherwise: float | np.ndarray | None = None) -> np.ndarray:
         found = next((weights[full] for full in (name, f'gau_alpha.{name}') if full in weights), None)
         if found is None and otherwise is not None:
             return np.full(shape, otherwise, np.float32)
@@ -140,7 +140,8 @@ def encoder(weights: dict[str, np.ndarray], config: dict[str, Any], *, where: st
     types = take('embeddings.token_type_embeddings.weight', config['type_vocab_size'], d)
     rows = (words + types[0]).astype(np.float64)
     scale = np.sqrt(np.square(rows).mean(-1, keepdims=True) + config['layer_norm_eps'])
-    named = {'embedding.weight': (rows / scale).astype(np.float32)}
+    decoder = take('cls.predictions.decoder.weight', *words.shape, otherwise=words)
+    named = {'embedding.weight': (rows / scale).astype(np.float32), 'output.weight': decoder}
     # Their halves of a rotated vector are its even and its odd places.
     order = np.concatenate([np.arange(0, s, 2), np.arange(1, s, 2)])
     for layer in range(config['num_hidden_layers']):

@@ -20,6 +20,7 @@ FIELDS = (
     *('dropout_rate', 'gate', 'query_key_dim', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
     *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),
+    *('decay_gate', 'global_norm', 'local_window', 'output_layer'),
 )
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),
@@ -27,14 +28,7 @@ NOT_OF_THE_MODEL = {
     *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
 # Fields of which modeling_gau.py has one value.
-AS_EVER = {
-    'decay_gate': 'none',
-    'far_chunks': 0,
-    'global_norm': 'none',
-    'local_window': 1,
-    'short_convolution': 0,
-    'key_input': 'shared',
-}
+AS_EVER = {'far_chunks': 0, 'key_input': 'shared', 'short_convolution': 0}
 
 USE = """\
 ```python
@@ -68,12 +62,18 @@ def write(trained: Trained, directory: Path) -> None:
     write_weights(trained, directory)
     write_json(directory / CONFIG, config | special)
     if trained.causal:
-        write_json(directory / 'generation_config.json', special)
+        write_json(directory / 'generation_config.json', special | {'use_cache': has_state(config)})
     shutil.copyfile(CODE, directory / CODE.name)
     fast_tokenizer.write(tokenizer, directory, context=run.config.data.context, causal=trained.causal)
     auto = 'AutoModelForCausalLM' if trained.causal else 'AutoModelForMaskedLM'
     use = USE.format(auto=auto, call=CALLS[trained.causal])
     card.write(trained, directory, format='huggingface', use=use, library='transformers')
+
+
+def has_state(config: dict[str, Any]) -> bool:
+    """Returns whether modeling_gau.py has a state for decoding; else `generate` reads everything again."""
+    whole = config['chunk_size'] is None and config['normalizer'] == 'paper'
+    return config['is_causal'] and not whole and (config['local_window'] or 1) == 1
 
 
 def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int) -> dict[str, Any]:

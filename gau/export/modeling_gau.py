@@ -3,7 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)     # or AutoModelForMaskedLM
 
 All of a model is in this file. Tensors are named by their axes: B batch, N tokens, D model, E expanded, S query/key,
-G chunks, C chunk, H heads, R roles, V vocabulary; a head's part of E and its width are E and S as well.
+G chunks, C chunk, H heads, R roles, V vocabulary, L columns of a gate (1 or S); a head's part of E and its width are E
+and S as well.
 Documents: `segment_ids` [B, N] are 0 at padding and name the document of every other token; documents are contiguous
 and do not see each other. An `attention_mask` is the same with one document. Decoding keeps a state that, in FLASH, has
 one size whatever the length; padding in a prompt, on whichever side, is left out of it.
@@ -27,16 +28,19 @@ if 'cache' not in inspect.signature(GenerationMixin.prepare_inputs_for_generatio
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 SMOOTH_RELU_EPSILON = 0.05
+GATE_RANK = 16
 
 
 # Fields of the config, by what they belong to, with the values of a FLASH of base size.
 FIELDS = {
     **dict(architecture='flash', is_causal=True, vocab_size=32_000, context=512, num_layers=24, model_dim=768),
+    **dict(output_layer='tied'),
     **dict(num_heads=1, head_decay=0.0, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
     **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
     **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
     **dict(chunk_size=256, branches='both', global_reduction='mean', global_decay=1.0),  # mixed chunk attention
     **dict(expanded_dim=1536, query_key_dim=128),  # gated attention units
+    **dict(decay_gate='none', global_norm='none', local_window=1),  # of both
     **dict(head_dim=None, feed_forward=None, feed_forward_dim=None),  # Transformers
 }
 
@@ -71,6 +75,20 @@ class Tokens(NamedTuple):
 
     ids_BN: Tensor | None
     rope: dict[int, tuple[Tensor, Tensor]]
+
+
+class Inputs(NamedTuple):
+    """What an attention is computed of, [B, H, N, ...]: queries and keys S, values E, logits of the gate L.
+
+    Where there is one branch alone, its queries and keys stand in the other's place too.
+    """
+
+    q: Tensor
+    k: Tensor
+    q_lin: Tensor
+    k_lin: Tensor
+    v: Tensor
+    gate: Tensor | None = None
 
 
 State = dict[str, Tensor]
@@ -114,11 +132,11 @@ FUNCTIONS = {
 class Norm(nn.Module):
     """ScaleNorm (one scale), RMSNorm (one for each feature) or LayerNorm (with a bias)."""
 
-    def __init__(self, config: GAUConfig):
+    def __init__(self, kind: str, width: int):
         super().__init__()
-        shape = () if config.norm == 'scale_norm' else (config.model_dim,)
+        shape = () if kind == 'scale_norm' else (width,)
         self.scale = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape)) if config.norm == 'layer_norm' else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if kind == 'layer_norm' else None
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """x / rms(x) * scale, in float32."""
@@ -152,6 +170,22 @@ class ScaleOffset(nn.Module):
         return [rotate(y, table) for y in made[: self.rotated]] + made[self.rotated :]
 
 
+class DecayGate(nn.Module):
+    """The logits of what the state keeps over a chunk: x w + b; or, one for each column of the keys, (x W1) W2 + b."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__()
+        keys = config.decay_gate == 'keys'
+        self.down = nn.Parameter(torch.empty(config.model_dim, GATE_RANK if keys else 1))
+        self.up = nn.Parameter(torch.empty(GATE_RANK, config.query_key_dim)) if keys else None
+        self.bias = nn.Parameter(torch.zeros(config.query_key_dim if keys else 1))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, 1, N, L], in float32."""
+        logits = wide(x_BND) @ wide(self.down)
+        return ((logits if self.up is None else logits @ wide(self.up)) + self.bias)[:, None]
+
+
 class RelativeBias(nn.Module):
     """b[q, k], a function of k - q: a learned table, or two rotated vectors."""
 
@@ -183,54 +217,66 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.heads, self.width = config, heads, width
         self.local, self.across = config.branches != 'global', config.branches in ('both', 'global')
-        self.decay = config.global_decay or 1.0  # of a chunk's weight in the sums, for every chunk that follows it
+        self.chunks = config.local_window or 1  # that the local branch reads; the other reads those before them
         if config.learned_temperature:
             self.temperature = Scale()
         if config.relative_bias in ('toeplitz', 'rotary'):
             self.relative_bias = RelativeBias(config.relative_bias, heads, config.relative_bias_length, width)
+        if self.across and config.decay_gate in ('scalar', 'keys'):
+            self.decay_gate = DecayGate(config)
+        if self.across and config.global_norm == 'rms_norm':
+            self.global_norm = Norm('rms_norm', config.expanded_dim)
 
-    def attend(self, made: list[Tensor], v: Tensor, tokens: Tokens, lengths_B: Tensor | None) -> tuple[Tensor, State]:
+    def inputs(self, made: list[Tensor], v: Tensor, x_BND: Tensor) -> Inputs:
+        """Queries and keys of one branch or both, values, and what the layer reads."""
+        q, k, q_lin, k_lin = made * (2 // (len(made) // 2))
+        if self.config.learned_temperature:
+            q = q * self.temperature.scale
+        return Inputs(q, k, q_lin, k_lin, v, self.decay_gate(x_BND) if hasattr(self, 'decay_gate') else None)
+
+    def attend(self, x: Inputs, tokens: Tokens, lengths_B: Tensor | None) -> tuple[Tensor, State]:
         """Whole sequences. Returns [B, H, N, E]; with lengths of rows padded on the right, their states as well."""
-        q, k, q_lin, k_lin = made * (2 // (len(made) // 2))
-        if self.config.learned_temperature:
-            q = q * self.temperature.scale
         if self.config.chunk_size is None:
-            return self.quadratic(q, k, v, tokens.ids_BN), {} if lengths_B is None else {'k': k, 'v': v}
-        return self.mixed_chunk(q, k, q_lin, k_lin, v, tokens.ids_BN, lengths_B)
+            return self.quadratic(x, tokens.ids_BN), {} if lengths_B is None else {'k': x.k, 'v': x.v}
+        return self.mixed_chunk(x, tokens.ids_BN, lengths_B)
 
-    def step(self, made: list[Tensor], v: Tensor, lengths_B: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Inputs, lengths_B: Tensor, state: State) -> tuple[Tensor, State]:
         """One token of each row, [B, H, 1, E]; `lengths_B` tokens of the row are in its state."""
-        q, k, q_lin, k_lin = made * (2 // (len(made) // 2))
-        if self.config.learned_temperature:
-            q = q * self.temperature.scale
-        size = self.config.chunk_size
-        new = {'k': k, 'v': v} if self.local else {}
+        size, v = self.config.chunk_size, x.v
+        new = {'k': x.k, 'v': v} if self.local else {}
         if size is None:
             size = state['k'].shape[2] + 1
-            place_B, state = lengths_B, {name: F.pad(x, (0, 0, 0, 1)) for name, x in state.items()}
+            place_B, state = lengths_B, {name: F.pad(old, (0, 0, 0, 1)) for name, old in state.items()}
         else:
             place_B = lengths_B % size
         index_M = torch.arange(size, device=v.device)
         here = (index_M == place_B[:, None])[:, None, :, None]
-        state = state | {name: torch.where(here, x, state[name]) for name, x in new.items()}
+        state = state | {name: torch.where(here, one, state[name]) for name, one in new.items()}
         out = torch.zeros_like(v)
         if self.local:
             bias = None
             if hasattr(self, 'relative_bias'):
                 bias = self.relative_bias(place_B[:, None], size).transpose(0, 1)
             seen = (index_M <= place_B[:, None])[:, None, None]
-            out = self.weights(q, state['k'], seen, size, bias).to(v.dtype) @ state['v']
+            out = self.weights(x.q, state['k'], seen, size, bias).to(v.dtype) @ state['v']
         if self.across:
-            before_B = lengths_B - place_B
-            if self.decay < 1:
-                before_B = size * (1 - self.decay ** (before_B // size).to(wide(q_lin).dtype)) / (1 - self.decay)
-            out = out + self.scaled(q_lin, before_B[:, None, None]).to(v.dtype) @ state['sum'].to(v.dtype)
-            chunk = state['open'] + wide(k_lin).transpose(-1, -2) @ wide(v)
-            full = (place_B == size - 1)[:, None, None, None]
-            zero = torch.zeros_like(chunk)
-            state['sum'] = torch.where(full, self.decay * state['sum'] + chunk, state['sum'])
-            state['open'] = torch.where(full, zero, chunk)
+            far = self.scaled(x.q_lin, state['count']).to(v.dtype) @ state['sum'].to(v.dtype)
+            out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
+            state |= self.folded(x, (place_B == size - 1)[:, None, None, None], state)
         return out, state
+
+    def folded(self, x: Inputs, full: Tensor, state: State) -> State:
+        """What a state has of the chunks after a token, which may make the open one `full`."""
+        size, new = self.config.chunk_size, {}
+        kept = torch.full_like(state['count'], self.config.global_decay or 1.0)
+        if x.gate is not None:
+            logits = state['gate'] + x.gate
+            kept, new['gate'] = torch.sigmoid(logits / size), logits.masked_fill(full, 0)
+        chunk = state['open'] + wide(x.k_lin).transpose(-1, -2) @ wide(x.v)
+        new['open'] = chunk.masked_fill(full, 0)
+        new['sum'] = torch.where(full, kept.transpose(-1, -2) * state['sum'] + chunk, state['sum'])
+        new['count'] = torch.where(full, kept * state['count'] + size, state['count'])
+        return new
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor, length: Tensor | int, bias: Tensor | None) -> Tensor:
         """A [..., N, M], exactly 0 where not seen; `length` is n of the normalizer `paper`."""
@@ -256,11 +302,11 @@ class Attention(nn.Module):
         """Queries of the linear attention over the number of tokens that they read; 0 where there are none."""
         dtype = wide(q_lin).dtype
         share = 1 / torch.where(count > 0, count, 1).to(dtype) if self.config.global_reduction == 'mean' else 1.0
-        return wide(q_lin) * ((count > 0).to(dtype) * share)[..., None]
+        return wide(q_lin) * ((count > 0).to(dtype) * share)
 
-    def quadratic(self, q: Tensor, k: Tensor, v: Tensor, ids_BN: Tensor | None) -> Tensor:
+    def quadratic(self, x: Inputs, ids_BN: Tensor | None) -> Tensor:
         """Every query against every key that it sees."""
-        n, device = v.shape[2], v.device
+        n, device = x.v.shape[2], x.v.device
         index_N = torch.arange(n, device=device)
         mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=device)
         length = n
@@ -270,50 +316,65 @@ class Attention(nn.Module):
         if self.config.is_causal:
             mask = mask & (index_N <= index_N[:, None])
         bias = self.relative_bias(index_N, n) if hasattr(self, 'relative_bias') else None
-        return self.weights(q, k, mask, length, bias).to(v.dtype) @ v
+        return self.weights(x.q, x.k, mask, length, bias).to(x.v.dtype) @ x.v
 
-    def mixed_chunk(self, q, k, q_lin, k_lin, v, ids_BN, lengths_B) -> tuple[Tensor, State]:
+    def mixed_chunk(self, x: Inputs, ids_BN: Tensor | None, lengths_B: Tensor | None) -> tuple[Tensor, State]:
         """Attention inside chunks; to what lies before them (or to all tokens) by one sum of k v^T each."""
-        (batch, _, n, _), size, causal = v.shape, self.config.chunk_size, self.config.is_causal
+        (batch, _, n, _), size, causal = x.v.shape, self.config.chunk_size, self.config.is_causal
         groups = (n + size - 1) // size
         # The last chunk is filled up with padding, which nobody sees.
-        index_GC = torch.arange(groups * size, device=v.device).view(groups, size)
+        index_GC = torch.arange(groups * size, device=x.v.device).view(groups, size)
         inside_GC = index_GC.clamp(max=n - 1)
         real_BGC = (index_GC < n)[None]
         ids_BGC = real_BGC.long() if ids_BN is None else ids_BN[:, inside_GC] * real_BGC
-
-        def chunked(x):
-            return x[:, :, inside_GC] * real_BGC[:, None, ..., None]
-
-        q, k, q_lin, k_lin, v = (chunked(x) for x in (q, k, q_lin, k_lin, v))
-        same = ((ids_BGC[..., None] == ids_BGC[..., None, :]) & (ids_BGC > 0)[..., None, :])[:, None]
-        out, state, index_C = torch.zeros_like(v), {}, torch.arange(size, device=v.device)
+        x = Inputs(*(y if y is None else y[:, :, inside_GC] * real_BGC[:, None, ..., None] for y in x))
+        q, k, q_lin, k_lin, v, _ = x
+        out, state = torch.zeros_like(v), {}
         if self.local:
-            mask = same & (index_C <= index_C[:, None]) if causal else same
-            bias = self.relative_bias(index_C, size)[:, None] if hasattr(self, 'relative_bias') else None
-            out = self.weights(q, k, mask, size, bias).to(v.dtype) @ v
+            out = self.weights_in_chunks(q, k, ids_BGC).to(v.dtype) @ before(v, self.chunks)
         if self.across:
-            seen, kv = self.other_chunks(k_lin, v, ids_BGC)
-            count = sum(sees * count[..., None] for _, count, sees in seen)
-            count = count if causal else count + same[:, 0].sum(-1)
-            q_lin = self.scaled(q_lin, count[:, None])
+            kept_BGL = self.kept(x, ids_BGC)
+            seen, kv = self.other_chunks(k_lin, v, ids_BGC, kept_BGL)
+            count_BGCL = sum(sees[..., None] * count[:, :, None] for _, count, sees in seen)
+            same = documents(ids_BGC, ids_BGC)
+            q_lin = self.scaled(q_lin, (count_BGCL if causal else count_BGCL + same.sum(-1, keepdim=True))[:, None])
+            far = torch.zeros_like(v)
             if not causal:
-                out = out + (q_lin @ wide(k_lin).transpose(-1, -2)).masked_fill(~same, 0).to(v.dtype) @ v
+                far = (q_lin @ wide(k_lin).transpose(-1, -2)).masked_fill(~same[:, None], 0).to(v.dtype) @ v
             for sums, _, sees in seen:
-                out = out + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
+                far = far + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
+            out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
             if lengths_B is not None:
-                chunk_BG = torch.arange(groups, device=v.device) - (lengths_B // size)[:, None]
-                weights_BG = (chunk_BG < 0).to(kv.dtype) * self.decay ** (-1 - chunk_BG).clamp(min=0).to(kv.dtype)
-                state['sum'] = torch.einsum('bg,bhgse->bhse', weights_BG, kv)
-                state['open'] = torch.einsum('bg,bhgse->bhse', (chunk_BG == 0).to(kv.dtype), kv)
+                state = self.state_of(kv, x.gate, kept_BGL, lengths_B)
         if self.local and lengths_B is not None:
             rows, last_B = torch.arange(batch, device=v.device), (lengths_B // size).clamp(max=groups - 1)
             state |= {'k': k[rows, :, last_B], 'v': v[rows, :, last_B]}
         index_N = torch.arange(n, device=v.device)
         return out[:, :, index_N // size, index_N % size], state
 
-    def other_chunks(self, k_lin, v, ids_BGC) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G], who sees them).
+    def weights_in_chunks(self, q: Tensor, k: Tensor, ids_BGC: Tensor) -> Tensor:
+        """A of every chunk to itself, [B, H, G, C, C], or to the one before and itself, [B, H, G, C, 2 C]."""
+        size = self.config.chunk_size
+        mask = documents(ids_BGC, before(ids_BGC[:, None, ..., None], self.chunks)[:, 0, ..., 0])[:, None]
+        key_M = torch.arange(self.chunks * size, device=q.device)
+        query_C = key_M[-size:]
+        if self.config.is_causal:
+            mask = mask & (key_M <= query_C[:, None])
+        bias = self.relative_bias(query_C, len(key_M))[:, None] if hasattr(self, 'relative_bias') else None
+        return self.weights(q, before(k, self.chunks), mask, self.chunks * size, bias)
+
+    def kept(self, x: Inputs, ids_BGC: Tensor) -> Tensor:
+        """The log of what is kept of a state over all chunks before each, [B, G + 1, L]."""
+        if x.gate is None:
+            ones_BG1 = torch.ones_like(ids_BGC[:1, :, :1], dtype=wide(x.v).dtype)
+            logs_BGL = math.log(self.config.global_decay or 1.0) * ones_BG1
+        else:
+            real = (ids_BGC > 0)[..., None]
+            logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / real.sum(2).clamp(min=1))
+        return F.pad(logs_BGL.cumsum(1), (0, 0, 1, 0))
+
+    def other_chunks(self, k_lin, v, ids_BGC, kept_BGL) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G, L], who sees them).
 
         A chunk continues the one document that is open at its start, so it needs the sums of that one alone. Also
         returns k v^T of all tokens of each chunk.
@@ -324,20 +385,52 @@ class Attention(nn.Module):
             for ids, there in ((ids_BGC, real), (ids_BGC.flip(-1), real.flip(-1)))
         )
         g = torch.arange(ids_BGC.shape[1], device=v.device)
-        seen = []
-        directions = [(first, last, g[:, None] > g)] + (
+        read = g - (self.chunks - 1)  # up to which chunk a chunk reads here
+        directions = [(first, last, read[:, None] > g)] + (
             [] if self.config.is_causal else [(last, first, g[:, None] < g)]
         )
+        between_BGGL = kept_BGL[:, read.clamp(min=0), None] - kept_BGL[:, None, 1:]
+        seen = []
         for head, tail, order_GG in directions:
             at_tail = (ids_BGC == tail) & real
             kv = torch.einsum('bhgcs,bhgce->bhgse', wide(k_lin * at_tail[:, None, ..., None]), wide(v))
-            continues_BGG = (order_GG & (head == tail.transpose(1, 2)) & (head > 0)).to(kv.dtype)
-            if self.decay < 1:
-                continues_BGG = continues_BGG * self.decay ** (g[:, None] - g - 1).clamp(min=0).to(kv.dtype)
-            sums = torch.einsum('bgi,bhise->bhgse', continues_BGG.expand(v.shape[0], -1, -1), kv)
-            count = (continues_BGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype))[..., 0]
+            continues = (order_GG & (head == tail.transpose(1, 2)) & (head > 0))[..., None]
+            weights_BGGL = between_BGGL.masked_fill(~order_GG[..., None], 0).exp().to(kv.dtype) * continues
+            weights_BGGL = weights_BGGL.expand(v.shape[0], -1, -1, -1)
+            sums = torch.einsum('bgis,bhise->bhgse', weights_BGGL, kv)
+            count = torch.einsum('bgil,bi->bgl', weights_BGGL, at_tail.sum(-1).to(kv.dtype).expand(v.shape[0], -1))
             seen.append((sums, count, (ids_BGC == head) & real))
         return seen, kv
+
+    def state_of(self, kv: Tensor, gate: Tensor | None, kept_BGL: Tensor, lengths_B: Tensor) -> State:
+        """The state of rows of one document each, of these lengths: complete chunks summed, and the open one."""
+        size, (batch, _, groups) = self.config.chunk_size, kv.shape[:3]
+        complete_B = lengths_B // size
+        chunk_BG1 = (torch.arange(groups, device=kv.device) - complete_B[:, None])[..., None]
+        kept_BGL = kept_BGL.expand(batch, -1, -1)
+        here_B1L = kept_BGL[torch.arange(batch, device=kv.device), complete_B][:, None]
+        weights_BGL = (here_B1L - kept_BGL[:, 1:]).masked_fill(chunk_BG1 >= 0, 0).exp().to(kv.dtype) * (chunk_BG1 < 0)
+        is_open = (chunk_BG1 == 0).to(kv.dtype)
+        state = {
+            'sum': torch.einsum('bgs,bhgse->bhse', weights_BGL, kv),
+            'open': torch.einsum('bg,bhgse->bhse', is_open[..., 0], kv),
+            'count': (size * weights_BGL.sum(1))[:, None, None],
+        }
+        if gate is not None:
+            index_C = size * torch.arange(groups, device=kv.device)[:, None] + torch.arange(size, device=kv.device)
+            real = (index_C < lengths_B[:, None, None])[..., None]
+            state['gate'] = (is_open * (gate[:, 0] * real).sum(2)).sum(1)[:, None, None]
+        return state
+
+
+def documents(queries: Tensor, keys: Tensor) -> Tensor:
+    """Which tokens are of one document, [B, G, C, M], given ids [B, G, C] and [B, G, M]; 0 is padding."""
+    return (queries[..., None] == keys[..., None, :]) & (keys > 0)[..., None, :]
+
+
+def before(x: Tensor, chunks: int) -> Tensor:
+    """Every chunk of [B, H, G, C, ...]; if asked for two, [B, H, G, 2 C, ...], after the one before it, zeros first."""
+    return x if chunks == 1 else torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3)
 
 
 def split_heads(x_BNE: Tensor, heads: int) -> Tensor:
@@ -368,7 +461,7 @@ class GatedAttentionUnit(Attention):
         u, v = uv.chunk(2, dim=-1) if self.config.gate == 'silu' else (1, uv)
         z = F.silu(self.z(x_BND))[:, None]
         made = self.query_key([z] * self.query_key.gamma.shape[0], tokens.rope.get(self.width))
-        return self.out(u * merge_heads(attend(self, made, split_heads(v, self.heads))))
+        return self.out(u * merge_heads(attend(self, self.inputs(made, split_heads(v, self.heads), x_BND))))
 
 
 class MultiHeadAttention(Attention):
@@ -391,7 +484,7 @@ class MultiHeadAttention(Attention):
         table = tokens.rope.get(self.width)
         made = [x if table is None else rotate(x, table) for x in (q, k)] if self.local else []
         made += self.query_key_linear([q, k], table) if self.across else []
-        o = merge_heads(attend(self, made, v))
+        o = merge_heads(attend(self, self.inputs(made, v, x_BND)))
         return self.out(F.silu(self.gate(x_BND)) * o if self.config.gate == 'silu' else o)
 
 
@@ -427,9 +520,9 @@ class Block(nn.Module):
             norms, self.attention = ['attention_norm', 'feed_forward_norm'], MultiHeadAttention(config, layer)
             self.feed_forward = FeedForward(config)
         for name in norms:
-            self.add_module(name, Norm(config))
+            self.add_module(name, Norm(config.norm, config.model_dim))
             if self.placement == 'sandwich':
-                self.add_module(name.replace('norm', 'output_norm'), Norm(config))
+                self.add_module(name.replace('norm', 'output_norm'), Norm(config.norm, config.model_dim))
 
     def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
         """The new residual stream."""
@@ -477,7 +570,7 @@ class GAUOutput(ModelOutput):
 
 
 class GAUPreTrainedModel(PreTrainedModel):
-    """The model with its head, which is the embedding transposed."""
+    """The model with its output layer, which is the embedding transposed or a matrix of its own."""
 
     config_class = GAUConfig
     base_model_prefix = ''
@@ -491,7 +584,9 @@ class GAUPreTrainedModel(PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         if config.norm_placement != 'post':
-            self.final_norm = Norm(config)
+            self.final_norm = Norm(config.norm, config.model_dim)
+        if config.output_layer == 'own':
+            self.output = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -504,15 +599,15 @@ class GAUPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(parameter, std=0.02)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, which is the output layer as well."""
+        """The embedding, which is the output layer as well where that has no matrix of its own."""
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces both."""
+        """Replaces it."""
         self.embedding = value
 
     def stack(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor, attend) -> Tensor:
-        """Embedding, blocks and last norm, [B, N, D]; attend(layer, queries and keys, values, tokens)."""
+        """Embedding, blocks and last norm, [B, N, D]; attend(number, layer, its inputs, tokens)."""
         config, x_BND = self.config, self.embedding(tokens_BN)
         dtype = x_BND.dtype
         if config.absolute_position == 'sinusoid':
@@ -528,19 +623,19 @@ class GAUPreTrainedModel(PreTrainedModel):
                 rope[width] = turned.cos(), turned.sin()
         tokens = Tokens(ids_BN, rope)
         for number, block in enumerate(self.blocks):
-            x_BND = block(x_BND, tokens, lambda layer, made, v, number=number: attend(number, layer, made, v, tokens))
+            x_BND = block(x_BND, tokens, lambda layer, x, number=number: attend(number, layer, x, tokens))
         return x_BND if config.norm_placement == 'post' else self.final_norm(x_BND)
 
     def hidden(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor) -> Tensor:
         """What the output layer reads of whole sequences, [B, N, D]."""
         return self.stack(
             *(tokens_BN, ids_BN, positions_BN),
-            lambda number, layer, made, v, tokens: layer.attend(made, v, tokens, None)[0],
+            lambda number, layer, x, tokens: layer.attend(x, tokens, None)[0],
         )
 
     def head(self, h_BND: Tensor) -> Tensor:
         """Logits [B, N, V], at least float32."""
-        return wide(F.linear(h_BND, self.embedding.weight))
+        return wide(F.linear(h_BND, (self.output if hasattr(self, 'output') else self.embedding).weight))
 
     def read(self, input_ids, attention_mask, position_ids, segment_ids) -> Tensor:
         """`hidden` of what `forward` is given."""
@@ -625,6 +720,8 @@ class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
         """Reads prompts in parallel."""
         if self.config.normalizer == 'paper' and self.config.chunk_size is None:
             raise ValueError('normalizer=paper divides by the length of the whole sequence: use_cache=False is needed')
+        if (self.config.local_window or 1) > 1:
+            raise ValueError('local_window=2: no state holds two chunks: use_cache=False is needed')
         batch, n = input_ids.shape
         lengths_B = torch.full((batch,), n, device=input_ids.device)
         order_BN, ids_BN, index_N = None, None, torch.arange(n, device=input_ids.device)
@@ -635,8 +732,8 @@ class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
             input_ids, ids_BN = input_ids.gather(1, order_BN), (index_N < lengths_B[:, None]).long()
         layers: list[State] = [{} for _ in self.blocks]
 
-        def attend(number, layer, made, v, tokens):
-            out, layers[number] = layer.attend(made, v, tokens, lengths_B)
+        def attend(number, layer, x, tokens):
+            out, layers[number] = layer.attend(x, tokens, lengths_B)
             return out
 
         h_BND = self.stack(input_ids, ids_BN, index_N[None], attend)
@@ -648,8 +745,8 @@ class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
         """Reads one token a row; returns [B, 1, D] and the new states."""
         new: list[State] = [{} for _ in layers]
 
-        def attend(number, layer, made, v, tokens):
-            out, new[number] = layer.step(made, v, lengths_B, layers[number])
+        def attend(number, layer, x, tokens):
+            out, new[number] = layer.step(x, lengths_B, layers[number])
             return out
 
         return self.stack(tokens_B1, None, lengths_B[:, None], attend), new

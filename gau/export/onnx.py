@@ -12,7 +12,7 @@ from typing import Any
 
 from gau.export import card, tokenizer_files
 from gau.export.exporting import CONFIG, KIND, Trained, write_json
-from gau.export.huggingface import config_of
+from gau.export.huggingface import config_of, has_state
 
 FORWARD, DECODE = 'model.onnx', 'decode.onnx'
 
@@ -81,7 +81,7 @@ def write_graphs(model: Any, directory: Path) -> dict[str, list[int]]:
 
     Returns:
       The shapes of a row's state by name, [H, ...]; none where there is no decode.onnx: the state of the other models
-      grows with the sequence.
+      grows with the sequence, or they have none.
     """
     import torch
 
@@ -115,7 +115,7 @@ def write_graphs(model: Any, directory: Path) -> dict[str, list[int]]:
         outputs=['logits'],
         shapes=({0: batch, 1: length},) * 3,
     )
-    if not model.config.is_causal or model.config.chunk_size is None:
+    if not has_state(model.config.to_dict()) or model.config.chunk_size is None:
         return {}
     with torch.no_grad():
         layers_of_state = model.prefill(tokens_BN, None)[1].layers

@@ -57,5 +57,6 @@ def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) ->
     if config.norm_placement != 'post':
         parts.append(('final norm', norm(config)))
     # Of the logits nothing is saved: what waits for the backward pass is the gradient of the hidden states.
-    parts.append(('head (tied)', Count(0, 2 * d * vocab_size, d * size)))
+    own = vocab_size * d if config.output_layer == 'own' else 0
+    parts.append(('head' if own else 'head (tied)', Count(own, 2 * d * vocab_size, d * size)))
     return parts

@@ -104,6 +104,11 @@ COMMON = {
         *('sinusoid', 'none'),
         default='sinusoid',
     ),
+    'output_layer': choice(
+        'What makes logits of the last hidden states: the embedding transposed ("tied"), or a matrix of its own.',
+        *('tied', 'own'),
+        default='tied',
+    ),
     'rope': choice(
         'Which queries and keys are rotated by position: all; those of the attention inside chunks alone; none.',
         *('rotary', 'local', 'none'),

@@ -1,5 +1,6 @@
-"""The language model around the blocks: tied embedding, positions, the stack of layers, the head and its loss."""
+"""The language model around the blocks: embedding, positions, the stack of layers, the output layer and its loss."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ REMAT_POLICIES = {
 
 
 class Embedding(nn.Module):
-    """A matrix [V, D] ~ N(0, 0.02) that is both embedding and output layer."""
+    """A matrix [V, D] ~ N(0, 0.02) that is embedding, output layer, or both."""
 
     vocab_size: int
     width: int
@@ -49,6 +50,11 @@ class Embedding(nn.Module):
     def rows(self) -> Array:
         """Returns the matrix with whole rows on every device: gathered once, not for each use of a part of it."""
         return constrain(self.kernel, 'vocab', None)
+
+
+def output_matrix(params: Mapping[str, Any]) -> Array:
+    """Returns the output layer, [V, D], of the parameters of a `LanguageModel`."""
+    return params.get('output', params['embedding'])['kernel']
 
 
 class LanguageModel(nn.Module):
@@ -75,10 +81,13 @@ class LanguageModel(nn.Module):
     implementation: Implementation
 
     def setup(self):
-        """Makes the parts: `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...) and `final_norm`."""
+        """Makes `embedding`, `position`, `blocks` (or `blocks_0`, `blocks_1`, ...), `final_norm` and `output`."""
         config = self.config
         fused = choose(self.implementation.norm, {'xla': False, 'recomputed': False, 'triton': True})
         self.embedding = Embedding(self.vocab_size, config.model_dim, config.dtype)
+        if config.output_layer == 'own':
+            # Its parameter is made where it is read: a classifier around the model has none.
+            self.output = Embedding(self.vocab_size, config.model_dim, config.dtype)
         if config.absolute_position == 'sinusoid':
             self.position = ScaledSinusoid(config.dtype)
         if config.norm_placement != 'post':
@@ -164,12 +173,12 @@ class LanguageModel(nn.Module):
 
     def logits(self, h_BND: Array) -> Array:
         """Returns the logits of what `hidden` or `extend` returned, [B, N, V], float32 (float64)."""
-        return output_logits(h_BND, self.embedding.kernel)
+        return output_logits(h_BND, self._output.kernel)
 
     def losses(self, h_BND: Array, targets_BN: Array) -> Array:
         """Returns -log p(target) in nats for what `hidden` or `extend` returned, [B, N], float32 (float64)."""
         return sliced_cross_entropy(
-            *(h_BND, self.embedding.rows(), targets_BN),
+            *(h_BND, self._output.rows(), targets_BN),
             positions_per_slice=self.config.vocab_loss_slice,
             devices=devices_together(),
         )
@@ -185,13 +194,17 @@ class LanguageModel(nn.Module):
                 slice_loss=slice_loss(self.implementation.loss if alone else 'xla', self.vocab_size),
             )
 
-        operands = h_BND, self.embedding.rows(), targets_BN, weights_BN
+        operands = h_BND, self._output.rows(), targets_BN, weights_BN
         if parts_of('vocab') > 1:
             # Every device scores all tokens of its row of the mesh against its own part of the vocabulary.
             return loss(*operands, alone=False)
         # Every device scores its own tokens: d embedding is summed over devices once, and not for every slice.
         by_token = ('batch', 'length')
         return sum_over_mesh(loss, *operands, axes=[(*by_token, None), (None, None), by_token, by_token])
+
+    @property
+    def _output(self) -> Embedding:
+        return self.output if self.config.output_layer == 'own' else self.embedding
 
     def _stack(self, tokens_BN: Array, tokens: TokenInfo, deterministic: bool) -> Array:
         """Embedding, blocks and last norm, [B, N, D].

@@ -7,6 +7,7 @@ The names and layouts are those of PyTorch's modules, so that one file serves bo
     blocks_3/gau/uv/kernel [D, 2, E], bias [2, E]   blocks.3.gau.uv.weight [2 E, D], bias [2 E]
     blocks_3/gau/query_key/gamma [R, H, S]          blocks.3.gau.query_key.gamma [R, H, S]
     final_norm/scale                                final_norm.scale
+    output/kernel [V, D]                            output.weight [V, D]
 
 Scanned layers (`blocks/...` with a first axis of layers) have the names of unrolled ones.
 """

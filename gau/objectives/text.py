@@ -81,7 +81,7 @@ class TextObjective(Objective):
         return {name: ((rows, context), dtype) for name, dtype in dtypes.items()}
 
     def build(self, config: ConfigDict, *, data: ConfigDict, tokenizer: Any, target: Any) -> Any:
-        """Returns a language model, whose head is the embedding transposed."""
+        """Returns a language model."""
         from gau.models import registry
 
         return registry.build(config, vocab_size=tokenizer.vocab_size, causal=self.causal, target=target)

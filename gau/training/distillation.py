@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gau.errors import UserError
 from gau.layers.sharding import devices_together
 from gau.models import config as model_config
+from gau.models.language_model import output_matrix
 from gau.models.target import Target
 from gau.ops.distillation import sliced_divergence
 from gau.training import workdir as files
@@ -50,8 +51,8 @@ class Distilled(Wrapped):
         )
         teacher_BND = self.teacher.apply({'params': self.teacher_params}, batch['inputs'], **tokens, method='hidden')
         kl_BN = sliced_divergence(
-            *(hidden_BND, params['embedding']['kernel']),
-            *(teacher_BND, self.teacher_params['embedding']['kernel']),
+            *(hidden_BND, output_matrix(params)),
+            *(teacher_BND, output_matrix(self.teacher_params)),
             temperature=self.temperature,
             positions_per_slice=model.config.vocab_loss_slice,
             devices=devices_together(),

@@ -21,7 +21,8 @@ def with_pretrained(
 ) -> tuple[Any, list[str]]:
     """Returns parameters with those of another run or of an export in the place of the language model's.
 
-    The language model must fit whole; what stands around it, another head, stays as it is.
+    The language model must fit whole; what stands around it, another head, stays as it is, and takes the place of an
+    output layer that is not the embedding.
 
     Args:
       params: the new run's parameters as they are drawn; or None, only to check.
@@ -44,6 +45,9 @@ def with_pretrained(
     for name in inside:
         tree = tree[name]
     weights = _exported(source) if (source / WEIGHTS).is_file() else _checkpointed(source, tokenizer)
+    if inside and 'output' not in tree:
+        # What stands around the language model here reads its hidden states.
+        weights.pop('output.weight', None)
     found = restored(weights, tree, where=f'init_from={source}')
     return None if params is None else _placed(params, wanted, inside, found), outside
 

@@ -1,4 +1,4 @@
-"""GAU-alpha's layout: our model gives the hidden states of the package `gau-alpha`, with random weights."""
+"""GAU-alpha's layout: our model computes what the package `gau-alpha` does, with random weights."""
 
 import json
 
@@ -41,20 +41,28 @@ def weights_of(rng, *, bias=False):
 
 
 def ours(weights, config, tokens_BN, real_BN):
-    """Hidden states of our model with these weights, float64."""
+    """Hidden states and logits of our model with these weights, float64."""
     fields = default_config()
     fields.update(gau_alpha.model_of(config, where='x') | {'dtype': 'float64'})
     model = registry.build(resolve(fields, causal=False, context=40), vocab_size=97, causal=False)
-    named = {name: x.astype(np.float64) for name, x in gau_alpha.encoder(weights, config, where='x').items()}
+    named = {name: x.astype(np.float64) for name, x in gau_alpha.parameters(weights, config, where='x').items()}
     wanted = model.init(jax.random.key(0), jnp.zeros((1, 8), int))['params']
     params = restored(named, nn.unbox(wanted), where='x')
-    return model.apply({'params': params}, tokens_BN, segment_ids_BN=real_BN.astype(int), method='hidden')
+    h_BND = model.apply({'params': params}, tokens_BN, segment_ids_BN=real_BN.astype(int), method='hidden')
+    return h_BND, model.apply({'params': params}, h_BND, method='logits')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('normalization', 'bias'), [('softmax_plus', False), ('softmax', True), ('squared_relu', False)]
+    ('normalization', 'bias', 'tied'),
+    [
+        ('softmax_plus', False, True),
+        ('softmax_plus', False, False),
+        ('softmax', True, True),
+        ('squared_relu', False, True),
+    ],
 )
-def test_hidden_states_are_those_of_the_package(normalization, bias, monkeypatch):
+def test_hidden_states_and_logits_are_those_of_the_package(normalization, bias, tied, monkeypatch):
     torch = pytest.importorskip('torch', reason='GAU-alpha is a PyTorch package')
     modeling_utils = pytest.importorskip('transformers.modeling_utils', reason='GAU-alpha needs transformers')
     # transformers 5 has it no more; only heads that are not asked here read it.
@@ -65,16 +73,23 @@ def test_hidden_states_are_those_of_the_package(normalization, bias, monkeypatch
     config = CONFIG | {'normalization': normalization, 'use_bias': bias, 'layer_norm_eps': 1e-5}
     weights = weights_of(rng, bias=bias)
     fields = {name: value for name, value in config.items() if name != 'model_type'}
-    theirs = oracle.GAUAlphaModel(oracle.GAUAlphaConfig(**fields)).double().eval()
-    theirs.load_state_dict({name: torch.tensor(x).double() for name, x in weights.items()}, strict=True)
+    theirs = oracle.GAUAlphaForMaskedLM(oracle.GAUAlphaConfig(**fields, tie_word_embeddings=tied)).double().eval()
+    decoder = {'cls.predictions.decoder.weight': rng.normal(size=(97, 32)).astype(np.float32)}
+    given = {f'gau_alpha.{name}': x for name, x in weights.items()}
+    # The package has one matrix there by default, and its files leave the second name out.
+    as_loaded = given | ({name: weights['embeddings.word_embeddings.weight'] for name in decoder} if tied else decoder)
+    given |= {} if tied else decoder
+    theirs.load_state_dict({name: torch.tensor(x).double() for name, x in as_loaded.items()}, strict=True)
     tokens_BN = rng.integers(1, 97, (2, 33))
     real_BN = np.arange(33) < np.array([[33], [20]])
     with torch.no_grad():
-        expected = theirs(torch.tensor(tokens_BN), attention_mask=torch.tensor(real_BN)).last_hidden_state.numpy()
+        asked = {'input_ids': torch.tensor(tokens_BN), 'attention_mask': torch.tensor(real_BN)}
+        expected = theirs.gau_alpha(**asked).last_hidden_state.numpy(), theirs(**asked).logits.numpy()
     with float64():
-        found = np.asarray(ours(weights, config, tokens_BN, real_BN))
+        found = ours(given, config, tokens_BN, real_BN)
     # The embedding is normalised in float64 and kept in float32.
-    assert max_error(found[real_BN], expected[real_BN]) < 1e-5
+    for x, y in zip(found, expected, strict=True):
+        assert max_error(np.asarray(x)[real_BN], y[real_BN]) < 1e-5
 
 
 def test_a_run_starts_from_the_imported_model(tmp_path):

@@ -84,6 +84,19 @@ def test_a_masked_model_opens_as_one(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', trust_remote_code=True)
 
 
+@pytest.mark.slow
+def test_a_model_without_a_state_writes_all_the_same(tmp_path):
+    config = tiny_config()
+    config.model.local_window = 2
+    loop.train(config, tmp_path / 'run')
+    export(tmp_path / 'run', tmp_path / 'out', format='huggingface')
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', trust_remote_code=True)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')('def f(', return_tensors='pt')['input_ids']
+    written = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    for place in range(tokens.shape[1], written.shape[1]):
+        assert written[0, place] == model(written[:, :place]).logits[0, -1].argmax()
+
+
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('kind', ['bytes', 'sentencepiece', 'huggingface'])
 def test_tokenizers_give_the_ids_of_training(specs, kind, causal, tmp_path):  # noqa: F811

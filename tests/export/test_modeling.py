@@ -32,6 +32,15 @@ VARIANTS = [
     ('flash_quad', 'mlm', {'relative_bias': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'}),
     ('flash', 'lm', {'norm': 'rms_norm', 'norm_placement': 'sandwich', 'gate': 'none', 'absolute_position': 'none'}),
     ('flash', 'lm', {'relative_bias_init': 'normal', 'expansion_factor': 1.5}),
+    ('flash', 'lm', {'decay_gate': 'scalar', 'output_layer': 'own'}),
+    ('flash', 'lm', {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'rope': 'local'}),
+    ('flash', 'lm', {'decay_gate': 'keys', 'branches': 'global', 'global_reduction': 'sum'}),
+    ('flash', 'lm', {'global_norm': 'rms_norm', 'global_decay': 0.7, 'linear_start': 'mean', 'rope': 'local'}),
+    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'relative_bias': 'rotary'}),
+    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'keys', 'absolute_position': 'none'}),
+    ('flash', 'lm', {'local_window': 2, 'global_decay': 0.7}),
+    ('flash', 'lm', {'local_window': 2, 'branches': 'local', 'normalizer': 'visible'}),
+    ('flash_quad', 'mlm', {'output_layer': 'own', 'norm': 'rms_norm'}),
     ('transformer_plus_plus', 'lm', {'feed_forward': 'swiglu', 'gate': 'silu', 'relative_bias': 'toeplitz'}),
     ('transformer_plus_plus', 'mlm', {'attention_function': 'relu2', 'head_decay': 1.0, 'temperature': 'learned'}),
     ('mc_transformer_plus_plus', 'lm', {'branches': 'global'}),
@@ -42,7 +51,9 @@ SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS]
 CASES_AND_VARIANTS = [(*case, {}) for case in HELD] + SLOW
 DECODED = [(*case, {}) for case in HELD if case[1] == 'lm']
 DECODED += [
-    mark for mark, case in zip(SLOW, VARIANTS, strict=True) if case[1] == 'lm' and 'paper' not in case[2].values()
+    mark
+    for mark, case in zip(SLOW, VARIANTS, strict=True)
+    if case[1] == 'lm' and 'paper' not in case[2].values() and 'local_window' not in case[2]
 ]
 
 
@@ -118,9 +129,17 @@ def test_a_prompt_and_then_token_by_token_are_the_whole(case):
         expect_equal(out.logits, whole[:, prompt + 2 :].detach())
 
 
-@pytest.mark.parametrize('name', ['flash', 'flash_quad', 'transformer_plus_plus'])
-def test_padding_of_a_prompt_leaves_no_trace(name):
-    _, _, theirs = both(name)
+@pytest.mark.parametrize(
+    ('name', 'fields'),
+    [
+        ('flash', {}),
+        ('flash_quad', {}),
+        ('transformer_plus_plus', {}),
+        pytest.param('flash', {'decay_gate': 'keys', 'global_norm': 'rms_norm'}, marks=pytest.mark.slow),
+    ],
+)
+def test_padding_of_a_prompt_leaves_no_trace(name, fields):
+    _, _, theirs = both(name, **fields)
 
     def padded(x, side, fill):
         padding = [fill] * (9 - len(x))
@@ -177,6 +196,7 @@ def test_the_loss_is_that_of_the_shifted_tokens():
     [
         ('flash_quad', {'normalizer': 'paper'}, {'use_cache': True}, 'normalizer=paper divides'),
         ('flash_quad', {}, {'length': 25}, 'relative bias of 24 positions cannot serve 25'),
+        ('flash', {'local_window': 2}, {'use_cache': True}, 'local_window=2: no state holds'),
         ('flash', {}, {'use_cache': True, 'segment_ids': True}, 'one document a row'),
     ],
 )

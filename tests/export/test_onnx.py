@@ -20,21 +20,31 @@ pytest.importorskip('transformers', minversion='5.24', reason='requirements-expo
 pytest.importorskip('onnxscript', reason='requirements-export.txt')
 onnxruntime = pytest.importorskip('onnxruntime', reason='requirements-export.txt')
 
-MODELS = [('flash', 'lm'), ('flash', 'mlm'), ('flash_quad', 'lm'), ('transformer_plus_plus', 'lm')]
-MODELS += [pytest.param('mc_transformer_plus_plus', 'lm', marks=pytest.mark.slow)]
-MODELS += [pytest.param(name, 'mlm', marks=pytest.mark.slow) for name in ('flash_quad', 'transformer_plus_plus')]
+MODELS = [
+    *(('flash', objective, {}) for objective in ('lm', 'mlm')),
+    *((name, 'lm', {}) for name in ('flash_quad', 'transformer_plus_plus')),
+]
+SLOW = [
+    ('mc_transformer_plus_plus', 'lm', {}),
+    ('flash_quad', 'mlm', {'output_layer': 'own'}),
+    ('transformer_plus_plus', 'mlm', {}),
+    ('flash', 'lm', {'decay_gate': 'scalar', 'linear_start': 'ones', 'rope': 'local'}),
+    ('flash', 'lm', {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'absolute_position': 'none'}),
+    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'scalar'}),
+]
+MODELS += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 def opened(directory, name):
     return onnxruntime.InferenceSession(str(directory / name))
 
 
-@pytest.mark.parametrize(('name', 'objective'), MODELS)
-def test_graphs_compute_what_the_model_does(name, objective, tmp_path):
+@pytest.mark.parametrize(('name', 'objective', 'fields'), MODELS)
+def test_graphs_compute_what_the_model_does(name, objective, fields, tmp_path):
     from gau.export.onnx import write_graphs
 
     with float64():
-        model, params, theirs = both(name, objective)
+        model, params, theirs = both(name, objective, **fields)
         shapes = write_graphs(theirs.float(), tmp_path)
         theirs.double()
         ids_BN = np.array([layout for name, layout in LAYOUTS.items() if name != 'empty'])
@@ -46,7 +56,8 @@ def test_graphs_compute_what_the_model_does(name, objective, tmp_path):
             expected = np.asarray(apply(model, params, *map(jnp.asarray, own)))
             assert max_error(found[own[1] > 0], expected[own[1] > 0]) < 1e-5
             assert np.isfinite(found).all()
-        assert bool(shapes) == (objective == 'lm' and theirs.config.chunk_size is not None)
+        has_step = objective == 'lm' and theirs.config.chunk_size is not None and 'local_window' not in fields
+        assert bool(shapes) == has_step
         if not shapes:
             assert not (tmp_path / 'decode.onnx').exists()
             return

@@ -29,7 +29,7 @@ GAU_OPTIONS = [
     {'relative_bias': 'rotary'},
     {'relative_bias': 'none'},
     {'rope': 'none'},
-    {'absolute_position': 'none'},
+    {'absolute_position': 'none', 'output_layer': 'own'},
     {'norm': 'layer_norm'},
     {'norm': 'rms_norm'},
     {'norm_placement': 'post'},

@@ -40,7 +40,7 @@ def test_base_is_the_papers_size():
 
 OPTIONS = [
     {'name': 'flash', 'num_heads': 4, 'short_convolution': 3},
-    {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post'},
+    {'name': 'flash', 'gate': 'none', 'norm': 'layer_norm', 'norm_placement': 'post', 'output_layer': 'own'},
     {'name': 'flash', 'branches': 'local', 'temperature': 'learned', 'norm_placement': 'sandwich'},
     {'name': 'flash', 'branches': 'global', 'absolute_position': 'none', 'key_input': 'own'},
     {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0, 'key_input': 'shifted'},

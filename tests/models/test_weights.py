@@ -17,9 +17,10 @@ def test_every_model_comes_back_as_it_left(name, objective):
 
 
 def test_layouts_are_those_of_pytorch():
-    _, params = make('flash', dtype='float32')
+    _, params = make('flash', dtype='float32', output_layer='own')
     weights, unit = named(params), params['blocks_1']['gau']
     assert np.array_equal(weights['embedding.weight'], params['embedding']['kernel'])
+    assert np.array_equal(weights['output.weight'], params['output']['kernel'])
     # nn.Linear: [outputs, inputs], the gate's outputs first.
     uv = np.concatenate([unit['uv']['kernel'][:, 0], unit['uv']['kernel'][:, 1]], axis=1).T
     assert np.array_equal(weights['blocks.1.gau.uv.weight'], uv)
