@@ -25,7 +25,10 @@ directories of their own, so that the starts of `recovered` have the same names 
 them together. The teacher and all students have half the batch, 32,768 tokens: so few tokens are worth more in more
 steps.
 
-Cost, computed: 50 s of an NVIDIA H200 for `flash`, 7 s for a recovery, 120 s for `base`, 10 to 40 s for a student.
+Cost: seven minutes of two NVIDIA H200 for three seeds of all of it, several runs at once.
+
+Result: docs/results/compression.md. 8 bits cost 0.03 %, the rest less than 2 % after 150 steps; a teacher is worth 0.25
+nats to `small`.
 """
 
 from collections.abc import Iterator
