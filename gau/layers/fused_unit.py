@@ -7,6 +7,8 @@ fewer (`PallasGatedAttentionUnit`). The same in plain JAX, to read:
 `gau.ops.queries_keys`, `gau.ops.gated_mixed_chunk`, and `gated_quadratic_attention` in `gau.ops.quadratic_attention`.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +16,9 @@ from jax import Array
 from gau.layers.common import Linear, TokenInfo, Weights
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.sharding import over_mesh, parts_of
+from gau.layers.short_convolution import KeyMix
 from gau.ops.kernels.queries_keys import queries_and_keys
+from gau.ops.short_convolution import follows
 
 
 class FusedGatedAttentionUnit(GatedAttentionUnit):
@@ -36,18 +40,19 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
-        if self.key_input != 'shared':
+        if self.key_input == 'own' or (self.key_input == 'shifted' and tokens.decode is not None):
             queries_keys, p = self.plain_queries_keys(x_BND, tokens), self.project(x_BND, uv_D2E)
             return self.output(x_BND, p, bias_2E, queries_keys, tokens)
         z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
-        scale_offset = self.scale_offset(FusedScaleOffset)
+        mix_S = KeyMix(self.dtype, name='key_shift')(s) if self.key_input == 'shifted' else None
+        scale_offset = functools.partial(self.scale_offset(FusedScaleOffset), tokens=tokens, mix_S=mix_S)
         if parts_of('act_expanded') == 1:
             # One matmul: its gradient for x needs no second pass to add two of them up.
             joined_DW = jnp.concatenate([uv_D2E.reshape(len(uv_D2E), -1), z_DS], axis=1)
-            queries_keys, p = scale_offset(x_BND @ joined_DW, bias_S, tokens)
+            queries_keys, p = scale_offset(x_BND @ joined_DW, bias_S)
         else:
             # U and V are cut over devices, Z is not.
-            queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S, tokens)
+            queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S)
             p = jnp.tensordot(x_BND, uv_D2E, axes=1)
         return self.output(x_BND, p, bias_2E, queries_keys, tokens)
 
@@ -134,25 +139,30 @@ class FusedScaleOffset(ScaleOffset):
     """A `ScaleOffset` of one head, with the bias and silu before it in the same kernel."""
 
     @nn.compact
-    def __call__(self, p_BNW: Array, bias_S: Array, tokens: TokenInfo) -> tuple[tuple[Array, ...], Array]:
+    def __call__(
+        self, p_BNW: Array, bias_S: Array, *, tokens: TokenInfo, mix_S: Array | None = None
+    ) -> tuple[tuple[Array, ...], Array]:
         """Maps a projection, the last S columns of p, to R arrays [B, N, S]; and returns p, whose other readers take
         this one, so that the gradients of all come back in one buffer.
 
-        See `gau.ops.kernels.queries_keys`.
+        See `gau.ops.kernels.queries_keys`; `mix_S` is the parameter of a `KeyShift`, or None.
         """
         gamma_RS, beta_RS = (parameter[:, 0] for parameter in self.parameters(bias_S.size))
         table = tokens.rope[bias_S.size] if self.rotated else (None, None)
 
-        def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, *, sequence_axis):
-            del sequence_axis  # Every token by itself.
+        follows_BN = None if mix_S is None else follows(tokens.segment_ids_BN, p_BNW.shape[:2])
+
+        def op(p_BNW, bias_S, gamma_RS, beta_RS, cos_BNh, sin_BNh, mix_S, follows_BN, *, sequence_axis):
+            del sequence_axis  # Every token by itself, or the sequence is whole.
             table = None if cos_BNh is None else (cos_BNh, sin_BNh)
-            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated=self.rotated)
+            shift = None if mix_S is None else (mix_S, follows_BN)
+            return queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated=self.rotated)
 
         by_token = ('batch', 'length', None)
         return over_mesh(
             op,
-            *(p_BNW, bias_S, gamma_RS, beta_RS, *table),
-            axes=[by_token, (None,), (None, None), (None, None), by_token, by_token],
+            *(p_BNW, bias_S, gamma_RS, beta_RS, *table, mix_S, follows_BN),
+            axes=[by_token, (None,), (None, None), (None, None), by_token, by_token, (None,), ('batch', 'length')],
             result_like=0,
-            token_multiple=1,
+            token_multiple=1 if mix_S is None else None,
         )

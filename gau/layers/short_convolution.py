@@ -51,13 +51,28 @@ class KeyShift(nn.Module):
     @nn.compact
     def __call__(self, z_BNS: Array, tokens: TokenInfo) -> Array:
         """Returns [B, N, S]."""
-        width = z_BNS.shape[-1]
-        init = nn.with_logical_partitioning(
-            lambda _, shape, dtype: jnp.linspace(0, 1, *shape, dtype=dtype), ('query_key',)
-        )
-        mix_S = self.param('mix', init, (width,), param_dtype(self.dtype))
+        mix_S = self.mix(z_BNS.shape[-1])
         shifted_BNS = _convolved(self, z_BNS, mix_S[None], tokens, causal=True)
         return (shifted_BNS - mix_S * z_BNS).astype(z_BNS.dtype)
+
+    def mix(self, width: int) -> Array:
+        """Returns the parameter m, [S]."""
+
+        def start(key, shape, dtype):
+            del key
+            return jnp.linspace(0, 1, *shape, dtype=dtype)
+
+        init = nn.with_logical_partitioning(start, ('query_key',))
+        return self.param('mix', init, (width,), param_dtype(self.dtype))
+
+
+class KeyMix(KeyShift):
+    """The parameter of a `KeyShift`, for an op that does the rest."""
+
+    @nn.compact
+    def __call__(self, width: int) -> Array:
+        """Returns m, [S]."""
+        return self.mix(width)
 
 
 def _convolved(module: nn.Module, x_BND: Array, weights_WD: Array, tokens: TokenInfo, *, causal: bool) -> Array:

@@ -29,6 +29,13 @@ def short_convolution(
     return total_BND.astype(x_BND.dtype)
 
 
+def follows(segment_ids_BN: Array | None, shape: tuple[int, int]) -> Array:
+    """Returns 1 where a token has the one before it in its document, 0 elsewhere, float32 [B, N] of that shape."""
+    ids_BN = jnp.ones(shape, jnp.int32) if segment_ids_BN is None else segment_ids_BN
+    same_BN = (_shift(ids_BN, 1) == ids_BN) & (ids_BN > 0)
+    return jnp.broadcast_to(same_BN, shape).astype(jnp.float32)
+
+
 def short_convolution_block(x_BTD: Array, weights_WD: Array, before_BWD: Array, length_B: Array) -> tuple[Array, Array]:
     """The causal convolution of the next T tokens of each row, right-padded.
 

@@ -26,7 +26,8 @@ def main() -> None:
     report = {}
     for name, objective in (('flash', 'mlm'), ('flash_quad', 'lm')):
         # A vocabulary that two devices can share.
-        model, params = make(name, objective, impl='triton', dtype='float32', num_layers=1)
+        fields = {'key_input': 'shifted' if name == 'flash_quad' else 'shared'}
+        model, params = make(name, objective, impl='triton', dtype='float32', num_layers=1, **fields)
         model = model.clone(vocab_size=12)
         params['embedding']['kernel'] = jnp.pad(params['embedding']['kernel'], ((0, 1), (0, 0)), constant_values=0.1)
         weights = (IDS > 0).astype('float32')

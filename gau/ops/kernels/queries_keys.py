@@ -31,6 +31,7 @@ def queries_and_keys(
     gamma_RS: Array,
     beta_RS: Array,
     table: tuple[Array, Array] | None,
+    shift: tuple[Array, Array] | None = None,
     *,
     rotated: int,
 ) -> tuple[tuple[Array, ...], Array]:
@@ -42,22 +43,23 @@ def queries_and_keys(
       gamma_RS: scales, float32.
       beta_RS: offsets, float32.
       table: cosines and sines, float32 [B or 1, N, S/2]; no gradient goes there. Or None.
+      shift: for keys that are mixed with those of the token before, float32 m [S] and [B, N]; or None.
       rotated: how many of the roles, the first ones, are rotated by the table.
     """
     if len(gamma_RS) > ROLES:
         first, others = (gamma_RS[:ROLES], beta_RS[:ROLES]), (gamma_RS[ROLES:], beta_RS[ROLES:])
-        made, p = queries_and_keys(p_BNW, bias_S, *first, table, rotated=min(rotated, ROLES))
-        more, _ = queries_keys.queries_and_keys(p_BNW, bias_S, *others, table, rotated=max(rotated - ROLES, 0))
+        made, p = queries_and_keys(p_BNW, bias_S, *first, table, shift, rotated=min(rotated, ROLES))
+        more, _ = queries_keys.queries_and_keys(p_BNW, bias_S, *others, table, shift, rotated=max(rotated - ROLES, 0))
         return (*made, *more), p
-    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated)
+    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated):
-    return _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated):
+    return _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated)[0]
 
 
-def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated):
+def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated):
     from gau.ops.kernels.queries_keys_triton import queries_keys_kernel
 
     roles, width = gamma_RS.shape
@@ -72,23 +74,25 @@ def _forward(p_BNW, bias_S, gamma_RS, beta_RS, table, rotated):
         gamma_RS,
         beta_RS,
         *(table or (p_BNW, p_BNW)),
+        *(shift or (p_BNW, p_BNW)),
         outputs=[like] * roles + [unused] * (ROLES - roles),
         grid=(cdiv(rows, fields['BLOCK_R']),),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         ROTATED=rotated,
+        SHIFTED=shift is not None,
         **fields,
     )
-    return (tuple(results[:roles]), p_BNW), (p_BNW, bias_S, gamma_RS, beta_RS, table)
+    return (tuple(results[:roles]), p_BNW), (p_BNW, bias_S, gamma_RS, beta_RS, table, shift)
 
 
 def _backward(rotated, residuals, gradients):
     from gau.ops.kernels.queries_keys_triton import queries_keys_gradient_kernel
 
-    p_BNW, bias_S, gamma_RS, beta_RS, table = residuals
+    p_BNW, bias_S, gamma_RS, beta_RS, table, shift = residuals
     droles, dp_BNW = gradients
     roles, width = gamma_RS.shape
-    tiles = tile_sizes.QUERIES_KEYS_GRADIENT
+    tiles = tile_sizes.QUERIES_KEYS_GRADIENT if shift is None else tile_sizes.QUERIES_KEYS_GRADIENT_SHIFTED
     rows, fields = _sizes(p_BNW, gamma_RS, table, tiles)
     programs = min(cdiv(rows, fields['BLOCK_R']), tiles.max_programs)
     dp_BNW, sums = launch(
@@ -97,27 +101,30 @@ def _backward(rotated, residuals, gradients):
         bias_S,
         gamma_RS,
         *(table or (p_BNW, p_BNW)),
+        *(shift or (p_BNW, p_BNW)),
         *droles,
         *[p_BNW] * (ROLES - roles),
         dp_BNW,
         outputs=[
             jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
-            jax.ShapeDtypeStruct((programs, 2 * roles + 1, width), jnp.float32),
+            jax.ShapeDtypeStruct((programs, 2 * roles + 1 + (shift is not None), width), jnp.float32),
         ],
         grid=(programs,),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        overwrite={5 + ROLES: 0},
+        overwrite={7 + ROLES: 0},
         ROTATED=rotated,
+        SHIFTED=shift is not None,
         **fields,
     )
-    dgamma_RS, dbeta_RS, dbias_1S = jnp.split(sums.sum(0), [roles, 2 * roles])
+    dgamma_RS, dbeta_RS, (dbias_S, *dmix_S) = jnp.split(sums.sum(0), [roles, 2 * roles])
     return (
         dp_BNW,
-        dbias_1S[0].astype(bias_S.dtype),
+        dbias_S.astype(bias_S.dtype),
         dgamma_RS.astype(gamma_RS.dtype),
         dbeta_RS.astype(beta_RS.dtype),
         None,
+        shift and (dmix_S[0].astype(shift[0].dtype), jnp.zeros_like(shift[1])),
     )
 
 

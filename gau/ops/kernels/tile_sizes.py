@@ -211,6 +211,8 @@ QUERIES_KEYS = RowTiles(numbers=2048, num_warps=4, num_stages=1)
 # A thread holds four numbers of each of 18 sums, 168 registers in all at four roles; with twice as many they spill.
 # Three programs for each SM, as many as its registers hold at once.
 QUERIES_KEYS_GRADIENT = RowSumTiles(numbers=512, num_warps=4, num_stages=1, max_programs=396)
+# With shifted keys 512 numbers take 235 registers; 256 take 128, by the compiler. Neither has been timed.
+QUERIES_KEYS_GRADIENT_SHIFTED = RowSumTiles(numbers=256, num_warps=4, num_stages=1, max_programs=528)
 
 
 def rows_of(tiles: RowTiles | RowSumTiles, width: int) -> int:

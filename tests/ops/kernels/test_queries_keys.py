@@ -13,17 +13,19 @@ from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE
 
 OPS = {'reference': reference.queries_and_keys, 'triton': host.queries_and_keys}
-NAMES = ('z', 'others', 'bias', 'gamma', 'beta')
+NAMES = ('z', 'others', 'bias', 'gamma', 'beta', 'mix')
 
 
-def values_and_gradients(impl, dtype, args, weights, table, rotated):
-    def loss(z, others, bias, gamma, beta):
+def values_and_gradients(impl, dtype, args, weights, table, follows, rotated):
+    def loss(z, others, bias, gamma, beta, mix):
         # Three columns of another reader, who takes all of them from here.
-        roles, p = OPS[impl](jnp.concatenate([others, z], axis=-1), bias, gamma, beta, table, rotated=rotated)
+        shift = None if follows is None else (mix, follows)
+        p = jnp.concatenate([others, z], axis=-1)
+        roles, p = OPS[impl](p, bias, gamma, beta, table, shift, rotated=rotated)
         assert all(y.dtype == dtype for y in roles)
         return sum(jnp.sum(y * w) for y, w in zip(roles, weights, strict=True)) + jnp.sum(p * p), roles
 
-    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4, 5), has_aux=True))
     (_, roles), gradients = gradient(*(x.astype(dtype) for x in args[:2]), *args[2:])
     return roles, gradients
 
@@ -41,17 +43,17 @@ def positions(kind, batch, n):
     [
         # Tiles that stick out of the rows; of half the width; an odd width; several tiles for a program.
         (2, 2, 13, 16, 'shared'),
-        (4, 2, 13, 16, 'shared'),
+        (4, 2, 13, 16, 'shared, shifted'),
         (4, 3, 5, 12, 'local'),
-        (2, 1, 7, 9, 'none'),
+        (2, 1, 7, 9, 'none, shifted'),
         (4, 1, 7, 9, 'none'),
         (4, 2, 11, 70, 'shared'),
-        (2, 2, 9, 256, 'own'),
+        (2, 2, 9, 256, 'own, shifted'),
         (4, 1, 17, 128, 'none'),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-            (2, 3, 5, 12, 'own'), (4, 2, 13, 16, 'own'),
+            (2, 3, 5, 12, 'own'), (4, 2, 13, 16, 'own'), (4, 3, 5, 12, 'local, shifted'),
             (2, 2, 37, 70, 'shared'), (4, 2, 37, 256, 'own'), (2, 1, 33, 128, 'none'),
-            (4, 2, 37, 70, 'shared'), (2, 2, 37, 256, 'own'), (4, 1, 33, 128, 'none'),
+            (4, 2, 37, 70, 'shared, shifted'), (2, 2, 37, 256, 'own'), (4, 1, 33, 128, 'none'),
         ]),
     ],
 )  # fmt: skip
@@ -59,18 +61,24 @@ def test_values_and_all_gradients(constants, dtype, roles, batch, n, s, rope):
     small = {
         'QUERIES_KEYS': tile_sizes.QUERIES_KEYS._replace(numbers=256),
         'QUERIES_KEYS_GRADIENT': tile_sizes.QUERIES_KEYS_GRADIENT._replace(numbers=256, max_programs=3),
+        'QUERIES_KEYS_GRADIENT_SHIFTED': tile_sizes.QUERIES_KEYS_GRADIENT_SHIFTED._replace(max_programs=3),
     }
     constants(host.queries_and_keys, tile_sizes, **small)
     generator = np.random.default_rng(0)
-    shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (roles, batch, n, s)]
+    shapes = [(batch, n, s), (batch, n, 3), (s,), (roles, s), (roles, s), (s,), (roles, batch, n, s)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
+    rope, _, shifted = rope.partition(', ')
+    # Rows of a batch are texts of their own, and some tokens begin another document.
+    follows = jnp.asarray((np.arange(n) > 0) * (generator.random((batch, n)) < 0.7), jnp.float32) if shifted else None
     table = None if rope == 'none' else rope_table(positions(rope, batch, n), s, dtype='float64')
     rotated = 2 if rope == 'local' else roles
-    wanted = values_and_gradients('reference', 'float64', args, weights, table, rotated)
+    wanted = values_and_gradients('reference', 'float64', args, weights, table, follows, rotated)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights, table))
-    found = values_and_gradients('triton', dtype, *narrow, rotated)
-    assert [x.dtype for x in found[1]] == [dtype, dtype, *['float32'] * 3]
+    found = values_and_gradients('triton', dtype, *narrow, follows, rotated)
+    assert [x.dtype for x in found[1]] == [dtype, dtype, *['float32'] * 4]
     for role, (a, b) in enumerate(zip(found[0], wanted[0], strict=True)):
         assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], role
     for name, a, b in zip(NAMES, found[1], wanted[1], strict=True):
+        if name == 'mix' and not shifted:
+            continue
         assert max_error(np.asarray(a, np.float64), b) < TOLERANCE[dtype], name
