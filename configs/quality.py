@@ -189,6 +189,29 @@ def sweep_keys() -> Iterator[Overrides]:
             yield {'name': name, **GATED, **BETTER, 'model.key_input': keys, 'model.short_convolution': width}
 
 
+def sweep_shifted() -> Iterator[Overrides]:
+    """Muon and no sinusoid, 8,192 and 1,024 tokens of context: FLASH with a gate and shifted keys, Transformer++."""
+    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none'}
+    shifted = {**GATED, **better, 'model.key_input': 'shifted'}
+    for context in (8192, 1024):
+        for name, model in (('shifted', shifted), ('transformer_plus_plus', {**TRANSFORMER, **better})):
+            yield {'name': f'{name}_{context}', **model, ':context': context, RATE: 4e-3}
+
+
+def sweep_shifted_forms() -> Iterator[Overrides]:
+    """8,192 tokens of context: other rates of shifted keys, and what else may go with them."""
+    shifted = next(sweep_shifted())
+    for rate in (2e-3, 8e-3):
+        yield {**shifted, 'name': f'shifted_lr_{rate:g}', RATE: rate}
+    yield {**shifted, 'name': 'shifted_no_gate', 'model.decay_gate': 'none'}
+    yield {**shifted, 'name': 'shifted_window_2', 'model.chunk_size': 128, 'model.local_window': 2}
+    # Softmax has no use for relu2's start of the bias.
+    bare = {path: value for path, value in shifted.items() if not path.startswith('model.relative_bias')}
+    yield {**bare, 'name': 'shifted_softmax', 'model.attention_function': 'softmax'}
+    exact = {path: value for path, value in shifted.items() if path != 'model.decay_gate'}
+    yield {**exact, 'name': 'shifted_quad', ':model': 'flash_quad'}
+
+
 def sweep_forms() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: every token exactly, other memories, a larger rate."""
     alive = {'model.linear_start': 'ones', 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
