@@ -134,8 +134,8 @@ def claim(
     Args:
       workdir: the directory.
       config: the run's, resolved.
-      of_other_length: says why the run there, whose config it is given, cannot be made as long as this one, or nothing
-        if it can; None takes only the same length.
+      of_other_length: says why the run there, whose config it is given with the data where it lies now, cannot be made
+        as long as this one, or nothing if it can; None takes only the same length.
 
     Raises:
       UserError: it cannot be written, is not a directory, holds something else, holds a run with another config, or
@@ -168,18 +168,20 @@ def _holds_this_run(
         changed = differences(config_to_dict(stored), config_to_dict(config))
         length = [line for line in changed if line.startswith(_LENGTH)]
         others = [line for line in changed if line not in length]
-        if length and not others and of_other_length is not None:
-            refusal = of_other_length(stored)
-            if refusal:
-                raise UserError(f'--workdir={workdir} holds a run of another length ({"; ".join(length)}): {refusal}')
-        elif changed and not only_moved(workdir, config, changed):
+        if (others and not only_moved(workdir, config, others)) or (length and of_other_length is None):
             fork = (
                 f' with --fork={workdir}' if checkpointed_steps(workdir) else ' (it has no checkpoint to --fork from)'
             )
+            what = 'another config' if length or not _are_places(others) else 'other data'
             raise UserError(
-                f'--workdir={workdir} holds a run with another config ({"; ".join(changed)}): '
-                f'resume with the same config, or start another work directory{fork}'
+                f'--workdir={workdir} holds a run with {what} ({"; ".join(changed)}): '
+                f'resume with the same, or start another work directory{fork}'
             )
+        # The same data, whose length it may ask for, where it lies now.
+        stored.data.update({field: config.data[field] for field in places.FIELDS})
+        refusal = of_other_length(stored) if length else ''
+        if refusal:
+            raise UserError(f'--workdir={workdir} holds a run of another length ({"; ".join(length)}): {refusal}')
         return True
     if workdir.is_dir() and any(not entry.name.startswith('.') for entry in workdir.iterdir()):
         raise UserError(f'--workdir={workdir} is not empty and holds no run ({CONFIG} is missing): choose another')
@@ -188,8 +190,7 @@ def _holds_this_run(
 
 def only_moved(workdir: Path, config: ConfigDict, changed: list[str]) -> bool:
     """Returns whether `changed`, from `differences`, is only where the run's data lies, and the data is the same."""
-    place = tuple(f'data.{field}: ' for field in places.FIELDS)
-    if not all(line.startswith(place) for line in changed):
+    if not _are_places(changed):
         return False
     recorded = _read_whole(workdir / DATA, 'contents')
     if recorded is not None:
@@ -205,6 +206,10 @@ def only_moved(workdir: Path, config: ConfigDict, changed: list[str]) -> bool:
     if not any(identities):
         return False
     return places.are_as_identified(identities[0], read_config(workdir).data, config.data)
+
+
+def _are_places(changed: list[str]) -> bool:
+    return all(line.startswith(tuple(f'data.{field}: ' for field in places.FIELDS)) for line in changed)
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:

@@ -5,6 +5,8 @@ import shutil
 import pytest
 
 from gau.errors import UserError
+from gau.training import workdir
+from gau.training.config import resolve
 from gau.training.load import load_run
 from gau.training.loop import train
 from tests.data.conftest import make_texts, write_jsonl
@@ -76,7 +78,7 @@ def test_a_run_of_an_earlier_version_goes_on_too(project, tmp_path, monkeypatch,
     # It knew times as well, so other files are other data.
     monkeypatch.chdir(tmp_path / 'other')
     write_jsonl(tmp_path / 'other' / 'texts' / 'a.jsonl', make_texts(60))
-    with pytest.raises(UserError, match='another config'):
+    with pytest.raises(UserError, match='with other data'):
         train(config(), 'runs/a')
 
 
@@ -84,12 +86,18 @@ def test_other_data_at_the_new_place_is_refused(project, tmp_path, monkeypatch):
     train(config(steps=2, optimizer__warmup_steps=1, checkpoint__every_steps=1), 'runs/a')
     moved = tmp_path / 'there'
     shutil.copytree(project, moved)
-    write_jsonl(moved / 'texts' / 'a.jsonl', make_texts(60, seed=5))
     monkeypatch.chdir(moved)
+    longer = resolve(config(steps=3, optimizer__warmup_steps=1, checkpoint__every_steps=1))
+    asked = []
+    refusal = lambda stored: asked.append(stored.data.source) or ''  # noqa: E731
+    with workdir.claim(moved / 'runs' / 'a', longer, of_other_length=refusal) as resuming:
+        assert resuming
+    assert set(asked) == {f'jsonl:{moved}/texts/*.jsonl'}
+    write_jsonl(moved / 'texts' / 'a.jsonl', make_texts(60, seed=5))
     before = (moved / 'runs' / 'a' / 'config.json').read_text()
-    with pytest.raises(UserError, match=r'holds a run with another config \(data.source: .*here.*there'):
+    with pytest.raises(UserError, match=r'holds a run with other data \(data.source: .*here.*there'):
         train(config(steps=2, optimizer__warmup_steps=1, checkpoint__every_steps=1), 'runs/a')
-    with pytest.raises(UserError, match=r'optimizer.learning_rate'):
+    with pytest.raises(UserError, match=r'another config \(.*optimizer.learning_rate'):
         train(
             config(steps=2, optimizer__warmup_steps=1, checkpoint__every_steps=1, optimizer__learning_rate=1.0),
             'runs/a',
