@@ -26,11 +26,11 @@ HEADER = """# Base-size models on 64 TPU v4 chips, as the compiler sees them
 Written by `python scripts/compile_check.py --table={path}`; nothing ran on a TPU. libtpu
 compiled the training step for v4:4x4x4, where a device is a chip of 30.75 GiB and 275 TFLOP/s: base size, language
 modelling, 2^18 tokens a step, a vocabulary of 32,000, bfloat16, AdamW in float32, no recomputation but that of the op
-itself. A batch of 32 sequences of 8192 tokens has two chips a sequence (mesh.sequence=2). All numbers are of one device
-and one step. Every program was compiled as it is, with all of its layers, once unrolled (`model.layer_stack`) and once
-scanned. A call that was cut short goes on when it is given again; what it had not reached is not in the table. Between
-two calls the code may have changed: the last column is the newest commit of `gau/` that a line was made with, with a +
-for changes on top.
+itself and, in a scan, of the norms. A batch of 32 sequences of 8192 tokens has two chips a sequence (mesh.sequence=2).
+All numbers are of one device and one step. Every program was compiled as it is, with all of its layers, once unrolled
+(`model.layer_stack`) and once scanned. A call that was cut short goes on when it is given again; what it had not
+reached is not in the table. Between two calls the code may have changed: the last column is the newest commit of `gau/`
+that a line was made with, with a + for changes on top.
 
 - TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (docs/models.md).
 - memory GiB: state and batch / temporaries / all (with code). traffic GiB: read from and written to main memory.
