@@ -279,6 +279,7 @@ def test_impossible_evaluations_are_refused_before_training(tmp_path):
         ({'eval__splits': ('vald',)}, 'did you mean "valid"'),
         ({'eval__contexts': (-4,)}, 'eval.contexts'),
         ({'seed': -1}, 'seed=-1'),
+        ({'seed': 2**70}, r'must lie in 0\.\.2147483647'),
         ({'steps': 0}, 'steps=0'),
         ({'optimizer__b1': 1.5}, 'b1'),
         ({'optimizer__learning_rate': float('nan')}, 'learning_rate'),
