@@ -218,6 +218,7 @@ class Attention(nn.Module):
         self.config, self.heads, self.width = config, heads, width
         self.local, self.across = config.branches != 'global', config.branches in ('both', 'global')
         self.chunks = config.local_window or 1  # that the local branch reads; the other reads those before them
+        self.decay = config.global_decay or 1.0  # of a chunk's weight in the sums, for every chunk that follows it
         if config.learned_temperature:
             self.temperature = Scale()
         if config.relative_bias in ('toeplitz', 'rotary'):
@@ -268,7 +269,7 @@ class Attention(nn.Module):
     def folded(self, x: Inputs, full: Tensor, state: State) -> State:
         """What a state has of the chunks after a token, which may make the open one `full`."""
         size, new = self.config.chunk_size, {}
-        kept = torch.full_like(state['count'], self.config.global_decay or 1.0)
+        kept = torch.full_like(state['count'], self.decay)
         if x.gate is not None:
             logits = state['gate'] + x.gate
             kept, new['gate'] = torch.sigmoid(logits / size), logits.masked_fill(full, 0)
@@ -333,8 +334,8 @@ class Attention(nn.Module):
         if self.local:
             out = self.weights_in_chunks(q, k, ids_BGC).to(v.dtype) @ before(v, self.chunks)
         if self.across:
-            kept_BGL = self.kept(x, ids_BGC)
-            seen, kv = self.other_chunks(k_lin, v, ids_BGC, kept_BGL)
+            kept_BLG = self.kept(x, ids_BGC)
+            seen, kv = self.other_chunks(k_lin, v, ids_BGC, kept_BLG)
             count_BGCL = sum(sees[..., None] * count[:, :, None] for _, count, sees in seen)
             same = documents(ids_BGC, ids_BGC)
             q_lin = self.scaled(q_lin, (count_BGCL if causal else count_BGCL + same.sum(-1, keepdim=True))[:, None])
@@ -345,7 +346,7 @@ class Attention(nn.Module):
                 far = far + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
             out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
             if lengths_B is not None:
-                state = self.state_of(kv, x.gate, kept_BGL, lengths_B)
+                state = self.state_of(kv, x.gate, kept_BLG, lengths_B)
         if self.local and lengths_B is not None:
             rows, last_B = torch.arange(batch, device=v.device), (lengths_B // size).clamp(max=groups - 1)
             state |= {'k': k[rows, :, last_B], 'v': v[rows, :, last_B]}
@@ -363,17 +364,15 @@ class Attention(nn.Module):
         bias = self.relative_bias(query_C, len(key_M))[:, None] if hasattr(self, 'relative_bias') else None
         return self.weights(q, before(k, self.chunks), mask, self.chunks * size, bias)
 
-    def kept(self, x: Inputs, ids_BGC: Tensor) -> Tensor:
-        """The log of what is kept of a state over all chunks before each, [B, G + 1, L]."""
+    def kept(self, x: Inputs, ids_BGC: Tensor) -> Tensor | None:
+        """The log of what a gate keeps of a state over all chunks before each, [B, L, G + 1]."""
         if x.gate is None:
-            ones_BG1 = torch.ones_like(ids_BGC[:1, :, :1], dtype=wide(x.v).dtype)
-            logs_BGL = math.log(self.config.global_decay or 1.0) * ones_BG1
-        else:
-            real = (ids_BGC > 0)[..., None]
-            logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / real.sum(2).clamp(min=1))
-        return F.pad(logs_BGL.cumsum(1), (0, 0, 1, 0))
+            return None
+        real = (ids_BGC > 0)[..., None]
+        logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / real.sum(2).clamp(min=1))
+        return F.pad(logs_BGL.transpose(1, 2).cumsum(2), (1, 0))
 
-    def other_chunks(self, k_lin, v, ids_BGC, kept_BGL) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+    def other_chunks(self, k_lin, v, ids_BGC, kept_BLG) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
         """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G, L], who sees them).
 
         A chunk continues the one document that is open at its start, so it needs the sums of that one alone. Also
@@ -389,37 +388,45 @@ class Attention(nn.Module):
         directions = [(first, last, read[:, None] > g)] + (
             [] if self.config.is_causal else [(last, first, g[:, None] < g)]
         )
-        between_BGGL = kept_BGL[:, read.clamp(min=0), None] - kept_BGL[:, None, 1:]
+        if kept_BLG is None:
+            factor = self.decay ** (read[:, None] - g - 1).clamp(min=0).to(wide(v).dtype)
+        else:
+            between = kept_BLG[..., read.clamp(min=0)][..., :, None] - kept_BLG[..., g + 1][..., None, :]
+            factor = between.clamp(max=0).exp()
         seen = []
         for head, tail, order_GG in directions:
             at_tail = (ids_BGC == tail) & real
             kv = torch.einsum('bhgcs,bhgce->bhgse', wide(k_lin * at_tail[:, None, ..., None]), wide(v))
-            continues = (order_GG & (head == tail.transpose(1, 2)) & (head > 0))[..., None]
-            weights_BGGL = between_BGGL.masked_fill(~order_GG[..., None], 0).exp().to(kv.dtype) * continues
-            weights_BGGL = weights_BGGL.expand(v.shape[0], -1, -1, -1)
-            sums = torch.einsum('bgis,bhise->bhgse', weights_BGGL, kv)
-            count = torch.einsum('bgil,bi->bgl', weights_BGGL, at_tail.sum(-1).to(kv.dtype).expand(v.shape[0], -1))
+            continues_BGG = (order_GG & (head == tail.transpose(1, 2)) & (head > 0)).to(kv.dtype)
+            weights_BLGG = continues_BGG[:, None] * factor
+            count = (weights_BLGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype)[:, None])[..., 0].transpose(1, 2)
+            if weights_BLGG.shape[1] == 1:
+                sums = torch.einsum('bgi,bhise->bhgse', weights_BLGG[:, 0].expand(v.shape[0], -1, -1), kv)
+            else:
+                sums = (weights_BLGG @ kv[:, 0].transpose(1, 2)).transpose(1, 2)[:, None]
             seen.append((sums, count, (ids_BGC == head) & real))
         return seen, kv
 
-    def state_of(self, kv: Tensor, gate: Tensor | None, kept_BGL: Tensor, lengths_B: Tensor) -> State:
+    def state_of(self, kv: Tensor, gate: Tensor | None, kept_BLG: Tensor | None, lengths_B: Tensor) -> State:
         """The state of rows of one document each, of these lengths: complete chunks summed, and the open one."""
-        size, (batch, _, groups) = self.config.chunk_size, kv.shape[:3]
-        complete_B = lengths_B // size
-        chunk_BG1 = (torch.arange(groups, device=kv.device) - complete_B[:, None])[..., None]
-        kept_BGL = kept_BGL.expand(batch, -1, -1)
-        here_B1L = kept_BGL[torch.arange(batch, device=kv.device), complete_B][:, None]
-        weights_BGL = (here_B1L - kept_BGL[:, 1:]).masked_fill(chunk_BG1 >= 0, 0).exp().to(kv.dtype) * (chunk_BG1 < 0)
-        is_open = (chunk_BG1 == 0).to(kv.dtype)
+        size, complete_B = self.config.chunk_size, lengths_B // self.config.chunk_size
+        chunk_BG = torch.arange(kv.shape[2], device=kv.device) - complete_B[:, None]
+        is_open_BG = (chunk_BG == 0).to(kv.dtype)
+        if kept_BLG is None:
+            factor_BLG = self.decay ** (-1 - chunk_BG).clamp(min=0).to(kv.dtype)[:, None]
+        else:
+            now_BL1 = kept_BLG.gather(2, complete_B[:, None, None].expand(-1, kept_BLG.shape[1], 1))
+            factor_BLG = (now_BL1 - kept_BLG[..., 1:]).clamp(max=0).exp()
+        weights_BLG = (chunk_BG < 0).to(kv.dtype)[:, None] * factor_BLG
         state = {
-            'sum': torch.einsum('bgs,bhgse->bhse', weights_BGL, kv),
-            'open': torch.einsum('bg,bhgse->bhse', is_open[..., 0], kv),
-            'count': (size * weights_BGL.sum(1))[:, None, None],
+            'sum': torch.einsum('bsg,bhgse->bhse', weights_BLG, kv),
+            'open': torch.einsum('bg,bhgse->bhse', is_open_BG, kv),
+            'count': (size * weights_BLG.sum(2))[:, None, None],
         }
         if gate is not None:
-            index_C = size * torch.arange(groups, device=kv.device)[:, None] + torch.arange(size, device=kv.device)
-            real = (index_C < lengths_B[:, None, None])[..., None]
-            state['gate'] = (is_open * (gate[:, 0] * real).sum(2)).sum(1)[:, None, None]
+            index_GC = torch.arange(kv.shape[2] * size, device=kv.device).view(-1, size)
+            is_real = (index_GC < lengths_B[:, None, None])[..., None]
+            state['gate'] = (is_open_BG[..., None] * (gate[:, 0] * is_real).sum(2)).sum(1)[:, None, None]
         return state
 
 
@@ -430,7 +437,10 @@ def documents(queries: Tensor, keys: Tensor) -> Tensor:
 
 def before(x: Tensor, chunks: int) -> Tensor:
     """Every chunk of [B, H, G, C, ...]; if asked for two, [B, H, G, 2 C, ...], after the one before it, zeros first."""
-    return x if chunks == 1 else torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3)
+    if chunks == 1:
+        return x
+    g = torch.arange(x.shape[2], device=x.device)
+    return torch.cat([x[:, :, (g - 1).clamp(min=0)] * (g > 0)[:, None, None], x], dim=3)
 
 
 def split_heads(x_BNE: Tensor, heads: int) -> Tensor:
