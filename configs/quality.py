@@ -12,8 +12,9 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
 with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
-`convolution` (before every layer of either model) and `keys` (that are found by the token before), `base` (112 M
-parameters). `seed:N:FIRST` adds seeds to a table.
+`convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
+contexts) and `shifted_forms` (other rates, and what goes with them), `base` (112 M parameters). `seed:N:FIRST` adds
+seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
