@@ -6,6 +6,7 @@ from jax import Array
 
 from gau.layers.common import TokenInfo, Weights
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
+from gau.layers.short_convolution import BEFORE, KeyShift
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 
@@ -36,6 +37,10 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             *(norm_scale, uv_D2E, uv_bias_2E, z_DS, z_bias_S, gamma_RS, beta_RS, out_ED, out_bias_D),
             None if bias_HP is None else bias_HP[0],
         )
+        shift = _KeyShiftState(self.dtype, name='key_shift') if self.key_input == 'shifted' else None
+        if shift is not None:
+            mix_S, before_BS = shift(s)
+            parameters = parameters._replace(mix_S=mix_S)
         table, fields = (
             tokens.rope[s] if self.rope == 'rotary' else None,
             {'position': tokens.decode, 'spec': core.spec},
@@ -43,6 +48,8 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         in_window = tokens.decode.opened_B is not None
         names = ('k', 'k_lin', 'v', 'sum', *(['arrivals'] if in_window else []))
         state = {name: core.get_variable('cache', name)[:, 0] for name in names}
+        if shift is not None:
+            state['before'] = before_BS
         if in_window:
             table = None if table is None else tuple(x_B1h[:, 0] for x_B1h in table)
             y_BD, state = decode_gated_chunks(x_BTD[:, 0], parameters, table, state, **fields)
@@ -51,7 +58,18 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             y_BTD, state = prefill_gated_chunks(x_BTD, parameters, table, state, **fields)
         for name in names:
             core.put_variable('cache', name, state[name][:, None])
+        if shift is not None:
+            shift.put_variable('cache', BEFORE, state['before'][:, None])
         return y_BTD
+
+
+class _KeyShiftState(KeyShift):
+    """The parameter of a `KeyShift` and its state while single tokens are decoded."""
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Array, Array]:
+        """Returns m, [S], and Z of the token before in each row, [B, S]."""
+        return self.mix(width), self.get_variable('cache', BEFORE)[:, 0]
 
 
 class _Parameters(ScaleOffset):

@@ -194,7 +194,8 @@ def test_the_loop_of_an_ablation(fields):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'},
+        {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
+        | {'key_input': 'shifted'},
         pytest.param({'layer_stack': 'scan', 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(
             {
@@ -251,7 +252,7 @@ def test_decoding_is_the_full_forward_at_every_position(name):
         ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
         ('flash_quad', {'num_layers': 1}, False),
         ('flash', {'layer_stack': 'scan', 'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
-        ('flash', {'layer_stack': 'scan'}, False),
+        ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
     ],
 )
 # Blocks with a carried state are proven in tests/ops/kernels: test_prefill_chunks.py, test_decode_chunks.py and

@@ -79,9 +79,14 @@ class GatedUnit(Family):
 
     def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
         """See the base class."""
-        plain = not config.short_convolution and config.key_input in (None, 'shared')
+        plain = not config.short_convolution and config.key_input != 'own'
         impl = implementation.attention
         return plain and implementation.norm == 'triton' and attention.decodes_in_kernels(config, impl)
+
+    def prefills_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
+        """See the base class."""
+        # (Those of a tile's first token would need what another program makes.)
+        return config.key_input != 'shifted' and self.decodes_in_kernels(config, attention, implementation)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""

@@ -35,6 +35,7 @@ class Parameters(NamedTuple):
       gamma_RS, beta_RS: scale and offset of the four of them.
       out_ED, out_bias_D: the last projection.
       bias_P: relative bias by distance in a chunk, [2 C - 1], or None.
+      mix_S: of shifted keys (`gau.layers.short_convolution.KeyShift`), or None.
     """
 
     norm: Array
@@ -47,6 +48,7 @@ class Parameters(NamedTuple):
     out_ED: Array
     out_bias_D: Array
     bias_P: Array | None
+    mix_S: Array | None = None
 
 
 @traced_once('spec')
@@ -65,7 +67,8 @@ def decode_gated_chunks(
       x_BD: the residual stream, bfloat16 or float32.
       parameters: of the layer.
       table: cosines and sines of each row's position, float32 [B, S / 2], or None.
-      window: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.chunk_window`).
+      window: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.chunk_window`); with shifted keys `before`, z of the
+        token before, [B, S].
       position: where the tokens stand, and where the window was opened.
       spec: causal, relu2, both branches.
     """
@@ -87,32 +90,37 @@ def decode_gated_chunks(
     half = (inner + 1) // 2
     like_q = jax.ShapeDtypeStruct((batch, inner), dtype)
     like_e = jax.ShapeDtypeStruct((batch, expanded), dtype)
-    old = window['v'], window['k'], window['k_lin']
+    shifted = parameters.mix_S is not None
+    old = window['v'], window['k'], window['k_lin'], *([window['before']] if shifted else [])
+    unused = [] if shifted else [parameters.norm]
     inputs = (
         *(x_BD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm)), place_B, *old),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm)), place_B),
+        parameters.mix_S if shifted else parameters.norm,
     )
-    first = len(inputs) - len(old)
-    u_BE, q_BS, q_lin_BS, v, k, k_lin = launch(
+    u_BE, q_BS, q_lin_BS, v, k, k_lin, before = launch(
         kernels.decode_projections_kernel,
         *inputs,
-        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old)],
+        *old,
+        *unused,
+        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*old, *unused))],
         grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(batch, block_b)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        overwrite={first: 3, first + 1: 4, first + 2: 5},
+        overwrite={len(inputs) + number: 3 + number for number in range(len(old))},
         D=width,
         E=expanded,
         S=inner,
         PLACES=places,
         ROPE=table is not None,
+        SHIFTED=shifted,
         EPSILON=NORM_EPSILON,
         BLOCK_K=min(power_of_two(width), tiles.block_k),
         BLOCK_N=tiles.block_n,
         BLOCK_H=tiles.block_h,
         **rows,
     )
-    window = window | {'v': v, 'k': k, 'k_lin': k_lin}
+    window = window | {'v': v, 'k': k, 'k_lin': k_lin} | ({'before': before} if shifted else {})
 
     bias_P = parameters.bias_P
     block_e = min(power_of_two(expanded), tiles.block_e)

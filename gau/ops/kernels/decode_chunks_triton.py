@@ -56,10 +56,10 @@ def _normalised_matmuls(
 @triton.jit
 def decode_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, place_ptr,
-    old_v_ptr, old_k_ptr, old_k_lin_ptr,
-    u_ptr, q_ptr, q_lin_ptr, v_ptr, k_ptr, k_lin_ptr,
+    mix_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_before_ptr,
+    u_ptr, q_ptr, q_lin_ptr, v_ptr, k_ptr, k_lin_ptr, before_ptr,
     B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, PLACES: tl.constexpr, ROPE: tl.constexpr,
-    EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
@@ -67,9 +67,10 @@ def decode_projections_kernel(
     Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H, B / BLOCK_B]: tiles of u and v, then of z
     Tile    [BLOCK_B, BLOCK_N]; of z two of [BLOCK_B, BLOCK_H], columns that the rotation pairs
     Reads   x [B, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [B, S / 2];
-            place [B], where in the window the token stands
-    Writes  u [B, E], q and q_lin [B, S]; v [B, PLACES, E], k and k_lin [B, PLACES, S] at `place`, which take over the
-            buffers of `old_*`
+            place [B], where in the window the token stands; if SHIFTED, mix [S] and before [B, S], z of the token
+            before
+    Writes  u [B, E], q and q_lin [B, S]; v [B, PLACES, E], k and k_lin [B, PLACES, S] at `place`, and before, which
+            take over the buffers of `old_*`
     Bytes   4.9 MB of weights
     """
     H: tl.constexpr = (S + 1) // 2
@@ -108,11 +109,20 @@ def decode_projections_kernel(
         if ROPE:
             cos = load_tile(cos_ptr, b, half, H, B, H)  # [BB, BH]
             sin = load_tile(sin_ptr, b, half, H, B, H)
+        k1, k2 = z1, z2
+        if SHIFTED:
+            before1 = load_tile(before_ptr, b, half, S, B, H).to(tl.float32)  # [BB, BH]
+            before2 = load_tile(before_ptr + H, b, half, S, B, S - H).to(tl.float32)  # [BB, BH]
+            k1 += tl.load(mix_ptr + half, mask=first, other=0.0)[None, :] * (before1 - z1)
+            k2 += tl.load(mix_ptr + H + half, mask=second, other=0.0)[None, :] * (before2 - z2)
+            to = before_ptr + b[:, None] * S + half[None, :]
+            tl.store(to, z1.to(before_ptr.dtype.element_ty), mask=written & first[None, :])
+            tl.store(to + H, z2.to(before_ptr.dtype.element_ty), mask=written & second[None, :])
         # Queries are arrays of their own, keys go to the window.
         for number in tl.static_range(4):
             own = (role == number)[:, None]
-            y1 = z1 * _only(gamma1_RH, own) + _only(beta1_RH, own)
-            y2 = z2 * _only(gamma2_RH, own) + _only(beta2_RH, own)
+            y1 = (k1 if number % 2 else z1) * _only(gamma1_RH, own) + _only(beta1_RH, own)
+            y2 = (k2 if number % 2 else z2) * _only(gamma2_RH, own) + _only(beta2_RH, own)
             if ROPE:
                 y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
             if number % 2 == 0:

@@ -53,7 +53,8 @@ def decode_row(
       x_1D: the residual stream.
       parameters: `gau.ops.kernels.decode_chunks.Parameters`.
       table: cosines and sines, float32 [1, S / 2], or None.
-      window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`).
+      window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`); with shifted keys
+        `before`.
       place_1: the token's place in the window; behind its end: nowhere.
       scales: factors, float32 [4, 1].
       chunk_size: C.
@@ -65,17 +66,20 @@ def decode_row(
     places, expanded = window['v'].shape[1:]
     inner = parameters.z_DS.shape[1]
     first_z, programs = row_programs(width, expanded, inner, tiles)
-    p, none = parameters, parameters.norm
-    old = {name: window[name] for name in ('v', 'k', 'k_lin', 'arrivals')}
+    p, none, shifted = parameters, parameters.norm, parameters.mix_S is not None
+    old = {name: window[name] for name in ('v', 'k', 'k_lin', 'arrivals', *(['before'] if shifted else []))}
     inputs = (
         *(x_1D, p.norm, p.uv_D2E, p.uv_bias_2E, p.z_DS, p.z_bias_S, p.gamma_RS, p.beta_RS, *(table or (none, none))),
         *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_1, scales),
+        p.mix_S if shifted else none,
     )
-    y_1D, v, k, k_lin, arrivals, *_ = launch(
+    unused = [] if shifted else [none]
+    y_1D, *new = launch(
         kernels.decode_row_kernel,
         *inputs,
         *old.values(),
-        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values())]
+        *unused,
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values(), *unused)]
         + [jax.ShapeDtypeStruct(shape, dtype) for shape in ((expanded,), (2, inner), (expanded,))],
         grid=(programs,),
         num_warps=tiles.num_warps,
@@ -88,6 +92,7 @@ def decode_row(
         PLACES=places,
         ROPE=table is not None,
         BIAS=p.bias_P is not None,
+        SHIFTED=shifted,
         EPSILON=NORM_EPSILON,
         PROGRAMS=programs,
         FIRST_Z=first_z,
@@ -100,4 +105,4 @@ def decode_row(
         BLOCK_I=power_of_two(expanded),
         BLOCK_D=tiles.block_d,
     )
-    return y_1D, window | {'v': v, 'k': k, 'k_lin': k_lin, 'arrivals': arrivals}
+    return y_1D, window | dict(zip(old, new[: len(old)], strict=True))

@@ -36,10 +36,12 @@ def _wait(arrivals_ptr, wanted, PROGRAMS: tl.constexpr):
 @triton.jit
 def decode_row_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, out_ptr, out_bias_ptr,
-    sum_ptr, bias_ptr, place_ptr, scales_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr,
-    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, u_ptr, q_ptr, o_ptr,
+    sum_ptr, bias_ptr, place_ptr, scales_ptr, mix_ptr,
+    old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr,
+    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, u_ptr, q_ptr, o_ptr,
     D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr,
+    FIRST_Z: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,9 +51,10 @@ def decode_row_kernel(
             of z; for E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
     Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
             [S / 2]; sum [S, E]; bias [2 C - 1], if BIAS; place; scales [4]: score_scale, weight_scale, state_scale, and
-            that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled
-    Writes  y [D]; v, k and k_lin at `place`, and arrivals, all of which take over the buffers of `old_*`; for the other
-            programs u [E], q [2, S], o [E]
+            that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if SHIFTED, mix [S] and before [S], z
+            of the token before
+    Writes  y [D]; v, k and k_lin at `place`, arrivals, and before, all of which take over the buffers of `old_*`; for
+            the other programs u [E], q [2, S], o [E]
     Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
     """
     program = tl.program_id(0)
@@ -105,8 +108,22 @@ def decode_row_kernel(
         scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=0) / D + EPSILON)
         z1 = _silu(tl.sum(x[:, None] * w1.to(tl.float32), axis=0) * scale + bias1)
         z2 = _silu(tl.sum(x[:, None] * w2.to(tl.float32), axis=0) * scale + bias2)
-        y1 = z1[None, :] * gamma1.to(tl.float32) + beta1.to(tl.float32)
-        y2 = z2[None, :] * gamma2.to(tl.float32) + beta2.to(tl.float32)
+        of1 = z1[None, :]
+        of2 = z2[None, :]
+        if SHIFTED:
+            before1 = tl.load(before_ptr + half, mask=first, other=0.0).to(tl.float32)
+            before2 = tl.load(before_ptr + H + half, mask=second, other=0.0).to(tl.float32)
+            mix1 = tl.load(mix_ptr + half, mask=first, other=0.0)
+            mix2 = tl.load(mix_ptr + H + half, mask=second, other=0.0)
+            # Every column is one program's.
+            is_key = (role % 2 == 1)[:, None]
+            of1 = tl.where(is_key, (z1 + mix1 * (before1 - z1))[None, :], of1)  # [4, BH]
+            of2 = tl.where(is_key, (z2 + mix2 * (before2 - z2))[None, :], of2)  # [4, BH]
+            has_place = half * 0 + place < PLACES
+            tl.store(before_ptr + half, z1.to(before_ptr.dtype.element_ty), mask=first & has_place)
+            tl.store(before_ptr + H + half, z2.to(before_ptr.dtype.element_ty), mask=second & has_place)
+        y1 = of1 * gamma1.to(tl.float32) + beta1.to(tl.float32)
+        y2 = of2 * gamma2.to(tl.float32) + beta2.to(tl.float32)
         if ROPE:
             y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
         row = place.to(tl.int64) * S

@@ -21,6 +21,7 @@ from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
+from gau.ops.kernels.queries_keys import queries_and_keys
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
 
@@ -71,8 +72,10 @@ def decode():
         state = {'k': zeros(batch, C, S), 'k_lin': zeros(batch, C, S), 'v': zeros(batch, C, E)}
         state['sum'] = zeros(batch, S, E, **vector)
         table = (zeros(batch, S // 2, **vector),) * 2
-        window = open_window(state, 32)
-        decode_gated_chunks(zeros(batch, D), parameters(), table, window, position=position, spec=SPEC)
+        window = open_window(state, 32) | {'before': zeros(batch, S)}
+        # With shifted keys kernels do all that they do without, and more.
+        shifted = parameters()._replace(mix_S=zeros(S, **vector))
+        decode_gated_chunks(zeros(batch, D), shifted, table, window, position=position, spec=SPEC)
         for function, normalizer, heads, s, e in (('softmax', None, 12, 64, 64), ('relu2', 'fixed', 1, S, E)):
             q, v = zeros(batch, heads, 1, s), zeros(batch, heads, 1, e)
             cache = {'k': zeros(batch, heads, 512, s), 'v': zeros(batch, heads, 512, e)}
@@ -88,7 +91,16 @@ def decode():
 
 
 def short_prompts():
-    """The kernels of short prompts at size base."""
+    """The kernels of short prompts at size base, and of shifted queries and keys."""
+    vector = {'dtype': 'float32'}
+    shift, scales = (zeros(S, **vector), zeros(1, C, **vector)), zeros(4, S, **vector)
+
+    def roles(p):
+        return queries_and_keys(p, zeros(S, **vector), scales, scales, None, shift, rotated=0)
+
+    primals, pull = jax.vjp(roles, zeros(1, C, 2 * E + S))
+    pull(primals)
+
     table = (zeros(1, 4 * C, S // 2, dtype='float32'),) * 2
     position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
     state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}

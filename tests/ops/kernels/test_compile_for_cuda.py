@@ -16,7 +16,11 @@ from tests.conftest import ROOT
             'decode',
             [f'decode_{name}' for name in ('projections', 'attention', 'output', 'cache')],
         ),
-        pytest.param('prefill', ['prefill_projections', 'prefill_attention', 'prefill_output'], marks=pytest.mark.slow),
+        pytest.param(
+            'prefill',
+            ['prefill_projections', 'prefill_attention', 'prefill_output', 'queries_keys', 'queries_keys_gradient'],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_decoding_kernels_and_scans_with_a_gate_compile_for_an_h100(what, wanted):

@@ -30,6 +30,10 @@ OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49]
 B = len(OPENED_B)
 
 
+def before(dtype):
+    return normal(8, B, S).astype(dtype)
+
+
 def state_of(dtype):
     parts = {'k': (C, S), 'k_lin': (C, S), 'v': (C, E), 'sum': (S, E)}
     state = {name: normal(i, B, *shape) for i, (name, shape) in enumerate(parts.items())}
@@ -58,9 +62,9 @@ def expect_close(found, wanted, dtype, name):
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
-        ('mean, decay, visible', slice(None)),
+        ('mean, decay, visible; shifted', slice(None)),
         # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
-        ('mean, decay, visible', slice(3, 4)),
+        ('mean, decay, visible; shifted', slice(3, 4)),
         *(
             pytest.param(case, rows, marks=pytest.mark.slow)
             for case in ('mean', 'sum, decay, su')
@@ -69,6 +73,7 @@ def expect_close(found, wanted, dtype, name):
     ],
 )
 def test_one_token_of_a_layer(case, rows, dtype):
+    case, _, shifted = case.partition('; ')
     start_B, opened_B = START_B[rows], OPENED_B[rows]
     spec, position = SPECS[case], DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
     shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
@@ -82,7 +87,12 @@ def test_one_token_of_a_layer(case, rows, dtype):
     p_B1W = h_B1D @ parameters.uv_D2E.reshape(D, -1)
     u_B1E, v_B1E = gate_and_values(p_B1W, parameters.uv_bias_2E)
     z_B1S = jax.nn.silu(h_B1D @ parameters.z_DS + parameters.z_bias_S)
-    roles = [z_B1S * gamma + beta for gamma, beta in zip(parameters.gamma_RS, parameters.beta_RS, strict=True)]
+    keys_B1S = z_B1S
+    if shifted:
+        parameters = parameters._replace(mix_S=normal(41, S))
+        keys_B1S = z_B1S + parameters.mix_S * (before('float64')[rows][:, None] - z_B1S)
+    scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
+    roles = [(keys_B1S if i % 2 else z_B1S) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     q, k, q_lin, k_lin = roles if table is None else (apply_rope(x, table) for x in roles)
     bias_B1C = None
     if parameters.bias_P is not None:
@@ -97,9 +107,12 @@ def test_one_token_of_a_layer(case, rows, dtype):
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
+    window = window_of(dtype) | ({'before': before(dtype)} if shifted else {})
     found_BD, found = decode_gated_chunks(
-        x_BD.astype(dtype), Parameters(**narrow), table, cut(window_of(dtype), rows), position=position, spec=spec
+        x_BD.astype(dtype), Parameters(**narrow), table, cut(window, rows), position=position, spec=spec
     )
+    if shifted:
+        expect_close(found['before'], z_B1S[:, 0], dtype, 'before')
     expect_close(found_BD, y_BD, dtype, 'y')
     for name in ('k', 'k_lin', 'v'):
         expect_close(found[name], wanted[name], dtype, name)
