@@ -39,9 +39,9 @@ State = dict[str, Any]
 PREFILL_BLOCK = 512
 WHOLE_BLOCK_TOKENS = 16_384
 MOST_WHOLE_TOKENS = 2**18
-# The most tokens of all rows that are short prompts, where launches would take longer than training's kernels, and the
-# tokens of one block of them, whose chunks look at each other.
-SHORT_PROMPT_TOKENS, SHORT_BLOCK_TOKENS = 4096, 2048
+# The most tokens of all rows that are short prompts: one block, whose chunks look at each other, where launches would
+# take longer than training's kernels.
+SHORT_PROMPT_TOKENS = 2048
 
 # What XLA is told where a prefill is compiled: it runs once, and to make a CUDA graph of it takes longer than launches.
 PREFILL_OPTIONS = {'gpu': (('xla_gpu_enable_command_buffer', ''),)}
@@ -281,7 +281,7 @@ def prefill(
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
         short = ARCHITECTURES[config.name].family.prefills_in_kernels(config, attention, model.implementation)
         if short and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
-            reader, tokens = 'short', SHORT_BLOCK_TOKENS
+            reader, tokens = 'short', SHORT_PROMPT_TOKENS
         most = block or max(size, tokens // batch)
         # Blocks alike, of whole chunks.
         block = -(-n // -(-n // most))
