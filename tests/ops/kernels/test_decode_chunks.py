@@ -24,7 +24,7 @@ SPECS = {
     'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
     'mean, decay, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True, 'both', 'mean', 0.7),
 }
-CASES = ['mean', pytest.param('sum, decay, su', marks=pytest.mark.slow), 'mean, decay, visible']
+CASES = [case if case == 'mean, decay, visible' else pytest.param(case, marks=pytest.mark.slow) for case in SPECS]
 # Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
 OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49])
 B = len(OPENED_B)

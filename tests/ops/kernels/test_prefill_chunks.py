@@ -12,14 +12,11 @@ from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from tests.numerics import normal
 from tests.ops.kernels.conftest import DTYPES
-from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, expect_close, state_of
+from tests.ops.kernels.test_decode_chunks import CASES, SPECS, B, C, D, E, S, expect_close, state_of
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize(
-    'case',
-    [case if case == 'mean, decay, visible' else pytest.param(case, marks=pytest.mark.slow) for case in SPECS],
-)
+@pytest.mark.parametrize('case', CASES)
 def test_a_short_block_of_a_layer(case, dtype):
     spec, t = SPECS[case], 3 * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
