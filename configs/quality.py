@@ -193,11 +193,10 @@ def sweep_keys() -> Iterator[Overrides]:
 
 def sweep_shifted() -> Iterator[Overrides]:
     """Muon and no sinusoid, 8,192 and 1,024 tokens of context: FLASH with a gate and shifted keys, Transformer++."""
-    better = {'optimizer.name': 'muon', 'model.absolute_position': 'none'}
-    shifted = {**GATED, **better, 'model.key_input': 'shifted'}
+    shifted = {**GATED, **BETTER, 'model.key_input': 'shifted'}
     for context in (8192, 1024):
-        for name, model in (('shifted', shifted), ('transformer_plus_plus', {**TRANSFORMER, **better})):
-            yield {'name': f'{name}_{context}', **model, ':context': context, RATE: 4e-3}
+        for name, model in (('shifted', shifted), ('transformer_plus_plus', {**TRANSFORMER, **BETTER})):
+            yield {'name': f'{name}_{context}', **model, ':context': context}
 
 
 def sweep_shifted_forms() -> Iterator[Overrides]:
