@@ -31,7 +31,7 @@ def report(module: str, *arguments: Any) -> Any:
         capture_output=True,
         text=True,
         # A guard against hanging, whatever else the machine does.
-        timeout=1800,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
