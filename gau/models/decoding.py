@@ -8,7 +8,8 @@ cut by rows:
     blocks_0/gau/..., blocks_1/...      the layers' own (`gau.ops.decoding`), with the heads H after B:
       FLASH, MC-TFM++                   v [B, H, C, E/H], k and k_lin [B, H, C, S] (compute type), sum [B, H, S, E/H]
       FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
-      a short convolution               before [B, W, D]; blocks_0/short_convolution, beside gau
+      a short convolution               before [B, W, D], in blocks_0/short_convolution, beside gau
+      shifted keys                      before [B, 1, S], in blocks_0/gau/key_shift
       Performer                         sum [B, H, F, K + 1]; with FAVOR+ log_scale [B, H]
 
 The sums are float32 (float64 in float64). With `layer_stack='scan'` the layers' arrays have a first axis more, the
@@ -224,12 +225,11 @@ def _layer_states(function: Callable[..., dict], state: State, *others: State) -
     def one(*nodes):
         if not isinstance(nodes[0], dict):
             return nodes[-1]
-        others = {name: one(*(node[name] for node in nodes)) for name, value in nodes[0].items() if is_other(value)}
-        own = [{name: value for name, value in node.items() if not is_other(value)} for node in nodes]
-        return others | (function(*own) if own[0] and BEFORE not in own[0] else own[-1])
-
-    def is_other(value):
-        return isinstance(value, dict)
+        # A layer's state may lie beside those of its parts.
+        parts = [name for name, value in nodes[0].items() if isinstance(value, dict)]
+        own = [{name: value for name, value in node.items() if name not in parts} for node in nodes]
+        rest = function(*own) if own[0] and BEFORE not in own[0] else own[-1]
+        return {name: one(*(node[name] for node in nodes)) for name in parts} | rest
 
     layers = {name: one(*(tree[name] for tree in (state, *others))) for name in state if name != 'position'}
     return layers | {'position': (state, *others)[-1]['position']}
