@@ -155,6 +155,7 @@ def test_a_sparse_model_recovers_with_its_zeros(trained, tmp_path):
         loop.train(tiny_config(optimizer__keep_zeros=('nowhere',)), tmp_path / 'none')
 
 
+@pytest.mark.slow
 def test_a_narrower_model_is_a_run_like_any_other(trained, tmp_path):
     output = tmp_path / 'narrow'
     flags = [f'--workdir={trained}', f'--output={output}', '--method=narrower']

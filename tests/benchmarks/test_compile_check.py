@@ -96,6 +96,7 @@ def test_what_holds_less_where_a_step_does_not_fit(batch, mesh, fields, expected
     assert compile_check.what_saves_memory(config, mesh) == expected
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):
     """And not for every slice of the vocabulary loss, sixteen of them here."""
     output = tmp_path / 'row.jsonl'

@@ -24,6 +24,7 @@ def test_without_a_tpu_it_runs_tiny_in_the_interpreter():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setenv('GAU_PALLAS_INTERPRET', '1')
     sizes = tpu_selftest.TINY._replace(tokens=20, chunk=8)

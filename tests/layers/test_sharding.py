@@ -5,7 +5,8 @@ import pytest
 from tests.programs import report
 
 
-@pytest.mark.parametrize('cases', ['few', pytest.param('every', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('cases', ['few', 'every'])
 def test_sharded_tokens_give_the_same_values_and_gradients(cases):
     found = report('tests.layers.sharded_attention', cases)
     assert len(found) == {'few': 6, 'every': 88}[cases]

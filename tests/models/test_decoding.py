@@ -18,8 +18,8 @@ from tests.numerics import float64
 
 N, BLOCK = tiny.CONTEXT, 7
 DECODABLE = [name for name in tiny.CAUSAL if name != 'combiner']
-# The plain Transformers differ from Transformer++ in what stands around the attention only.
-RELATIVES = ('transformer', 'transformer_plus')
+# The plain Transformers differ from Transformer++ in what stands around the attention only; MC-TFM++ has FLASH's state.
+RELATIVES = ('transformer', 'transformer_plus', 'mc_transformer_plus_plus')
 FIRST = [pytest.param(name, marks=pytest.mark.slow if name in RELATIVES else ()) for name in DECODABLE]
 # States that do not grow, beside FLASH's.
 RECURRENT = ('mc_transformer_plus_plus', 'performer')

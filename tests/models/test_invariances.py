@@ -24,16 +24,14 @@ from tests.models.tiny import (
 from tests.numerics import LAYOUTS, max_error
 
 TOLERANCE = 1e-11
-# Near relatives of transformer_plus_plus, and second objectives, run with the slow tests.
+# Near relatives of FLASH and Transformer++, Combiner, and second objectives run with the slow tests.
 FAST = [
     ('flash_quad', 'lm'),
     ('flash', 'lm'),
     ('flash', 'mlm'),
     ('transformer_plus_plus', 'lm'),
-    ('mc_transformer_plus_plus', 'lm'),
     ('performer', 'lm'),
     ('linformer', 'mlm'),
-    ('combiner', 'lm'),
 ]
 MODELS = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 

@@ -75,7 +75,7 @@ def expect_the_reference(fused, reference, params, ids, n=N):
 
 
 @pytest.mark.parametrize('fields', [
-    {'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'},
+    pytest.param({'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'}, marks=pytest.mark.slow),
     {'key_input': 'shifted', 'decay_gate': 'keys', 'linear_start': 'ones', 'global_reduction': 'sum', 'far_chunks': 2},
     pytest.param({'rope': 'local', 'far_chunks': 2}, marks=pytest.mark.slow),
 ])  # fmt: skip

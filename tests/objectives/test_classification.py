@@ -98,6 +98,7 @@ def test_it_resumes_bitwise_and_is_evaluated_from_its_checkpoint(trained, data, 
     assert json.loads((path / 'eval.jsonl').read_text())['examples'] == 20
 
 
+@pytest.mark.slow
 def test_from_a_language_model_with_the_layers_frozen(trained, data, tmp_path):
     fields = {'steps': 6, 'optimizer__learning_rate_rules': ((r'^head/', 10.0),)}
     frozen = config(data, init_from=str(trained), optimizer__frozen=(r'^trunk/',), **fields)

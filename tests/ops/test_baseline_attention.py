@@ -169,6 +169,7 @@ def test_favor_in_float32_is_favor_in_float64(causal, std, width, impl):
         assert max_error(a, b) < 2e-3
 
 
+@pytest.mark.slow
 def test_later_keys_do_not_touch_the_rounding_of_earlier_ones():
     q, k, v = (x.astype(np.float32) for x in inputs())
     w = orthogonal_directions(6, K, 1)[0]
@@ -180,6 +181,7 @@ def test_later_keys_do_not_touch_the_rounding_of_earlier_ones():
         np.testing.assert_array_equal(y[:, :13], changed[:, :13])
 
 
+@pytest.mark.slow
 def test_favor_survives_large_inputs():
     x = 30 * normal(0, 1, 64, 64).astype(jnp.float32)
     w = orthogonal_directions(256, 64, 1)[0]

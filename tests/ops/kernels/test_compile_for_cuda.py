@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('what', 'wanted'),
     [
@@ -16,10 +17,9 @@ from tests.conftest import ROOT
             'decode',
             [f'decode_{name}' for name in ('projections', 'attention', 'output', 'cache')],
         ),
-        pytest.param(
+        (
             'prefill',
             ['prefill_projections', 'prefill_attention', 'prefill_output', 'queries_keys', 'queries_keys_gradient'],
-            marks=pytest.mark.slow,
         ),
     ],
 )
