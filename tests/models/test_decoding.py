@@ -1,6 +1,6 @@
 """Token by token is the same as all at once: every causal model, prompt length, row and chunk border.
 
-On a GPU: GAU_TEST_PLATFORM=cuda python -m pytest tests/models/test_decoding.py
+On a GPU: GAU_TEST_PLATFORM=cuda python -m pytest tests/models/test_decoding.py tests/models/test_decoding_kernels.py
 """
 
 import functools
@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gau.layers import decode_unit, quadratic
 from gau.models import decoding
-from gau.models.target import Implementation
 from tests.models import tiny
 from tests.numerics import float64
 
@@ -191,45 +189,6 @@ def test_the_loop_of_an_ablation(fields):
     assert worst < 1e-12
 
 
-@pytest.mark.parametrize(
-    'fields',
-    [
-        {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
-        | {'key_input': 'shifted'},
-        pytest.param({'layer_stack': 'scan', 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
-        pytest.param(
-            {
-                'normalizer': 'visible',
-                'relative_bias': 'none',
-                'gamma_init': 'ones',
-                'rope': 'none',
-                'query_key_dim': 3,
-            },
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_the_loop_in_kernels(fields, monkeypatch):
-    pytest.importorskip('triton')
-    calls = []
-    kernels = decode_unit.decode_gated_chunks
-    monkeypatch.setattr(decode_unit, 'decode_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
-    worst, size = in_one_loop('flash', 10, impl='triton', dtype='float32', **{'num_layers': 1} | fields)
-    assert calls
-    assert size > 0.1
-    assert worst < 1e-5 * size
-
-
-@pytest.mark.parametrize(
-    'fields', [{}, pytest.param({'normalizer': 'su', 'relative_bias': 'rotary'}, marks=pytest.mark.slow)]
-)
-def test_the_loop_of_quadratic_attention_in_kernels(fields):
-    pytest.importorskip('triton')
-    worst, size = in_one_loop('flash_quad', 10, impl='triton', dtype='float32', num_layers=1, **fields)
-    assert size > 0.1
-    assert worst < 1e-5 * size
-
-
 @pytest.mark.parametrize('name', ['flash', pytest.param('transformer_plus_plus', marks=pytest.mark.slow)])
 def test_the_loop_in_bfloat16(name):
     worst, size = in_one_loop(name, 16, dtype='bfloat16', num_layers=1)
@@ -245,76 +204,15 @@ def test_decoding_is_the_full_forward_at_every_position(name):
     assert worst < 1e-12
 
 
-@pytest.mark.parametrize(
-    ('name', 'fields', 'short'),
-    [
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, True),
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
-        ('flash_quad', {'num_layers': 1}, False),
-        ('flash', {'layer_stack': 'scan', 'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
-        ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
-    ],
-)
-# Blocks with a carried state are proven in tests/ops/kernels: test_prefill_chunks.py, test_decode_chunks.py and
-# test_gated_chunks.py.
-@pytest.mark.slow
-def test_prompts_in_kernels(name, fields, short, monkeypatch):
-    """Prompts at once and in two parts, of which the second begins anywhere in a chunk; short ones, and others."""
-    pytest.importorskip('triton')
-    if not short:
-        monkeypatch.setattr(decoding, 'SHORT_PROMPT_TOKENS', 0)
-    calls, kernels = [], decode_unit.prefill_gated_chunks
-    monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
-    model, params = tiny.make(name, impl='triton', dtype='float32', **fields)
-    exact, _ = tiny.make(name, impl='reference', **fields)
-    length_B, first_B = jnp.array([1, 4, 10, 21, 22]), jnp.array([0, 1, 5, 8, 11])
-    rows, last = np.arange(5), np.asarray(length_B) - 1
-    tokens_BN = tiny.tokens(5, N)
-    with float64():
-        full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
-    prefill = functools.partial(decoding.prefill, model, block=BLOCK)
-    whole, step = tiny.compile_fast(functools.partial(prefill, fresh=True)), functions(model)[1]
-    rest_BN = tokens_BN[rows[:, None], np.minimum(first_B[:, None] + np.arange(N), N - 1)]
-    empty = decoding.init_state(model, batch_size=5, capacity=N)
-    _, state = whole(params, empty, tokens_BN, first_B)
-    ways = {
-        'at once': whole(params, empty, tokens_BN, length_B),
-        'in two parts': tiny.compile_fast(prefill)(params, state, rest_BN, length_B - first_B),
-    }
-    for way, (logits_BV, state) in ways.items():
-        assert np.array_equal(state['position'], length_B)
-        assert np.abs(logits_BV - full_BNV[rows, last]).max() < 1e-5 * np.abs(full_BNV).max(), way
-        for more in (1, 2):
-            logits_BV, state = step(params, state, tokens_BN[rows, last + more])
-            difference = logits_BV - full_BNV[rows, last + more]
-            assert np.abs(difference).max() < 1e-5 * np.abs(full_BNV).max(), (way, more)
-    assert bool(calls) == short
-
-
-def test_a_transformer_built_for_cudnn(monkeypatch):
-    """A fresh prompt is one block of cuDNN's causal attention (here: in XLA), tokens look back in a kernel."""
-    pytest.importorskip('triton')
-    monkeypatch.setattr(
-        quadratic, 'cudnn_attention', functools.partial(quadratic.cudnn_attention, implementation='xla')
-    )
-    exact, params = tiny.make('transformer_plus_plus', dtype='float32', num_layers=1)
-    model = exact.clone(implementation=Implementation('cudnn'))
-    length_B, rows = jnp.array([1, 10, 21]), np.arange(3)
-    tokens_BN = tiny.tokens(3, N)
-    full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
-    state = decoding.init_state(model, batch_size=3, capacity=N - 1)
-    prefill = tiny.compile_fast(functools.partial(decoding.prefill, model, fresh=True))
-    step = tiny.compile_fast(functools.partial(decoding.step, model))
-    logits_BV, state = prefill(params, state, tokens_BN, length_B)
-    for more in range(3):
-        assert np.abs(logits_BV - full_BNV[rows, length_B - 1 + more]).max() < 1e-5 * np.abs(full_BNV).max()
-        logits_BV, state = step(params, state, tokens_BN[rows, length_B + more])
-    # The last row was past the capacity.
-    assert np.isnan(logits_BV).all(axis=1).tolist() == [False, False, True]
-
-
 # Of one layer each; those of the other attentions prove less than the models themselves above.
-QUICK = ('scan, remat, heads, global', 'gate, norm', 'gate of keys, sum', 'sum, su, no gate, temperature', 'favor')
+QUICK = (
+    'scan, remat, heads, global',
+    'gate, norm, convolution',
+    'gate of keys, sum',
+    'sum, su, no gate, temperature',
+    'favor',
+)
+assert ABLATIONS.keys() >= set(QUICK)
 
 
 @pytest.mark.parametrize(
