@@ -41,15 +41,13 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         if shift is not None:
             mix_S, before_BS = shift(s)
             parameters = parameters._replace(mix_S=mix_S)
-        table, fields = (
-            tokens.rope[s] if self.rope == 'rotary' else None,
-            {'position': tokens.decode, 'spec': core.spec},
-        )
+        table = tokens.rope[s] if self.rope == 'rotary' else None
+        fields = {'position': tokens.decode, 'spec': core.spec}
         in_window = tokens.decode.opened_B is not None
         names = ('k', 'k_lin', 'v', 'sum', *(['arrivals'] if in_window else []))
         state = {name: core.get_variable('cache', name)[:, 0] for name in names}
         if shift is not None:
-            state['before'] = before_BS
+            state[BEFORE] = before_BS
         if in_window:
             table = None if table is None else tuple(x_B1h[:, 0] for x_B1h in table)
             y_BD, state = decode_gated_chunks(x_BTD[:, 0], parameters, table, state, **fields)
@@ -59,7 +57,7 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         for name in names:
             core.put_variable('cache', name, state[name][:, None])
         if shift is not None:
-            shift.put_variable('cache', BEFORE, state['before'][:, None])
+            shift.put_variable('cache', BEFORE, state[BEFORE][:, None])
         return y_BTD
 
 
