@@ -16,7 +16,7 @@ class PerplexityByRepetition(PerplexityByPosition):
     """Perplexity with `new_loss`, `repeated_loss` and `loss_by_distance`.
 
     A target is repeated if it has followed the same token before, in the context that the model sees: whoever finds
-    that place can copy it (Arora et al. 2023, arXiv 2312.04927, section 3.2). Its distance is how many tokens ago it
+    that place can copy it (Arora et al. 2023, arXiv 2312.04927). Its distance is how many tokens ago it
     did so for the last time; a new target has the distance 0. A model that keeps every token can find a pair at any
     distance, one with a state only what the state has kept.
     """
