@@ -85,7 +85,7 @@ class GatedUnit(Family):
 
     def prefills_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
         """See the base class."""
-        # (Those of a tile's first token would need what another program makes.)
+        # Shifted keys of a tile's first token would need the Z that another program makes.
         return config.key_input != 'shifted' and self.decodes_in_kernels(config, attention, implementation)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
