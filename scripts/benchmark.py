@@ -12,10 +12,11 @@ them their share of what copying an array does.
 
 A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`,
 where parts at the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to
-compare. It may end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then; named
-twice, it has those of both. Training and forward have a process for each measurement, so that memory is its own; decode
-and prefill share one. What does not fit or crashes is a row that says so; `--rounds` measures all of them in turn, over
-and over, and the median counts.
+compare. Behind them it may set any other field of `config.model`, `flash:key_input=shifted:decay_gate=scalar`; all
+kinds know these. It may end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then;
+named twice, it has those of both. Training and forward have a process for each measurement, so that memory is its own;
+decode and prefill share one. What does not fit or crashes is a row that says so; `--rounds` measures all of them in
+turn, over and over, and the median counts.
 """
 
 import datetime
@@ -88,7 +89,7 @@ def main() -> int:
                 processes.add_utilisation(rows)
                 _write(output, rows)
                 row = rows[list(results).index(cell)]
-                print(f'round {round_number} of {rounds}: {report.brief(row)}'[: report.WIDTH], flush=True)
+                print(f'round {round_number} of {rounds}: {report.brief(row)}', flush=True)
     pictures = report.plot(rows, output.with_suffix(''))
     print(f'\n{_title(rows)}\n\n{report.table(rows)}\n')
     print('written:', ', '.join(str(path) for path in (output, *pictures)))

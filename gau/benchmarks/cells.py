@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -32,7 +32,7 @@ MODELS = (*ARCHITECTURES, *TORCH_MODELS)
 
 class Spec(NamedTuple):
     """A model with the settings to measure it at, written
-    `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`.
+    `model:impl:remat:layer_stack:accumulation_steps:segment_tokens:field=value:...`.
 
     Attributes:
       model: name in the registry, or of a baseline in PyTorch.
@@ -40,6 +40,7 @@ class Spec(NamedTuple):
       remat, layer_stack: as in `config.model`; None for a baseline, which has neither.
       accumulation_steps: micro-batches of a training step.
       segment_tokens: tokens of a row that a training step reads at once, with its state carried on; 0: all.
+      overrides: other fields of `config.model` with their values, in the order of their names.
     """
 
     model: str
@@ -48,6 +49,13 @@ class Spec(NamedTuple):
     layer_stack: str | None = 'unrolled'
     accumulation_steps: int = 1
     segment_tokens: int = 0
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+# What a cell or a part of its own says, so that no `field=value` may.
+_SAID_ELSEWHERE = {'dtype': '--quick takes float32, anything else bfloat16'} | {
+    name: f'it is a part of its own: model:{":".join(Spec._fields[1:-1])}' for name in ('impl', 'remat', 'layer_stack')
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +92,8 @@ class Cell:
     @classmethod
     def from_dict(cls, fields: Mapping) -> 'Cell':
         """Undoes `dataclasses.asdict` after a journey through JSON."""
-        return cls(**{**fields, 'spec': Spec(*fields['spec'])})
+        *parts, overrides = fields['spec']
+        return cls(**{**fields, 'spec': Spec(*parts, tuple((name, value) for name, value in overrides))})
 
     @property
     def by_torch(self) -> bool:
@@ -108,6 +117,7 @@ class Cell:
             config.name = TORCH_MODELS[self.spec.model][0]
         else:
             config.impl, config.remat, config.layer_stack = self.spec.impl, self.spec.remat, self.spec.layer_stack
+            config.update(dict(self.spec.overrides))
         return resolve(config, causal=self.causal, context=self.context)
 
     def flops_per_token(self) -> float:
@@ -118,9 +128,9 @@ class Cell:
 
 
 def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str) -> list[Spec]:
-    """Returns the specs that `model:impl:remat:layer_stack:accumulation_steps:segment_tokens` stands for.
+    """Returns the specs that a text stands for, written as `Spec` says.
 
-    Parts may be left out at the end or be empty.
+    Parts may be left out at the end or be empty; those that set a field of `config.model` come last.
 
     Args:
       text: what the user wrote.
@@ -128,13 +138,15 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
       remat, layer_stack: where the text names none.
 
     Raises:
-      UserError: a name that does not exist, or a setting that a baseline does not have.
+      UserError: a name that does not exist, a wrong value, or a setting that the model does not have.
     """
-    model, *settings = text.strip().split(':')
+    model, *parts = text.strip().split(':')
     _check_choice('--models', model, MODELS)
-    names = Spec._fields[1:]
+    settings = list(itertools.takewhile(lambda part: '=' not in part, parts))
+    names = Spec._fields[1:-1]
     if len(settings) > len(names):
-        raise UserError(f'--models={text}: want at most model:{":".join(names)}')
+        raise UserError(f'--models={text}: want at most model:{":".join(names)}, and then field=value')
+    overrides = _parse_overrides(text, model, parts[len(settings) :])
     given = dict(zip(names, settings, strict=False))
     given = {name: value for name, value in given.items() if value}
     for name in ('accumulation_steps', 'segment_tokens'):
@@ -142,8 +154,8 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
             raise UserError(f'--models={text}: {name} "{given[name]}" is not a positive integer')
     steps, segment = int(given.get('accumulation_steps', 1)), int(given.get('segment_tokens', 0))
     if model in TORCH_MODELS:
-        for name in ('remat', 'layer_stack', 'segment_tokens'):
-            if name in given:
+        for name in [*given, *dict(overrides)]:
+            if name not in ('impl', 'accumulation_steps'):
                 raise UserError(f'--models={text}: {model} has no {name}')
         own = TORCH_MODELS[model][1]
         impl = given.get('impl', 'auto')
@@ -152,11 +164,36 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
     specs = []
     for impl in [given['impl']] if 'impl' in given else impls:
         stack = given.get('layer_stack', layer_stack)
-        spec = Spec(model, impl, given.get('remat', remat), stack, steps, segment)
+        spec = Spec(model, impl, given.get('remat', remat), stack, steps, segment, overrides)
         for name in ('impl', 'remat', 'layer_stack'):
             _check_choice(f'--models={text}: {name}', getattr(spec, name), declared_fields()[name].choices)
         specs.append(spec)
     return specs
+
+
+def _parse_overrides(text: str, model: str, parts: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    overrides = {}
+    for part in parts:
+        name, equals, value = part.partition('=')
+        if not equals:
+            raise UserError(f'--models={text}: "{part}" stands behind field=value, where only others of these may')
+        if name in overrides:
+            raise UserError(f'--models={text}: {name} is set twice')
+        if name in _SAID_ELSEWHERE:
+            raise UserError(f'--models={text}: {name} is not set like this: {_SAID_ELSEWHERE[name]}')
+        _check_choice(f'--models={text}: config.model.{name}', name, declared_fields())
+        field = declared_fields()[name]
+        if model in ARCHITECTURES and name not in ARCHITECTURES[model].fields:
+            raise UserError(f'--models={text}: {model} has no {name}')
+        try:
+            overrides[name] = field.kind(value)
+        except ValueError as error:
+            raise UserError(f'--models={text}: {name}={value}: want {field.kind.__name__}') from error
+        try:
+            field.check(name, overrides[name])
+        except UserError as error:
+            raise UserError(f'--models={text}: {error}') from error
+    return tuple(sorted(overrides.items()))
 
 
 def label(row: Mapping) -> str:
@@ -167,7 +204,9 @@ def label(row: Mapping) -> str:
     for name, value in usual.items():
         # (Rows of before there were segments have none.)
         parts.append('' if row.get(name) in (value, None) else str(row[name]))
-    return ':'.join([row['model'], *parts]).rstrip(':')
+    name = ':'.join([row['model'], *parts]).rstrip(':')
+    # (Nor have they this.)
+    return ':'.join([name, *(f'{field}={value}' for field, value in row.get('overrides', {}).items())])
 
 
 def plan(
@@ -231,10 +270,10 @@ def _check_kind(kind: str, spec: Spec) -> None:
         return
     if spec.model in TORCH_MODELS:
         raise UserError(f'--what={kind} does not measure {spec.model}: PyTorch baselines know train and forward')
-    if spec != Spec(spec.model):
+    if spec != Spec(spec.model, overrides=spec.overrides):
         raise UserError(
-            f'--what={kind} takes models by name alone, {spec.model} has settings of train and forward: '
-            'measure them in a call of their own'
+            f'--what={kind} takes models by name and field=value alone, {spec.model} has settings of train and '
+            'forward: measure them in a call of their own'
         )
 
 

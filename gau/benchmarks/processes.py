@@ -112,7 +112,8 @@ class Workers:
 
 def merge(cell: Cell, results: Sequence[Result]) -> Row:
     """Returns the row of a cell from its results, one a round: medians over all their samples."""
-    row = {'benchmark': cell.benchmark, **cell.spec._asdict(), **dataclasses.asdict(cell)}
+    spec = cell.spec._asdict() | {'overrides': dict(cell.spec.overrides)}
+    row = {'benchmark': cell.benchmark, **spec, **dataclasses.asdict(cell)}
     del row['spec'], row['effort'], row['profile']
     first = results[0]
     row |= {name: value for name, value in first.items() if name not in ('seconds', 'launch_seconds')}

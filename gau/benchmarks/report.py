@@ -36,10 +36,12 @@ matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. 
 
 def brief(row: Row) -> str:
     """Returns the heart of a row in a few words."""
-    what = f'{row["benchmark"]} {label(row)}, context {row["context"]}: '
     if row['benchmark'] in RATES:
         return rate_line(row)
-    return what + (row['error'] if 'error' in row else f'{_short(row["tokens_per_second"] / 1000)} k tokens/s')
+    what = f'{row["benchmark"]} {label(row)}, context {row["context"]}: '
+    return what + (
+        _cut(row['error'], 60) if 'error' in row else f'{_short(row["tokens_per_second"] / 1000)} k tokens/s'
+    )
 
 
 def rate_line(row: Row) -> str:
@@ -62,8 +64,11 @@ def table(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row['benchmark'] == kind]
         lines = [kind.ljust(WIDTH - len(head)) + head, '-' * WIDTH]
         for row in own:
-            name = _middle_cut(label(row), WIDTH - len(head) - 1).ljust(WIDTH - len(head))
-            lines.append((name + (_passes(row) if passes else _decoding(row))).rstrip())
+            name, width = label(row), WIDTH - len(head)
+            if len(name) >= width:
+                lines.append(_cut(name, WIDTH))
+                name = ''
+            lines.append((name.ljust(width) + (_passes(row) if passes else _decoding(row))).rstrip())
         blocks.append('\n'.join(lines))
     blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] in RATES]
     if any(row['benchmark'] in PASSES for row in rows):
@@ -129,12 +134,6 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + '...'
 
 
-def _middle_cut(text: str, width: int) -> str:
-    """Leaves out the middle: a model's settings stand at the end."""
-    tail = (width - 2) // 2
-    return text if len(text) <= width else f'{text[: width - 2 - tail]}..{text[-tail:]}'
-
-
 def _or_dash(value: float | None, form: str) -> str:
     return '-' if value is None else format(value, form)
 
@@ -197,9 +196,10 @@ def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
                 entries[len(models), 0] = Line2D(
                     [], [], linestyle='none', marker='o', color='gray', markerfacecolor='white', label='did not fit'
                 )
-    # Below the panels, where it hides no curve; a column is a model.
+    # Below the panels, where it hides no curve; a column is a model, where their names leave room.
     handles = [entries[key] for key in sorted(entries)]
-    columns = min(len({model for model, _ in entries}), 4)
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = min(len({model for model, _ in entries}), 4, max(int(5.2 * len(panels) / (0.5 + 0.075 * longest)), 1))
     figure.legend(handles=handles, loc='outside lower center', ncols=columns, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format='png')

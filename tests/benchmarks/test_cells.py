@@ -28,6 +28,16 @@ PLAN = {
         ('flash:xla', [Spec('flash', 'xla')]),
         ('flash:xla:full:scan:4', [Spec('flash', 'xla', 'full', 'scan', 4)]),
         ('flash:xla::::64', [Spec('flash', 'xla', segment_tokens=64)]),
+        (
+            'flash:xla:key_input=shifted:chunk_size=128:head_decay=1e-1',
+            [
+                Spec(
+                    'flash',
+                    'xla',
+                    overrides=(('chunk_size', 128), ('head_decay', 0.1), ('key_input', 'shifted')),
+                )
+            ],
+        ),
         ('torch_transformer_plus_plus', [Spec('torch_transformer_plus_plus', 'compiled', None, None)]),
         ('torch_flash_lucidrains:eager:::2', [Spec('torch_flash_lucidrains', 'eager', None, None, 2)]),
     ],
@@ -35,13 +45,16 @@ PLAN = {
 def test_a_spec_and_its_label(text, specs):
     assert parse_spec(text, **DEFAULTS | {'impls': ['reference', 'xla']}) == specs
     for spec in specs:
-        assert parse_spec(label(spec._asdict()), **DEFAULTS) == [spec]
+        row = spec._asdict() | {'overrides': dict(spec.overrides)}
+        assert parse_spec(label(row), **DEFAULTS) == [spec]
 
 
 def test_what_a_spec_leaves_open_comes_from_the_flags():
     (spec,) = parse_spec('flash:::scan', impls=['xla'], remat='dots', layer_stack='unrolled')
     assert spec == Spec('flash', 'xla', 'dots', 'scan')
-    assert label(Spec('flash', 'auto', 'none', 'unrolled', 1)._asdict()) == 'flash'
+    # A row of before there were segments and overrides.
+    row = {'model': 'flash', 'impl': 'auto', 'remat': 'none', 'layer_stack': 'unrolled', 'accumulation_steps': 1}
+    assert label(row) == 'flash'
 
 
 @pytest.mark.parametrize(
@@ -54,6 +67,15 @@ def test_what_a_spec_leaves_open_comes_from_the_flags():
         ('flash:xla:none:scan:1:1:1', 'at most'),
         ('torch_flash_lucidrains:xla', '"xla" does not exist'),
         ('torch_flash_lucidrains:eager:full', 'has no remat'),
+        ('torch_flash_lucidrains:chunk_size=64', 'has no chunk_size'),
+        ('flash:key_inptu=shifted', 'did you mean "key_input"'),
+        ('flash:key_input=shfted', 'did you mean "shifted"'),
+        ('flash:chunk_size=0', 'must be at least 1'),
+        ('flash:chunk_size=many', 'chunk_size=many: want int'),
+        ('flash:chunk_size=64:chunk_size=64', 'set twice'),
+        ('flash:chunk_size=64:xla', '"xla" stands behind'),
+        ('flash:remat=full', 'a part of its own'),
+        ('transformer_plus_plus:chunk_size=64', 'has no chunk_size'),
     ],
 )
 def test_what_a_spec_may_not_say(text, message):
@@ -102,7 +124,7 @@ def test_a_spec_may_have_contexts_of_its_own():
         (Spec('flash'), {'kinds': ['trian']}, 'did you mean "train"'),
         (Spec('flash'), {'size': 'huge'}, '--size'),
         (Spec('flash'), {'objective': 'ml'}, '--objective'),
-        (Spec('flash', 'xla'), {'kinds': ['decode']}, 'by name alone'),
+        (Spec('flash', 'xla'), {'kinds': ['decode']}, 'by name and field=value alone'),
         (Spec('torch_flash_lucidrains', 'compiled', None, None), {'kinds': ['decode']}, 'know train and forward'),
         (Spec('flash', accumulation_steps=2), {'kinds': ['forward']}, 'speaks to train only'),
         (Spec('flash', segment_tokens=64), {'kinds': ['forward']}, 'speaks to train only'),
@@ -114,8 +136,12 @@ def test_what_a_plan_refuses(spec, changes, message):
 
 
 def test_a_cell_travels_as_json():
-    cell = Cell('train', Spec('flash', 'xla'), 'tiny', context=64, batch_size=2, packed=True)
+    spec = Spec('flash', 'xla', overrides=(('chunk_size', 32), ('key_input', 'shifted')))
+    cell = Cell('decode', spec, 'tiny', context=64, batch_size=2)
     assert Cell.from_dict(json.loads(json.dumps(dataclasses.asdict(cell)))) == cell
+    config = cell.model_config()
+    assert (config.impl, config.chunk_size, config.key_input) == ('xla', 32, 'shifted')
+    assert cell.flops_per_token() != dataclasses.replace(cell, spec=Spec('flash', 'xla')).flops_per_token()
 
 
 def test_a_baseline_is_counted_by_our_model_of_its_shape():

@@ -113,8 +113,8 @@ def test_the_table_fits_and_says_what_failed():
     assert max(len(report.brief(row)) for row in rows[1:3]) <= report.WIDTH
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert 'model.impl=xla does not exist' in lines['combiner:xla']
-    # A name that is too long keeps its settings, which stand at the end.
-    assert 'cudnn:::16 ' in text
+    # A name that is too long has a line of its own.
+    assert '\ntorch_transformer_plus_plus:compiled_cudnn:::16\n          ' in text
     assert 'out of memory: 144 GiB of s' in text
     assert 'cached' in text
     assert '800 TFLOP/s' in text
@@ -124,6 +124,8 @@ def test_pictures_of_what_was_measured(tmp_path):
     failed = train_row(results=[{'error': 'out of memory'}])
     assert report.plot([failed], tmp_path / 'none') == []
     rows = [train_row(), train_row(context=512, batch_size=128), failed, matmul_row()]
+    rows.append(train_row(Spec('flash', overrides=(('chunk_size', 128), ('key_input', 'shifted')))))
+    assert 'flash:chunk_size=128:key_input=shifted' in report.brief(rows[-1])
     (path,) = report.plot(rows, tmp_path / 'rows.v1')
     assert path == tmp_path / 'rows.v1_training.png'
     assert path.stat().st_size > 1000
