@@ -184,7 +184,7 @@ def _check_distinct(points: Sequence[Point], expression: str) -> None:
 def _generate(program: Program, term: str, expression: str) -> Iterator[tuple[str, Overrides]]:
     """Yields name and overrides of the points of one sweep."""
     name, *values = term.split(':')
-    arguments = [_literal(value) for value in values]
+    arguments = [literal(value) for value in values]
     sweeps = program.sweeps()
     if name not in sweeps:
         fields = training_config.flatten(program.open_config({}).to_dict())
@@ -237,7 +237,8 @@ def _shorten(name: str) -> str:
     return f'{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}'
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """Returns what a value on a command line means: a number, a tuple, ..., or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -2,20 +2,40 @@
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from configs.paper import budgets
-from gau.experiments import plan, publish
+from gau.experiments import plan, publish, runs
 from gau.experiments.report import LABEL
-from gau.experiments.sweep import Program, find_points
+from gau.experiments.sweep import Program, find_points, literal
 from gau.training.config import flatten
 from tests.conftest import ROOT
 from tests.programs import call
 
 TABLES = sorted({path.stem for path in (ROOT / 'configs' / 'paper').glob('*.py')} - {'__init__', 'budgets'})
+
+
+# What no budget leaves to the default of the day: a table is of the paper's unit, whatever is best by now.
+UNIT = {
+    'model.absolute_position': 'sinusoid',
+    'model.key_input': 'shared',
+    'model.decay_gate': 'none',
+    'model.global_norm': 'none',
+    'model.linear_start': 'direct',
+    'model.local_window': 1,
+    'model.far_chunks': 0,
+    'model.short_convolution': 0,
+    'optimizer.name': 'adamw',
+}
+# Pages whose rows were measured with programs that are still here, and fields that are.
+PAGES = [
+    *('branches', 'models', 'compression_recovered', 'compression_students', 'quality_base', 'quality_causes'),
+    *('quality_gate', 'quality_keys', 'quality_long', 'quality_muon'),
+]
 
 
 def run(*arguments):
@@ -38,6 +58,11 @@ def test_every_point_is_accepted_and_has_its_row(name, budget):
     program = Program(str(ROOT / 'configs' / 'paper' / f'{name}.py'), f'budget={budget},data=embedded')
     points = find_points(program, table.sweep(budget))
     assert [point.error for point in points if point.config is None] == []
+    for point in points:
+        flat = flatten(point.config.to_dict())
+        assert {
+            path: flat[path] for path in UNIT if path not in point.overrides and flat[path] is not None
+        }.items() <= (UNIT.items())
     fields = flatten(points[0].config.to_dict())
     report = table.flags(budget)
     by = report['by'].split(',')
@@ -59,6 +84,23 @@ def test_every_point_is_accepted_and_has_its_row(name, budget):
         # Every row has its baseline: a row of that value and the same values in all other fields.
         baselines = {tuple(wanted.get(field, value) for field, value in zip(by, found, strict=True)) for found in rows}
         assert baselines <= rows.keys()
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_a_row_is_what_its_command_gives_today(page):
+    """A default that changed would leave the row and its command with two meanings."""
+    kept, _ = runs.find([ROOT / 'docs' / 'results' / f'{page}.jsonl'])
+    rows = {run.config_hash(): run for run in kept}
+    for run in rows.values():
+        _, _, config, *overrides = shlex.split(run.facts['command'])
+        # The prepared data need not be here, and say what their tokenizer is.
+        path, _, argument = config.removeprefix('--config=').partition(':')
+        program = Program(str(ROOT / path), ','.join(filter(None, [argument, 'data=embedded'])))
+        fields = dict(override.removeprefix('--config.').split('=', 1) for override in overrides)
+        today = run._replace(config=runs.flat(program.config({name: literal(text) for name, text in fields.items()})))
+        where = ('data.source', 'data.tokenizer', 'init_from')
+        one, other = ({k: v for k, v in each.meant().items() if k not in where} for each in (today, run))
+        assert one == other, run.name
 
 
 def test_seeds_see_the_same_number_of_tokens_whatever_the_context():
