@@ -279,7 +279,7 @@ def prefill(
             last_BD, state = _read(model, params, state, last_BD, tokens_BN[:, :size], head_B)
             places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
-        short = ARCHITECTURES[config.name].family.prefills_in_kernels(config, attention, model.implementation)
+        short = ARCHITECTURES[config.name].family.decodes_in_kernels(config, attention, model.implementation)
         if short and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
             reader, tokens = 'short', SHORT_PROMPT_TOKENS
         most = block or max(size, tokens // batch)

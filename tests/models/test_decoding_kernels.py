@@ -60,6 +60,7 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
         ('flash_quad', {'num_layers': 1}, False),
         ('flash', {'layer_stack': 'scan', 'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
+        ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, True),
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
     ],
 )

@@ -83,11 +83,6 @@ class GatedUnit(Family):
         impl = implementation.attention
         return plain and implementation.norm == 'triton' and attention.decodes_in_kernels(config, impl)
 
-    def prefills_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
-        """See the base class."""
-        # Shifted keys of a tile's first token would need the Z that another program makes.
-        return config.key_input != 'shifted' and self.decodes_in_kernels(config, attention, implementation)
-
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""
         return {config.query_key_dim}

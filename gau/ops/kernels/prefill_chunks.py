@@ -38,7 +38,8 @@ def prefill_gated_chunks(
       x_BTD: the residual stream, bfloat16 or float32, finite at padding; T is a multiple of the chunk.
       parameters: of the layer.
       table: cosines and sines of each token's position, float32 [B, T, S / 2], or None.
-      state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`).
+      state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`); with shifted keys `before`, z of the token
+        before, [B, S].
       position: where the tokens stand; rows that take tokens begin a chunk with the first.
       spec: causal, relu2, both branches.
     """
@@ -55,16 +56,25 @@ def prefill_gated_chunks(
     state_scale_BG = scale_of_state(before_B[:, None] + jnp.arange(groups), spec, jnp.float32)
     decay = {'LOG_DECAY': math.log2(spec.global_decay)}
 
-    activations, roles = launch(
+    shifted, none = parameters.mix_S is not None, parameters.norm
+    shift = (parameters.mix_S, state['before']) if shifted else (none, none)
+    # (Not in place: other programs read what was before.)
+    activations, roles, before = launch(
         kernels.prefill_projections_kernel,
         *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm))),
-        outputs=[jax.ShapeDtypeStruct((rows, 2 * expanded), dtype), jax.ShapeDtypeStruct((4, rows, inner), dtype)],
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), *shift, position.length_B),
+        outputs=[
+            jax.ShapeDtypeStruct((rows, 2 * expanded), dtype),
+            jax.ShapeDtypeStruct((4, rows, inner), dtype),
+            jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype),
+        ],
         grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(rows, tiles.block_m)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        T=t,
         D=width,
         ROPE=table is not None,
+        SHIFTED=shifted,
         EPSILON=NORM_EPSILON,
         BLOCK_M=tiles.block_m,
         BLOCK_K=tiles.block_k,
@@ -119,7 +129,7 @@ def prefill_gated_chunks(
         **sizes,
         **decay,
     )
-    return y_BTD, dict(zip(names, new, strict=True))
+    return y_BTD, dict(zip(names, new, strict=True)) | ({'before': before} if shifted else {})
 
 
 def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:

@@ -31,20 +31,51 @@ def _norm_scale(
 
 
 @triton.jit
+def _z_halves(
+    x_ptr, z_ptr, z_bias_ptr, row, half, scale, R: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Returns silu(x Wz scale + b) of these rows, columns of both halves of S, float32 [BLOCK_M, BLOCK_H] each."""
+    H: tl.constexpr = (S + 1) // 2
+    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+    depth: tl.constexpr = None if D % BLOCK_K == 0 else D
+    only = tl.arange(0, 1)
+    z1 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    z2 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, row, d, D, rows, depth)  # [BM, BK]
+        w1 = load_tile(z_ptr, d, half, S, depth, H)  # [BK, BH]
+        w2 = load_tile(z_ptr + H, d, half, S, depth, S - H)  # [BK, BH]
+        # [BM, BK] @ [BK, BH]
+        z1 = tl.dot(x, w1, z1, input_precision=PRECISION)
+        z2 = tl.dot(x, w2, z2, input_precision=PRECISION)
+    z1 = z1 * scale + load_tile(z_bias_ptr, only, half, S, None, H).to(tl.float32)
+    z2 = z2 * scale + load_tile(z_bias_ptr + H, only, half, S, None, S - H).to(tl.float32)
+    return silu(z1), silu(z2)
+
+
+@triton.jit
 def prefill_projections_kernel(
-    x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr,
-    activations_ptr, roles_ptr,
-    R: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr, EPSILON: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr,
+    old_before_ptr, length_ptr, activations_ptr, roles_ptr, before_ptr,
+    R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr,
+    SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
 
+    If SHIFTED, keys are made of z mixed with that of the token before. A tile has both: matmuls of its rows and of
+    those before them, which are no more than those of a tile of u and v.
+
     Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H, R / BLOCK_M]: tiles of u and v, then of z
     Tile    [BLOCK_M, BLOCK_N]; of z two of [BLOCK_M, BLOCK_H], columns that the rotation pairs; sums in steps of
             BLOCK_K
-    Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2]
-    Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]
+    Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2];
+            if SHIFTED, mix [S]; z of the token before the T of each sequence [R / T, S]; how many of these are its own
+            [R / T]
+    Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]; if SHIFTED, z of the last token of each
+            sequence [R / T, S]
     Bytes   x, 1.6 MB, and the weights, 4.9 MB; activations, 6.3 MB, and roles, 1.0 MB
     """
     H: tl.constexpr = (S + 1) // 2
@@ -68,19 +99,34 @@ def prefill_projections_kernel(
         store_tile(activations_ptr, silu(product * scale + bias), row, col, 2 * E, rows, cols)
     else:
         half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-        z1 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        z2 = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        for start in range(0, D, BLOCK_K):
-            d = start + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, row, d, D, rows, depth)  # [BM, BK]
-            w1 = load_tile(z_ptr, d, half, S, depth, H)  # [BK, BH]
-            w2 = load_tile(z_ptr + H, d, half, S, depth, S - H)  # [BK, BH]
-            # [BM, BK] @ [BK, BH]
-            z1 = tl.dot(x, w1, z1, input_precision=PRECISION)
-            z2 = tl.dot(x, w2, z2, input_precision=PRECISION)
+        z1, z2 = _z_halves(
+            x_ptr, z_ptr, z_bias_ptr, row, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
+        )  # [BM, BH] each
+        k1, k2 = z1, z2
         only = tl.arange(0, 1)
-        z1 = silu(z1 * scale + load_tile(z_bias_ptr, only, half, S, None, H).to(tl.float32))
-        z2 = silu(z2 * scale + load_tile(z_bias_ptr + H, only, half, S, None, S - H).to(tl.float32))
+        if SHIFTED:
+            row_before = tl.maximum(row - 1, 0)
+            scale = _norm_scale(x_ptr, g_ptr, row_before, R, D, EPSILON, BLOCK_M, BLOCK_K)[:, None]
+            before1, before2 = _z_halves(
+                x_ptr, z_ptr, z_bias_ptr, row_before, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
+            )
+            sequence = tl.where(row < R, row // T, 0)
+            t = row % T
+            old1 = load_tile(old_before_ptr, sequence, half, S, None, H).to(tl.float32)
+            old2 = load_tile(old_before_ptr + H, sequence, half, S, None, S - H).to(tl.float32)
+            before1 = tl.where((t == 0)[:, None], old1, before1)
+            before2 = tl.where((t == 0)[:, None], old2, before2)
+            k1 += load_tile(mix_ptr, only, half, S, None, H).to(tl.float32) * (before1 - z1)
+            k2 += load_tile(mix_ptr + H, only, half, S, None, S - H).to(tl.float32) * (before2 - z2)
+            # A sequence without tokens goes on with what it had.
+            length = tl.load(length_ptr + sequence)
+            is_last = (t == tl.maximum(length - 1, 0)) & (row < R)
+            takes = (length > 0)[:, None]
+            at = before_ptr + sequence[:, None] * S + half[None, :]
+            last1 = tl.where(takes, z1, old1).to(before_ptr.dtype.element_ty)
+            last2 = tl.where(takes, z2, old2).to(before_ptr.dtype.element_ty)
+            tl.store(at, last1, mask=is_last[:, None] & (half < H)[None, :])
+            tl.store(at + H, last2, mask=is_last[:, None] & (half < S - H)[None, :])
         if ROPE:
             cos = load_tile(cos_ptr, row, half, H, rows, H)  # [BM, BH]
             sin = load_tile(sin_ptr, row, half, H, rows, H)
@@ -88,8 +134,11 @@ def prefill_projections_kernel(
             at = role * S
             gamma1 = load_tile(gamma_ptr + at, only, half, S, None, H).to(tl.float32)
             gamma2 = load_tile(gamma_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
-            y1 = z1 * gamma1 + load_tile(beta_ptr + at, only, half, S, None, H).to(tl.float32)
-            y2 = z2 * gamma2 + load_tile(beta_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
+            # Every second role is one of keys.
+            y1 = (k1 if role % 2 else z1) * gamma1
+            y2 = (k2 if role % 2 else z2) * gamma2
+            y1 += load_tile(beta_ptr + at, only, half, S, None, H).to(tl.float32)
+            y2 += load_tile(beta_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
             if ROPE:
                 y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
             store_tile(roles_ptr + at * R, y1, row, half, S, rows, H)

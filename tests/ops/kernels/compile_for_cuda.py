@@ -104,7 +104,10 @@ def short_prompts():
     table = (zeros(1, 4 * C, S // 2, dtype='float32'),) * 2
     position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
     state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}
-    prefill_gated_chunks(zeros(1, 4 * C, D), parameters(), table, state, position=position, spec=SPEC)
+    for mix_S in (None, zeros(S, **vector)):
+        state['before'] = zeros(1, S)
+        fields = {'position': position, 'spec': SPEC}
+        prefill_gated_chunks(zeros(1, 4 * C, D), parameters()._replace(mix_S=mix_S), table, state, **fields)
 
 
 if __name__ == '__main__':

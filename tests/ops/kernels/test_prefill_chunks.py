@@ -12,12 +12,19 @@ from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from tests.numerics import normal
 from tests.ops.kernels.conftest import DTYPES
-from tests.ops.kernels.test_decode_chunks import CASES, SPECS, B, C, D, E, S, expect_close, state_of
+from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, expect_close, state_of
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case',
+    [
+        'mean, decay, visible; shifted',
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ('mean', 'sum, decay, su')),
+    ],
+)
 def test_a_short_block_of_a_layer(case, dtype):
+    case, _, shifted = case.partition('; ')
     spec, t = SPECS[case], 3 * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
     start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
@@ -35,7 +42,14 @@ def test_a_short_block_of_a_layer(case, dtype):
     h_BTD = scale_norm(x_BTD, parameters.norm, dtype='float64')
     u_BTE, v_BTE = gate_and_values(h_BTD @ parameters.uv_D2E.reshape(D, -1), parameters.uv_bias_2E)
     z_BTS = jax.nn.silu(h_BTD @ parameters.z_DS + parameters.z_bias_S)
-    roles = [z_BTS * gamma + beta for gamma, beta in zip(parameters.gamma_RS, parameters.beta_RS, strict=True)]
+    keys_BTS = z_BTS
+    if shifted:
+        parameters = parameters._replace(mix_S=normal(41, S))
+        old['before'] = jnp.where((start_B > 0)[:, None], before('float64'), 0)
+        before_BTS = jnp.concatenate([old['before'][:, None], z_BTS[:, :-1]], axis=1)
+        keys_BTS = z_BTS + parameters.mix_S * (before_BTS - z_BTS)
+    scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
+    roles = [(keys_BTS if i % 2 else z_BTS) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     roles = roles if table is None else [apply_rope(x, table) for x in roles]
     bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, C, C)
     av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, position=position, spec=spec, bias_CC=bias_CC)
@@ -50,6 +64,10 @@ def test_a_short_block_of_a_layer(case, dtype):
     found_BTD, found = prefill_gated_chunks(
         x_BTD.astype(dtype), Parameters(**narrow), table, state, position=position, spec=spec
     )
+    if shifted:
+        last_BS = jnp.take_along_axis(z_BTS, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        wanted_BS = jnp.where((length_B > 0)[:, None], last_BS, old['before'])
+        expect_close(found['before'], wanted_BS, dtype, 'before')
     real = (jnp.arange(t) < length_B[:, None])[..., None]
     expect_close(jnp.where(real, found_BTD, 0), jnp.where(real, y_BTD, 0), dtype, 'y')
     expect_close(found['sum'], wanted['sum'], dtype, 'sum')
