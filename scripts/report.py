@@ -21,7 +21,12 @@ from absl import flags
 from gau import cli
 from gau.errors import UserError
 
-_BY = flags.DEFINE_list('by', [], 'Fields of the config whose values make the rows; default: what the sweep set.')
+_BY = flags.DEFINE_list(
+    'by',
+    [],
+    "Fields of the config whose values make the rows, point for a point's name, family and attention for the model's "
+    'records; default: what the sweep set.',
+)
 _AGAINST = flags.DEFINE_string('against', None, 'Row to compare with: a value of the first field, or FIELD=VALUE,...')
 _BEST = flags.DEFINE_string('best', None, 'Field of which each row takes the best value, such as the learning rate.')
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Evaluated split that the table is about.')

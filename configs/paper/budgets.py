@@ -25,6 +25,11 @@ DATA = {'tiny': 'embedded', 'small': 'tokens:data/wiki_en', 'paper': ''}
 SMALL_TOKENS = 2_000 * 65_536
 
 
+def learning_rate(model: str) -> float:
+    """Returns the peak rate of a model with budget=small."""
+    return LEARNING_RATES.get(model, LEARNING_RATES['flash'])
+
+
 def get_config(arg: str | None, *, model: str = 'flash', context: int = 1024, objective: str = 'lm') -> ConfigDict:
     """Returns the config of a budget.
 
@@ -75,7 +80,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
 def _small(config: ConfigDict, model: str) -> ConfigDict:
     config.data.batch_size = 65_536 // config.data.context
     config.steps, config.tokens = None, SMALL_TOKENS
-    config.optimizer.learning_rate = LEARNING_RATES.get(model, LEARNING_RATES['flash'])
+    config.optimizer.learning_rate = learning_rate(model)
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.98
     config.checkpoint.every_steps = 500

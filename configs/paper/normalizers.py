@@ -22,7 +22,10 @@ from gau.experiments.table import Table
 TABLE = Table(
     'Normalisers of relu^2 attention',
     {'small': 'normalizer+temperature+softmax,seed:3', 'tiny': 'normalizer+softmax,seed:2'},
-    {'by': 'point', 'against': 'normalizer_paper'},
+    {
+        'by': 'model.attention_function,model.normalizer,model.temperature',
+        'against': 'model.attention_function=relu2,model.normalizer=paper,model.temperature=none',
+    },
 )
 
 

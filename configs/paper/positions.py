@@ -19,7 +19,10 @@ from gau.experiments.table import Table
 TABLE = Table(
     'Positions in FLASH',
     {'small': 'positions,seed:3', 'tiny': 'positions,seed:2'},
-    {'by': 'point', 'against': 'all'},
+    {
+        'by': 'model.absolute_position,model.rope,model.relative_bias',
+        'against': 'model.absolute_position=sinusoid,model.rope=rotary,model.relative_bias=toeplitz',
+    },
 )
 
 

@@ -13,10 +13,13 @@ from gau.errors import UserError, did_you_mean
 from gau.experiments import statistics
 from gau.experiments.runs import Run, differing
 from gau.experiments.statistics import Mean, Paired, Sigma
+from gau.models.architectures import ARCHITECTURES
 
 # Without --by: more swept fields than these are asked for by name.
 MAX_FIELDS = 4
 LABEL = 'point'
+# What rows may be made by beside a config's fields: the records that a model is made of, told by their files.
+RECORDS = ('family', 'attention')
 ALLOWED = ('data', 'tokens')
 # Held-out tokens of runs in one table may differ by so much: contexts cut the end of a text off differently.
 EVAL_TOLERANCE = 0.05
@@ -27,7 +30,7 @@ class Options:
     """What a report is asked to show.
 
     Attributes:
-      by: fields whose values make the rows; empty: those that the sweeps set.
+      by: fields whose values make the rows, or LABEL, or of RECORDS; empty: those that the sweeps set.
       against: the row that others are compared with: its value of the first field, or `field=value,...`.
       best: a field of which each row keeps only the value with the least mean loss.
       split, metric: of final.json.
@@ -109,8 +112,19 @@ def make(runs: Sequence[Run], options: Options) -> Report:
 
 
 def value_of(run: Run, field: str) -> Any:
-    """Returns a run's value of a field, or its label."""
-    return run.label if field == LABEL else run.config.get(field)
+    """Returns a run's value of a field, its label, or the name of a record: `gated_unit`, `mixed_chunk`, ...
+
+    Raises:
+      UserError: the record of a model that is not there.
+    """
+    if field == LABEL:
+        return run.label
+    if field not in RECORDS:
+        return run.config.get(field)
+    name = run.config.get('model.name')
+    if name not in ARCHITECTURES:
+        raise UserError(f'--by={field}: {run.name} is a model "{name}", which is not registered')
+    return type(getattr(ARCHITECTURES[name], field)).__module__.rpartition('.')[2]
 
 
 def metric_of(run: Run, options: Options) -> float:
@@ -193,7 +207,7 @@ def _default_by(runs: Sequence[Run], options: Options) -> tuple[str, ...]:
 
 
 def _groups(runs: Sequence[Run], options: Options) -> list[tuple[dict[str, Any], list[Run]]]:
-    known = {LABEL, *(path for run in runs for path in run.config)}
+    known = {LABEL, *RECORDS, *(path for run in runs for path in run.config)}
     for field in (*options.by, *filter(None, [options.best])):
         if field not in known:
             raise UserError(f'--by={field}: no run has such a field{did_you_mean(field, known)}')

@@ -77,6 +77,18 @@ def test_when_a_row_came_to_the_baselines_loss():
     assert worse.rows[1].reached is None
 
 
+def test_each_family_has_its_own_baseline():
+    names = ('flash', 'flash_quad', 'transformer_plus_plus', 'mc_transformer_plus_plus')
+    found = [made_up(3 + place / 10, model__name=name) for place, name in enumerate(names)]
+    made = report.make(found, Options(by=('family', 'attention'), against='attention=quadratic'))
+    rows = {tuple(row.values.values()): row for row in made.rows}
+    assert rows['gated_unit', 'mixed_chunk'].against.difference.value == pytest.approx(-0.1)
+    assert rows['transformer', 'mixed_chunk'].against.difference.value == pytest.approx(0.1)
+    assert rows['gated_unit', 'quadratic'].against is None
+    with pytest.raises(UserError, match='"gone", which is not registered'):
+        report.make([made_up(3.0, model__name='gone')], Options(by=('family',)))
+
+
 def test_two_fields_are_compared_row_by_row():
     found = [
         made_up(loss + seed / 10, seed=seed, model__name=model, data__context=context, tokens=1000)

@@ -10,7 +10,7 @@ import pytest
 
 from configs.paper import budgets
 from gau.experiments import plan, publish, runs
-from gau.experiments.report import LABEL
+from gau.experiments.report import LABEL, RECORDS, value_of
 from gau.experiments.sweep import Program, find_points, literal
 from gau.training.config import flatten
 from tests.conftest import ROOT
@@ -66,11 +66,11 @@ def test_every_point_is_accepted_and_has_its_row(name, budget):
     fields = flatten(points[0].config.to_dict())
     report = table.flags(budget)
     by = report['by'].split(',')
-    assert all(field in fields or field == LABEL for field in by)
+    assert all(field in fields or field in (LABEL, *RECORDS) for field in by)
 
     def row(point):
-        flat = flatten(point.config.to_dict())
-        return tuple(str(point.label if field == LABEL else flat[field]) for field in by)
+        finished = runs.Run(point.name, point.label, None, flatten(point.config.to_dict()), {}, {}, {})
+        return tuple(str(value_of(finished, field)) for field in by)
 
     # A row holds nothing but the seeds of one setting.
     rows = {}
