@@ -28,7 +28,7 @@ def quadratic_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE: 
     capacity = core.get_variable('cache', 'k').shape[2] if exists else tokens.decode.capacity
     shapes = {name: ((*x.shape[:2], capacity, x.shape[-1]), x.dtype) for name, x in (('k', k_BHTS), ('v', v_BHTE))}
     bias_HBTM = core.bias(capacity, tokens.decode.positions_BT(v_BHTE.shape[2]))
-    if exists and v_BHTE.shape[2] == 1 and core.has_cache_kernel:
+    if exists and v_BHTE.shape[2] == 1 and core.has_cache_kernel and tokens.decode.in_place:
         state = {name: core.get_variable('cache', name) for name in shapes}
         fields = {'position': tokens.decode, 'scoring': core.scoring, 'bias_HB1M': bias_HBTM}
         o_BH1E, state = decode_with_cache(q_BHTS, k_BHTS, v_BHTE, state, **fields)

@@ -148,7 +148,7 @@ def extend(
       What the output layer reads, [B, T, D], meaningless at padding; and the new state.
     """
     layers = {name: leaf for name, leaf in state.items() if name != 'position'}
-    position = DecodePosition(state['position'], length_B, opened_B, reader)
+    position = DecodePosition(state['position'], length_B, opened_B, reader, in_place=not _scanned(model))
     h_BTD, new = model.apply(
         {'params': params, 'cache': layers}, tokens_BT, position, method='extend', mutable=['cache']
     )
@@ -280,7 +280,7 @@ def prefill(
             places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
         short = ARCHITECTURES[config.name].family.decodes_in_kernels(config, attention, model.implementation)
-        if short and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
+        if short and not _scanned(model) and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
             reader, tokens = 'short', SHORT_PROMPT_TOKENS
         most = block or max(size, tokens // batch)
         # Blocks alike, of whole chunks.
@@ -299,6 +299,10 @@ def prefill(
 
     (last_BD, state), _ = jax.lax.scan(read, (last_BD, state), (jnp.arange(blocks) * block, tokens_GBT))
     return model.apply({'params': params}, last_BD[:, None], method='logits')[:, 0], state
+
+
+def _scanned(model: LanguageModel) -> bool:
+    return model.config.layer_stack == 'scan'
 
 
 def _read(model, params, state, last_BD, tokens_BT, length_B, *, reader='reference') -> tuple[Array, State]:

@@ -49,6 +49,8 @@ class DecodePosition:
         (`gau.models.attentions.record.Attention.whole_blocks`). 'short': the kernels of short blocks where the model
         decodes in kernels; rows stand where a chunk begins, and the block has whole chunks.
       capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
+      in_place: whether kernels may write over the state that they are given. Not where layers are scanned: XLA takes
+        a part of what a loop collects for a kernel's result, and lets it write there and not over its input.
     """
 
     start_B: Array
@@ -56,6 +58,7 @@ class DecodePosition:
     opened_B: Array | None = None
     reader: str = dataclasses.field(default='reference', metadata={'static': True})
     capacity: int | None = dataclasses.field(default=None, metadata={'static': True})
+    in_place: bool = dataclasses.field(default=True, metadata={'static': True})
 
     @property
     def whole(self) -> bool:
@@ -65,7 +68,7 @@ class DecodePosition:
     @property
     def for_kernels(self) -> bool:
         """Whether kernels of decoding may take it: a single token in a window, or a short block."""
-        return self.opened_B is not None or self.reader == 'short'
+        return self.in_place and (self.opened_B is not None or self.reader == 'short')
 
     def real_BT(self, n: int) -> Array:
         """Returns which of the block's n tokens are not padding, as segment ids, int32 [B, n]."""

@@ -301,7 +301,7 @@ class PrefillTiles(NamedTuple):
 
 
 PREFILL = {
-    'bfloat16': PrefillTiles(128, 128, 32, 64, 8, 3, 64, 64, 128, 4, 2, 128, 64, 64, 64, 4, 4),
+    'bfloat16': PrefillTiles(128, 256, 32, 64, 8, 3, 64, 64, 128, 4, 3, 64, 128, 64, 64, 4, 4),
     'float32': PrefillTiles(32, 32, 16, 32, 4, 1, 32, 32, 64, 4, 1, 32, 32, 32, 32, 4, 1),
 }
 
