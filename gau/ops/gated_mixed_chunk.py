@@ -36,13 +36,15 @@ def gated_mixed_chunk(
         result's gradient must be finite, and small enough for products of them to be finite too: a fast path masks
         what is made of them there, and not them.
       spec: and segment_ids_BN: see there; both branches.
-      bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None.
+      bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None; where the local branch reads two
+        chunks and N is above C, [4 C - 1].
       gate_BNL: see there; float32.
 
     Returns:
       [B, N, E] in the dtype of p; zeros at padding.
     """
-    size = min(spec.chunk_size, p_BNW.shape[1])
+    n = p_BNW.shape[1]
+    size = n if n <= spec.chunk_size else spec.window * spec.chunk_size
     u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
     return u_BNE * mixed_chunk_attention(
         *(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE),

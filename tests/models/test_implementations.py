@@ -182,6 +182,8 @@ def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
     assert settle(tiny_config(name, dtype='float32'), target=HOPPER).attention == 'xla'
     assert settle(fused, target=HOPPER).attention == 'triton'
     assert settle(config, target=HOPPER).attention == 'triton'
+    if name == 'flash':
+        assert settle(tiny_config(name, dtype='bfloat16', local_window=2), target=HOPPER).attention == 'triton'
     assert settle(config, target=CPU).attention == 'xla'
     with pytest.raises(UserError, match=r'^model.impl=triton needs an NVIDIA GPU, this is cpu$'):
         settle(fused, target=CPU)
@@ -228,6 +230,7 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'branches': 'local'}, TPU, 'branches=both, this is local'),
     ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
     ({'far_chunks': 2}, TPU, 'far_chunks=0, this is 2'),
+    ({'local_window': 2}, TPU, 'local_window=1, this is 2'),
     ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
     (
         {'decay_gate': 'keys'},

@@ -72,7 +72,7 @@ class MixedChunk(ScoredAttention):
 
     fields = SCORING_FIELDS | CHUNK_FIELDS | STATE_FIELDS
     implementations = table(
-        triton=triton(gate='silu', branches='both', global_norm='none', local_window=1),
+        triton=triton(gate='silu', branches='both', global_norm='none'),
         pallas=pallas(
             at_most={'chunk_size': 512},
             sharded={'decay_gate': ('none', 'scalar')},

@@ -42,7 +42,9 @@ def values_and_states(
     return v_BGCE, m_BGFE
 
 
-def gradient_of_added(q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGK: Array, state_scale_BGJ: Array) -> Array:
+def gradient_of_added(
+    q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGK: Array, state_scale_BGJ: Array, *, window: int = 1
+) -> Array:
     """Returns the gradient of k^T v, of what each chunk adds to the states, [B, G, F, E].
 
     Args:
@@ -51,11 +53,12 @@ def gradient_of_added(q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGK: Array, 
       carry_mask_BGK: factor by which a scan carries its state, or a row of it, on over a chunk: 1, a decay, or 0 where
         it drops it.
       state_scale_BGJ: factor on the state that a chunk reads, not 0.
+      window: 1; or 2, where a chunk reads the state, scale included, of the chunk before. One direction.
     """
     from gau.ops.kernels.gated_chunks_triton import states_gradient_kernel
 
     inputs, tiles = (q_BGCF, dmixed_BGCE), tile_sizes.STATES_GRADIENT[str(q_BGCF.dtype)]
-    fields = {'carry_mask_BGK': carry_mask_BGK, 'state_scale_BGJ': state_scale_BGJ}
+    fields = {'carry_mask_BGK': carry_mask_BGK, 'state_scale_BGJ': state_scale_BGJ, 'WINDOW': window}
     dkv_BGFE, totals_BXFE = _scan(states_gradient_kernel, tiles, q_BGCF, dmixed_BGCE.shape[-1], inputs, **fields)
     if totals_BXFE is not None:
         carried_BGFE = _carried_between_parts(

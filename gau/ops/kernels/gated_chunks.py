@@ -5,6 +5,8 @@
 A sequence of one chunk has no states M, and one of two chunks needs none: where a chunk has no more tokens than two
 states have rows, weights x = state_scale q k^T of one chunk on the other cost as few matmuls as states do, and the
 values that they multiply are in the cache anyway, where states would have to be written and read again (`chunk_pairs`).
+
+In a window of two chunks the weights A are on the chunk before as well, and chunk g reads the state M[g - 1].
 """
 
 import functools
@@ -32,7 +34,7 @@ PRECISION = 'ieee'
 def gated_chunk_matmul(
     p_BGCW: Array,
     bias_2E: Array,
-    a_BGCC: Array,
+    a_BGCM: Array,
     q_BGCF: Array,
     k_BGCF: Array,
     carry_mask_BGK: Array,
@@ -44,10 +46,14 @@ def gated_chunk_matmul(
     The forward scan has m[0] = 0 and m[g + 1] = carry_mask[g] m[g] + k[g]^T silu(v[g]); a second one goes in reverse.
     Their m [S, E] stand one below the other, so that q and k are as wide as the scans together, F = J S.
 
+    With weights on two chunks, which are causal, a chunk g has [silu(v[g - 1]); silu(v[g])] in the place of silu(v[g]),
+    and state_scale[g - 1] m[g - 1] in that of state_scale[g] m[g].
+
     Args:
       p_BGCW: projections of gate and values in the first 2 E columns.
       bias_2E: their bias, float32.
-      a_BGCC: weights inside chunks; zero above the diagonal if `causal`.
+      a_BGCM: weights inside chunks, [B, G, C, C]; or on the chunk before and the own one, [B, G, C, 2 C], of which the
+        first half is not read in the first chunk. On the own chunk zero above the diagonal if `causal`.
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
       carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
@@ -56,34 +62,34 @@ def gated_chunk_matmul(
       state_scale_BGJ: factor on the state that a chunk reads; float32, not 0, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
+    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal):
-    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, state_scale_BGJ)
+def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal):
+    sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     if sizes.has_states:
         v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGK, state_scale_BGJ)
         read = q_BGCF, states
     else:
         v_BGCE = values(_by_token(p_BGCW), bias_2E, tokens_first=False).reshape(*p_BGCW.shape[:3], -1)
-        # A chunk alone reads nothing: any array will do.
+        # Where nothing is read any array will do.
         states = weights_on_other_chunk(q_BGCF, k_BGCF, state_scale_BGJ) if sizes.cross_chunk else v_BGCE
         read = states, v_BGCE
-    o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCC, *read), causal=causal)
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
+    o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read), causal=causal)
+    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     # In the place of states may stand weights on the other chunk.
     return o_BGCE, (*arrays, o_BGCE, v_BGCE, states)
 
 
 def _backward(causal, residuals, do_BGCE):
-    p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
-    sizes = _Sizes.of(p_BGCW, bias_2E, q_BGCF, state_scale_BGJ)
+    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
+    sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     dp_of_gate, dbias_u_E, dmixed = gate_gradients(
         *(_by_token(p_BGCW), bias_2E, _by_token(do_BGCE), _by_token(o_BGCE)), tokens_first=False
     )
     dp_of_gate, dmixed_BGCE = dp_of_gate.reshape(p_BGCW.shape), dmixed.reshape(o_BGCE.shape)
     if sizes.has_states:
-        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGK, state_scale_BGJ)
+        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGK, state_scale_BGJ, window=sizes.window)
         # Transposed here, a pass over k alone, so that both matmuls of the values' gradient are one loop in the kernel.
         # Without the barrier XLA transposes the mask that made k instead, and then the gradients that go through it,
         # twice.
@@ -92,8 +98,8 @@ def _backward(causal, residuals, do_BGCE):
     else:
         read = states, v_BGCE, dmixed_BGCE, dmixed_BGCE
         results = [states if sizes.cross_chunk else _NOTHING, _NOTHING]
-    dp_BGCW, dbias_v, da_BGCC, dq, dk = _gradients(
-        sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCC, *read, dp_of_gate), [a_BGCC, *results], causal=causal
+    dp_BGCW, dbias_v, da_BGCM, dq, dk = _gradients(
+        sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read, dp_of_gate), [a_BGCM, *results], causal=causal
     )
     if sizes.cross_chunk:
         dq, dk = gradients_of_queries_and_keys(q_BGCF, k_BGCF, state_scale_BGJ, dq)
@@ -102,9 +108,9 @@ def _backward(causal, residuals, do_BGCE):
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
     dcarry_BGK = jnp.zeros_like(carry_mask_BGK)
     if sizes.has_states and carry_mask_BGK.shape[-1] == q_BGCF.shape[-1] > state_scale_BGJ.shape[-1]:
-        # A state and what is added to it have the same gradient; the state before is the one that the chunk reads.
+        # A state and what is added to it have the same gradient; the state before is M[g] here, whoever reads it.
         dcarry_BGK = jnp.einsum('BGFE,BGFE->BGF', states, dkv_BGFE, preferred_element_type=carry_mask_BGK.dtype)
-    return dp_BGCW, dbias_2E, da_BGCC, dq, dk, dcarry_BGK, jnp.zeros_like(state_scale_BGJ)
+    return dp_BGCW, dbias_2E, da_BGCM, dq, dk, dcarry_BGK, jnp.zeros_like(state_scale_BGJ)
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
@@ -113,7 +119,7 @@ gated_chunk_matmul.defvjp(_forward, _backward)
 def gated_chunk_matmul_from_state(
     p_BGCW: Array,
     bias_2E: Array,
-    a_BGCC: Array,
+    a_BGCM: Array,
     q_BGCS: Array,
     k_BGCS: Array,
     carry_mask_BG1: Array,
@@ -129,12 +135,12 @@ def gated_chunk_matmul_from_state(
     Returns:
       The output and the values silu(v), [B, G, C, E].
     """
-    (batch, groups, size, columns), width = p_BGCW.shape, bias_2E.shape[-1]
     v_BGCE, m_BGSE = values_and_states(p_BGCW, bias_2E, k_BGCS, carry_mask_BG1, state_scale_BG1)
     reached_BG1 = jnp.cumprod(carry_mask_BG1, axis=1) / carry_mask_BG1 * state_scale_BG1
     m_BGSE = (m_BGSE.astype(jnp.float32) + reached_BG1[..., None] * state_BSE[:, None]).astype(m_BGSE.dtype)
-    sizes = _Sizes(batch * groups, size, width, columns, True, 0, q_BGCS.shape[-1])
-    return _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCC, q_BGCS, m_BGSE), causal=True), v_BGCE
+    sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCS, state_scale_BG1)
+    sizes = sizes._replace(has_states=True, cross_chunk=0, read_width=q_BGCS.shape[-1])
+    return _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, q_BGCS, m_BGSE), causal=True), v_BGCE
 
 
 class _Sizes(NamedTuple):
@@ -142,39 +148,48 @@ class _Sizes(NamedTuple):
 
     Attributes:
       chunks: B G, the chunks of the batch.
+      groups: G, the chunks of a sequence.
       size: C.
       width: E.
       columns: W.
+      window: chunks that weights are on, 1 or 2.
       has_states: whether chunks read states, and not the other chunk of two, or nothing.
       cross_chunk: how many chunks of a sequence read the other one without states (0, 1, 2).
       read_width: F of the kernels: columns of what a chunk reads with, its queries or its weights on the other chunk.
     """
 
     chunks: int
+    groups: int
     size: int
     width: int
     columns: int
+    window: int
     has_states: bool
     cross_chunk: int
     read_width: int
 
     @classmethod
-    def of(cls, p_BGCW: Array, bias_2E: Array, q_BGCF: Array, state_scale_BGJ: Array) -> '_Sizes':
+    def of(cls, p_BGCW: Array, bias_2E: Array, a_BGCM: Array, q_BGCF: Array, state_scale_BGJ: Array) -> '_Sizes':
         batch, groups, size, columns = p_BGCW.shape
         inner, directions = q_BGCF.shape[-1], state_scale_BGJ.shape[-1]
-        has_states = groups > 2 or (groups == 2 and size > 2 * (inner // directions))
-        cross_chunk = directions if groups == 2 and not has_states else 0
+        window = a_BGCM.shape[-1] // size
+        pair = groups == 2 and window == 1
+        has_states = groups > 2 or (pair and size > 2 * (inner // directions))
+        cross_chunk = directions if pair and not has_states else 0
         read_width = inner if has_states else size if cross_chunk else 0
-        return cls(batch * groups, size, bias_2E.shape[-1], columns, has_states, cross_chunk, read_width)
+        chunks, width = batch * groups, bias_2E.shape[-1]
+        return cls(chunks, groups, size, width, columns, window, has_states, cross_chunk, read_width)
 
     def constants(self, *, causal: bool) -> dict:
         """Returns the constants that both kernels have."""
         return {
+            'G': self.groups,
             'C': self.size,
             'F': self.read_width,
             'E': self.width,
             'W': self.columns,
             'CAUSAL': causal,
+            'WINDOW': self.window,
             'CROSS_CHUNK': self.cross_chunk,
             'PRECISION': PRECISION,
         }
@@ -225,9 +240,10 @@ def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, cau
     dp = inputs[-1]
     tiles = fit(tile_sizes.VALUE_AND_WEIGHT_GRADIENT[str(dp.dtype)], block_m=sizes.size, block_e=sizes.width)
     across, across_f = cdiv(sizes.size, tiles.side), cdiv(sizes.read_width, tiles.side)
+    across_a = across * sizes.window
     down = cdiv(sizes.size, tiles.block_m)
     # da, dq and, for states, dk.
-    squares = across * (across + across_f * (2 if sizes.has_states else 1))
+    squares = across * (across_a + across_f * (2 if sizes.has_states else 1))
     sums = jax.ShapeDtypeStruct((sizes.chunks, down, sizes.width), jnp.float32)
     return launch(
         value_and_weight_gradient_kernel,

@@ -16,6 +16,10 @@ A sequence of two chunks may do without states (`gau.ops.kernels.chunk_pairs`). 
     1   the second chunk reads the first: v of the first stands for m, weights x on it for q
     2   both chunks read the other one, likewise
 
+With WINDOW 2 weights a [C, 2 C] are on the chunk before and on the own one, and a chunk reads the state that the chunk
+before would read with WINDOW 1; those of the first chunk of a sequence on the chunk before are not read. Causal, and
+with CROSS_CHUNK 0: in the place of the state a sequence of two chunks then has nothing.
+
 Bytes are of size base (E = 1,536, S = 128, C = 256), causal, with 65,536 tokens in bfloat16, every array counted once:
 one of [N, E] has 201 MB, the states m 101 MB, the weights a 34 MB, q, k and the other columns of p 17 MB each. A layer
 moves 3.7 GB, of them 1.0 GB in `gates_triton.gate_gradient_kernel`.
@@ -93,9 +97,12 @@ def states_kernel(
 
 
 @triton.jit
-def _what_is_read(chunk, F: tl.constexpr, CROSS_CHUNK: tl.constexpr):
+def _what_is_read(chunk, G: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr):
     """Returns where the chunk's queries q are, which chunk's m it reads, and how many columns of q there are."""
-    if CROSS_CHUNK == 0:
+    if WINDOW == 2:
+        # The states of the first two chunks would be zeros.
+        reader, source, width = chunk, chunk - 1, F * (chunk % G > 1).to(tl.int32)
+    elif CROSS_CHUNK == 0:
         reader, source, width = chunk, chunk, F
     elif CROSS_CHUNK == 1:
         reader, source, width = chunk // 2, chunk - 1, F * (chunk % 2).to(tl.int32)
@@ -107,16 +114,16 @@ def _what_is_read(chunk, F: tl.constexpr, CROSS_CHUNK: tl.constexpr):
 @triton.jit
 def output_kernel(
     p_ptr, bias_ptr, v_ptr, a_ptr, q_ptr, m_ptr, o_ptr,
-    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = silu(U + bias) (a v + q m).
 
     Grid    [C / BLOCK_M, E / BLOCK_E, B G]
     Tile    o [BLOCK_M, BLOCK_E], sums in steps of BLOCK_K
-    Reads   U, the first E columns of p [B, G, C, W]; v [B, G, C, E]; a [B, G, C, C]; q [B, G, C, F]; m [B, G, F, E]
-            (with CROSS_CHUNK 1 q is x [B, C, C], with 2 [B, 2, C, C]; both have v for m)
+    Reads   U, the first E columns of p [B, G, C, W]; v [B, G, C, E]; a [B, G, C, WINDOW C]; q [B, G, C, F];
+            m [B, G, F, E] (with CROSS_CHUNK 1 q is x [B, C, C], with 2 [B, 2, C, C]; both have v for m)
     Writes  o [B, G, C, E]
     Bytes   755 MB a layer: U, v, a, q, m, o
     """
@@ -126,19 +133,23 @@ def output_kernel(
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(p_ptr + chunk * C * W, m, e, W, C, E)  # [BM, BE]
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    end = C
+    begin, end = 0, C
     if CAUSAL:
         end = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, C)
+    if WINDOW == 2:
+        # Before the rows of v lie those of the chunk before, to which the first columns of a belong.
+        begin, end = tl.where(chunk % G > 0, 0, C), C + end
     # q m and a v in one loop, so that its pipeline fills once.
-    reader, source, width = _what_is_read(chunk, F, CROSS_CHUNK)
+    reader, source, width = _what_is_read(chunk, G, F, WINDOW, CROSS_CHUNK)
     blocks = tl.cdiv(width, BLOCK_K)
-    for i in range(0, blocks + tl.cdiv(end, BLOCK_K)):
+    for i in range(0, blocks + tl.cdiv(end - begin, BLOCK_K)):
         own = i >= blocks
-        k = tl.where(own, i - blocks, i) * BLOCK_K + tl.arange(0, BLOCK_K)
-        size = tl.where(own, C, F)
-        weights_ptr = tl.where(own, a_ptr + chunk * C * C, q_ptr + reader * C * F)
+        k = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
+        size = tl.where(own, WINDOW * C, F)
+        weights_ptr = tl.where(own, a_ptr + chunk * C * WINDOW * C, q_ptr + reader * C * F)
         weights = load_tile(weights_ptr, m, k, size, C, size)  # [BM, BK]
-        x = load_tile(tl.where(own, v_ptr + chunk * C * E, m_ptr + source * F * E), k, e, E, size, E)  # [BK, BE]
+        value_ptr = tl.where(own, v_ptr + (chunk + 1 - WINDOW) * C * E, m_ptr + source * F * E)
+        x = load_tile(value_ptr, k, e, E, size, E)  # [BK, BE]
         # [BM, BK] @ [BK, BE]
         mixed = tl.dot(weights, x, mixed, input_precision=PRECISION)
     gate = silu(nonzero_gate(u.to(tl.float32) + _load_bias(bias_ptr, e, E)))
@@ -149,7 +160,7 @@ def output_kernel(
 def states_gradient_kernel(
     q_ptr, dmixed_ptr, carry_mask_ptr, state_scale_ptr, dkv_ptr, totals_ptr,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    L: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dkv[g] = sum of state_scale q dmixed^T over the chunks that see g: the gradient of k silu(v)^T of chunk g.
@@ -182,13 +193,16 @@ def states_gradient_kernel(
         g = tl.where(direction == 0, step, G - 1 - step)
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
+        if WINDOW == 2:
+            # The state that this chunk would read alone is read by the next one.
+            row = tl.where(g + 1 < G, row + C, 2 * C)
         if i % blocks == 0:
             state *= state_scale
             store_tile(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
             state *= _load_carry(carry_mask_ptr, chunk * (F // S) + direction, s, L) / state_scale
-        q = load_tile(q_ptr + chunk * C * F + direction * S, row, s, F, C, S)  # [BC, BS]
-        dmixed = load_tile(dmixed_ptr + chunk * C * E, row, e, E, C, E)  # [BC, BE]
+        q = load_tile(q_ptr + chunk * C * F + direction * S, row, s, F, WINDOW * C, S)  # [BC, BS]
+        dmixed = load_tile(dmixed_ptr + chunk * C * E, row, e, E, WINDOW * C, E)  # [BC, BE]
         # [BS, BC] @ [BC, BE]
         state = tl.dot(tl.trans(q), dmixed, state, input_precision=PRECISION)
     if PARTS > 1:
@@ -199,8 +213,8 @@ def states_gradient_kernel(
 def value_and_weight_gradient_kernel(
     p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, unused_ptr,
     dp_ptr, dbias_ptr, da_ptr, dq_ptr, dk_ptr,
-    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the values and of all their weights; a program has one tile of one of them.
@@ -210,54 +224,66 @@ def value_and_weight_gradient_kernel(
     Grid    [tiles of da, then of dq, of dk (CROSS_CHUNK 0 only) and of dV; B G]. All programs of a chunk run at about
             the same time, so that what several of them read comes from memory once.
     Tile    [SIDE, SIDE] of da, dq and dk, sums in steps of INNER; [BLOCK_M, BLOCK_E] of dV, sums in steps of BLOCK_K
-    Reads   V, the columns from E to 2 E of p [B, G, C, W]; v and dmixed [B, G, C, E]; a [B, G, C, C]; kt = k^T
+    Reads   V, the columns from E to 2 E of p [B, G, C, W]; v and dmixed [B, G, C, E]; a [B, G, C, WINDOW C]; kt = k^T
             [B, G, F, C]; m and dkv [B, G, F, E]. With CROSS_CHUNK kt is x of the chunk that reads, m is v and dkv is
             dmixed of that chunk.
-    Writes  da [B, G, C, C]; dq and dk [B, G, C, F]; with CROSS_CHUNK dq is dx and there is no dk. The columns from E on
-            of dp [B, G, C, W]: dV, then zeros in those of others; dp holds dU already (it takes over the buffer of
-            `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
+    Writes  da [B, G, C, WINDOW C]; dq and dk [B, G, C, F]; with CROSS_CHUNK dq is dx and there is no dk. The columns
+            from E on of dp [B, G, C, W]: dV, then zeros in those of others; dp holds dU already (it takes over the
+            buffer of `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
     Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp
     """
     across: tl.constexpr = (C + SIDE - 1) // SIDE
     across_f: tl.constexpr = (F + SIDE - 1) // SIDE
-    squares: tl.constexpr = across * (across + across_f * (2 if CROSS_CHUNK == 0 else 1))
+    # Those on the chunk before first.
+    across_a: tl.constexpr = WINDOW * across
+    squares: tl.constexpr = across * (across_a + across_f * (2 if CROSS_CHUNK == 0 else 1))
     number = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
-    if number < across * across:
-        row, col = number // across, number % across
+    if number < across * across_a:
+        row, col = number // across_a, number % across_a
         end = E
         if CAUSAL:
             # Above the diagonal are zeros.
-            end = tl.where(col <= row, E, 0)
-        dmixed_ptr, v_ptr, da_ptr = dmixed_ptr + chunk * C * E, v_ptr + chunk * C * E, da_ptr + chunk * C * C
-        _store_matmul(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, PRECISION, SIDE, INNER)
-    elif number < across * (across + across_f):
-        number -= across * across
+            end = tl.where(col <= row + (WINDOW - 1) * across, E, 0)
+        before = 0
+        if WINDOW == 2:
+            # As they are where there is no chunk before.
+            before = (col < across).to(tl.int32)
+            end = tl.where((before == 1) & (chunk % G == 0), 0, end)
+            col %= across
+        dmixed_ptr, v_ptr = dmixed_ptr + chunk * C * E, v_ptr + (chunk - before) * C * E
+        da_ptr += chunk * C * WINDOW * C + (WINDOW - 1 - before) * C
+        _store_matmul(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, WINDOW * C, PRECISION, SIDE, INNER)
+    elif number < across * (across_a + across_f):
+        number -= across * across_a
         row, col = number // across_f, number % across_f
-        reader, source, width = _what_is_read(chunk, F, CROSS_CHUNK)
+        reader, source, width = _what_is_read(chunk, G, F, WINDOW, CROSS_CHUNK)
+        dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + source * F * E, dq_ptr + reader * C * F
+        if WINDOW == 2:
+            end = tl.where(width > 0, E, 0)
+            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
         # The first of two chunks may read nothing, and then has no place in dq.
-        if width > 0:
-            dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + source * F * E, dq_ptr + reader * C * F
-            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+        elif width > 0:
+            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
     elif number < squares:
-        number -= across * (across + across_f)
+        number -= across * (across_a + across_f)
         row, col = number // across_f, number % across_f
         v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, PRECISION, SIDE, INNER)
+        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
     else:
         _store_value_gradient(
             p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
-            C, F, E, W, CAUSAL, CROSS_CHUNK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_E,
+            G, C, F, E, W, CAUSAL, WINDOW, CROSS_CHUNK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_E,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_matmul(
     x_ptr, y_ptr, z_ptr, row, col, end,
-    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of z = x y^T, [ROWS, COLS], of rows x [ROWS, E] and y [COLS, E] up to column `end`."""
+    """Stores a tile of z = x y^T, [ROWS, COLS] in rows of STRIDE, of x [ROWS, E] and y [COLS, E] up to column `end`."""
     i = row * SIDE + tl.arange(0, SIDE)
     j = col * SIDE + tl.arange(0, SIDE)
     z = tl.zeros((SIDE, SIDE), tl.float32)
@@ -267,14 +293,14 @@ def _store_matmul(
         y = load_tile(y_ptr, j, e, E, COLS, E)  # [SIDE, INNER]
         # [SIDE, INNER] @ [INNER, SIDE]
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
-    store_tile(z_ptr, z, i, j, COLS, ROWS, COLS)
+    store_tile(z_ptr, z, i, j, STRIDE, ROWS, COLS)
 
 
 @triton.jit
 def _store_value_gradient(
     p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number, chunk,
-    C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Stores tile `number` of dV of a chunk, its sum over tokens, and zeros in the columns of p that others read."""
@@ -284,21 +310,29 @@ def _store_value_gradient(
     e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
     x = load_tile(p_ptr + chunk * C * W + E, m, e, W, C, E)  # [BM, BE]
     dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    begin = 0
+    begin, end = 0, C
     if CAUSAL:
         begin = (number % down) * BLOCK_M
+    if WINDOW == 2:
+        # The tokens of the next chunk come after those of this one.
+        end = tl.where(chunk % G < G - 1, 2 * C, C)
     # What others made of these values, and what their own chunk made, in one loop.
     reader, source, width = chunk, chunk, F
     if CROSS_CHUNK > 0:
         source = chunk ^ 1
-        reader, _, width = _what_is_read(source, F, CROSS_CHUNK)
+        reader, _, width = _what_is_read(source, G, F, WINDOW, CROSS_CHUNK)
     blocks = tl.cdiv(width, BLOCK_K)
-    for i in range(0, blocks + tl.cdiv(C - begin, BLOCK_K)):
+    for i in range(0, blocks + tl.cdiv(end - begin, BLOCK_K)):
         own = i >= blocks
         c = tl.where(own, begin + (i - blocks) * BLOCK_K, i * BLOCK_K) + tl.arange(0, BLOCK_K)
-        rows = tl.where(own, C, F)
-        weights_ptr = tl.where(own, a_ptr + chunk * C * C, kt_ptr + reader * F * C)
-        weights = load_tile(weights_ptr, c, m, C, rows, C)  # [BK, BM]
+        rows = tl.where(own, end, F)
+        weights_ptr = tl.where(own, a_ptr + chunk * C * WINDOW * C, kt_ptr + reader * F * C)
+        if WINDOW == 2:
+            # Each token has two rows of C weights: of them the second is on its own chunk, the first on that before.
+            weights_row, weights_rows = tl.where(own, 2 * c + (c < C), c), tl.where(own, 2 * end, F)
+            weights = load_tile(weights_ptr, weights_row, m, C, weights_rows, C)  # [BK, BM]
+        else:
+            weights = load_tile(weights_ptr, c, m, C, rows, C)  # [BK, BM]
         made_ptr = tl.where(own, dmixed_ptr + chunk * C * E, dkv_ptr + source * F * E)
         made = load_tile(made_ptr, c, e, E, rows, E)  # [BK, BE]
         # [BM, BK] @ [BK, BE]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
-from gau.ops.gated_states import log_decays
+from gau.ops.gated_states import log_decays, previous_chunk
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
 from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
@@ -51,11 +51,13 @@ def gated_mixed_chunk(
 
     Raises:
       ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
-        causal, or has a `sequence_axis` and more than one column; a window of two chunks.
+        causal, or has a `sequence_axis` and more than one column; a window of two chunks on a TPU, or not causal.
     """
     one_column = gate_BNL is None or gate_BNL.shape[-1] == 1
-    if spec.window > 1 or (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
-        raise ValueError(f'kernels={kernels!r} have no such gate and no window of two chunks here')
+    if (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
+        raise ValueError(f'kernels={kernels!r} have no such gate here')
+    if spec.window > 1 and (kernels == 'pallas' or not spec.causal):
+        raise ValueError('a window of two chunks is of causal attention, and kernels=pallas do not have it')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
@@ -66,13 +68,16 @@ def gated_mixed_chunk(
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
-    a_BGCC = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
-    scans = _scans(ids_BGC, causal=causal, mean=spec.mean, decay=spec.global_decay, sequence_axis=sequence_axis)
+    a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
+    fields = {'causal': causal, 'window': spec.window, 'sequence_axis': sequence_axis}
+    scans = _scans(ids_BGC, mean=spec.mean, decay=spec.global_decay, **fields)
     carry_mask_BGK = scans.carry_mask_BGJ
     if gate_BNL is not None:
-        scans = _scans(ids_BGC, causal=causal, mean=False, decay=1.0, sequence_axis=sequence_axis)
+        scans = _scans(ids_BGC, mean=False, decay=1.0, **fields)
         log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
         scans, scale_BGL = _with_gate(scans, log_decay_BGL, mean=spec.mean, sequence_axis=sequence_axis)
+        if spec.window > 1:
+            scale_BGL = previous_chunk(scale_BGL)
         q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
         carry_mask_BGL = scans.carry_mask_BGJ
         carry_mask_BGK = jnp.broadcast_to(carry_mask_BGL, (*carry_mask_BGL.shape[:2], q_lin.shape[-1]))
@@ -82,7 +87,7 @@ def gated_mixed_chunk(
             'BGCS,BGMS->BGCM', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=q_lin.dtype
         )
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
-        a_BGCC = a_BGCC + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
+        a_BGCM = a_BGCM + jnp.where(same_BGCC, in_chunk, 0).astype(dtype)
     if segment_ids_BN is None:
         # No masks: the first chunk of a scan reads a state of zeros, and the zeros of the last chunk add nothing.
         q_BGCF, k_BGCF = (jnp.concatenate([x] * len(scans.query_masks), axis=-1) for x in (q_lin, k_lin))
@@ -94,7 +99,7 @@ def gated_mixed_chunk(
     o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
         bias_2E,
-        a_BGCC,
+        a_BGCM,
         q_BGCF.astype(dtype),
         k_BGCF.astype(dtype),
         *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in by_chunk),
@@ -105,18 +110,28 @@ def gated_mixed_chunk(
 
 
 def weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec: ChunkSpec, kernels: str) -> Array:
-    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q; no ids are one whole document."""
+    """Returns the attention weights inside chunks, [B, G, C, C] in the type of q; no ids are one whole document.
+
+    With a window of two, [B, G, C, 2 C]: on the chunk before and on the own one. A chunk alone is a window of one.
+    """
     scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
+    ids_BGM = ids_BGC
+    if spec.window > 1 and shape[1] > 1:
+        # What would be before the first chunk has the id 0, and a normaliser may count keys.
+        ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32) if ids_BGC is None else ids_BGC
+        k_BGCS, ids_BGM = (jnp.concatenate([previous_chunk(x), x], axis=2) for x in (k_BGCS, ids_BGC))
+    keys, length = k_BGCS.shape[2], spec.window * spec.chunk_size
     if scoring.function == 'relu2' and kernels == 'triton':
-        ids = None if ids_BGC is None else jnp.broadcast_to(ids_BGC, shape).reshape(-1, size)
-        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': spec.chunk_size, 'width': q_BGCS.shape[-1]}
+        ids = None if ids_BGM is None else jnp.broadcast_to(ids_BGM, (*shape[:2], keys)).reshape(-1, keys)
+        fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': q_BGCS.shape[-1]}
         q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-        return relu2_weights(q, k, bias_P, describe_tokens(ids, q.shape[:2], **fields), causal).reshape(*shape, size)
-    mask = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=causal)
-    bias = None if bias_P is None else bias_matrix(bias_P, size, size)
-    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=spec.chunk_size, mask=mask, bias=bias)
+        return relu2_weights(q, k, bias_P, describe_tokens(ids, k.shape[:2], **fields), causal).reshape(*shape, keys)
+    first = keys - size
+    mask = visibility_mask(ids_BGC, ids_BGM, n=size, m=keys, causal=causal, first_query=first)
+    bias = None if bias_P is None else bias_matrix(bias_P, size, keys, first=first)
+    a = attention_weights(q_BGCS, k_BGCS, scoring=scoring, sequence_length=length, mask=mask, bias=bias)
     return a.astype(q_BGCS.dtype)
 
 
@@ -141,11 +156,12 @@ class _Scans(NamedTuple):
     shards: Shards | None
 
 
-def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_axis: str | None) -> _Scans:
+def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: int, sequence_axis: str | None) -> _Scans:
     """Returns masks and scales of the forward scan and, unless causal, of the reverse one.
 
     A scan carries the state of one document, the one that is open at the start of a chunk. To this state a chunk adds
     its tokens of the document that is open at its end; if that is another document, the carried state is dropped first.
+    In a window of two a chunk reads the state that was carried to the chunk before, which has that chunk's scale.
     """
     own_ids_BGC, own = ids_BGC, lambda x: x
     if sequence_axis is not None:
@@ -170,6 +186,8 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, sequence_a
         counts = carry_mask_BG, key_mask_BGC.sum(-1).astype(jnp.float32)
         total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
+        if window > 1:
+            open_BG = previous_chunk(open_BG)
         query_mask_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
         scale_BG = 1 / jnp.where(carried_BG > 0, carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)
         state_scales.append(flip(scale_BG))

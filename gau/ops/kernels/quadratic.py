@@ -202,21 +202,28 @@ def attention_gradients(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def relu2_weights(q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> Array:
-    """Returns A of `relu2_attention`, [B, N, N] in the type of q: for short sequences, such as chunks."""
-    return _weights(q_BNS, k_BNS, bias_P, tokens, (0, 0), (q_BNS.shape[1],) * 2, causal=causal)
+def relu2_weights(q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool) -> Array:
+    """Returns A of `relu2_attention`, [B, Q, N] in the type of q: for short sequences, such as chunks.
+
+    The queries are of the last Q of the N tokens; see there for the other arguments.
+    """
+    queries, n = q_BQS.shape[1], k_BNS.shape[1]
+    return _weights(q_BQS, k_BNS, bias_P, tokens, (n - queries, 0), (queries, n), causal=causal)
 
 
-def _weights_forward(q_BNS, k_BNS, bias_P, tokens, causal):
-    return relu2_weights(q_BNS, k_BNS, bias_P, tokens, causal), (q_BNS, k_BNS, bias_P, tokens)
+def _weights_forward(q_BQS, k_BNS, bias_P, tokens, causal):
+    return relu2_weights(q_BQS, k_BNS, bias_P, tokens, causal), (q_BQS, k_BNS, bias_P, tokens)
 
 
-def _weights_backward(causal, residuals, da_BNN):
-    q_BNS, k_BNS, bias_P, tokens = residuals
+def _weights_backward(causal, residuals, da_BQN):
+    q_BQS, k_BNS, bias_P, tokens = residuals
+    first = k_BNS.shape[1] - q_BQS.shape[1]
     fields = {'causal': causal, 'recompute': False}
-    _, ds_BNN, dbias_P = _weights_and_gradient(q_BNS, k_BNS, bias_P, tokens, (0, 0), da_BNN, **fields)
-    dq_BNS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BNN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BNN, q_BNS)
-    return dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
+    _, ds_BQN, dbias_P = _weights_and_gradient(q_BQS, k_BNS, bias_P, tokens, (first, 0), da_BQN, **fields)
+    if first and bias_P is not None:
+        dbias_P = _add(jnp.zeros_like(bias_P), dbias_P, q_BQS.shape[1], first)
+    dq_BQS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BQN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BQN, q_BQS)
+    return dq_BQS, dk_BNS, dbias_P, no_gradient(tokens)
 
 
 relu2_weights.defvjp(_weights_forward, _weights_backward)
@@ -296,7 +303,8 @@ def _launch(
         *more,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        N=q.shape[1],
+        N=k.shape[1],
+        Q=q.shape[1],
         S=q.shape[2],
         n=shape[0],
         m=shape[1],

@@ -53,7 +53,7 @@ def _relu_scores(
 @triton.jit
 def weights_kernel(
     q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, a_ptr,
-    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +64,8 @@ def weights_kernel(
 
     Grid    [parts of the keys, n / BLOCK_M, B]
     Tile    a [BLOCK_M, BLOCK_N], all of S at once
-    Reads   q and k [B, N, S], bias [2 N - 1] if BIAS, score_scale and weight_scale [B, N], segment ids [B, N] if
-            DOCUMENTS, firsts [2]
+    Reads   q [B, Q, S] of the last Q tokens, k [B, N, S], bias [2 N - 1] if BIAS, score_scale and weight_scale [B, N],
+            segment ids [B, N] if DOCUMENTS, firsts [2]
     Writes  a [B, n, m], zeros included
     Bytes   a once: 604 MB a layer, or 34 MB in chunks
     """
@@ -77,7 +77,7 @@ def weights_kernel(
     i, j, s = first_i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     a_ptr += b * n * m
-    q = load_tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
+    q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
     scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
     weight_scale = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
     tiles = tl.cdiv(m, BLOCK_N)
@@ -99,7 +99,7 @@ def weights_kernel(
 @triton.jit
 def weights_gradient_kernel(
     q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
-    B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def weights_gradient_kernel(
         # Loaded before the matmul, which hides how long that takes.
         da = load_tile(da_ptr + block, i, j, m, ROWS, COLS)  # [BM, BN]
         scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
-        q = load_tile(q_ptr + (b * N + query) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
+        q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
         k = load_tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)  # [BN, BS]
         r = _relu_scores(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
         scaled_r = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None] * r

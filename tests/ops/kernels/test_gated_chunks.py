@@ -39,16 +39,19 @@ def inputs(seed, *, batch, n, s, e, chunk):
     return draws, jax.random.normal(keys[-1], (batch, n, e), jnp.float64)
 
 
-def value_and_gradients(impl, dtype, args, weights, *, chunk, causal, ids, reduction):
+def value_and_gradients(impl, dtype, args, weights, *, ids, **fields):
+    """Returns the output and the gradients of `args`, which may end with a gate's logits; fields of `ChunkSpec`."""
+
     def loss(args):
-        p, bias, *queries_keys, bias_P = args
+        p, bias, *queries_keys, bias_P = args[: len(NAMES)]
         o = OPS[impl](
             p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
-            spec=ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, **REDUCTIONS[reduction]),
+            spec=ChunkSpec(**{'scoring': Scoring('relu2', 'fixed', 8)} | fields),
             segment_ids_BN=ids,
             bias_P=bias_P,
+            gate_BNL=args[-1] if len(args) > len(NAMES) else None,
         )
         return jnp.sum(o * weights), o
 
@@ -87,43 +90,86 @@ CASES = [
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(('n', 'chunk', 's', 'e', 'packed', 'min_programs', 'reduction', 'causal'), CASES)
 def test_values_and_all_gradients(constants, dtype, n, chunk, s, e, packed, min_programs, reduction, causal):
-    # Of four warps a program: how many programs there are at least.
-    few = {
-        name: {dtype: tiles._replace(min_warps=4 * min_programs) for dtype, tiles in getattr(tile_sizes, name).items()}
+    constants(OPS['triton'], tile_sizes, **with_programs(min_programs))
+    args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
+    fields = {'chunk_size': chunk, 'causal': causal} | REDUCTIONS[reduction]
+    expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
+
+
+def with_programs(number):
+    """Tiles of the scans that make at least so many programs, of four warps each."""
+    return {
+        name: {dtype: tiles._replace(min_warps=4 * number) for dtype, tiles in getattr(tile_sizes, name).items()}
         for name in ('STATES', 'STATES_GRADIENT')
     }
-    constants(OPS['triton'], tile_sizes, **few)
-    args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
-    ids = LAYOUTS[packed](n)
+
+
+def expect_the_reference(dtype, args, weights, ids, **fields):
     if ids is not None:
         # What stands at padding is not cleared, and must not be found anywhere.
         args = [jnp.where((ids == 0)[..., None], 100.0, x) if x.ndim == 3 else x for x in args]
-    fields = {'chunk': chunk, 'causal': causal, 'ids': ids, 'reduction': reduction}
-    wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
+    wanted = value_and_gradients('reference', 'float64', args, weights, ids=ids, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
-    found = value_and_gradients('triton', dtype, *narrow, **fields)
-    valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
+    found = value_and_gradients('triton', dtype, *narrow, ids=ids, **fields)
+    valid = np.broadcast_to(True if ids is None else ids > 0, weights.shape[:2])
     # What stands at padding in `p` is the caller's, and its gradient means nothing.
-    for name, a, b in zip(('o', *NAMES), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+    names = ('o', *NAMES, 'gate')[: len(args) + 1]
+    for name, a, b in zip(names, (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         if name == 'p':
             a, b = a[valid], b[valid]
         assert max_error(a, b) < TOLERANCE[dtype], name
 
 
+WINDOWS = [
+    # Parts of one chunk; what sticks out of a tile; a gate with a number for each column of the keys, and with one.
+    (60, 8, 12, 'documents', 8, 'keys', {}),
+    (45, 12, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
+    # Two chunks have no states, and a chunk alone has no other.
+    (23, 12, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'paper')}),
+]
+SLOW_WINDOWS = [
+    (10, 16, 8, 'none', 1, 'keys', {'scoring': Scoring('relu2', 'paper')}),
+    (50, 12, 8, 'padding', 2, 'none', {'global_decay': 0.6, 'scoring': Scoring('relu2', 'visible')}),
+    (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'su')}),
+    (90, 40, 24, 'short', 1, 'none', {}),
+    (100, 40, 12, 'documents', 1, 'keys', {'scoring': Scoring('softmax', None)}),
+    (60, 4, 8, 'one row', 5, 'keys', {'global_reduction': 'sum'}),
+    (60, 3, 8, 'padding', 8, 'scalar', {}),
+    # Tiles as large as they are on a GPU.
+    (400, 128, 16, 'documents', 1, 'keys', {}),
+]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(
-    ('groups', 'size', 'state', 'directions', 'has_states', 'cross_chunk'),
+    ('n', 'chunk', 's', 'packed', 'min_programs', 'gate', 'fields'),
+    [*WINDOWS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_WINDOWS)],
+)
+def test_a_window_of_two_chunks(constants, dtype, n, chunk, s, packed, min_programs, gate, fields):
+    constants(OPS['triton'], tile_sizes, **with_programs(min_programs))
+    args, weights = inputs(0, batch=2, n=n, s=s, e=24, chunk=n if n <= chunk else 2 * chunk)
+    if gate != 'none':
+        args.append(1 + jax.random.normal(jax.random.key(1), (2, n, s if gate == 'keys' else 1), jnp.float64))
+    fields = {'chunk_size': chunk, 'causal': True, 'window': 2} | fields
+    expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
+
+
+@pytest.mark.parametrize(
+    ('groups', 'size', 'state', 'directions', 'window', 'has_states', 'cross_chunk'),
     [
-        (1, 8, 4, 1, False, 0),
-        (2, 8, 4, 1, False, 1),
-        (2, 8, 4, 2, False, 2),
-        (2, 9, 4, 1, True, 0),
-        (3, 8, 4, 1, True, 0),
+        (1, 8, 4, 1, 1, False, 0),
+        (2, 8, 4, 1, 1, False, 1),
+        (2, 8, 4, 2, 1, False, 2),
+        (2, 9, 4, 1, 1, True, 0),
+        (2, 9, 4, 1, 2, False, 0),
+        (3, 8, 4, 1, 1, True, 0),
     ],
 )
-def test_which_sequences_have_no_states(groups, size, state, directions, has_states, cross_chunk):
+def test_which_sequences_have_no_states(groups, size, state, directions, window, has_states, cross_chunk):
     p, q = jnp.zeros((1, groups, size, 6)), jnp.zeros((1, groups, size, directions * state))
-    sizes = host._Sizes.of(p, jnp.zeros((2, 3)), q, jnp.ones((1, groups, directions)))
+    a = jnp.zeros((1, groups, size, window * size))
+    sizes = host._Sizes.of(p, jnp.zeros((2, 3)), a, q, jnp.ones((1, groups, directions)))
     assert (sizes.has_states, sizes.cross_chunk) == (has_states, cross_chunk)
 
 
@@ -155,7 +201,7 @@ def test_weights_on_the_other_chunk_and_their_gradients(dtype, directions):
 @pytest.mark.parametrize('gates', GATES, ids=str)
 def test_gates_that_are_zero_have_their_gradient(gates):
     args, weights = inputs(0, batch=2, n=16, s=8, e=24, chunk=8)
-    fields = {'chunk': 8, 'causal': True, 'ids': None, 'reduction': 'mean'}
+    fields = {'chunk_size': 8, 'causal': True, 'ids': None}
 
     def compare(args):
         narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
