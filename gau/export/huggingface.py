@@ -17,10 +17,10 @@ CODE = Path(__file__).with_name('modeling_gau.py')
 # Fields of `model` that GAUConfig has by the same name; the others only say how parameters start and what computes.
 FIELDS = (
     *('num_layers', 'model_dim', 'num_heads', 'head_decay', 'norm', 'norm_placement', 'absolute_position', 'rope'),
-    *('dropout_rate', 'gate', 'query_key_dim', 'head_dim', 'feed_forward', 'feed_forward_dim'),
+    *('dropout_rate', 'gate', 'query_key_dim', 'key_input', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
     *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),
-    *('decay_gate', 'global_norm', 'local_window', 'output_layer'),
+    *('decay_gate', 'global_norm', 'local_window', 'short_convolution', 'output_layer'),
 )
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),
@@ -28,7 +28,7 @@ NOT_OF_THE_MODEL = {
     *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
 # Fields of which modeling_gau.py has one value.
-AS_EVER = {'far_chunks': 0, 'key_input': 'shared', 'short_convolution': 0}
+AS_EVER = {'far_chunks': 0}
 
 USE = """\
 ```python

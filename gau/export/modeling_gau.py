@@ -3,8 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)     # or AutoModelForMaskedLM
 
 All of a model is in this file. Tensors are named by their axes: B batch, N tokens, D model, E expanded, S query/key,
-G chunks, C chunk, H heads, R roles, V vocabulary, L columns of a gate (1 or S); a head's part of E and its width are E
-and S as well.
+G chunks, C chunk, H heads, R roles, V vocabulary, W neighbours, L columns of a gate (1 or S); a head's part of E and
+its width are E and S as well.
 Documents: `segment_ids` [B, N] are 0 at padding and name the document of every other token; documents are contiguous
 and do not see each other. An `attention_mask` is the same with one document. Decoding keeps a state that, in FLASH, has
 one size whatever the length; padding in a prompt, on whichever side, is left out of it.
@@ -34,12 +34,12 @@ GATE_RANK = 16
 # Fields of the config, by what they belong to, with the values of a FLASH of base size.
 FIELDS = {
     **dict(architecture='flash', is_causal=True, vocab_size=32_000, context=512, num_layers=24, model_dim=768),
-    **dict(output_layer='tied'),
+    **dict(output_layer='tied', short_convolution=0),
     **dict(num_heads=1, head_decay=0.0, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
     **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
     **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
     **dict(chunk_size=256, branches='both', global_reduction='mean', global_decay=1.0),  # mixed chunk attention
-    **dict(expanded_dim=1536, query_key_dim=128),  # gated attention units
+    **dict(expanded_dim=1536, query_key_dim=128, key_input='shared'),  # gated attention units
     **dict(decay_gate='none', global_norm='none', local_window=1),  # of both
     **dict(head_dim=None, feed_forward=None, feed_forward_dim=None),  # Transformers
 }
@@ -66,15 +66,24 @@ class GAUConfig(PretrainedConfig):
         return max(1, -int(-self.num_heads // (1 + (self.head_decay or 0.0) * layer)))
 
 
+State = dict[str, Tensor]
+
+
 class Tokens(NamedTuple):
-    """What the layers are told about their tokens.
+    """What the layers of a block are told about their tokens.
 
     ids_BN: segment ids; None: every token is of one document.
     rope: for each width, cosines and sines [B, 1, N, width / 2].
+    lengths_B: where sequences are decoded, the tokens of each row: of a prompt, padded on the right; or of its state.
+    state: the block's, to go on from with one token a row; None: whole sequences, or prompts.
+    new: the layers put the state after these tokens here, where sequences are decoded.
     """
 
     ids_BN: Tensor | None
     rope: dict[int, tuple[Tensor, Tensor]]
+    lengths_B: Tensor | None
+    state: State | None
+    new: State
 
 
 class Inputs(NamedTuple):
@@ -89,9 +98,6 @@ class Inputs(NamedTuple):
     k_lin: Tensor
     v: Tensor
     gate: Tensor | None = None
-
-
-State = dict[str, Tensor]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -170,6 +176,61 @@ class ScaleOffset(nn.Module):
         return [rotate(y, table) for y in made[: self.rotated]] + made[self.rotated :]
 
 
+def neighbours(x_BND: Tensor, width: int, causal: bool, tokens: Tokens, name: str) -> list[Tensor]:
+    """The W tokens before each one, the nearest first; or W / 2 before it, then W / 2 after it: W arrays [B, N, D].
+
+    Zeros stand for those of other documents. The state `name` [B, W, D] has a row's last W tokens.
+    """
+    n, lengths_B = x_BND.shape[1], tokens.lengths_B
+    if tokens.state is not None:
+        all_BMD = torch.cat([tokens.state[name], x_BND], dim=1)
+        tokens.new[name] = all_BMD[:, 1:]
+        return [all_BMD[:, width - offset, None] for offset in range(1, width + 1)]
+    if lengths_B is not None:
+        places_BW = lengths_B[:, None] + torch.arange(width, device=x_BND.device)
+        all_BMD = F.pad(x_BND, (0, 0, width, 0))
+        tokens.new[name] = all_BMD.gather(1, places_BW[..., None].expand(-1, -1, x_BND.shape[-1]))
+    before = range(1, 1 + (width if causal else width // 2))
+    found = []
+    for offset in [*before, *(() if causal else (-offset for offset in before))]:
+        index_N = torch.arange(n, device=x_BND.device) - offset
+        there_N = index_N.clamp(min=0, max=n - 1)
+        same_BN = (index_N == there_N)[None]
+        if tokens.ids_BN is not None:
+            same_BN = same_BN & (tokens.ids_BN[:, there_N] == tokens.ids_BN) & (tokens.ids_BN > 0)
+        found.append(x_BND[:, there_N].masked_fill(~same_BN[..., None], 0))
+    return found
+
+
+class ShortConvolution(nn.Module):
+    """Adds to each token a weighted sum of its neighbours, column by column."""
+
+    def __init__(self, config: GAUConfig, name: str):
+        super().__init__()
+        self.name, self.causal = name, config.is_causal
+        self.weights = nn.Parameter(torch.zeros(config.short_convolution, config.model_dim))
+
+    def forward(self, x_BND: Tensor, tokens: Tokens) -> Tensor:
+        """x_n + sum_i w_i x_(n - i)."""
+        found = neighbours(x_BND, len(self.weights), self.causal, tokens, self.name)
+        total_BND = wide(x_BND) + sum(w_D * wide(y_BND) for w_D, y_BND in zip(self.weights, found, strict=True))
+        return total_BND.to(x_BND.dtype)
+
+
+class KeyShift(nn.Module):
+    """Mixes each token with the one before it, column by column."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix = nn.Parameter(torch.linspace(0, 1, width))
+
+    def forward(self, z_BNS: Tensor, tokens: Tokens) -> Tensor:
+        """(1 - m) z_n + m z_(n - 1)."""
+        (before_BNS,) = neighbours(z_BNS, 1, True, tokens, 'z')
+        mixed_BNS = wide(z_BNS) + self.mix * (wide(before_BNS) - wide(z_BNS))
+        return mixed_BNS.to(z_BNS.dtype)
+
+
 class DecayGate(nn.Module):
     """The logits of what the state keeps over a chunk: x w + b; or, one for each column of the keys, (x W1) W2 + b."""
 
@@ -235,36 +296,43 @@ class Attention(nn.Module):
             q = q * self.temperature.scale
         return Inputs(q, k, q_lin, k_lin, v, self.decay_gate(x_BND) if hasattr(self, 'decay_gate') else None)
 
-    def attend(self, x: Inputs, tokens: Tokens, lengths_B: Tensor | None) -> tuple[Tensor, State]:
-        """Whole sequences. Returns [B, H, N, E]; with lengths of rows padded on the right, their states as well."""
-        if self.config.chunk_size is None:
-            return self.quadratic(x, tokens.ids_BN), {} if lengths_B is None else {'k': x.k, 'v': x.v}
-        return self.mixed_chunk(x, tokens.ids_BN, lengths_B)
+    def attend(self, x: Inputs, tokens: Tokens) -> Tensor:
+        """[B, H, N, E] of whole sequences, of prompts, or of one token of each row."""
+        ids_BN, lengths_B = tokens.ids_BN, tokens.lengths_B
+        if tokens.state is not None:
+            out, state = self.step(x, lengths_B, tokens.state)
+        elif self.config.chunk_size is not None:
+            out, state = self.mixed_chunk(x, ids_BN, lengths_B)
+        else:
+            out, state = self.quadratic(x, ids_BN), {} if lengths_B is None else {'k': x.k, 'v': x.v}
+        tokens.new.update(state)
+        return out
 
     def step(self, x: Inputs, lengths_B: Tensor, state: State) -> tuple[Tensor, State]:
         """One token of each row, [B, H, 1, E]; `lengths_B` tokens of the row are in its state."""
         size, v = self.config.chunk_size, x.v
-        new = {'k': x.k, 'v': v} if self.local else {}
+        joined = {'k': x.k, 'v': v} if self.local else {}
+        old = {name: state[name] for name in joined}
         if size is None:
             size = state['k'].shape[2] + 1
-            place_B, state = lengths_B, {name: F.pad(old, (0, 0, 0, 1)) for name, old in state.items()}
+            place_B, old = lengths_B, {name: F.pad(y, (0, 0, 0, 1)) for name, y in old.items()}
         else:
             place_B = lengths_B % size
         index_M = torch.arange(size, device=v.device)
         here = (index_M == place_B[:, None])[:, None, :, None]
-        state = state | {name: torch.where(here, one, state[name]) for name, one in new.items()}
+        new = {name: torch.where(here, joined[name], y) for name, y in old.items()}
         out = torch.zeros_like(v)
         if self.local:
             bias = None
             if hasattr(self, 'relative_bias'):
                 bias = self.relative_bias(place_B[:, None], size).transpose(0, 1)
             seen = (index_M <= place_B[:, None])[:, None, None]
-            out = self.weights(x.q, state['k'], seen, size, bias).to(v.dtype) @ state['v']
+            out = self.weights(x.q, new['k'], seen, size, bias).to(v.dtype) @ new['v']
         if self.across:
             far = self.scaled(x.q_lin, state['count']).to(v.dtype) @ state['sum'].to(v.dtype)
             out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
-            state |= self.folded(x, (place_B == size - 1)[:, None, None, None], state)
-        return out, state
+            new |= self.folded(x, (place_B == size - 1)[:, None, None, None], state)
+        return out, new
 
     def folded(self, x: Inputs, full: Tensor, state: State) -> State:
         """What a state has of the chunks after a token, which may make the open one `full`."""
@@ -461,17 +529,26 @@ class GatedAttentionUnit(Attention):
         super().__init__(config, heads, s)
         self.uv = nn.Linear(d, (1 + (config.gate == 'silu')) * e)
         self.z = nn.Linear(d, s)
+        if config.key_input == 'own':
+            self.z_key = nn.Linear(d, s)
+        elif config.key_input == 'shifted':
+            self.key_shift = KeyShift(s)
         roles = 4 if config.branches == 'both' else 2
         self.query_key = ScaleOffset(roles, heads, s, {'rotary': roles, 'local': 2, 'none': 0}[config.rope])
         self.out = nn.Linear(e, d)
 
-    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
-        """`attend` is one of the two ways to compute the attention."""
+    def forward(self, x_BND: Tensor, tokens: Tokens) -> Tensor:
+        """[B, N, D] of normalised inputs."""
         uv = F.silu(self.uv(x_BND))
         u, v = uv.chunk(2, dim=-1) if self.config.gate == 'silu' else (1, uv)
-        z = F.silu(self.z(x_BND))[:, None]
-        made = self.query_key([z] * self.query_key.gamma.shape[0], tokens.rope.get(self.width))
-        return self.out(u * merge_heads(attend(self, self.inputs(made, split_heads(v, self.heads), x_BND))))
+        z = z_key = F.silu(self.z(x_BND))
+        if self.config.key_input == 'own':
+            z_key = F.silu(self.z_key(x_BND))
+        elif self.config.key_input == 'shifted':
+            z_key = self.key_shift(z, tokens)
+        pairs = len(self.query_key.gamma) // 2
+        made = self.query_key([z[:, None], z_key[:, None]] * pairs, tokens.rope.get(self.width))
+        return self.out(u * merge_heads(self.attend(self.inputs(made, split_heads(v, self.heads), x_BND), tokens)))
 
 
 class MultiHeadAttention(Attention):
@@ -488,13 +565,13 @@ class MultiHeadAttention(Attention):
         if config.gate == 'silu':
             self.gate = nn.Linear(d, heads * width)
 
-    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
+    def forward(self, x_BND: Tensor, tokens: Tokens) -> Tensor:
         """See GatedAttentionUnit."""
         q, k, v = (split_heads(x, self.heads) for x in self.qkv(x_BND).chunk(3, dim=-1))
         table = tokens.rope.get(self.width)
         made = [x if table is None else rotate(x, table) for x in (q, k)] if self.local else []
         made += self.query_key_linear([q, k], table) if self.across else []
-        o = merge_heads(attend(self, self.inputs(made, v, x_BND)))
+        o = merge_heads(self.attend(self.inputs(made, v, x_BND), tokens))
         return self.out(F.silu(self.gate(x_BND)) * o if self.config.gate == 'silu' else o)
 
 
@@ -507,7 +584,7 @@ class FeedForward(nn.Module):
         self.inner = nn.Linear(d, e if self.kind == 'gelu' else 2 * e)
         self.out = nn.Linear(e, d)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, tokens: Tokens) -> Tensor:
         """Every token by itself."""
         h = self.inner(x_BND)
         if self.kind == 'gelu':
@@ -533,23 +610,29 @@ class Block(nn.Module):
             self.add_module(name, Norm(config.norm, config.model_dim))
             if self.placement == 'sandwich':
                 self.add_module(name.replace('norm', 'output_norm'), Norm(config.norm, config.model_dim))
+            if config.short_convolution:
+                convolution = name.replace('norm', 'short_convolution')
+                self.add_module(convolution, ShortConvolution(config, convolution))
 
-    def forward(self, x_BND: Tensor, tokens: Tokens, attend) -> Tensor:
+    def forward(self, x_BND: Tensor, tokens: Tokens) -> Tensor:
         """The new residual stream."""
         if hasattr(self, 'gau'):
-            return self.residual(x_BND, 'norm', lambda x: self.gau(x, tokens, attend))
-        x_BND = self.residual(x_BND, 'attention_norm', lambda x: self.attention(x, tokens, attend))
-        return self.residual(x_BND, 'feed_forward_norm', self.feed_forward)
+            return self.residual(x_BND, 'norm', self.gau, tokens)
+        x_BND = self.residual(x_BND, 'attention_norm', self.attention, tokens)
+        return self.residual(x_BND, 'feed_forward_norm', self.feed_forward, tokens)
 
-    def residual(self, x_BND: Tensor, name: str, layer) -> Tensor:
-        """x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x)))."""
-        norm = getattr(self, name)
-        if self.placement == 'post':
-            return norm(x_BND + self.dropout(layer(x_BND)))
-        y_BND = layer(norm(x_BND))
+    def residual(self, x_BND: Tensor, name: str, layer: nn.Module, tokens: Tokens) -> Tensor:
+        """x + f(norm(x)); norm(x + f(x)); or x + output_norm(f(norm(x))); f with its convolution."""
+        parts, post = dict(self.named_children()), self.placement == 'post'
+        h_BND = x_BND if post else parts[name](x_BND)
+        convolution = name.replace('norm', 'short_convolution')
+        if convolution in parts:
+            h_BND = parts[convolution](h_BND, tokens)
+        y_BND = layer(h_BND, tokens)
         if self.placement == 'sandwich':
-            y_BND = getattr(self, name.replace('norm', 'output_norm'))(y_BND)
-        return x_BND + self.dropout(y_BND)
+            y_BND = parts[name.replace('norm', 'output_norm')](y_BND)
+        x_BND = x_BND + self.dropout(y_BND)
+        return parts[name](x_BND) if post else x_BND
 
 
 class GAUCache:
@@ -616,8 +699,15 @@ class GAUPreTrainedModel(PreTrainedModel):
         """Replaces it."""
         self.embedding = value
 
-    def stack(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor, attend) -> Tensor:
-        """Embedding, blocks and last norm, [B, N, D]; attend(number, layer, its inputs, tokens)."""
+    def stack(
+        self,
+        tokens_BN: Tensor,
+        ids_BN: Tensor | None,
+        positions_BN: Tensor,
+        lengths_B: Tensor | None = None,
+        layers: list[State] | None = None,
+    ) -> tuple[Tensor, list[State]]:
+        """Embedding, blocks and last norm, [B, N, D], and the new states where there are lengths (see `Tokens`)."""
         config, x_BND = self.config, self.embedding(tokens_BN)
         dtype = x_BND.dtype
         if config.absolute_position == 'sinusoid':
@@ -631,17 +721,14 @@ class GAUPreTrainedModel(PreTrainedModel):
             for width in {module.width for module in self.modules() if isinstance(module, Attention)}:
                 turned = angles(positions_BN, width // 2, dtype)[:, None]
                 rope[width] = turned.cos(), turned.sin()
-        tokens = Tokens(ids_BN, rope)
-        for number, block in enumerate(self.blocks):
-            x_BND = block(x_BND, tokens, lambda layer, x, number=number: attend(number, layer, x, tokens))
-        return x_BND if config.norm_placement == 'post' else self.final_norm(x_BND)
+        new: list[State] = [{} for _ in self.blocks]
+        for block, state, after in zip(self.blocks, layers or [None] * len(new), new, strict=True):
+            x_BND = block(x_BND, Tokens(ids_BN, rope, lengths_B, state, after))
+        return x_BND if config.norm_placement == 'post' else self.final_norm(x_BND), new
 
     def hidden(self, tokens_BN: Tensor, ids_BN: Tensor | None, positions_BN: Tensor) -> Tensor:
         """What the output layer reads of whole sequences, [B, N, D]."""
-        return self.stack(
-            *(tokens_BN, ids_BN, positions_BN),
-            lambda number, layer, x, tokens: layer.attend(x, tokens, None)[0],
-        )
+        return self.stack(tokens_BN, ids_BN, positions_BN)[0]
 
     def head(self, h_BND: Tensor) -> Tensor:
         """Logits [B, N, V], at least float32."""
@@ -740,26 +827,14 @@ class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
             order_BN = (attention_mask == 0).long().argsort(dim=1, stable=True)
             lengths_B = attention_mask.sum(1)
             input_ids, ids_BN = input_ids.gather(1, order_BN), (index_N < lengths_B[:, None]).long()
-        layers: list[State] = [{} for _ in self.blocks]
-
-        def attend(number, layer, x, tokens):
-            out, layers[number] = layer.attend(x, tokens, lengths_B)
-            return out
-
-        h_BND = self.stack(input_ids, ids_BN, index_N[None], attend)
+        h_BND, layers = self.stack(input_ids, ids_BN, index_N[None], lengths_B)
         if order_BN is not None:
             h_BND = h_BND.gather(1, order_BN.argsort(dim=1)[..., None].expand_as(h_BND))
         return h_BND, GAUCache(layers, lengths_B, n)
 
     def step(self, tokens_B1: Tensor, lengths_B: Tensor, layers: list[State]) -> tuple[Tensor, list[State]]:
         """Reads one token a row; returns [B, 1, D] and the new states."""
-        new: list[State] = [{} for _ in layers]
-
-        def attend(number, layer, x, tokens):
-            out, new[number] = layer.step(x, lengths_B, layers[number])
-            return out
-
-        return self.stack(tokens_B1, None, lengths_B[:, None], attend), new
+        return self.stack(tokens_B1, None, lengths_B[:, None], lengths_B, layers)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -15,6 +15,14 @@ pytest.importorskip('transformers', minversion='5.24', reason='requirements-expo
 
 HELD = [(name, objective) for name, objective in CASES if isinstance(ARCHITECTURES[name].attention, ScoredAttention)]
 GATED = {'flash', 'flash_quad'}
+# Keys that see the token before, and convolutions, with what is near them.
+SHIFTED = [
+    ('flash', 'lm', {'key_input': 'shifted', 'decay_gate': 'scalar', 'absolute_position': 'none'}),
+    ('flash', 'mlm', {'key_input': 'shifted', 'short_convolution': 2}),
+    ('flash', 'lm', {'key_input': 'own', 'short_convolution': 3, 'norm_placement': 'post'}),
+    ('flash_quad', 'lm', {'key_input': 'shifted', 'num_heads': 2, 'relative_bias': 'rotary'}),
+    ('transformer_plus_plus', 'lm', {'short_convolution': 3, 'norm_placement': 'sandwich'}),
+]
 VARIANTS = [
     *(
         ('flash', 'lm', {'attention_function': name})
@@ -40,6 +48,10 @@ VARIANTS = [
     ('flash', 'lm', {'local_window': 2, 'decay_gate': 'keys', 'absolute_position': 'none'}),
     ('flash', 'lm', {'local_window': 2, 'global_decay': 0.7}),
     ('flash', 'lm', {'local_window': 2, 'branches': 'local', 'normalizer': 'visible'}),
+    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'scalar', 'key_input': 'shifted', 'short_convolution': 1}),
+    ('flash', 'lm', {'branches': 'global', 'key_input': 'shifted', 'rope': 'none'}),
+    ('flash', 'mlm', {'branches': 'local', 'key_input': 'own'}),
+    ('mc_transformer_plus_plus', 'mlm', {'short_convolution': 4}),
     ('flash_quad', 'mlm', {'output_layer': 'own', 'norm': 'rms_norm'}),
     ('transformer_plus_plus', 'lm', {'feed_forward': 'swiglu', 'gate': 'silu', 'relative_bias': 'toeplitz'}),
     ('transformer_plus_plus', 'mlm', {'attention_function': 'relu2', 'head_decay': 1.0, 'temperature': 'learned'}),
@@ -48,8 +60,9 @@ VARIANTS = [
     ('mc_transformer_plus_plus', 'mlm', {'branches': 'local', 'norm': 'scale_norm', 'norm_placement': 'sandwich'}),
 ]
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS]
-CASES_AND_VARIANTS = [(*case, {}) for case in HELD] + SLOW
-DECODED = [(*case, {}) for case in HELD if case[1] == 'lm']
+PLAIN = [(*case, {}) for case in HELD] + SHIFTED
+CASES_AND_VARIANTS = PLAIN + SLOW
+DECODED = [case for case in PLAIN if case[1] == 'lm']
 DECODED += [
     mark
     for mark, case in zip(SLOW, VARIANTS, strict=True)
@@ -99,10 +112,11 @@ def test_logits_with_documents_and_padding(case):
 
 
 @pytest.mark.parametrize(
-    'case', [pytest.param(case, marks=[pytest.mark.slow] * (case[0] != 'flash')) for case in HELD], ids=ids
+    'case', [pytest.param(case, marks=[pytest.mark.slow] * (case[0] != 'flash')) for case in PLAIN], ids=ids
 )
 def test_float32_logits_with_documents_and_padding_are_equal_to_1e_5(case):
-    model, params, theirs = both(*case, dtype='float32')
+    name, objective, fields = case
+    model, params, theirs = both(name, objective, dtype='float32', **fields)
     ids_BN = np.array([LAYOUTS[layout] for layout in LAYOUTS if layout != 'empty'])
     tokens_BN, positions_BN = np.asarray(tokens(len(ids_BN))), np.asarray(positions_of(ids_BN))
     expected = apply(model, params, jnp.asarray(tokens_BN), jnp.asarray(ids_BN), jnp.asarray(positions_BN))
@@ -135,6 +149,7 @@ def test_a_prompt_and_then_token_by_token_are_the_whole(case):
         ('flash', {}),
         ('flash_quad', {}),
         ('transformer_plus_plus', {}),
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'short_convolution': 3}),
         pytest.param('flash', {'decay_gate': 'keys', 'global_norm': 'rms_norm'}, marks=pytest.mark.slow),
     ],
 )
@@ -161,15 +176,16 @@ def test_padding_of_a_prompt_leaves_no_trace(name, fields):
             assert together[:, -9:].tolist() == [row.tolist() for row in alone]
 
 
-def test_beams_take_their_states_along():
-    _, _, theirs = both('flash')
+@pytest.mark.parametrize('keys', ['shared', 'shifted'])
+def test_beams_take_their_states_along(keys):
+    _, _, theirs = both('flash', key_input=keys)
     prompt = torch.tensor(np.asarray(tokens(2, 7)))
     fields = {'max_new_tokens': 8, 'num_beams': 4, 'do_sample': False}
     assert torch.equal(theirs.generate(prompt, **fields), theirs.generate(prompt, **fields, use_cache=False))
 
 
 def test_the_state_of_flash_has_one_size():
-    _, _, theirs = both('flash')
+    _, _, theirs = both('flash', key_input='shifted', short_convolution=3)
     sizes = set()
     for n in (1, 7, 24):
         cache = theirs(torch.tensor(np.asarray(tokens(1, n))), use_cache=True).cache

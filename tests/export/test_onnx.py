@@ -23,6 +23,7 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='requirements-export.txt
 MODELS = [
     *(('flash', objective, {}) for objective in ('lm', 'mlm')),
     *((name, 'lm', {}) for name in ('flash_quad', 'transformer_plus_plus')),
+    ('flash', 'lm', {'key_input': 'shifted', 'decay_gate': 'scalar', 'absolute_position': 'none'}),
 ]
 SLOW = [
     ('mc_transformer_plus_plus', 'lm', {}),
@@ -30,7 +31,9 @@ SLOW = [
     ('transformer_plus_plus', 'mlm', {}),
     ('flash', 'lm', {'decay_gate': 'scalar', 'linear_start': 'ones', 'rope': 'local'}),
     ('flash', 'lm', {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'absolute_position': 'none'}),
-    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'scalar'}),
+    ('flash', 'lm', {'local_window': 2, 'decay_gate': 'scalar', 'key_input': 'shifted'}),
+    ('flash', 'mlm', {'key_input': 'shifted', 'short_convolution': 4}),
+    ('flash', 'lm', {'key_input': 'own', 'short_convolution': 3}),
 ]
 MODELS += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 

@@ -19,7 +19,16 @@ from tests.models.tiny import apply, make, positions_of, tokens
 from tests.numerics import LAYOUTS
 
 RECORD = Path(__file__).with_name('recorded_logits.json')
-CASES = (('flash', 'lm'), ('flash', 'mlm'), ('flash_quad', 'lm'), ('transformer_plus_plus', 'lm'))
+CASES = {
+    'flash': ('flash', 'lm', {}),
+    'flash, gated': (
+        *('flash', 'lm'),
+        {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2, 'absolute_position': 'none'},
+    ),
+    'flash, masked': ('flash', 'mlm', {'key_input': 'shifted'}),
+    'flash_quad': ('flash_quad', 'lm', {'key_input': 'own'}),
+    'transformer_plus_plus': ('transformer_plus_plus', 'lm', {'short_convolution': 3}),
+}
 # Documents and padding.
 IDS_BN = np.array([LAYOUTS[layout] for layout in ('packed', 'holes')])
 # Two layers of a kind say no more than one.
@@ -34,10 +43,10 @@ def recorded():
 
     tokens_BN, positions_BN, ids_BN = (torch.tensor(np.asarray(x)) for x in inputs())
     logits = {}
-    for case in CASES:
-        _, _, theirs = both(*case, **FIELDS)
+    for case, (name, objective, fields) in CASES.items():
+        _, _, theirs = both(name, objective, **FIELDS, **fields)
         logits_BNV = theirs(tokens_BN, position_ids=positions_BN, segment_ids=ids_BN).logits
-        logits[' '.join(case)] = np.round(logits_BNV.detach().numpy()[IDS_BN > 0].astype(float), 7).tolist()
+        logits[case] = np.round(logits_BNV.detach().numpy()[IDS_BN > 0].astype(float), 7).tolist()
     return {'code': digest(), 'logits': logits}
 
 
@@ -53,12 +62,13 @@ def test_the_record_is_of_the_file_as_it_is():
     assert json.loads(RECORD.read_text())['code'] == digest(), 'python -m tests.export.test_recorded_logits'
 
 
-@pytest.mark.parametrize('case', CASES, ids=' '.join)
+@pytest.mark.parametrize('case', CASES)
 def test_logits_are_those_of_pytorch(case):
-    model, params = make(*case, **FIELDS)
+    name, objective, fields = CASES[case]
+    model, params = make(name, objective, **FIELDS, **fields)
     tokens_BN, positions_BN, ids_BN = inputs()
     found_BNV = np.asarray(apply(model, params, tokens_BN, jnp.asarray(ids_BN), positions_BN))
-    wanted_MV = np.asarray(json.loads(RECORD.read_text())['logits'][' '.join(case)])
+    wanted_MV = np.asarray(json.loads(RECORD.read_text())['logits'][case])
     assert np.abs(wanted_MV).max() > 0.1
     assert np.abs(found_BNV[IDS_BN > 0] - wanted_MV).max() < 1e-5
 
