@@ -11,6 +11,7 @@ import pytest
 
 from gau.training import workdir as files
 from tests.conftest import ROOT
+from tests.programs import call
 
 _FAKED = """
 import runpy, sys
@@ -40,6 +41,11 @@ def run(*arguments, **environment):
     process = start(*arguments, **environment)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
+
+
+def say(*arguments):
+    """What the command says before it runs anything."""
+    return call('scripts/sweep.py', CONFIG, *arguments)
 
 
 def losses(directory):
@@ -150,10 +156,10 @@ def test_one_point_by_its_number(tmp_path):
         assert code == 0, err
     assert sorted(losses(tmp_path)) == ['chunk_size_16-seed_0', 'chunk_size_32-seed_0']
     for number, hint in ((4, 'points 0 to 3'), (-1, 'points 0 to 3')):
-        code, _, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', f'--point={number}')
+        code, _, err = say('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', f'--point={number}')
         assert (code, err.count('\n')) == (2, 1)
         assert hint in err
-    code, _, err = run('--sweep=heads', f'--workdir={tmp_path / "other"}', '--point=1')
+    code, _, err = say('--sweep=heads', f'--workdir={tmp_path / "other"}', '--point=1')
     assert code == 2
     assert 'does not divide' in err
 
@@ -183,7 +189,7 @@ def test_directories_of_others_are_refused_in_one_line(tmp_path):
         (['--sweep=chunk_size'], '--workdir=DIR must be given'),
         ([f'--workdir={sweep}'], '--sweep=NAME must be given'),
     ):
-        code, _, err = run(*arguments)
+        code, _, err = say(*arguments)
         assert (code, err.count('\n')) == (2, 1), err
         assert hint in err
     assert (
@@ -193,7 +199,7 @@ def test_directories_of_others_are_refused_in_one_line(tmp_path):
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path / "none"}', '--dry_run', '--chip=v4')
+    code, out, err = say('--sweep=chunk_size,seed:2', f'--workdir={tmp_path / "none"}', '--dry_run', '--chip=v4')
     assert code == 0, err
     assert 'hours on one TPU v4' in out
     assert not (tmp_path / 'none').exists()
