@@ -24,10 +24,13 @@ MESHES = {'data': (2, 1, 1, 1), 'fsdp': (1, 2, 1, 1), 'tensor': (1, 1, 2, 1)}
 def main() -> None:
     """Prints {case: difference}."""
     report = {}
-    for name, objective in (('flash', 'mlm'), ('flash_quad', 'lm')):
-        # A vocabulary that two devices can share.
-        fields = {'key_input': 'shifted' if name == 'flash_quad' else 'shared'}
+    for name, objective, fields in (
+        ('flash', 'mlm', {}),
+        ('flash', 'lm', {'local_window': 2, 'chunk_size': 3}),
+        ('flash_quad', 'lm', {'key_input': 'shifted'}),
+    ):
         model, params = make(name, objective, impl='triton', dtype='float32', num_layers=1, **fields)
+        # A vocabulary that two devices can share.
         model = model.clone(vocab_size=12)
         params['embedding']['kernel'] = jnp.pad(params['embedding']['kernel'], ((0, 1), (0, 0)), constant_values=0.1)
         weights = (IDS > 0).astype('float32')

@@ -1,8 +1,8 @@
 """Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
 
-    python -m tests.ops.kernels.compile_for_cuda decode|prefill
+    python -m tests.ops.kernels.compile_for_cuda decode|prefill|window
 
-Prints a line for each kernel: its name, and the bytes of its machine code.
+Prints a line for each kernel: its name, the bytes of its machine code and those of its shared memory.
 """
 
 import sys
@@ -19,6 +19,7 @@ from gau.ops.kernels import compat
 from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
+from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 from gau.ops.kernels.queries_keys import queries_and_keys
@@ -46,7 +47,7 @@ def compile_only(kernel, inputs, outputs, *, grid, num_warps, num_stages, overwr
         {places[name]: [['tt.divisibility', 16]] for name in pointers},
     )
     compiled = triton.compile(source, target=H100, options={'num_warps': num_warps, 'num_stages': num_stages})
-    print(kernel.__name__, len(compiled.asm['cubin']))
+    print(kernel.__name__, len(compiled.asm['cubin']), compiled.metadata.shared)
     return [jnp.zeros(output.shape, output.dtype) for output in outputs]
 
 
@@ -110,7 +111,21 @@ def short_prompts():
         prefill_gated_chunks(zeros(1, 4 * C, D), parameters()._replace(mix_S=mix_S), table, state, **fields)
 
 
+def window_of_two_chunks():
+    """The kernels of FLASH's training at size base, with the changes for weights on two chunks."""
+    bias_P = zeros(4 * C - 1, dtype='float32')
+    queries_keys = [zeros(1, 4 * C, S)] * 4
+    p, bias_2E, gate = zeros(1, 4 * C, 2 * E + S), zeros(2, E, dtype='float32'), zeros(1, 4 * C, S, dtype='float32')
+
+    def attend(p, bias_2E, *queries_keys):
+        fields = {'spec': SPEC._replace(window=2), 'bias_P': bias_P, 'gate_BNL': gate}
+        return gated_mixed_chunk(p, bias_2E, *queries_keys, **fields)
+
+    o, pull = jax.vjp(attend, p, bias_2E, *queries_keys)
+    pull(o)
+
+
 if __name__ == '__main__':
     compat.triton_call = compile_only
     with jax.disable_jit():
-        {'decode': decode, 'prefill': short_prompts}[sys.argv[1]]()
+        {'decode': decode, 'prefill': short_prompts, 'window': window_of_two_chunks}[sys.argv[1]]()

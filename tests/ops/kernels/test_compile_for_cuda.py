@@ -21,9 +21,13 @@ from tests.conftest import ROOT
             'prefill',
             ['prefill_projections', 'prefill_attention', 'prefill_output', 'queries_keys', 'queries_keys_gradient'],
         ),
+        (
+            'window',
+            ['weights', 'states', 'output', 'states_gradient', 'value_and_weight_gradient', 'weights_gradient'],
+        ),
     ],
 )
-def test_decoding_kernels_and_scans_with_a_gate_compile_for_an_h100(what, wanted):
+def test_kernels_compile_for_an_h100(what, wanted):
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-m', 'tests.ops.kernels.compile_for_cuda', what],

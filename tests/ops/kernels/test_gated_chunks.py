@@ -69,7 +69,7 @@ QUICK = {
     (23, 12, 4, 24, 'documents', 1, 'mean'): (False,),
     (10, 16, 8, 24, 'none', 1, 'mean'): (True,),
     (40, 5, 8, 24, 'padding', 8, 'mean'): (),
-    (56, 6, 8, 24, 'padding', 5, 'decay'): (True,),
+    (36, 6, 8, 24, 'padding', 5, 'decay'): (True,),
     (24, 12, 8, 40, 'one row', 1, 'sum'): (),
     (16, 16, 8, 24, 'one row', 1, 'mean'): (),
     (48, 16, 16, 32, 'none', 1, 'mean'): (),
@@ -122,13 +122,14 @@ def expect_the_reference(dtype, args, weights, ids, **fields):
 
 
 WINDOWS = [
-    # Parts of one chunk; what sticks out of a tile; a gate with a number for each column of the keys, and with one.
-    (60, 8, 12, 'documents', 8, 'keys', {}),
-    (45, 12, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
+    # Parts of one chunk; what sticks out of a tile; a gate with a number for each column of the keys.
+    (40, 6, 12, 'documents', 7, 'keys', {}),
     # Two chunks have no states, and a chunk alone has no other.
     (23, 12, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'paper')}),
 ]
 SLOW_WINDOWS = [
+    (60, 8, 12, 'documents', 8, 'keys', {}),
+    (45, 12, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
     (10, 16, 8, 'none', 1, 'keys', {'scoring': Scoring('relu2', 'paper')}),
     (50, 12, 8, 'padding', 2, 'none', {'global_decay': 0.6, 'scoring': Scoring('relu2', 'visible')}),
     (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'su')}),
