@@ -26,19 +26,25 @@ class DecayGate(nn.Module):
     width: int
     dtype: str
 
-    @nn.compact
     def __call__(self, x_BND: Array) -> Array:
         """Returns the logits [B, N, L], L = 1 or S, float32 or better, of normalised inputs."""
+        down_DR, *up_RL, bias_L = self.parameters(x_BND.shape[-1])
+        down_DR = down_DR.astype(x_BND.dtype)
+        logits = jnp.einsum('BND,DR->BNR', x_BND, down_DR, preferred_element_type=param_dtype(self.dtype))
+        return (logits @ up_RL[0] if up_RL else logits) + bias_L
+
+    @nn.compact
+    def parameters(self, inputs: int) -> list[Array]:
+        """Returns w, [D, 1], and b, [1]; or W1, W2 and b."""
         dtype, scalar = param_dtype(self.dtype), self.kind == 'scalar'
         rank, columns = (1, 1) if scalar else (RANK, self.width)
-        inputs = nn.with_logical_partitioning(KERNEL_INIT, ('embed', None))
-        down_DR = self.param('down', inputs, (x_BND.shape[-1], rank), dtype).astype(x_BND.dtype)
-        logits = jnp.einsum('BND,DR->BNR', x_BND, down_DR, preferred_element_type=dtype)
+        init = nn.with_logical_partitioning(KERNEL_INIT, ('embed', None))
+        parameters = [self.param('down', init, (inputs, rank), dtype)]
         if not scalar:
-            outputs = nn.with_logical_partitioning(KERNEL_INIT, (None, 'query_key'))
-            logits = logits @ self.param('up', outputs, (rank, columns), dtype)
-        start = nn.with_logical_partitioning(_start, (None if scalar else 'query_key',))
-        return logits + self.param('bias', start, (columns,), dtype)
+            init = nn.with_logical_partitioning(KERNEL_INIT, (None, 'query_key'))
+            parameters.append(self.param('up', init, (rank, columns), dtype))
+        init = nn.with_logical_partitioning(_start, (None if scalar else 'query_key',))
+        return [*parameters, self.param('bias', init, (columns,), dtype)]
 
 
 def _start(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

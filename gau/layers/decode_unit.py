@@ -14,6 +14,8 @@ from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 class DecodeGatedAttentionUnit(GatedAttentionUnit):
     """A `GatedAttentionUnit` around mixed chunk attention with relu2, both branches and one head, with a state.
 
+    Its state may have a gate of one number.
+
     See `gau.ops.kernels.decode_chunks` for a token in a window, `gau.ops.kernels.prefill_chunks` for a block.
     """
 
@@ -41,10 +43,14 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         if shift is not None:
             mix_S, before_BS = shift(s)
             parameters = parameters._replace(mix_S=mix_S)
+        gated = core.decay_gate != 'none'
+        if gated:
+            down_D1, bias_1 = core.gate_parameters(x_BTD.shape[-1])
+            parameters = parameters._replace(gate_D=down_D1[:, 0].astype(self.dtype), gate_bias=bias_1)
         table = tokens.rope[s] if self.rope == 'rotary' else None
         fields = {'position': tokens.decode, 'spec': core.spec}
         in_window = tokens.decode.opened_B is not None
-        names = ('k', 'k_lin', 'v', 'sum', *(['arrivals'] if in_window else []))
+        names = 'k', 'k_lin', 'v', 'sum', *(('gate', 'count') if gated else ()), *(('arrivals',) if in_window else ())
         state = {name: core.get_variable('cache', name)[:, 0] for name in names}
         if shift is not None:
             state[BEFORE] = before_BS

@@ -100,7 +100,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         if tokens.decode is not None:
             bias_P = None if bias_HP is None else bias_HP[0]
             arrays = p.reshape(*p.shape[:2], -1), bias_2E, self.core.scaled(q_BNS), *others
-            return self.core.gated_with_state(*arrays, bias_P=bias_P, tokens=tokens)
+            return self.core.gated_with_state(*arrays, bias_P=bias_P, gate_BNL=gate_BNL, tokens=tokens)
         by_token = ('batch', 'length', None)
         columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
         return over_mesh(

@@ -62,6 +62,10 @@ class MixedChunkCore(QuadraticCore):
         """See the base class."""
         return self.gate_layer(x_BND) if self.decay_gate != 'none' else None
 
+    def gate_parameters(self, inputs: int) -> list[Array]:
+        """Returns the parameters of the gate for so many inputs (`DecayGate.parameters`); none without a gate."""
+        return self.gate_layer.parameters(inputs) if self.decay_gate != 'none' else []
+
     @property
     def near_pairs(self) -> tuple[str, ...]:
         """The pairs of the two branches, without those of a subclass."""
@@ -130,9 +134,11 @@ class MixedChunkCore(QuadraticCore):
         """See the base class."""
         return self.chunk_size if self.impl == 'pallas' else None
 
-    def gated_with_state(self, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+    def gated_with_state(
+        self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
+    ) -> Array:
         """See the base class."""
-        return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, tokens=tokens)
+        return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, gate_BTL=gate_BNL, tokens=tokens)
 
     def gated(
         self,

@@ -172,15 +172,18 @@ class QuadraticCore(AttentionCore):
             return u_BNE * tpu_quadratic.quadratic_attention(*arrays, **fields, sequence_axis=sequence_axis)
         return gated_quadratic.gated_quadratic_attention(p_BNW, bias_2E, *queries_keys, **fields)
 
-    def gated_with_state(self, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+    def gated_with_state(
+        self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
+    ) -> Array:
         """Returns `gated` of the first tokens of sequences, and puts their keys and values into the state.
 
         Args:
           *arrays: those of `gated`.
           bias_P: see there.
+          gate_BNL: see there.
           tokens: where they stand.
         """
         p_BNW, bias_2E, _, k_BNS = arrays
         _, v_BNE = gate_and_values(p_BNW, bias_2E)
         begin_quadratic_state(self, k_BNS[:, None], v_BNE[:, None])
-        return self.gated(*arrays, bias_P=bias_P, gate_BNL=None, segment_ids_BN=None, sequence_axis=None)
+        return self.gated(*arrays, bias_P=bias_P, gate_BNL=gate_BNL, segment_ids_BN=None, sequence_axis=None)

@@ -55,9 +55,9 @@ def mixed_chunk_with_state(
     def attend(*arrays_and_state):
         *arrays, gate_BTL, v_BTE, state, bias_CC = arrays_and_state
         fields = {'position': tokens.decode, 'spec': core.spec}
-        # (A state with a gate or with branches apart is not opened.)
-        if tokens.decode.opened_B is not None and gate_BTL is None and not apart:
-            return window_token(*arrays, v_BTE, state, bias_B1C=bias_CC, **fields)
+        # (A state with branches apart is not opened.)
+        if tokens.decode.opened_B is not None and not apart:
+            return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1C=bias_CC, **fields)
         return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, apart=apart, **fields)
 
     def chunk_of(x):
@@ -81,11 +81,14 @@ def mixed_chunk_with_state(
     return carried(core, shapes, attend, *arrays, bias=bias_HCC)
 
 
-def gated_mixed_chunk_with_state(core: nn.Module, *arrays: Array, bias_P: Array | None, tokens: TokenInfo) -> Array:
+def gated_mixed_chunk_with_state(
+    core: nn.Module, *arrays: Array, bias_P: Array | None, gate_BTL: Array | None, tokens: TokenInfo
+) -> Array:
     """`gated_mixed_chunk_block` with the variables of a `MixedChunkCore` of one head; returns [B, T, E]."""
-    names = 'k', 'k_lin', 'v', 'sum'
+    names = 'k', 'k_lin', 'v', 'sum', *(() if gate_BTL is None else ('gate', 'count'))
     state = {name: core.get_variable('cache', name)[:, 0] for name in names}
-    o_BTE, state = gated_mixed_chunk_block(*arrays, state, position=tokens.decode, spec=core.spec, bias_P=bias_P)
+    fields = {'position': tokens.decode, 'spec': core.spec, 'bias_P': bias_P, 'gate_BTL': gate_BTL}
+    o_BTE, state = gated_mixed_chunk_block(*arrays, state, **fields)
     for name in names:
         core.put_variable('cache', name, state[name][:, None])
     return o_BTE

@@ -5,7 +5,9 @@ sum in float32 that is read, and may be written, each time. In a window nothing 
 chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
 
     v [B, C + T, E]; k, k_lin [B, C + T, S]     the tokens from the start of the chunk that was current
+    gate [B, C + T, L]                          logits, where a gate decides what the sum keeps
     sum [B, S, E]                               as it was, in the compute type: only read
+    count [B, L]                                of a state with a gate, as it was
     arrivals [B]                                for the kernel that counts its programs (`kernels.decode_row`): zeros
 
 A token of the next chunk reads the chunk before token by token, with the weights of the global branch, which is what
@@ -16,12 +18,12 @@ chunks that were completed, once in T tokens.
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.decoding import DecodePosition, State, weights_of_state
+from gau.ops.decoding import DecodePosition, State, kept, over_count, weights_of_state
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import attention_weights
 
 # Of a state's arrays, those with a row for each token.
-BY_TOKEN = ('k', 'k_lin', 'v')
+BY_TOKEN = ('k', 'k_lin', 'v', 'gate')
 
 
 def open_window(state: State, tokens: int) -> State:
@@ -30,7 +32,7 @@ def open_window(state: State, tokens: int) -> State:
     def opened(name, x):
         if name in BY_TOKEN:
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
-        return x.astype(state['v'].dtype)
+        return x if name == 'count' else x.astype(state['v'].dtype)
 
     arrivals = jnp.zeros(state['v'].shape[:-2], jnp.int32)
     return {name: opened(name, x) for name, x in state.items()} | {'arrivals': arrivals}
@@ -45,7 +47,7 @@ def close_window(state: State, window: State, *, start_B: Array, end_B: Array, c
       start_B: position of each row when it was opened.
       end_B: position now.
       chunk_size: C.
-      decay: factor on the sum for every chunk that comes after.
+      decay: factor on the sum for every chunk that comes after; a gate of the state takes its place.
     """
     size = chunk_size
     full_B111 = (end_B // size > start_B // size)[:, None, None, None]
@@ -59,7 +61,11 @@ def close_window(state: State, window: State, *, start_B: Array, end_B: Array, c
     if 'sum' in state:
         total, k_lin = state['sum'], jnp.where(full_B111, window['k_lin'][..., :size, :], 0)
         added = jnp.einsum('...CS,...CE->...SE', k_lin, window['v'][..., :size, :], preferred_element_type=total.dtype)
-        if decay < 1:
+        if 'gate' in state:
+            kept_BHL = jnp.where(full_B111[..., 0], kept(window['gate'][..., :size, :]), 1)
+            total = kept_BHL[..., None] * total
+            closed['count'] = kept_BHL * state['count'] + jnp.where(full_B111[..., 0], size, 0)
+        elif decay < 1:
             total = jnp.where(full_B111, decay, 1).astype(total.dtype) * total
         closed['sum'] = total + added
     return closed
@@ -75,6 +81,7 @@ def window_token(
     *,
     position: DecodePosition,
     spec: ChunkSpec,
+    gate_B1L: Array | None = None,
     bias_B1C: Array | None = None,
 ) -> tuple[Array, State]:
     """Decodes one token of each row in a window; arguments and results are those of `gau.ops.decoding`'s blocks.
@@ -85,7 +92,7 @@ def window_token(
     place_B = position.start_B - position.opened_B // size * size
     rows_B = jnp.arange(place_B.shape[0])
     to_B = jnp.where(position.length_B > 0, place_B, places)
-    new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E}
+    new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E, 'gate': gate_B1L}
     window = window | {
         name: window[name].at[rows_B, to_B].set(x[:, 0], mode='drop') for name, x in new.items() if name in window
     }
@@ -102,12 +109,19 @@ def window_token(
         chunks_B1, before_B1 = (position.start_B // size)[:, None], place_B1 // size
         # The type of the sum outside the window.
         dtype = jnp.promote_types(v_BWE.dtype, jnp.float32)
-        q_lin_B1S = weights_of_state(q_lin_B1S, chunks_B1, spec, dtype)
+        if gate_B1L is None:
+            q_lin_B1S = weights_of_state(q_lin_B1S, chunks_B1, spec, dtype)
+        else:
+            kept_BL = jnp.where(before_B1 > 0, kept(window['gate'][:, :size]), 1)
+            count_BL = kept_BL * window['count'] + size * before_B1
+            q_lin_B1S = over_count(q_lin_B1S, count_BL, spec)
         k_lin_BWS = window['k_lin']
         far_B1W = jnp.einsum('BNS,BWS->BNW', q_lin_B1S.astype(k_lin_BWS.dtype), k_lin_BWS, preferred_element_type=dtype)
         weights.append(jnp.where((place_W // size < before_B1)[:, None], far_B1W, 0))
-        if spec.global_decay < 1:
-            # The chunk that was completed in the window stands between the token and the sum.
+        # The chunk that was completed in the window stands between the token and the sum.
+        if gate_B1L is not None:
+            q_lin_B1S *= kept_BL[:, None]
+        elif spec.global_decay < 1:
             q_lin_B1S *= (spec.global_decay ** before_B1.astype(dtype))[..., None]
         o_B1E = q_lin_B1S.astype(v_BWE.dtype) @ window['sum']
     # The branches look at different places: one matmul serves both.

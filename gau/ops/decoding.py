@@ -215,12 +215,12 @@ def mixed_chunk_block(
     return tuple(branches) if apart else sum(branches), state
 
 
-def _over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
+def over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
     """Queries [..., N, S] of a state with a gate over the tokens in it by weight, [..., L]."""
     return q_lin.astype(count.dtype) / (jnp.where(count > 0, count, 1)[..., None, :] if spec.mean else 1)
 
 
-def _kept(gate: Array) -> Array:
+def kept(gate: Array) -> Array:
     """What a state keeps over a chunk [..., L], given the logits of its tokens [..., C, L]."""
     return jax.nn.sigmoid(gate.mean(-2))
 
@@ -259,13 +259,13 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C, apart):
     if 'sum' in state:
         total_BSE = state['sum']
         if 'gate' in state:
-            left.append(_over_count(q_lin_B1S, state['count'], spec))
+            left.append(over_count(q_lin_B1S, state['count'], spec))
         else:
             left.append(weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
         right.append(total_BSE)
         full_B = offset_B + position.length_B == chunk_size
         if 'gate' in state:
-            kept_BL = jnp.where(full_B[:, None], _kept(state['gate']), 1)
+            kept_BL = jnp.where(full_B[:, None], kept(state['gate']), 1)
             state['count'] = kept_BL * state['count'] + jnp.where(full_B, chunk_size, 0)[:, None]
 
         def folded(total_BSE):
@@ -320,7 +320,7 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
         # before[g]: the state as chunk g finds it.
         sums_BGSE = jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1)
         if 'gate' in split:
-            sums_BGSE, count_BGL = _sums_with_gate(state, _kept(split['gate']), kv_BGSE, chunk_size)
+            sums_BGSE, count_BGL = _sums_with_gate(state, kept(split['gate']), kv_BGSE, chunk_size)
             new_state['count'] = jnp.take_along_axis(count_BGL, complete_B[:, None, None], axis=1)[:, 0]
         elif spec.global_decay < 1:
             steps = jnp.arange(chunks + 1)
@@ -332,7 +332,7 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
         before_BG = (position.start_B // chunk_size)[:, None] + jnp.arange(chunks)
         q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
         if 'gate' in split:
-            left.append(_over_count(q_lin_BGCS, count_BGL[:, :-1], spec))
+            left.append(over_count(q_lin_BGCS, count_BGL[:, :-1], spec))
         else:
             left.append(weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
         right.append(before_BGSE)

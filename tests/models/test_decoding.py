@@ -171,6 +171,8 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
     [
         {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3}
         | {'key_input': 'shifted'},
+        {'decay_gate': 'scalar', 'key_input': 'shifted', 'num_layers': 1},
+        pytest.param({'decay_gate': 'keys', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
         pytest.param(
             {'branches': 'local', 'relative_bias': 'rotary', 'normalizer': 'visible', 'num_layers': 1},
             marks=pytest.mark.slow,

@@ -19,6 +19,7 @@ from tests.numerics import float64
     [
         {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
         | {'key_input': 'shifted'},
+        {'decay_gate': 'scalar', 'key_input': 'shifted'},
         pytest.param({'num_layers': 2, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(
             {
@@ -60,7 +61,9 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
         ('flash_quad', {'num_layers': 1}, False),
         ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
-        ('flash', {'key_input': 'shifted'}, True),
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, True),
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'num_layers': 1}, False),
+        ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, False),
         # Layers that are scanned have none of the kernels that write in place.
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
     ],

@@ -201,23 +201,21 @@ class MixedChunk(ScoredAttention):
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        return 'chunk' if impl == 'triton' and self._known_to_decoding_kernels(config) else None
+        return 'chunk' if impl == 'triton' and self._window_is_known(config) else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
-        return impl == 'triton' and plain and self._known_to_decoding_kernels(config)
+        return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
 
-    def _known_to_decoding_kernels(self, config: ConfigDict) -> bool:
-        """Whether fields that kernels of prefill and decoding have not heard of say what they would without them."""
-        known = SCORING_FIELDS.keys() | CHUNK_FIELDS.keys() | {'linear_start'}
-        others = {name: field.default for name, field in self.fields.items() if name not in known}
-        return all(config[name] in (None, default) for name, default in others.items())
+    def _window_is_known(self, config: ConfigDict) -> bool:
+        """Whether fields that a window and the kernels of prefill do not know say what they would without them."""
+        others = {field: default for field, default in CHANGED.items() if field != 'decay_gate'}
+        return all(config[field] in (None, default) for field, default in others.items())
 
     def window(self, config: ConfigDict) -> int | None:
         """See the base class."""
-        plain = all(config[field] in (None, default) for field, default in CHANGED.items())
-        return config.chunk_size if plain else None
+        return config.chunk_size if self._window_is_known(config) else None
 
     def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
         """See the base class."""

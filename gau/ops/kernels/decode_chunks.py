@@ -36,6 +36,7 @@ class Parameters(NamedTuple):
       out_ED, out_bias_D: the last projection.
       bias_P: relative bias by distance in a chunk, [2 C - 1], or None.
       mix_S: of shifted keys (`gau.layers.short_convolution.KeyShift`), or None.
+      gate_D, gate_bias: of a gate of the state, one number for a chunk (`gau.layers.decay_gate.DecayGate`), or None.
     """
 
     norm: Array
@@ -49,6 +50,8 @@ class Parameters(NamedTuple):
     out_bias_D: Array
     bias_P: Array | None
     mix_S: Array | None = None
+    gate_D: Array | None = None
+    gate_bias: Array | None = None
 
 
 @traced_once('spec')
@@ -68,7 +71,7 @@ def decode_gated_chunks(
       parameters: of the layer.
       table: cosines and sines of each row's position, float32 [B, S / 2], or None.
       window: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.chunk_window`); with shifted keys `before`, z of the
-        token before, [B, S].
+        token before, [B, S]; with a gate `gate` and `count`.
       position: where the tokens stand, and where the window was opened.
       spec: causal, relu2, both branches.
     """
@@ -82,7 +85,7 @@ def decode_gated_chunks(
     place_B = jnp.where(position.length_B > 0, place_B, places).astype(jnp.int32)
     row_tiles = decode_row.row_tiles(width, expanded, inner) if batch == 1 else None
     if row_tiles is not None:
-        fields = {'place_1': place_B, 'scales': scales, 'chunk_size': spec.chunk_size, 'tiles': row_tiles}
+        fields = {'place_1': place_B, 'scales': scales, 'spec': spec, 'tiles': row_tiles}
         return decode_row.decode_row(x_BD, parameters, table, window, **fields)
 
     block_b = min(power_of_two(batch), tiles.block_b)
@@ -90,43 +93,46 @@ def decode_gated_chunks(
     half = (inner + 1) // 2
     like_q = jax.ShapeDtypeStruct((batch, inner), dtype)
     like_e = jax.ShapeDtypeStruct((batch, expanded), dtype)
-    shifted = parameters.mix_S is not None
-    old = window['v'], window['k'], window['k_lin'], *([window['before']] if shifted else [])
-    unused = [] if shifted else [parameters.norm]
+    none, shifted, gated = parameters.norm, parameters.mix_S is not None, parameters.gate_D is not None
+    # What is not there has a pointer all the same.
+    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'before', 'gate')}
     inputs = (
         *(x_BD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (parameters.norm, parameters.norm)), place_B),
-        parameters.mix_S if shifted else parameters.norm,
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), place_B),
+        parameters.mix_S if shifted else none,
+        *((parameters.gate_D, parameters.gate_bias) if gated else (none, none)),
     )
-    u_BE, q_BS, q_lin_BS, v, k, k_lin, before = launch(
+    u_BE, q_BS, q_lin_BS, *new = launch(
         kernels.decode_projections_kernel,
         *inputs,
-        *old,
-        *unused,
-        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*old, *unused))],
-        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(batch, block_b)),
+        *old.values(),
+        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old.values())],
+        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + gated, cdiv(batch, block_b)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        overwrite={len(inputs) + number: 3 + number for number in range(len(old))},
+        overwrite={len(inputs) + number: 3 + number for number, name in enumerate(old) if name in window},
         D=width,
         E=expanded,
         S=inner,
         PLACES=places,
         ROPE=table is not None,
         SHIFTED=shifted,
+        GATED=gated,
         EPSILON=NORM_EPSILON,
         BLOCK_K=min(power_of_two(width), tiles.block_k),
         BLOCK_N=tiles.block_n,
         BLOCK_H=tiles.block_h,
         **rows,
     )
-    window = window | {'v': v, 'k': k, 'k_lin': k_lin} | ({'before': before} if shifted else {})
+    window = window | {name: x for name, x in zip(old, new, strict=True) if name in window}
 
     bias_P = parameters.bias_P
     block_e = min(power_of_two(expanded), tiles.block_e)
     (o_BE,) = launch(
         kernels.decode_attention_kernel,
-        *(q_BS, q_lin_BS, u_BE, k, k_lin, v, window['sum'], scales if bias_P is None else bias_P, place_B, scales),
+        *(q_BS, q_lin_BS, u_BE, *(window[name] for name in ('k', 'k_lin', 'v', 'sum'))),
+        *(scales if bias_P is None else bias_P, place_B, scales),
+        *((window['gate'], window['count']) if gated else (scales, scales)),
         outputs=[like_e],
         grid=(cdiv(expanded, block_e), batch),
         num_warps=tiles.attention_warps,
@@ -136,10 +142,13 @@ def decode_gated_chunks(
         E=expanded,
         PLACES=places,
         BIAS=bias_P is not None,
+        GATED=gated,
+        MEAN=spec.mean,
         PRECISION=PRECISION,
         BLOCK_W=min(power_of_two(places), tiles.block_w),
         BLOCK_S=power_of_two(inner),
         BLOCK_E=block_e,
+        BLOCK_C=power_of_two(spec.chunk_size),
     )
     (y_BD,) = launch(
         kernels.decode_output_kernel,

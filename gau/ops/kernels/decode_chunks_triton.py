@@ -10,6 +10,7 @@ Bytes are of size base (D = 768, E = 1,536, S = 128, C = 256) in bfloat16: those
 import triton
 import triton.language as tl
 
+from gau.ops.kernels.decay_gate_triton import gate_logits, scales_in_window
 from gau.ops.kernels.load_store import load_tile, store_tile
 
 
@@ -56,25 +57,26 @@ def _normalised_matmuls(
 @triton.jit
 def decode_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, place_ptr,
-    mix_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_before_ptr,
-    u_ptr, q_ptr, q_lin_ptr, v_ptr, k_ptr, k_lin_ptr, before_ptr,
+    mix_ptr, gate_w_ptr, gate_bias_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_before_ptr, old_gate_ptr,
+    u_ptr, q_ptr, q_lin_ptr, v_ptr, k_ptr, k_lin_ptr, before_ptr, gate_ptr,
     B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, PLACES: tl.constexpr, ROPE: tl.constexpr,
-    SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
 
-    Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H, B / BLOCK_B]: tiles of u and v, then of z
+    Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H + GATED, B / BLOCK_B]: tiles of u and v, then of z, then the gate's
     Tile    [BLOCK_B, BLOCK_N]; of z two of [BLOCK_B, BLOCK_H], columns that the rotation pairs
     Reads   x [B, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [B, S / 2];
             place [B], where in the window the token stands; if SHIFTED, mix [S] and before [B, S], z of the token
-            before
-    Writes  u [B, E], q and q_lin [B, S]; v [B, PLACES, E], k and k_lin [B, PLACES, S] at `place`, and before, which
-            take over the buffers of `old_*`
+            before; if GATED, w [D] and a bias
+    Writes  u [B, E], q and q_lin [B, S]; v [B, PLACES, E], k and k_lin [B, PLACES, S] and gate [B, PLACES], logits, at
+            `place`, and before, which take over the buffers of `old_*`
     Bytes   4.9 MB of weights
     """
     H: tl.constexpr = (S + 1) // 2
     tiles: tl.constexpr = (2 * E + BLOCK_N - 1) // BLOCK_N
+    tiles_of_z: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     place = tl.load(place_ptr + b, mask=b < B, other=PLACES)
     written = ((b < B) & (place < PLACES))[:, None]
@@ -89,6 +91,10 @@ def decode_projections_kernel(
         is_v = (col >= E) & (col < 2 * E)
         v_at = v_ptr + row[:, None] * E + (col - E)[None, :]
         tl.store(v_at, uv.to(v_ptr.dtype.element_ty), mask=written & is_v[None, :])
+    elif tl.program_id(0) >= tiles + tiles_of_z:
+        if GATED:
+            logits = gate_logits(x_ptr, g_ptr, gate_w_ptr, gate_bias_ptr, b, B, D, EPSILON, BLOCK_B, BLOCK_K)
+            tl.store(gate_ptr + row, logits, mask=(b < B) & (place < PLACES))
     else:
         half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
         first = half < H
@@ -139,9 +145,11 @@ def decode_projections_kernel(
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, q_lin_ptr, u_ptr, k_ptr, k_lin_ptr, v_ptr, sum_ptr, bias_ptr, place_ptr, scales_ptr, o_ptr,
+    q_ptr, q_lin_ptr, u_ptr, k_ptr, k_lin_ptr, v_ptr, sum_ptr, bias_ptr, place_ptr, scales_ptr, gate_ptr, count_ptr,
+    o_ptr,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """o = u (a v + q_lin sum): the token's row of attention, over its window and over what is summed up.
 
@@ -152,7 +160,8 @@ def decode_attention_kernel(
     Grid    [E / BLOCK_E, B]
     Tile    [16, BLOCK_E], of which a row is 2, sums over BLOCK_W rows of S at a time, then over BLOCK_W places
     Reads   q and q_lin [B, S]; u [B, E]; of k, k_lin [B, PLACES, S] and v [B, PLACES, E] what is filled; sum [B, S, E];
-            bias [2 C - 1], if BIAS; place [B]; scales [4, B]: score_scale, weight_scale, state_scale, and that of sum
+            bias [2 C - 1], if BIAS; place [B]; scales [4, B]: score_scale, weight_scale, state_scale, and that of sum;
+            if GATED the last two follow from gate [B, PLACES] and count [B]
     Writes  o [B, E]
     Bytes   393 KB of the sum, and up to 918 KB of the chunk for a row; keys for every tile of E, from the cache
     """
@@ -166,6 +175,9 @@ def decode_attention_kernel(
     weight_scale = tl.load(scales_ptr + rows + b)
     state_scale = tl.load(scales_ptr + 2 * rows + b)
     sum_scale = tl.load(scales_ptr + 3 * rows + b)
+    chunk = place // C
+    if GATED:
+        state_scale, sum_scale = scales_in_window(gate_ptr + b * PLACES, count_ptr + b, chunk, C, MEAN, BLOCK_C)
     u = tl.load(u_ptr + b * E + e, mask=e < E, other=0.0).to(tl.float32)
     q_rows = tl.where(r == 0, q_ptr, q_lin_ptr) + b * S  # [16]
     queries = tl.load(q_rows[:, None] + s[None, :], mask=(r < 2)[:, None] & (s < S)[None, :], other=0.0)  # [16, BS]
@@ -177,7 +189,6 @@ def decode_attention_kernel(
         m = load_tile(sum_ptr + b * S * E, i, e, E, S, E)  # [BW, BE]
         # [16, BW] @ [BW, BE]
         mixed = tl.dot((q_lin.to(tl.float32) * sum_scale).to(dtype), m, mixed, input_precision=PRECISION)
-    chunk = place // C
     for start in range(0, tl.minimum(place + 1, PLACES), BLOCK_W):
         j = start + tl.arange(0, BLOCK_W)
         own = j // C == chunk

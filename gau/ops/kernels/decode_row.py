@@ -12,6 +12,7 @@ from gau.ops.decoding import State
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.launch import interpreted, launch, streaming_multiprocessors
 from gau.ops.kernels.tile_sizes import DecodeRowTiles, cdiv, power_of_two
+from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.norms import NORM_EPSILON
 
 
@@ -44,7 +45,7 @@ def decode_row(
     *,
     place_1: Array,
     scales: Array,
-    chunk_size: int,
+    spec: ChunkSpec,
     tiles: DecodeRowTiles,
 ) -> tuple[Array, State]:
     """Returns x + GAU(ScaleNorm(x)) of a token, [1, D], and the new window.
@@ -54,10 +55,10 @@ def decode_row(
       parameters: `gau.ops.kernels.decode_chunks.Parameters`.
       table: cosines and sines, float32 [1, S / 2], or None.
       window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`); with shifted keys
-        `before`.
+        `before`, with a gate `gate` and `count`.
       place_1: the token's place in the window; behind its end: nowhere.
       scales: factors, float32 [4, 1].
-      chunk_size: C.
+      spec: that of `decode_gated_chunks`.
       tiles: of `row_tiles`.
     """
     from gau.ops.kernels import decode_row_triton as kernels
@@ -66,33 +67,34 @@ def decode_row(
     places, expanded = window['v'].shape[1:]
     inner = parameters.z_DS.shape[1]
     first_z, programs = row_programs(width, expanded, inner, tiles)
-    p, none, shifted = parameters, parameters.norm, parameters.mix_S is not None
-    old = {name: window[name] for name in ('v', 'k', 'k_lin', 'arrivals', *(['before'] if shifted else []))}
+    p, none, shifted, gated = parameters, parameters.norm, parameters.mix_S is not None, parameters.gate_D is not None
+    # What is not there has a pointer all the same.
+    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'arrivals', 'before', 'gate')}
     inputs = (
         *(x_1D, p.norm, p.uv_D2E, p.uv_bias_2E, p.z_DS, p.z_bias_S, p.gamma_RS, p.beta_RS, *(table or (none, none))),
         *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_1, scales),
-        p.mix_S if shifted else none,
+        *(p.mix_S if shifted else none, *((p.gate_D, p.gate_bias, window['count']) if gated else (none,) * 3)),
     )
-    unused = [] if shifted else [none]
     y_1D, *new = launch(
         kernels.decode_row_kernel,
         *inputs,
         *old.values(),
-        *unused,
-        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values(), *unused)]
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values())]
         + [jax.ShapeDtypeStruct(shape, dtype) for shape in ((expanded,), (2, inner), (expanded,))],
         grid=(programs,),
         num_warps=tiles.num_warps,
         num_stages=1,
-        overwrite={len(inputs) + number: 1 + number for number in range(len(old))},
+        overwrite={len(inputs) + number: 1 + number for number, name in enumerate(old) if name in window},
         D=width,
         E=expanded,
         S=inner,
-        C=chunk_size,
+        C=spec.chunk_size,
         PLACES=places,
         ROPE=table is not None,
         BIAS=p.bias_P is not None,
         SHIFTED=shifted,
+        GATED=gated,
+        MEAN=spec.mean,
         EPSILON=NORM_EPSILON,
         PROGRAMS=programs,
         FIRST_Z=first_z,
@@ -104,5 +106,6 @@ def decode_row(
         BLOCK_E=tiles.block_e,
         BLOCK_I=power_of_two(expanded),
         BLOCK_D=tiles.block_d,
+        BLOCK_C=power_of_two(spec.chunk_size),
     )
-    return y_1D, window | dict(zip(old, new[: len(old)], strict=True))
+    return y_1D, window | {name: x for name, x in zip(old, new, strict=False) if name in window}

@@ -8,6 +8,7 @@ before they compute anything, and wait for each other twice. The grid must fit o
 import triton
 import triton.language as tl
 
+from gau.ops.kernels.decay_gate_triton import scales_in_window
 from gau.ops.kernels.load_store import load_tile
 
 
@@ -36,14 +37,14 @@ def _wait(arrivals_ptr, wanted, PROGRAMS: tl.constexpr):
 @triton.jit
 def decode_row_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, out_ptr, out_bias_ptr,
-    sum_ptr, bias_ptr, place_ptr, scales_ptr, mix_ptr,
-    old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr,
-    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, u_ptr, q_ptr, o_ptr,
+    sum_ptr, bias_ptr, place_ptr, scales_ptr, mix_ptr, gate_w_ptr, gate_bias_ptr, count_ptr,
+    old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr, old_gate_ptr,
+    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, gate_ptr, u_ptr, q_ptr, o_ptr,
     D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr,
-    FIRST_Z: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, GATED: tl.constexpr, MEAN: tl.constexpr,
+    EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x + (u * (a v + q_lin sum)) Wo + bo of one row (`decode_chunks`).
 
@@ -52,9 +53,10 @@ def decode_row_kernel(
     Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
             [S / 2]; sum [S, E]; bias [2 C - 1], if BIAS; place; scales [4]: score_scale, weight_scale, state_scale, and
             that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if SHIFTED, mix [S] and before [S], z
-            of the token before
-    Writes  y [D]; v, k and k_lin at `place`, arrivals, and before, all of which take over the buffers of `old_*`; for
-            the other programs u [E], q [2, S], o [E]
+            of the token before; if GATED, w [D], a bias, and gate [PLACES] and count, of which the last two scales
+            follow
+    Writes  y [D]; v, k, k_lin and gate at `place`, arrivals, and before, all of which take over the buffers of
+            `old_*`; for the other programs u [E], q [2, S], o [E]
     Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
     """
     program = tl.program_id(0)
@@ -106,6 +108,10 @@ def decode_row_kernel(
             sin = tl.load(sin_ptr + half, mask=first, other=0.0)[None, :]
         x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=0) / D + EPSILON)
+        if GATED:
+            w = tl.load(gate_w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            logit = tl.sum(x * w, axis=0) * scale + tl.load(gate_bias_ptr)
+            tl.store(gate_ptr + place, logit, mask=(program == FIRST_Z) & (place < PLACES))
         z1 = _silu(tl.sum(x[:, None] * w1.to(tl.float32), axis=0) * scale + bias1)
         z2 = _silu(tl.sum(x[:, None] * w2.to(tl.float32), axis=0) * scale + bias2)
         of1 = z1[None, :]
@@ -136,12 +142,15 @@ def decode_row_kernel(
     _arrive(arrivals_ptr, PROGRAMS)
     v = _values(v_ptr, 0, e, filled, E, BLOCK_W)  # [BW, BE]
     keys = _keys(k_ptr, k_lin_ptr, 0, s, filled, chunk, C, S, BLOCK_W)  # [BW, BS]
-    _wait(arrivals_ptr, arrived + PROGRAMS, PROGRAMS)
-
     score_scale = tl.load(scales_ptr)
     weight_scale = tl.load(scales_ptr + 1)
     state_scale = tl.load(scales_ptr + 2)
     sum_scale = tl.load(scales_ptr + 3)
+    if GATED:
+        # (Of the chunk before: no logit of this token.)
+        state_scale, sum_scale = scales_in_window(gate_ptr, count_ptr, chunk, C, MEAN, BLOCK_C)
+    _wait(arrivals_ptr, arrived + PROGRAMS, PROGRAMS)
+
     dtype = m.dtype
     q = tl.load(q_ptr + s, mask=s < S, other=0.0).to(tl.float32)
     q_lin = tl.load(q_ptr + S + s, mask=s < S, other=0.0).to(tl.float32)

@@ -136,7 +136,8 @@ def gated_chunk_matmul_from_state(
       The output and the values silu(v), [B, G, C, E].
     """
     v_BGCE, m_BGSE = values_and_states(p_BGCW, bias_2E, k_BGCS, carry_mask_BG1, state_scale_BG1)
-    reached_BG1 = jnp.cumprod(carry_mask_BG1, axis=1) / carry_mask_BG1 * state_scale_BG1
+    ones_B11 = jnp.ones_like(carry_mask_BG1[:, :1])
+    reached_BG1 = jnp.cumprod(jnp.concatenate([ones_B11, carry_mask_BG1[:, :-1]], axis=1), axis=1) * state_scale_BG1
     m_BGSE = (m_BGSE.astype(jnp.float32) + reached_BG1[..., None] * state_BSE[:, None]).astype(m_BGSE.dtype)
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCS, state_scale_BG1)
     sizes = sizes._replace(has_states=True, cross_chunk=0, read_width=q_BGCS.shape[-1])

@@ -39,7 +39,7 @@ def prefill_gated_chunks(
       parameters: of the layer.
       table: cosines and sines of each token's position, float32 [B, T, S / 2], or None.
       state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`); with shifted keys `before`, z of the token
-        before, [B, S].
+        before, [B, S]; with a gate `gate` and `count`.
       position: where the tokens stand; rows that take tokens begin a chunk with the first.
       spec: causal, relu2, both branches.
     """
@@ -54,27 +54,32 @@ def prefill_gated_chunks(
     # The compiler reads these once for all layers.
     before_B = (position.start_B // size).astype(jnp.int32)
     state_scale_BG = scale_of_state(before_B[:, None] + jnp.arange(groups), spec, jnp.float32)
-    decay = {'LOG_DECAY': math.log2(spec.global_decay)}
+    shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
+    more = {'LOG_DECAY': math.log2(spec.global_decay), 'GATED': gated}
+    more |= {'BLOCK_G': power_of_two(groups), 'BLOCK_C': power_of_two(size)}
 
-    shifted, none = parameters.mix_S is not None, parameters.norm
     shift = (parameters.mix_S, state['before']) if shifted else (none, none)
     # (Not in place: other programs read what was before.)
-    activations, roles, before = launch(
+    activations, roles, before, logits = launch(
         kernels.prefill_projections_kernel,
         *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), *shift, position.length_B),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), shift[0]),
+        *((parameters.gate_D, parameters.gate_bias) if gated else (none, none)),
+        *(shift[1], position.length_B),
         outputs=[
             jax.ShapeDtypeStruct((rows, 2 * expanded), dtype),
             jax.ShapeDtypeStruct((4, rows, inner), dtype),
             jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
         ],
-        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h), cdiv(rows, tiles.block_m)),
+        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + gated, cdiv(rows, tiles.block_m)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         T=t,
         D=width,
         ROPE=table is not None,
         SHIFTED=shifted,
+        GATED=gated,
         EPSILON=NORM_EPSILON,
         BLOCK_M=tiles.block_m,
         BLOCK_K=tiles.block_k,
@@ -89,6 +94,7 @@ def prefill_gated_chunks(
     (o_RE,) = launch(
         kernels.prefill_attention_kernel,
         *(activations, roles, state['sum'], state_scale_BG if bias_P is None else bias_P, before_B, state_scale_BG),
+        *(logits, state['count'] if gated else none),
         outputs=[jax.ShapeDtypeStruct((rows, expanded), dtype)],
         grid=(cdiv(expanded, block_e), groups * cdiv(size, block_m), batch),
         num_warps=tiles.attention_warps,
@@ -98,24 +104,26 @@ def prefill_gated_chunks(
         BIAS=bias_P is not None,
         SCORE_SCALE=score_scale,
         OVER_VISIBLE=over_visible,
+        MEAN=spec.mean,
         BLOCK_M=block_m,
         BLOCK_N=min(tiles.attention_n, power_of_two(size)),
         BLOCK_S=block_s,
         BLOCK_E=block_e,
         **sizes,
-        **decay,
+        **more,
     )
-    names = 'sum', 'k', 'k_lin', 'v'
-    inputs = o_RE, parameters.out_ED, parameters.out_bias_D, x_BTD, activations, roles, position.length_B
+    # What is not there has a pointer all the same.
+    old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count')}
+    inputs = o_RE, parameters.out_ED, parameters.out_bias_D, x_BTD, activations, roles, position.length_B, logits
     state_e = min(tiles.state_e, power_of_two(expanded))
     y_BTD, *new = launch(
         kernels.prefill_output_kernel,
-        *(*inputs, *(state[name] for name in names)),
-        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_BTD, *(state[name] for name in names))],
+        *(*inputs, *old.values()),
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_BTD, *old.values())],
         grid=(batch * cdiv(expanded, state_e) + cdiv(rows, tiles.output_m) * cdiv(width, tiles.block_out),),
         num_warps=tiles.output_warps,
         num_stages=tiles.output_stages,
-        overwrite={len(inputs) + i: 1 + i for i in range(len(names))},
+        overwrite={len(inputs) + number: 1 + number for number, name in enumerate(old) if name in state},
         B=batch,
         G=groups,
         C=size,
@@ -127,9 +135,10 @@ def prefill_gated_chunks(
         BLOCK_S=block_s,
         BLOCK_E=state_e,
         **sizes,
-        **decay,
+        **more,
     )
-    return y_BTD, dict(zip(names, new, strict=True)) | ({'before': before} if shifted else {})
+    new = {name: x for name, x in zip(old, new, strict=True) if name in state}
+    return y_BTD, new | ({'before': before} if shifted else {})
 
 
 def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:

@@ -11,6 +11,7 @@ cache but for the weights, 7.3 MB a layer, and the state, 1.7 MB.
 import triton
 import triton.language as tl
 
+from gau.ops.kernels.decay_gate_triton import gate_logits, log_decays
 from gau.ops.kernels.gates_triton import silu
 from gau.ops.kernels.load_store import load_tile, store_tile
 
@@ -58,9 +59,9 @@ def _z_halves(
 @triton.jit
 def prefill_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr,
-    old_before_ptr, length_ptr, activations_ptr, roles_ptr, before_ptr,
+    gate_w_ptr, gate_bias_ptr, old_before_ptr, length_ptr, activations_ptr, roles_ptr, before_ptr, logits_ptr,
     R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr,
-    SHIFTED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
@@ -68,18 +69,19 @@ def prefill_projections_kernel(
     If SHIFTED, keys are made of z mixed with that of the token before. A tile has both: matmuls of its rows and of
     those before them, which are no more than those of a tile of u and v.
 
-    Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H, R / BLOCK_M]: tiles of u and v, then of z
+    Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H + GATED, R / BLOCK_M]: tiles of u and v, then of z, then the gate's
     Tile    [BLOCK_M, BLOCK_N]; of z two of [BLOCK_M, BLOCK_H], columns that the rotation pairs; sums in steps of
             BLOCK_K
     Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2];
             if SHIFTED, mix [S]; z of the token before the T of each sequence [R / T, S]; how many of these are its own
-            [R / T]
+            [R / T]; if GATED, w [D] and a bias
     Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]; if SHIFTED, z of the last token of each
-            sequence [R / T, S]
+            sequence [R / T, S]; if GATED, logits [R]
     Bytes   x, 1.6 MB, and the weights, 4.9 MB; activations, 6.3 MB, and roles, 1.0 MB
     """
     H: tl.constexpr = (S + 1) // 2
     tiles: tl.constexpr = (2 * E + BLOCK_N - 1) // BLOCK_N
+    tiles_of_z: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     rows: tl.constexpr = None if R % BLOCK_M == 0 else R
     depth: tl.constexpr = None if D % BLOCK_K == 0 else D
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -97,6 +99,10 @@ def prefill_projections_kernel(
             # [BM, BK] @ [BK, BN]
             product = tl.dot(x, w, product, input_precision=PRECISION)
         store_tile(activations_ptr, silu(product * scale + bias), row, col, 2 * E, rows, cols)
+    elif tl.program_id(0) >= tiles + tiles_of_z:
+        if GATED:
+            logits = gate_logits(x_ptr, g_ptr, gate_w_ptr, gate_bias_ptr, row, R, D, EPSILON, BLOCK_M, BLOCK_K)
+            tl.store(logits_ptr + row, logits, mask=row < R)
     else:
         half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
         z1, z2 = _z_halves(
@@ -146,21 +152,33 @@ def prefill_projections_kernel(
 
 
 @triton.jit
+def _weights_of_chunks(logits_ptr, n, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns log2 of the decays of the first n chunks, and the weights of their tokens after them, [BLOCK_G] each."""
+    chunk = tl.arange(0, BLOCK_G)
+    logs = log_decays(logits_ptr, n, C, BLOCK_G, BLOCK_C)
+    after = tl.sum(logs, axis=0) - tl.cumsum(logs, axis=0)
+    return logs, tl.where(chunk < n, tl.exp2(after), 0.0)
+
+
+@triton.jit
 def prefill_attention_kernel(
-    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, o_ptr,
+    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr, o_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
-    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, GATED: tl.constexpr,
+    MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """o = u (a v + w v' + state_scale decay^g q_lin sum), v' of the chunks of the block before the own one, the g-th.
 
     a = relu(q.k score_scale + bias)^2 weight_scale in the own chunk. w = state_scale decay^n q_lin.k_lin where n chunks
-    lie between.
+    lie between. If GATED, each of these chunks has a decay of its own, and state_scale follows from them.
 
     Grid    [E / BLOCK_E, G C / BLOCK_M, B]: the last tokens first, which have the most to read
     Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
     Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 C - 1], if BIAS;
-            before [B], chunks before the block; state_scale [B, G]
+            before [B], chunks before the block; state_scale [B, G]; if GATED logits [R] and count [B], the tokens in
+            sum by weight
     Writes  o [R, E]
     Bytes   activations, roles and o, 10 MB
     """
@@ -181,6 +199,15 @@ def prefill_attention_kernel(
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
     state_scale = tl.load(state_scale_ptr + b * G + g)
+    sum_scale = state_scale * tl.exp2(LOG_DECAY * g.to(tl.float32))
+    chunk = tl.arange(0, BLOCK_G)
+    if GATED:
+        logs, weights = _weights_of_chunks(logits_ptr + first, g, C, BLOCK_G, BLOCK_C)  # [BG] each
+        kept = tl.exp2(tl.sum(logs, axis=0))
+        if MEAN:
+            count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
+            state_scale = 1.0 / tl.where(count > 0, count, 1.0)
+        sum_scale = kept * state_scale
     q_lin_ptr = roles_ptr + (2 * R + own) * S
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     if tl.load(before_ptr + b) > 0:
@@ -190,7 +217,7 @@ def prefill_attention_kernel(
             m = load_tile(sum_ptr + b * S * E, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
             # [BM, BN] @ [BN, BE]
             mixed = tl.dot(q_lin, m, mixed, input_precision=PRECISION)
-        mixed *= state_scale * tl.exp2(LOG_DECAY * g.to(tl.float32))
+        mixed *= sum_scale
     q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
     for step in range(0, g * blocks):
         row = first + step // blocks * C
@@ -198,7 +225,9 @@ def prefill_attention_kernel(
         k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
         v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
         scale = state_scale
-        if LOG_DECAY < 0:
+        if GATED:
+            scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
+        elif LOG_DECAY < 0:
             scale *= tl.exp2(LOG_DECAY * (g - 1 - step // blocks).to(tl.float32))
         # [BM, BS] @ [BS, BN]
         w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
@@ -228,23 +257,26 @@ def prefill_attention_kernel(
 
 @triton.jit
 def prefill_output_kernel(
-    o_ptr, w_ptr, bias_ptr, x_ptr, activations_ptr, roles_ptr, length_ptr,
-    old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr,
-    y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr,
+    o_ptr, w_ptr, bias_ptr, x_ptr, activations_ptr, roles_ptr, length_ptr, logits_ptr,
+    old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr,
+    y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x + o Wo + b; and the state after the block.
 
     sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
-    are those of the chunk after them. A row that takes no tokens keeps its state.
+    are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
+    its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
     Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
     Reads   o [R, E], w [E, D], bias [D], x [R, D]; of activations [R, 2 E] v; of roles [4, R, S] k and k_lin; length
-            [B]; sum [B, S, E], float32
-    Writes  y [R, D]; sum, k and k_lin [B, C, S], v [B, C, E], which take over the buffers of `old_*`
+            [B]; sum [B, S, E], float32; if GATED logits [R] and count [B]
+    Writes  y [R, D]; sum, k and k_lin [B, C, S], v [B, C, E], gate [B, C] and count, which take over the buffers of
+            `old_*`
     Bytes   o, 3.1 MB, v, k, k_lin, 3.7 MB, x and y, 3.1 MB, and the weights, 2.4 MB; the state, 1.7 MB
     """
     across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -263,19 +295,29 @@ def prefill_output_kernel(
         complete = length // C
         first = b * G * C
         total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+        kept = tl.exp2(LOG_DECAY * complete.to(tl.float32))
+        chunk = tl.arange(0, BLOCK_G)
+        if GATED:
+            logs, weights = _weights_of_chunks(logits_ptr + first, complete, C, BLOCK_G, BLOCK_C)  # [BG] each
+            kept = tl.exp2(tl.sum(logs, axis=0))
         for step in range(0, complete * blocks):
             row = first + step // blocks * C
             j = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
             k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BK, BS]
             v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BK, BE]
-            if DECAY < 1:
+            if GATED:
+                total *= tl.exp2(tl.sum(tl.where((chunk == step // blocks) & (step % blocks == 0), logs, 0.0), axis=0))
+            elif DECAY < 1:
                 total *= tl.where(step % blocks == 0, DECAY, 1.0)
             # [BS, BK] @ [BK, BE]
             total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
         if complete > 0:
             old = load_tile(sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
-            total += old * tl.exp2(LOG_DECAY * complete.to(tl.float32))
+            total += old * kept
             store_tile(sum_ptr + b * S * E, total, s, e, E, S, cols)
+            if GATED:
+                count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
+                tl.store(count_ptr + b, count, mask=across_state == 0)
         if (length > 0) & (complete < G):
             row = first + complete * C
             for start in range(0, C, BLOCK_K):
@@ -287,6 +329,9 @@ def prefill_output_kernel(
                     store_tile(k_ptr + b * C * S, k, j, s, S, keys, width)
                     k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)
                     store_tile(k_lin_ptr + b * C * S, k_lin, j, s, S, keys, width)
+                    if GATED:
+                        logits = tl.load(logits_ptr + row + j, mask=j < C, other=0.0)
+                        tl.store(gate_ptr + b * C + j, logits, mask=j < C)
     else:
         rows: tl.constexpr = None if R % BLOCK_M == 0 else R
         depth: tl.constexpr = None if E % BLOCK_K == 0 else E

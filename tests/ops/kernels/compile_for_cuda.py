@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from gau.ops.chunk_window import open_window
 from gau.ops.decoding import DecodePosition
-from gau.ops.kernels import compat
+from gau.ops.kernels import compat, decode_row
 from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
@@ -64,19 +64,32 @@ def parameters():
     )
 
 
+def shift_and_gate():
+    return {
+        'mix_S': zeros(S, dtype='float32'),
+        'gate_D': zeros(D),
+        'gate_bias': zeros(1, dtype='float32'),
+    }
+
+
 def decode():
     """Every kernel of decoding at size base, for one row and for many; training's scans with a factor for each row."""
     vector = {'dtype': 'float32'}
-    for batch in (1, 64):
+    for batch in (1, 8, 64):
         at_B = jnp.zeros(batch, jnp.int32)
         position = DecodePosition(at_B, at_B + 1, at_B)
         state = {'k': zeros(batch, C, S), 'k_lin': zeros(batch, C, S), 'v': zeros(batch, C, E)}
         state['sum'] = zeros(batch, S, E, **vector)
         table = (zeros(batch, S // 2, **vector),) * 2
-        window = open_window(state, 32) | {'before': zeros(batch, S)}
-        # With shifted keys kernels do all that they do without, and more.
-        shifted = parameters()._replace(mix_S=zeros(S, **vector))
-        decode_gated_chunks(zeros(batch, D), shifted, table, window, position=position, spec=SPEC)
+        gate = {'gate': zeros(batch, C, 1, **vector), 'count': zeros(batch, 1, **vector)}
+        # With shifted keys and a gate kernels do all that they do without, and more.
+        for more, fields in (({}, {}), (gate | {'before': zeros(batch, S)}, shift_and_gate()))[batch > 1 :]:
+            window = open_window({name: x for name, x in (state | more).items() if name != 'before'}, 32)
+            window |= {name: x for name, x in more.items() if name == 'before'}
+            found = parameters()._replace(**fields)
+            decode_gated_chunks(zeros(batch, D), found, table, window, position=position, spec=SPEC)
+        if batch == 8:
+            continue
         for function, normalizer, heads, s, e in (('softmax', None, 12, 64, 64), ('relu2', 'fixed', 1, S, E)):
             q, v = zeros(batch, heads, 1, s), zeros(batch, heads, 1, e)
             cache = {'k': zeros(batch, heads, 512, s), 'v': zeros(batch, heads, 512, e)}
@@ -105,10 +118,10 @@ def short_prompts():
     table = (zeros(1, 4 * C, S // 2, dtype='float32'),) * 2
     position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
     state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}
-    for mix_S in (None, zeros(S, **vector)):
-        state['before'] = zeros(1, S)
-        fields = {'position': position, 'spec': SPEC}
-        prefill_gated_chunks(zeros(1, 4 * C, D), parameters()._replace(mix_S=mix_S), table, state, **fields)
+    gate = {'gate': zeros(1, C, 1, **vector), 'count': zeros(1, 1, **vector)}
+    for more, fields in (({}, {}), (gate | {'before': zeros(1, S)}, shift_and_gate())):
+        found = parameters()._replace(**fields)
+        prefill_gated_chunks(zeros(1, 4 * C, D), found, table, state | more, position=position, spec=SPEC)
 
 
 def window_of_two_chunks():
@@ -127,5 +140,6 @@ def window_of_two_chunks():
 
 if __name__ == '__main__':
     compat.triton_call = compile_only
+    decode_row.streaming_multiprocessors = lambda: 132
     with jax.disable_jit():
         {'decode': decode, 'prefill': short_prompts, 'window': window_of_two_chunks}[sys.argv[1]]()

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
     [
         (
             'decode',
-            [f'decode_{name}' for name in ('projections', 'attention', 'output', 'cache')],
+            [f'decode_{name}' for name in ('row', 'projections', 'attention', 'output', 'cache')],
         ),
         (
             'prefill',

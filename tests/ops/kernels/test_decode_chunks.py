@@ -62,9 +62,12 @@ def expect_close(found, wanted, dtype, name):
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
-        ('mean, decay, visible; shifted', slice(None)),
+        ('mean, decay, visible; shifted gated', slice(None)),
         # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
-        ('mean, decay, visible; shifted', slice(3, 4)),
+        ('mean, decay, visible; shifted gated', slice(3, 4)),
+        pytest.param('mean, decay, visible; shifted', slice(None), marks=pytest.mark.slow),
+        pytest.param('sum, decay, su; gated', slice(None), marks=pytest.mark.slow),
+        pytest.param('sum, decay, su; gated', slice(0, 1), marks=pytest.mark.slow),
         *(
             pytest.param(case, rows, marks=pytest.mark.slow)
             for case in ('mean', 'sum, decay, su')
@@ -73,7 +76,8 @@ def expect_close(found, wanted, dtype, name):
     ],
 )
 def test_one_token_of_a_layer(case, rows, dtype):
-    case, _, shifted = case.partition('; ')
+    case, _, more = case.partition('; ')
+    shifted, gated = 'shifted' in more, 'gated' in more
     start_B, opened_B = START_B[rows], OPENED_B[rows]
     spec, position = SPECS[case], DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
     shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
@@ -97,24 +101,31 @@ def test_one_token_of_a_layer(case, rows, dtype):
     bias_B1C = None
     if parameters.bias_P is not None:
         bias_B1C = bias_matrix(parameters.bias_P, C, C)[start_B % C][:, None]
-    av_B1E, wanted = window_token(
-        *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64'), rows), position=position, spec=spec, bias_B1C=bias_B1C
-    )
+    gate_B1L, gate = None, {}
+    if gated:
+        # As a gate takes the decay's place: what is a spec with one decays as the gate says.
+        parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
+        gate_B1L = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
+        # Nothing before the first chunk.
+        gate = {'gate': normal(44, B, C + WINDOW, 1), 'count': jnp.where(OPENED_B < C, 0, 9.5 + OPENED_B)[:, None]}
+    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1C': bias_B1C}
+    av_B1E, wanted = window_token(*(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64') | gate, rows), **fields)
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
-        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED', 'gate_D') else 'float32')
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
     window = window_of(dtype) | ({'before': before(dtype)} if shifted else {})
+    window |= {name: x.astype('float32') for name, x in gate.items()}
     found_BD, found = decode_gated_chunks(
         x_BD.astype(dtype), Parameters(**narrow), table, cut(window, rows), position=position, spec=spec
     )
     if shifted:
         expect_close(found['before'], z_B1S[:, 0], dtype, 'before')
     expect_close(found_BD, y_BD, dtype, 'y')
-    for name in ('k', 'k_lin', 'v'):
+    for name in ('k', 'k_lin', 'v', *(['gate'] if gated else [])):
         expect_close(found[name], wanted[name], dtype, name)
 
 

@@ -19,12 +19,16 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
 @pytest.mark.parametrize(
     'case',
     [
-        'mean, decay, visible; shifted',
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ('mean', 'sum, decay, su')),
+        'mean, decay, visible; shifted gated',
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ('mean', 'sum, decay, su', 'mean, decay, visible; shifted', 'sum, decay, su; gated')
+        ),
     ],
 )
 def test_a_short_block_of_a_layer(case, dtype):
-    case, _, shifted = case.partition('; ')
+    case, _, more = case.partition('; ')
+    shifted, gated = 'shifted' in more, 'gated' in more
     spec, t = SPECS[case], 3 * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
     start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
@@ -52,15 +56,21 @@ def test_a_short_block_of_a_layer(case, dtype):
     roles = [(keys_BTS if i % 2 else z_BTS) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     roles = roles if table is None else [apply_rope(x, table) for x in roles]
     bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, C, C)
-    av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, position=position, spec=spec, bias_CC=bias_CC)
+    gate_BTL = None
+    if gated:
+        parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
+        gate_BTL = (h_BTD @ parameters.gate_D + parameters.gate_bias)[..., None]
+        old |= {'gate': normal(44, B, C, 1), 'count': jnp.where(start_B < C, 0, 9.5 + start_B)[:, None]}
+    fields = {'position': position, 'spec': spec, 'gate_BTL': gate_BTL, 'bias_CC': bias_CC}
+    av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, **fields)
     y_BTD = x_BTD + (u_BTE * av_BTE) @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
-        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED', 'gate_D') else 'float32')
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x.astype('float32') for x in table)
-    state = {name: x.astype('float32' if name == 'sum' else dtype) for name, x in old.items()}
+    state = {name: x.astype('float32' if name in ('sum', 'gate', 'count') else dtype) for name, x in old.items()}
     found_BTD, found = prefill_gated_chunks(
         x_BTD.astype(dtype), Parameters(**narrow), table, state, position=position, spec=spec
     )
@@ -71,6 +81,8 @@ def test_a_short_block_of_a_layer(case, dtype):
     real = (jnp.arange(t) < length_B[:, None])[..., None]
     expect_close(jnp.where(real, found_BTD, 0), jnp.where(real, y_BTD, 0), dtype, 'y')
     expect_close(found['sum'], wanted['sum'], dtype, 'sum')
+    if gated:
+        expect_close(found['count'], wanted['count'], dtype, 'count')
     filled = (jnp.arange(C) < (start_B + length_B)[:, None] % C)[..., None]
-    for name in ('k', 'k_lin', 'v'):
+    for name in ('k', 'k_lin', 'v', *(['gate'] if gated else [])):
         expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)
