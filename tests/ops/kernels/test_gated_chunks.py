@@ -129,7 +129,7 @@ WINDOWS = [
 ]
 SLOW_WINDOWS = [
     (60, 8, 12, 'documents', 8, 'keys', {}),
-    (45, 12, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
+    (45, 6, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
     (10, 16, 8, 'none', 1, 'keys', {'scoring': Scoring('relu2', 'paper')}),
     (50, 12, 8, 'padding', 2, 'none', {'global_decay': 0.6, 'scoring': Scoring('relu2', 'visible')}),
     (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'su')}),
