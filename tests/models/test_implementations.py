@@ -176,6 +176,18 @@ def test_where_cudnn_cannot_be_it_says_why_and_auto_takes_another(fields, target
     assert str(error.value) == f'model.impl=cudnn needs {reason}'
 
 
+def test_triton_for_flash_quad_has_relu2_and_the_softmaxes():
+    for function in ('relu2', 'softmax', 'softmax_plus'):
+        config = tiny_config('flash_quad', dtype='bfloat16', attention_function=function)
+        assert settle(config, target=HOPPER).attention == 'triton'
+    config.attention_function = 'laplace'
+    assert settle(config, target=HOPPER).attention == 'xla'
+    config.impl = 'triton'
+    reason = 'attention_function=relu2 or softmax or softmax_plus, this is laplace'
+    with pytest.raises(UserError, match=f'^model.impl=triton needs {reason}$'):
+        settle(config, target=HOPPER)
+
+
 @pytest.mark.parametrize('name', ['flash', 'flash_quad'])
 def test_triton_is_the_choice_on_a_gpu_and_its_interpreter_nobodys(name):
     config, fused = tiny_config(name, dtype='bfloat16'), tiny_config(name, dtype='float32', impl='triton')

@@ -114,6 +114,8 @@ def test_ablations_of_flash(fields, objective):
     {'normalizer': 'su', 'relative_bias': 'none', 'gate': 'none'},
     {'normalizer': 'paper', 'relative_bias': 'rotary', 'temperature': 'learned'},
     {'normalizer': 'visible', 'query_key_dim': 6},
+    {'attention_function': 'softmax', 'relative_bias': 'rotary', 'temperature': 'learned'},
+    {'attention_function': 'softmax_plus', 'gate': 'none'},
 ])  # fmt: skip
 def test_ablations_of_flash_quad(fields, objective):
     fused, reference, params = models(name='flash_quad', objective=objective, **fields)

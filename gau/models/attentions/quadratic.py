@@ -18,7 +18,7 @@ class Quadratic(ScoredAttention):
 
     fields = SCORING_FIELDS
     implementations = table(
-        triton=triton(attention_function='relu2'),
+        triton=triton(attention_function=('relu2', 'softmax', 'softmax_plus')),
         pallas=pallas(widest=3072, attention_function='relu2'),
         xla=ANYWHERE,
         reference=ANYWHERE,

@@ -2,15 +2,15 @@
 
 | operation | its reference in `gau.ops` | fast path | its Triton kernels |
 |---|---|---|---|
-| FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs` |
-  `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`, `quadratic_triton` |
+| FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs`,
+  `quadratic_weights` | `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`, `quadratic_triton` |
 | FLASH, a block of a prompt | `decoding` | `gated_mixed_chunk_block` | those of FLASH, gated |
 | quadratic attention, one token | `decoding` | `decode_cache` | `decode_cache_triton` |
 | FLASH's layer, one token | `chunk_window` | `decode_chunks` | `decode_chunks_triton` |
 | the same, of one sequence | `chunk_window` | `decode_row` | `decode_row_triton` |
-| FLASH-Quad, gated | `quadratic_attention` | `gated_quadratic`, `gates`, `quadratic` | `gated_quadratic_triton`,
-  `gates_triton`, `quadratic_triton` |
-| quadratic attention | `quadratic_attention` | `quadratic` | `quadratic_triton` |
+| FLASH-Quad, gated | `quadratic_attention` | `gated_quadratic`, `gates`, `quadratic`, `quadratic_weights` |
+  `gated_quadratic_triton`, `gates_triton`, `quadratic_triton` |
+| quadratic attention | `quadratic_attention` | `quadratic`, `quadratic_weights` | `quadratic_triton` |
 | queries and keys | `queries_keys` | `queries_keys` | `queries_keys_triton` |
 | ScaleNorm | `norms` | `norm` | `norm_triton` |
 | vocabulary loss | `cross_entropy` | `cross_entropy` | `cross_entropy_triton` |

@@ -19,7 +19,7 @@ from jax import Array
 from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.gated_states import log_decays, previous_chunk
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
-from gau.ops.kernels.quadratic import describe_tokens, relu2_weights
+from gau.ops.kernels.quadratic_weights import FUNCTIONS, describe_tokens, whole_weights
 from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
 from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -122,12 +122,12 @@ def weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec: ChunkSpec, kernels:
         ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32) if ids_BGC is None else ids_BGC
         k_BGCS, ids_BGM = (jnp.concatenate([previous_chunk(x), x], axis=2) for x in (k_BGCS, ids_BGC))
     keys, length = k_BGCS.shape[2], spec.window * spec.chunk_size
-    if scoring.function == 'relu2' and kernels == 'triton':
+    if scoring.function in FUNCTIONS and kernels == 'triton':
         ids = None if ids_BGM is None else jnp.broadcast_to(ids_BGM, (*shape[:2], keys)).reshape(-1, keys)
         fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': q_BGCS.shape[-1]}
         q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-        return relu2_weights(q, k, bias_P, describe_tokens(ids, k.shape[:2], **fields), causal).reshape(*shape, keys)
+        return whole_weights(q, k, bias_P, describe_tokens(ids, k.shape[:2], **fields), causal).reshape(*shape, keys)
     first = keys - size
     mask = visibility_mask(ids_BGC, ids_BGM, n=size, m=keys, causal=causal, first_query=first)
     bias = None if bias_P is None else bias_matrix(bias_P, size, keys, first=first)

@@ -15,14 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels.gates import gate_gradients, launch_over_tiles, values
-from gau.ops.kernels.quadratic import (
-    Tokens,
-    attend,
-    attention_gradients,
-    groups,
-    no_gradient,
-    tokens_of_sequences,
-)
+from gau.ops.kernels.quadratic import attend, attention_gradients, groups
+from gau.ops.kernels.quadratic_weights import Tokens, no_gradient, tokens_of_sequences, with_log_sums
 from gau.ops.kernels.tile_sizes import GATES, cdiv
 from gau.ops.masks import clear_padding
 from gau.ops.scores import Scoring
@@ -44,23 +38,23 @@ def gated_quadratic_attention(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
 ) -> Array:
-    """Returns what the reference `gau.ops.quadratic_attention.gated_quadratic_attention` does, for relu2."""
+    """Returns what `gau.ops.quadratic_attention.gated_quadratic_attention`, the reference, does, relu2 or softmax."""
     q_BNS, k_BNS = clear_padding(q_BNS, segment_ids_BN), clear_padding(k_BNS, segment_ids_BN)
     tokens = tokens_of_sequences(segment_ids_BN, q_BNS, scoring=scoring, causal=causal)
     bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-    return gated_relu2_attention(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
+    return gated_attention(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def gated_relu2_attention(
+def gated_attention(
     p_BNW: Array, bias_2E: Array, q_BNS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, causal: bool
 ) -> Array:
-    """Returns silu(u) * A silu(v) for [u, v] = p + bias, [B, N, E], with A of `relu2_attention`.
+    """Returns silu(u) * A silu(v) for [u, v] = p + bias, [B, N, E], with A of `attention`.
 
     Args:
       p_BNW: projections of gate and values in the first 2 E columns, in the type of q and k.
       bias_2E: bias of gate and values.
-      q_BNS: and k_BNS, bias_P, tokens, causal: see `gau.ops.kernels.quadratic.relu2_attention`.
+      q_BNS: and k_BNS, bias_P, tokens, causal: see `gau.ops.kernels.quadratic.attention`.
     """
     return _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal)[0]
 
@@ -70,6 +64,7 @@ def _forward(p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, causal):
 
     batch, n, _ = p_BNW.shape
     v_NBE = values(p_BNW, bias_2E, tokens_first=True)
+    tokens = with_log_sums(q_BNS, k_BNS, bias_P, tokens, causal=causal)
     av = attend(q_BNS, k_BNS, v_NBE, bias_P, tokens, causal)
     like_o = jax.ShapeDtypeStruct((batch, n, bias_2E.shape[1]), p_BNW.dtype)
     (o_BNE,) = launch_over_tiles(kernels.output_kernel, p_BNW, bias_2E, *_pieces(av), outputs=[like_o], **_grouping(n))
@@ -81,8 +76,12 @@ def _backward(causal, residuals, do_BNE):
 
     p_BNW, bias_2E, q_BNS, k_BNS, bias_P, tokens, v_NBE, o_BNE = residuals
     batch, n, _ = p_BNW.shape
-    half_dp, dbias_u, dav_NBE = gate_gradients(p_BNW, bias_2E, do_BNE, o_BNE, tokens_first=True)
-    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, bias_P, tokens, causal)
+    half_dp, dbias_u, dav_NBE, *sums = gate_gradients(
+        p_BNW, bias_2E, do_BNE, o_BNE, tokens_first=True, row_sums=tokens.softmax
+    )
+    # The gradient of A v times A v is that of o times o.
+    where = bias_P, tokens, sums[0] if tokens.softmax else None
+    dq_BNS, dk_BNS, dv, dbias_P = attention_gradients(q_BNS, k_BNS, v_NBE, dav_NBE, *where, causal)
     outputs = [
         jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
         jax.ShapeDtypeStruct((batch * cdiv(n, GATES.block_n), bias_2E.shape[1]), jnp.float32),
@@ -93,7 +92,7 @@ def _backward(causal, residuals, do_BNE):
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 
 
-gated_relu2_attention.defvjp(_forward, _backward)
+gated_attention.defvjp(_forward, _backward)
 
 
 def _pieces(pieces: list[Array]) -> list[Array]:

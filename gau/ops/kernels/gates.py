@@ -53,8 +53,8 @@ def values(p_BNW: Array, bias_2E: Array, *, tokens_first: bool) -> Array:
 
 
 def gate_gradients(
-    p_BNW: Array, bias_2E: Array, do_BNE: Array, o_BNE: Array, *, tokens_first: bool
-) -> tuple[Array, Array, Array]:
+    p_BNW: Array, bias_2E: Array, do_BNE: Array, o_BNE: Array, *, tokens_first: bool, row_sums: bool = False
+) -> tuple[Array, ...]:
     """Returns the gradients of p, of the gate's bias and of x, for o = silu(u) x with u = p + bias.
 
     Args:
@@ -63,16 +63,18 @@ def gate_gradients(
       do_BNE: gradient of o.
       o_BNE: o itself; u of 0 is taken for 1e-20 (`gates_triton.nonzero_gate`).
       tokens_first: whether the gradient of x is to be [N, B, E].
+      row_sums: whether to return also the gradient of x times x, summed over the columns.
 
     Returns:
-      [B, N, W], of which the gate's columns alone are written; float32 [E]; [B, N, E] or [N, B, E].
+      [B, N, W], of which the gate's columns alone are written; float32 [E]; [B, N, E] or [N, B, E]; if `row_sums`,
+      float32 [B, N].
     """
     from gau.ops.kernels.gates_triton import gate_gradient_kernel
 
     batch, n, width = o_BNE.shape
-    spans = cdiv(n, GATES.span)
+    spans, across = cdiv(n, GATES.span), cdiv(width, GATES.block_e)
     shape = (n, batch, width) if tokens_first else o_BNE.shape
-    dp_BNW, dx, dbias = launch(
+    dp_BNW, dx, dbias, sums = launch(
         gate_gradient_kernel,
         p_BNW,
         bias_2E,
@@ -82,8 +84,9 @@ def gate_gradients(
             jax.ShapeDtypeStruct(p_BNW.shape, p_BNW.dtype),
             jax.ShapeDtypeStruct(shape, o_BNE.dtype),
             jax.ShapeDtypeStruct((batch * spans, width), jnp.float32),
+            jax.ShapeDtypeStruct((across, batch, n) if row_sums else (1,), jnp.float32),
         ],
-        grid=(cdiv(width, GATES.block_e) * spans, batch),
+        grid=(across * spans, batch),
         num_warps=GATES.num_warps,
         num_stages=GATES.num_stages,
         B=batch,
@@ -91,8 +94,9 @@ def gate_gradients(
         E=width,
         W=p_BNW.shape[-1],
         TOKENS_FIRST=tokens_first,
+        ROW_SUMS=row_sums,
         SPAN=GATES.span,
         BLOCK_N=GATES.block_n,
         BLOCK_E=GATES.block_e,
     )
-    return dp_BNW, dbias.sum(0), dx
+    return (dp_BNW, dbias.sum(0), dx, *([sums.sum(0)] if row_sums else []))

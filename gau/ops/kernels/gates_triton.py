@@ -96,9 +96,9 @@ def values_kernel(
 
 @triton.jit
 def gate_gradient_kernel(
-    p_ptr, bias_ptr, do_ptr, o_ptr, dp_ptr, dx_ptr, dbias_ptr,
+    p_ptr, bias_ptr, do_ptr, o_ptr, dp_ptr, dx_ptr, dbias_ptr, sums_ptr,
     B: tl.constexpr, N: tl.constexpr, E: tl.constexpr, W: tl.constexpr, TOKENS_FIRST: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROW_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dx = do silu(u), du = do x silu'(u) and its sum over tokens, for o = silu(u) x with u = U + bias.
 
@@ -106,7 +106,8 @@ def gate_gradient_kernel(
     Tile    SPAN tokens, BLOCK_N at a time, of BLOCK_E columns
     Reads   U, the first E columns of p [B, N, W]; do and o [B, N, E]
     Writes  du, the first E columns of dp [B, N, W]; dx [B, N, E], or [N, B, E] if TOKENS_FIRST; the sums over the
-            tokens of a program, dbias [B N / SPAN, E]
+            tokens of a program, dbias [B N / SPAN, E]; if ROW_SUMS, the sums of dx x = do o over the columns of a
+            program, sums [E / BLOCK_E, B, N]
     Bytes   5 arrays of [N, E] a layer
     """
     across: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -123,4 +124,7 @@ def gate_gradient_kernel(
         du = gate_gradient(u, o, do)
         store_tile(dp_ptr + b * N * W, du, row, col, W, N, E)
         dbias += tl.sum(du, 0)
+        if ROW_SUMS:
+            sums = (number % across) * tl.num_programs(1) * N + b * N + row
+            tl.store(sums_ptr + sums, tl.sum(do * o, 1), mask=row < N)
     tl.store(dbias_ptr + (b * spans + number // across) * E + col, dbias, mask=col < E)

@@ -1,4 +1,9 @@
-"""Triton kernels of quadratic attention with relu^2: from q.k to a block of weights, and back from their gradient.
+"""Triton kernels of quadratic attention: from q.k to a block of weights, and back from their gradient.
+
+    x = q.k * score_scale + bias, -inf where the key is hidden
+
+    relu^2                  a = relu(x)^2 * normaliser       the normaliser is the query's weight_scale
+    softmax (SOFTMAX)       a = exp(x - normaliser)          the normaliser is the log of its sum of exp(x)
 
 The block [n, m] is all of the attention matrix [N, N] that exists at once. `firsts` are the places of its first query
 and its first key among the N tokens, offset is their difference. `bias` has a number for each distance k - q from
@@ -32,39 +37,93 @@ def _bias_and_mask(
 
 
 @triton.jit
-def _relu_scores(
+def _scores(
     q, k, ids_ptr, scale, shift, i, j, query, key,
     ROWS: tl.constexpr, COLS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns relu(q.k * scale + shift), 0 where documents hide the key; `ids_ptr` is that of the sequence."""
+    """Returns q.k * scale + shift, -inf where documents hide the key; `ids_ptr` is that of the sequence."""
     # [BM, BS] @ [BS, BN]
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + shift
-    # The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would look like one that sees nothing.
-    r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DOCUMENTS:
         query_ids = tl.load(ids_ptr + query + i, mask=in_bounds(i, ROWS), other=0)
         key_ids = tl.load(ids_ptr + key + j, mask=in_bounds(j, COLS), other=0)
         # No query has the id -1, so that one comparison hides padding as well.
         key_ids = tl.where(key_ids > 0, key_ids, -1)
-        r = tl.where(query_ids[:, None] == key_ids[None, :], r, 0.0)
-    return r
+        x = tl.where(query_ids[:, None] == key_ids[None, :], x, -float('inf'))
+    return x
 
 
 @triton.jit
-def weights_kernel(
-    q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, a_ptr,
+def _relu(x):
+    """The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would look like one that sees nothing."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _tiles_seen(first_i, offset, m: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns how many tiles of keys, from the first on, the queries from `first_i` on may see."""
+    seen = tl.cdiv(m, BLOCK_N)
+    if CAUSAL:
+        seen = tl.maximum(tl.minimum((first_i + BLOCK_M - 1 + offset) // BLOCK_N + 1, seen), 0)
+    return seen
+
+
+@triton.jit
+def log_sums_kernel(
+    q_ptr, k_ptr, bias_ptr, score_scale_ptr, unused_ptr, ids_ptr, firsts_ptr, log_sum_ptr,
     n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """a = relu(q.k * score_scale + bias)^2 * weight_scale.
+    """The log of the sum of exp(x) over a part of the keys, with a running maximum; -inf where the query sees none.
+
+    Grid    [parts of the keys, n / BLOCK_M, B]
+    Tile    x [BLOCK_M, BLOCK_N], all of S at once
+    Reads   what `weights_kernel` reads, without a normaliser
+    Writes  log_sum [parts, B, n], float32
+    Bytes   q and k: little
+    """
+    ROWS: tl.constexpr = None if n % BLOCK_M == 0 else n
+    COLS: tl.constexpr = None if m % BLOCK_N == 0 else m
+    WIDTH: tl.constexpr = None if S == BLOCK_S else S
+    part, parts, b = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    first_i = tl.program_id(1) * BLOCK_M
+    i, j, s = first_i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
+    query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
+    q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
+    scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+    largest = tl.full((BLOCK_M,), -float('inf'), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for number in range(part, _tiles_seen(first_i, query - key, m, CAUSAL, BLOCK_M, BLOCK_N), parts):
+        keys = number * BLOCK_N + j
+        shift = _bias_and_mask(bias_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
+        k = load_tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)  # [BN, BS]
+        x = _scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
+        larger = tl.maximum(largest, tl.max(x, 1))
+        # Of a query that has seen no key so far, so that its sum is 0 and not NaN.
+        reference = tl.where(larger == -float('inf'), 0.0, larger)
+        total = total * tl.exp(largest - reference) + tl.sum(tl.exp(x - reference[:, None]), 1)
+        largest = larger
+    batch = tl.num_programs(2)
+    log_sum = largest + tl.log(tl.where(total == 0, 1.0, total))
+    tl.store(log_sum_ptr + (part * batch + b) * n + i, log_sum, mask=in_bounds(i, ROWS))
+
+
+@triton.jit
+def weights_kernel(
+    q_ptr, k_ptr, bias_ptr, score_scale_ptr, normaliser_ptr, ids_ptr, firsts_ptr, a_ptr,
+    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    SOFTMAX: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The weights a.
 
     A program keeps its queries and goes through a part of the keys: to read both for every tile would take longer than
     to gather the bias again.
 
     Grid    [parts of the keys, n / BLOCK_M, B]
     Tile    a [BLOCK_M, BLOCK_N], all of S at once
-    Reads   q [B, Q, S] of the last Q tokens, k [B, N, S], bias [2 N - 1] if BIAS, score_scale and weight_scale [B, N],
+    Reads   q [B, Q, S] of the last Q tokens, k [B, N, S], bias [2 N - 1] if BIAS, score_scale and normaliser [B, N],
             segment ids [B, N] if DOCUMENTS, firsts [2]
     Writes  a [B, n, m], zeros included
     Bytes   a once: 604 MB a layer, or 34 MB in chunks
@@ -79,17 +138,19 @@ def weights_kernel(
     a_ptr += b * n * m
     q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
     scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
-    weight_scale = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
-    tiles = tl.cdiv(m, BLOCK_N)
-    seen = tiles
-    if CAUSAL:
-        seen = tl.maximum(tl.minimum((first_i + BLOCK_M - 1 + query - key) // BLOCK_N + 1, tiles), 0)
+    normaliser = tl.load(normaliser_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+    tiles, seen = tl.cdiv(m, BLOCK_N), _tiles_seen(first_i, query - key, m, CAUSAL, BLOCK_M, BLOCK_N)
     for number in range(part, seen, parts):
         keys = number * BLOCK_N + j
         shift = _bias_and_mask(bias_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
         k = load_tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)  # [BN, BS]
-        r = _relu_scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
-        store_tile(a_ptr, r * (r * weight_scale), i, keys, m, ROWS, COLS)
+        x = _scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
+        if SOFTMAX:
+            a = tl.exp(x - normaliser)
+        else:
+            r = _relu(x)
+            a = r * (r * normaliser)
+        store_tile(a_ptr, a, i, keys, m, ROWS, COLS)
     # From the first of its tiles that no query sees.
     hidden = part + tl.maximum(seen - part + parts - 1, 0) // parts * parts
     for number in range(hidden, tiles, parts):
@@ -98,19 +159,22 @@ def weights_kernel(
 
 @triton.jit
 def weights_gradient_kernel(
-    q_ptr, k_ptr, bias_ptr, score_scale_ptr, weight_scale_ptr, ids_ptr, firsts_ptr, da_ptr, a_ptr, ds_ptr, db_ptr,
+    q_ptr, k_ptr, bias_ptr, score_scale_ptr, normaliser_ptr, ids_ptr, firsts_ptr, da_ptr, delta_ptr,
+    a_ptr, ds_ptr, db_ptr,
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTMAX: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """ds = da 2 r weight_scale score_scale with r = relu(...) of `weights_kernel`, the gradient of q.k; db; and a.
+    """ds = dx score_scale, the gradient of q.k; db; and a.
 
+    dx is da 2 relu(x) normaliser, and of softmax a (da - delta), delta being the sum of a da over a query's keys.
     A program has one tile and goes through a part of the batch, so that db stays in registers: the gradient of the
-    bias, da 2 r weight_scale, summed along the diagonals of the tile and over its part of the batch.
+    bias, dx summed along the diagonals of the tile and over its part of the batch.
 
     Grid    [m / BLOCK_N, n / BLOCK_M, parts of the batch]
     Tile    ds [BLOCK_M, BLOCK_N], all of S at once; BLOCK_M is at most BLOCK_N
-    Reads   what `weights_kernel` reads, and da [B, n, m]
+    Reads   what `weights_kernel` reads, da [B, n, m], and delta [B, N] if SOFTMAX
     Writes  ds [B, n, m]; a [B, n, m] if RECOMPUTE; db [parts, n / BLOCK_M, m / BLOCK_N, 2 BLOCK_N] if BIAS: sums for
             the distances j - i inside the tile, from -BLOCK_N on
     Bytes   as large as a: da, ds and, if RECOMPUTE, a: 1.8 GB a layer, or 67 MB in chunks, which do not recompute
@@ -134,7 +198,9 @@ def weights_gradient_kernel(
         # Done: Triton has no return in a branch.
         sequences = sequences * 0
     shift = _bias_and_mask(bias_ptr, offset, i, j, ROWS, COLS, N, CAUSAL, BIAS)
-    half_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # A factor that is left out of dx until sums are done.
+    FACTOR: tl.constexpr = 1 if SOFTMAX else 2
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(0, sequences):
         b = part + number * parts
         block = b * n * m
@@ -143,21 +209,29 @@ def weights_gradient_kernel(
         scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
         q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
         k = load_tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)  # [BN, BS]
-        r = _relu_scores(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
-        scaled_r = tl.load(weight_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None] * r
-        half_slope = da.to(tl.float32) * scaled_r
+        x = _scores(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
+        normaliser = tl.load(normaliser_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+        if SOFTMAX:
+            delta = tl.load(delta_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
+            a = tl.exp(x - normaliser)
+            dx = a * (da.to(tl.float32) - delta)
+        else:
+            r = _relu(x)
+            scaled_r = normaliser * r
+            a = r * scaled_r
+            dx = da.to(tl.float32) * scaled_r
         if RECOMPUTE:
-            store_tile(a_ptr + block, r * scaled_r, i, j, m, ROWS, COLS)
-        store_tile(ds_ptr + block, half_slope * (2 * scale), i, j, m, ROWS, COLS)
+            store_tile(a_ptr + block, a, i, j, m, ROWS, COLS)
+        store_tile(ds_ptr + block, dx * (FACTOR * scale), i, j, m, ROWS, COLS)
         if BIAS:
-            half_db += half_slope
+            db += dx
     if BIAS:
         # Row i is rotated to the left by i, so that diagonals stand in columns: first those from j = i on, then those
         # before it.
         column, row = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_M)[:, None]
-        rotated = tl.gather(half_db, (column + row) % BLOCK_N, 1)
+        rotated = tl.gather(db, (column + row) % BLOCK_N, 1)
         wrapped = column + row >= BLOCK_N
         tiles = (part * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
         db_ptr += tiles * 2 * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(db_ptr, 2 * tl.sum(tl.where(wrapped, rotated, 0.0), 0))
-        tl.store(db_ptr + BLOCK_N, 2 * tl.sum(tl.where(wrapped, 0.0, rotated), 0))
+        tl.store(db_ptr, FACTOR * tl.sum(tl.where(wrapped, rotated, 0.0), 0))
+        tl.store(db_ptr + BLOCK_N, FACTOR * tl.sum(tl.where(wrapped, 0.0, rotated), 0))

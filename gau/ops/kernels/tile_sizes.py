@@ -160,6 +160,11 @@ WEIGHTS = {
     'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=2, min_programs=1024),
     'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
 }
+# Of softmax; not timed.
+LOG_SUMS = {
+    'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=2, min_programs=1024),
+    'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
+}
 WEIGHTS_GRADIENT = {
     'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=3, min_programs=264),
     'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.kernels import pallas
-from gau.ops.kernels.quadratic import describe_tokens
+from gau.ops.kernels.quadratic_weights import describe_tokens
 from gau.ops.masks import clear_padding, document_length
 from gau.ops.scores import Scoring
 from gau.ops.tracing import traced_once

@@ -1,10 +1,11 @@
 """Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
 
-    python -m tests.ops.kernels.compile_for_cuda decode|prefill|window
+    python -m tests.ops.kernels.compile_for_cuda decode|prefill|window|softmax
 
 Prints a line for each kernel: its name, the bytes of its machine code and those of its shared memory.
 """
 
+import functools
 import sys
 
 import jax
@@ -21,6 +22,7 @@ from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
+from gau.ops.kernels.gated_quadratic import gated_quadratic_attention
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 from gau.ops.kernels.queries_keys import queries_and_keys
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -138,8 +140,22 @@ def window_of_two_chunks():
     pull(o)
 
 
+def softmax():
+    """Every kernel of training FLASH and FLASH-Quad with softmax at size base, in either type, with documents."""
+    n, scoring, ids = 4 * C, Scoring('softmax', None), {'segment_ids_BN': jnp.ones((1, 4 * C), jnp.int32)}
+    flash = functools.partial(gated_mixed_chunk, spec=SPEC._replace(scoring=scoring), **ids)
+    quad = functools.partial(gated_quadratic_attention, scoring=scoring, causal=True, **ids)
+    for dtype in ('bfloat16', 'float32'):
+        p, bias, q = zeros(1, n, 2 * E + S, dtype=dtype), zeros(2, E, dtype='float32'), zeros(1, n, S, dtype=dtype)
+        for op, arrays, positions in ((flash, [q] * 4, C), (quad, [q] * 2, n)):
+            bias_P = zeros(2 * positions - 1, dtype='float32')
+            o, pull = jax.vjp(lambda bias_P, *x, op=op: op(*x, bias_P=bias_P), bias_P, p, bias, *arrays)
+            pull(o)
+
+
 if __name__ == '__main__':
     compat.triton_call = compile_only
     decode_row.streaming_multiprocessors = lambda: 132
     with jax.disable_jit():
-        {'decode': decode, 'prefill': short_prompts, 'window': window_of_two_chunks}[sys.argv[1]]()
+        what = {'decode': decode, 'prefill': short_prompts, 'window': window_of_two_chunks, 'softmax': softmax}
+        what[sys.argv[1]]()

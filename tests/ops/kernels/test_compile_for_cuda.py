@@ -25,6 +25,7 @@ from tests.conftest import ROOT
             'window',
             ['weights', 'states', 'output', 'states_gradient', 'value_and_weight_gradient', 'weights_gradient'],
         ),
+        ('softmax', ['log_sums', 'weights', 'weights_gradient', 'gate_gradient']),
     ],
 )
 def test_kernels_compile_for_an_h100(what, wanted):

@@ -28,6 +28,7 @@ REDUCTIONS = {
     'sum': {'global_reduction': 'sum'},
     'decay': {'global_decay': 0.6},
 }
+SCORINGS = {'relu2': Scoring('relu2', 'fixed', 8), 'softmax': Scoring('softmax', None)}
 NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
 
 
@@ -48,7 +49,7 @@ def value_and_gradients(impl, dtype, args, weights, *, ids, **fields):
             p.astype(dtype),
             bias,
             *(x.astype(dtype) for x in queries_keys),
-            spec=ChunkSpec(**{'scoring': Scoring('relu2', 'fixed', 8)} | fields),
+            spec=ChunkSpec(**{'scoring': SCORINGS['relu2']} | fields),
             segment_ids_BN=ids,
             bias_P=bias_P,
             gate_BNL=args[-1] if len(args) > len(NAMES) else None,
@@ -61,15 +62,15 @@ def value_and_gradients(impl, dtype, args, weights, *, ids, **fields):
 
 QUICK = {
     # Parts of one chunk (two, both ways); what sticks out of a tile of C, S and E.
-    (30, 8, 12, 24, 'documents', 8, 'mean'): (False,),
+    (30, 8, 12, 24, 'documents', 8, 'mean'): (('relu2', False),),
     (28, 8, 8, 24, 'none', 4, 'mean'): (),
     # Two chunks, without states, and with them where S is small; a text shorter than a chunk.
-    (66, 40, 24, 40, 'none', 1, 'mean'): (True,),
-    (23, 12, 8, 24, 'documents', 1, 'mean'): (True, False),
-    (23, 12, 4, 24, 'documents', 1, 'mean'): (False,),
-    (10, 16, 8, 24, 'none', 1, 'mean'): (True,),
+    (66, 40, 24, 40, 'none', 1, 'mean'): (('relu2', True),),
+    (23, 12, 8, 24, 'documents', 1, 'mean'): (('relu2', True), ('softmax', False)),
+    (23, 12, 4, 24, 'documents', 1, 'mean'): (('relu2', False),),
+    (10, 16, 8, 24, 'none', 1, 'mean'): (('relu2', True),),
     (40, 5, 8, 24, 'padding', 8, 'mean'): (),
-    (36, 6, 8, 24, 'padding', 5, 'decay'): (True,),
+    (36, 6, 8, 24, 'padding', 5, 'decay'): (('relu2', True),),
     (24, 12, 8, 40, 'one row', 1, 'sum'): (),
     (16, 16, 8, 24, 'one row', 1, 'mean'): (),
     (48, 16, 16, 32, 'none', 1, 'mean'): (),
@@ -80,19 +81,20 @@ QUICK = {
     (90, 70, 70, 20, 'short', 1, 'mean'): (),
 }
 CASES = [
-    pytest.param(*case, causal, marks=() if causal in quick else pytest.mark.slow)
+    pytest.param(*case, causal, function, marks=() if (function, causal) in quick else pytest.mark.slow)
     for case, quick in QUICK.items()
     # A decay is of causal models.
     for causal in ((True,) if case[-1] == 'decay' else (True, False))
+    for function in SCORINGS
 ]
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize(('n', 'chunk', 's', 'e', 'packed', 'min_programs', 'reduction', 'causal'), CASES)
-def test_values_and_all_gradients(constants, dtype, n, chunk, s, e, packed, min_programs, reduction, causal):
+@pytest.mark.parametrize(('n', 'chunk', 's', 'e', 'packed', 'min_programs', 'reduction', 'causal', 'function'), CASES)
+def test_values_and_all_gradients(constants, dtype, n, chunk, s, e, packed, min_programs, reduction, causal, function):
     constants(OPS['triton'], tile_sizes, **with_programs(min_programs))
     args, weights = inputs(0, batch=2, n=n, s=s, e=e, chunk=min(chunk, n))
-    fields = {'chunk_size': chunk, 'causal': causal} | REDUCTIONS[reduction]
+    fields = {'chunk_size': chunk, 'causal': causal, 'scoring': SCORINGS[function]} | REDUCTIONS[reduction]
     expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
 
 
@@ -134,7 +136,9 @@ SLOW_WINDOWS = [
     (50, 12, 8, 'padding', 2, 'none', {'global_decay': 0.6, 'scoring': Scoring('relu2', 'visible')}),
     (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'su')}),
     (90, 40, 24, 'short', 1, 'none', {}),
-    (100, 40, 12, 'documents', 1, 'keys', {'scoring': Scoring('softmax', None)}),
+    (100, 40, 12, 'documents', 1, 'keys', {'scoring': SCORINGS['softmax']}),
+    (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('softmax_plus', None)}),
+    (60, 3, 8, 'padding', 8, 'scalar', {'scoring': SCORINGS['softmax']}),
     (60, 4, 8, 'one row', 5, 'keys', {'global_reduction': 'sum'}),
     (60, 3, 8, 'padding', 8, 'scalar', {}),
     # Tiles as large as they are on a GPU.

@@ -21,6 +21,7 @@ OPS = {
     },
     'triton': {'plain': host.quadratic_attention, 'gated': gated_quadratic.gated_quadratic_attention},
 }
+RELU2, SOFTMAX = Scoring('relu2', 'fixed', 8), Scoring('softmax', None)
 NAMES = {'plain': ('q', 'k', 'bias', 'v'), 'gated': ('q', 'k', 'bias', 'p', 'bias of uv')}
 
 
@@ -50,21 +51,32 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('op', list(NAMES))
 @pytest.mark.parametrize(
-    ('n', 's', 'e', 'packed', 'normalizer'),
+    ('n', 's', 'e', 'packed', 'function', 'normalizer'),
     [
-        (20, 12, 20, True, 'visible'),
-        (20, 16, 16, False, 'su'),
-        (10, 8, 24, False, 'visible'),
-        pytest.param(32, 16, 16, False, 'fixed', marks=pytest.mark.slow),
-        pytest.param(45, 12, 20, True, 'visible', marks=pytest.mark.slow),
-        pytest.param(70, 8, 24, True, 'paper', marks=pytest.mark.slow),
-        pytest.param(64, 8, 8, False, 'su', marks=pytest.mark.slow),
+        (20, 12, 20, True, 'relu2', 'visible'),
+        (10, 8, 24, False, 'relu2', 'su'),
+        (20, 12, 20, True, 'softmax', None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (20, 16, 16, False, 'relu2', 'su'),
+                (32, 16, 16, False, 'relu2', 'fixed'),
+                (45, 12, 20, True, 'relu2', 'visible'),
+                (70, 8, 24, True, 'relu2', 'paper'),
+                (64, 8, 8, False, 'relu2', 'su'),
+                (10, 8, 24, False, 'softmax', None),
+                (70, 8, 24, True, 'softmax', None),
+                (70, 24, 200, False, 'softmax', None),
+                (45, 12, 20, True, 'softmax_plus', None),
+                (64, 8, 8, False, 'softmax_plus', None),
+            )
+        ),
     ],
 )
-def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, s, e, packed, normalizer):
+def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, s, e, packed, function, normalizer):
     # Tiles that are no squares, in few programs with several each; and one tile of one sequence a program.
-    sides = ((32, 16), (16, 32)) if packed else ((16, 16), (16, 16))
-    for name, (block_m, block_n) in zip(('WEIGHTS', 'WEIGHTS_GRADIENT'), sides, strict=True):
+    sides = ((32, 16), (32, 16), (16, 32)) if packed else ((16, 16), (16, 16), (16, 16))
+    for name, (block_m, block_n) in zip(('WEIGHTS', 'LOG_SUMS', 'WEIGHTS_GRADIENT'), sides, strict=True):
         tiles = tile_sizes.WeightsTiles(block_m, block_n, 4, 1, min_programs=1 if packed else 528)
         monkeypatch.setattr(tile_sizes, name, dict.fromkeys(DTYPES, tiles))
     # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
@@ -76,7 +88,7 @@ def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, 
     shapes = [(2, n, s), (2, n, s), (2 * n - 1,), *values, (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
     ids = documents(n) if packed else None
-    fields = {'scoring': Scoring('relu2', normalizer, 8), 'causal': causal, 'segment_ids_BN': ids}
+    fields = {'scoring': Scoring(function, normalizer, 8), 'causal': causal, 'segment_ids_BN': ids}
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', dtype, *narrow, **fields)
@@ -84,15 +96,24 @@ def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, 
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize('op', list(NAMES))
-def test_a_nan_is_not_hidden(op):
+@pytest.mark.parametrize(
+    ('op', 'scoring'),
+    [
+        ('plain', RELU2),
+        ('gated', RELU2),
+        ('plain', SOFTMAX),
+        pytest.param('gated', SOFTMAX, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_nan_is_not_hidden(op, scoring):
     """The relu of a NaN is NaN, in values and in the gradient: a maximum on a GPU makes it 0."""
     n, s, e = 20, 8, 16
     generator = np.random.default_rng(0)
     values = {'plain': [(1, n, e)], 'gated': [(1, n, 2 * e + 5), (2, e)]}[op]
     shapes = [(1, n, s), (1, n, s), (2 * n - 1,), *values, (1, n, e)]
     *clean, weights = (jnp.asarray(generator.standard_normal(shape), 'float32') for shape in shapes)
-    programs = [program(impl, 'float32', scoring=Scoring('relu2', 'fixed', 8), causal=True) for impl in OPS]
+    programs = [program(impl, 'float32', scoring=scoring, causal=True) for impl in OPS]
     for which, name in enumerate(('q', 'k', 'bias')):
         args = list(clean)
         # A token in the middle, and the bias of a distance that some see.
@@ -111,7 +132,7 @@ def test_gates_that_are_zero_have_their_gradient(gates):
     generator = np.random.default_rng(0)
     shapes = [(2, n, s), (2, n, s), (2 * n - 1,), (2, n, 2 * e + 5), (2, e), (2, n, e)]
     *args, weights = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
-    fields = {'scoring': Scoring('relu2', 'fixed', 8), 'causal': True}
+    fields = {'scoring': RELU2, 'causal': True}
 
     def compare(args):
         narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
