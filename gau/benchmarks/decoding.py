@@ -67,8 +67,9 @@ def bytes_per_step(model: LanguageModel, params: Any, *, batch_size: int, first:
     on, and what is summed up, once in the compute type.
     """
     state = jax.eval_shape(functools.partial(decoding.init_state, model, batch_size=batch_size, capacity=first + steps))
-    size = model.config.get('chunk_size')
-    seen = sum(position % (size or first + steps) + 1 for position in range(first, first + steps)) / steps
+    size = model.config.get('chunk_size') or first + steps
+    before = size * ((model.config.get('local_window') or 1) - 1)
+    seen = sum(min(before, p // size * size) + p % size + 1 for p in range(first, first + steps)) / steps
     total = float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if path[-1].key in ('k', 'v'):

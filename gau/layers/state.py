@@ -57,25 +57,27 @@ def mixed_chunk_with_state(
         fields = {'position': tokens.decode, 'spec': core.spec}
         # (A state with branches apart is not opened.)
         if tokens.decode.opened_B is not None and not apart:
-            return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1C=bias_CC, **fields)
+            return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1M=bias_CC, **fields)
         return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, apart=apart, **fields)
 
-    def chunk_of(x):
-        return (*x.shape[:2], core.chunk_size, x.shape[-1]), x.dtype
+    size, places = core.chunk_size, core.spec.window * core.chunk_size
 
-    shapes, bias_HCC = {'v': chunk_of(v_BHTE)}, None
+    def by_token(x):
+        return (*x.shape[:2], places, x.shape[-1]), x.dtype
+
+    shapes, bias_HCC = {'v': by_token(v_BHTE)}, None
     if core.spec.has_local:
-        shapes['k'] = chunk_of(k_BHTS)
+        shapes['k'] = by_token(k_BHTS)
         if v_BHTE.shape[2] == 1:
-            bias_HCC = core.bias(core.chunk_size, tokens.decode.start_B[:, None] % core.chunk_size)
+            bias_HCC = core.bias(places, places - size + tokens.decode.start_B[:, None] % size)
         else:
-            bias_HCC = bias_in_chunk(core.bias(core.chunk_size))
+            bias_HCC = bias_in_chunk(core.bias(places))
     if core.spec.has_global:
-        shapes['k_lin'] = chunk_of(k_lin_BHTS)
+        shapes['k_lin'] = by_token(k_lin_BHTS)
         sums = (*v_BHTE.shape[:2], k_lin_BHTS.shape[-1], v_BHTE.shape[-1])
         shapes['sum'] = sums, param_dtype(v_BHTE.dtype)
     if gate_BHTL is not None:
-        shapes['gate'] = chunk_of(gate_BHTL)
+        shapes['gate'] = by_token(gate_BHTL)
         shapes['count'] = (*gate_BHTL.shape[:2], gate_BHTL.shape[-1]), gate_BHTL.dtype
     arrays = q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, gate_BHTL, v_BHTE
     return carried(core, shapes, attend, *arrays, bias=bias_HCC)

@@ -10,15 +10,16 @@ chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
     count [B, L]                                of a state with a gate, as it was
     arrivals [B]                                for the kernel that counts its programs (`kernels.decode_row`): zeros
 
-A token of the next chunk reads the chunk before token by token, with the weights of the global branch, which is what
-it would read from the sum. So steps are alike whatever the rows' places, without a branch; `close_window` folds the
-chunks that were completed, once in T tokens.
+A token of the next chunk reads the chunks that its local branch does not read token by token, with the weights of the
+global branch, which is what it would read from the sum. So steps are alike whatever the rows' places, without a branch;
+`close_window` folds the chunks that were completed, once in T tokens. Where the local branch reads two chunks, all has
+one chunk more, the one before the current.
 """
 
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.decoding import DecodePosition, State, kept, over_count, weights_of_state
+from gau.ops.decoding import DecodePosition, State, chunks_in_sum, kept, over_count, weights_of_state
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import attention_weights
 
@@ -38,7 +39,9 @@ def open_window(state: State, tokens: int) -> State:
     return {name: opened(name, x) for name, x in state.items()} | {'arrivals': arrivals}
 
 
-def close_window(state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, decay: float) -> State:
+def close_window(
+    state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, decay: float, chunks: int = 1
+) -> State:
     """Returns the state after the tokens of a window.
 
     Args:
@@ -48,17 +51,20 @@ def close_window(state: State, window: State, *, start_B: Array, end_B: Array, c
       end_B: position now.
       chunk_size: C.
       decay: factor on the sum for every chunk that comes after; a gate of the state takes its place.
+      chunks: that the local branch reads.
     """
     size = chunk_size
     full_B111 = (end_B // size > start_B // size)[:, None, None, None]
 
-    def chunk(x):
-        current = x[..., :size, :]
+    def last_chunks(x):
+        current = x[..., : chunks * size, :]
         rest = jnp.zeros_like(current).at[..., : x.shape[-2] - size, :].set(x[..., size:, :])
         return jnp.where(full_B111, rest, current)
 
-    closed = {name: chunk(x) for name, x in window.items() if name in BY_TOKEN}
+    closed = {name: last_chunks(x) for name, x in window.items() if name in BY_TOKEN}
     if 'sum' in state:
+        # The first chunk goes into the sum; there is none before the sequence.
+        full_B111 &= (start_B // size >= chunks - 1)[:, None, None, None]
         total, k_lin = state['sum'], jnp.where(full_B111, window['k_lin'][..., :size, :], 0)
         added = jnp.einsum('...CS,...CE->...SE', k_lin, window['v'][..., :size, :], preferred_element_type=total.dtype)
         if 'gate' in state:
@@ -82,14 +88,14 @@ def window_token(
     position: DecodePosition,
     spec: ChunkSpec,
     gate_B1L: Array | None = None,
-    bias_B1C: Array | None = None,
+    bias_B1M: Array | None = None,
 ) -> tuple[Array, State]:
     """Decodes one token of each row in a window; arguments and results are those of `gau.ops.decoding`'s blocks.
 
     `position.opened_B` says where the window was opened. A token that has no place in it would be dropped.
     """
     size, places = spec.chunk_size, window['v'].shape[1]
-    place_B = position.start_B - position.opened_B // size * size
+    place_B = position.start_B - position.opened_B // size * size + (spec.window - 1) * size
     rows_B = jnp.arange(place_B.shape[0])
     to_B = jnp.where(position.length_B > 0, place_B, places)
     new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E, 'gate': gate_B1L}
@@ -98,31 +104,40 @@ def window_token(
     }
     v_BWE = window['v']
     place_W, place_B1 = jnp.arange(places), place_B[:, None]
-    own_BW = (place_W // size == place_B1 // size) & (place_W <= place_B1)
+    # The first chunk that the local branch reads, and the first place of the sequence.
+    near_B1, zero_B1 = place_B1 // size - (spec.window - 1), place_B1 - position.start_B[:, None]
+    near_BW = (place_W // size >= near_B1) & (place_W <= place_B1) & (place_W >= zero_B1)
 
     weights, o_B1E = [], 0
     if 'k' in window:
-        bias = None if bias_B1C is None else bias_B1C[..., place_W % size]
-        fields = {'scoring': spec.scoring, 'sequence_length': size, 'mask': own_BW[:, None], 'bias': bias}
+        bias_B1W = None
+        if bias_B1M is not None:
+            index_BW = jnp.clip(place_W - near_B1 * size, 0, spec.window * size - 1)
+            bias_B1W = jnp.take_along_axis(bias_B1M, index_BW[:, None], axis=2)
+        length = spec.window * size
+        fields = {'scoring': spec.scoring, 'sequence_length': length, 'mask': near_BW[:, None], 'bias': bias_B1W}
         weights.append(attention_weights(q_B1S, window['k'], **fields))
     if 'sum' in window:
-        chunks_B1, before_B1 = (position.start_B // size)[:, None], place_B1 // size
+        # Of what the global branch reads, the window has one chunk at most.
+        far_BW = (place_W // size < near_B1) & (place_W >= zero_B1)
         # The type of the sum outside the window.
         dtype = jnp.promote_types(v_BWE.dtype, jnp.float32)
         if gate_B1L is None:
+            chunks_B1 = chunks_in_sum((position.start_B // size)[:, None], spec)
             q_lin_B1S = weights_of_state(q_lin_B1S, chunks_B1, spec, dtype)
         else:
-            kept_BL = jnp.where(before_B1 > 0, kept(window['gate'][:, :size]), 1)
-            count_BL = kept_BL * window['count'] + size * before_B1
+            in_window_B1 = far_BW[:, :1]
+            kept_BL = jnp.where(in_window_B1, kept(window['gate'][:, :size]), 1)
+            count_BL = kept_BL * window['count'] + size * in_window_B1
             q_lin_B1S = over_count(q_lin_B1S, count_BL, spec)
         k_lin_BWS = window['k_lin']
         far_B1W = jnp.einsum('BNS,BWS->BNW', q_lin_B1S.astype(k_lin_BWS.dtype), k_lin_BWS, preferred_element_type=dtype)
-        weights.append(jnp.where((place_W // size < before_B1)[:, None], far_B1W, 0))
+        weights.append(jnp.where(far_BW[:, None], far_B1W, 0))
         # The chunk that was completed in the window stands between the token and the sum.
         if gate_B1L is not None:
             q_lin_B1S *= kept_BL[:, None]
         elif spec.global_decay < 1:
-            q_lin_B1S *= (spec.global_decay ** before_B1.astype(dtype))[..., None]
+            q_lin_B1S *= (spec.global_decay ** near_B1.astype(dtype))[..., None]
         o_B1E = q_lin_B1S.astype(v_BWE.dtype) @ window['sum']
     # The branches look at different places: one matmul serves both.
     return sum(weights).astype(v_BWE.dtype) @ v_BWE + o_B1E, window

@@ -8,7 +8,9 @@ The states, for one head (H goes after B):
     mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
                    sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C), and a
                    chunk weighs global_decay^(complete chunks after it). Where a gate decides what the sum keeps, also
-                   gate [B, C, L]: its logits in the current chunk, and count [B, L]: the tokens of sum by weight
+                   gate [B, C, L]: its logits in the current chunk, and count [B, L]: the tokens of sum by weight.
+                   With a window of two chunks k, k_lin, v and gate have 2 C places, the chunk before and the current
+                   one, and sum and count are over the chunks before these
     linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
                    the sum is to be multiplied by exp of it
 
@@ -18,13 +20,14 @@ and V).
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import LOWEST, add_scaled, into_chunks, relative_weights
-from gau.ops.gated_states import after_chunk
+from gau.ops.gated_states import after_chunk, previous_chunk
 from gau.ops.linear_attention import quotient
 from gau.ops.masks import clear_padding
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -195,9 +198,9 @@ def mixed_chunk_block(
       v_BTE: values of both.
       state: `v`; with a local branch `k`; with a global branch `k_lin` and `sum` (module docstring).
       position: where the tokens stand.
-      spec: chunk size, branches and so on, causal; a window of one chunk.
+      spec: chunk size, branches and so on, causal.
       gate_BTL: logits of a gate of the state, or None.
-      bias_CC: relative bias inside a chunk; for a block of one token its row [B, 1, C]; or None.
+      bias_CC: relative bias in a window of W chunks, [W C, W C]; for a block of one token its row [B, 1, W C]; or None.
       apart: whether to return the branches, both, and not their sum.
 
     Returns:
@@ -225,6 +228,11 @@ def kept(gate: Array) -> Array:
     return jax.nn.sigmoid(gate.mean(-2))
 
 
+def chunks_in_sum(chunks: Array, spec: ChunkSpec) -> Array:
+    """Returns how many chunks a token finds in the sum, given the chunks before its own."""
+    return jnp.maximum(chunks - (spec.window - 1), 0)
+
+
 def weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
     """Queries of the global branch over the tokens, by weight, of the chunks they look back on; 0 without any."""
     return q_lin.astype(dtype) * scale_of_state(chunks, spec, dtype)[..., None]
@@ -238,89 +246,99 @@ def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
     return jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
 
 
-def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1C, apart):
-    """The token joins its chunk, looks at it and at the state; a chunk that is full now goes into the state."""
-    chunk_size = spec.chunk_size
-    offset_B = position.start_B % chunk_size
+def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M, apart):
+    """The token joins its chunk, looks at its window and at the state; a chunk that left the window goes into it."""
+    size, window = spec.chunk_size, spec.window * spec.chunk_size
+    offset_B, chunks_B = position.start_B % size, position.start_B // size
     rows_B = jnp.arange(offset_B.shape[0])
-    place_B = jnp.where(position.length_B > 0, offset_B, chunk_size)
+    own_B = window - size + offset_B
+    place_B = jnp.where(position.length_B > 0, own_B, window)
     state = state | {name: state[name].at[rows_B, place_B].set(x[:, 0], mode='drop') for name, x in new.items()}
-    v_BCE = state['v']
+    v_BME = state['v']
 
     del apart  # The branches are two matmuls in any case.
     left, right = [], []
     if 'k' in state:
-        mask_B1C = (jnp.arange(chunk_size) <= offset_B[:, None])[:, None]
-        a_B1C = attention_weights(
-            q_B1S, state['k'], scoring=spec.scoring, sequence_length=chunk_size, mask=mask_B1C, bias=bias_B1C
-        )
-        left.append(a_B1C)
-        right.append(v_BCE)
+        place_M = jnp.arange(window)
+        mask_B1M = ((place_M <= own_B[:, None]) & (place_M >= own_B[:, None] - position.start_B[:, None]))[:, None]
+        fields = {'scoring': spec.scoring, 'sequence_length': window, 'mask': mask_B1M, 'bias': bias_B1M}
+        left.append(attention_weights(q_B1S, state['k'], **fields))
+        right.append(v_BME)
     if 'sum' in state:
         total_BSE = state['sum']
         if 'gate' in state:
             left.append(over_count(q_lin_B1S, state['count'], spec))
         else:
-            left.append(weights_of_state(q_lin_B1S, (position.start_B // chunk_size)[:, None], spec, total_BSE.dtype))
+            left.append(weights_of_state(q_lin_B1S, chunks_in_sum(chunks_B, spec)[:, None], spec, total_BSE.dtype))
         right.append(total_BSE)
-        full_B = offset_B + position.length_B == chunk_size
+    full_B = offset_B + position.length_B == size
+    if 'sum' in state:
+        # The first chunk of the window; there is none before the sequence.
+        leaves_B = full_B & (chunks_B >= spec.window - 1)
         if 'gate' in state:
-            kept_BL = jnp.where(full_B[:, None], kept(state['gate']), 1)
-            state['count'] = kept_BL * state['count'] + jnp.where(full_B, chunk_size, 0)[:, None]
+            kept_BL = jnp.where(leaves_B[:, None], kept(state['gate'][:, :size]), 1)
+            state['count'] = kept_BL * state['count'] + jnp.where(leaves_B, size, 0)[:, None]
 
         def folded(total_BSE):
-            k_BCS = jnp.where(full_B[:, None, None], state['k_lin'], 0)
-            kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, v_BCE, preferred_element_type=total_BSE.dtype)
+            k_BCS = jnp.where(leaves_B[:, None, None], state['k_lin'][:, :size], 0)
+            kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, v_BME[:, :size], preferred_element_type=total_BSE.dtype)
             if 'gate' in state:
                 total_BSE = kept_BL[..., None] * total_BSE
             elif spec.global_decay < 1:
-                total_BSE = jnp.where(full_B[:, None, None], spec.global_decay, 1) * total_BSE
+                total_BSE = jnp.where(leaves_B[:, None, None], spec.global_decay, 1) * total_BSE
             return total_BSE + kv_BSE
 
-        state['sum'] = jax.lax.cond(full_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
+        state['sum'] = jax.lax.cond(leaves_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
+    if spec.window > 1:
+        by_token = {name: state[name] for name in new}
+        moved = functools.partial(jax.tree.map, lambda x: jnp.where(full_B[:, None, None], jnp.roll(x, -size, 1), x))
+        state |= jax.lax.cond(full_B.any(), moved, lambda arrays: arrays, by_token)
     branches = [
-        weights.astype(v_BCE.dtype) @ values.astype(v_BCE.dtype) for weights, values in zip(left, right, strict=True)
+        weights.astype(v_BME.dtype) @ values.astype(v_BME.dtype) for weights, values in zip(left, right, strict=True)
     ]
     return branches, state
 
 
-def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
-    """The current chunk and the block, laid end to end from the start of that chunk, as chunks."""
-    t, chunk_size = q_BTS.shape[1], spec.chunk_size
-    offset_B = position.start_B % chunk_size
-    # One chunk more than the block fills: it begins somewhere inside the first.
-    chunks = 1 + -(-t // chunk_size)
-    real_BN = jnp.arange(chunks * chunk_size) < (offset_B + position.length_B)[:, None]
+def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM, apart):
+    """What the state has by token and the block, laid end to end, as chunks."""
+    t, size, before = q_BTS.shape[1], spec.chunk_size, spec.window - 1
+    offset_B = position.start_B % size
+    # One chunk more than the block fills: it begins somewhere inside the current one.
+    chunks = spec.window + -(-t // size)
+    first_B = before * size + offset_B
+    index_N = jnp.arange(chunks * size)
+    real_BN = (index_N < (first_B + position.length_B)[:, None]) & (index_N >= (first_B - position.start_B)[:, None])
 
-    def laid_out(chunk_BCS, block_BTS):
-        x_BNS = jnp.pad(chunk_BCS, ((0, 0), (0, (chunks - 1) * chunk_size), (0, 0)))
-        x_BNS = jax.vmap(lambda x, y, r: jax.lax.dynamic_update_slice_in_dim(x, y, r, 0))(x_BNS, block_BTS, offset_B)
+    def laid_out(state_BMS, block_BTS):
+        x_BNS = jnp.pad(state_BMS, ((0, 0), (0, (chunks - spec.window) * size), (0, 0)))
+        x_BNS = jax.vmap(lambda x, y, r: jax.lax.dynamic_update_slice_in_dim(x, y, r, 0))(x_BNS, block_BTS, first_B)
         return clear_padding(x_BNS, real_BN)
 
     whole = {name: laid_out(state[name], x) for name, x in new.items()}
-    split = {name: into_chunks(x, chunk_size) for name, x in whole.items()}
-    nothing_BCS = jnp.zeros((q_BTS.shape[0], chunk_size, q_BTS.shape[-1]), q_BTS.dtype)
-    v_BGCE = split['v']
+    split = {name: into_chunks(x, size) for name, x in whole.items()}
+    nothing_BMS = jnp.zeros((q_BTS.shape[0], spec.window * size, q_BTS.shape[-1]), q_BTS.dtype)
+
+    def in_window(x_BGC):
+        return jnp.concatenate([previous_chunk(x_BGC), x_BGC], axis=2) if before else x_BGC
 
     left, right = [], []
     if 'k' in split:
-        mask_BGCC = jnp.tril(jnp.ones((chunk_size, chunk_size), bool)) & into_chunks(real_BN, chunk_size)[:, :, None]
-        q_BGCS = into_chunks(laid_out(nothing_BCS, q_BTS), chunk_size)
-        left.append(
-            attention_weights(
-                q_BGCS, split['k'], scoring=spec.scoring, sequence_length=chunk_size, mask=mask_BGCC, bias=bias_CC
-            )
-        )
-        right.append(v_BGCE)
-    complete_B = (offset_B + position.length_B) // chunk_size
+        causal_CM = jnp.tril(jnp.ones((size, spec.window * size), bool), before * size)
+        mask_BGCM = causal_CM & in_window(into_chunks(real_BN, size))[:, :, None]
+        bias_CM = None if bias_MM is None else bias_MM[before * size :]
+        fields = {'scoring': spec.scoring, 'sequence_length': spec.window * size, 'mask': mask_BGCM, 'bias': bias_CM}
+        left.append(attention_weights(into_chunks(laid_out(nothing_BMS, q_BTS), size), in_window(split['k']), **fields))
+        right.append(in_window(split['v']))
+    complete_B = (offset_B + position.length_B) // size
     new_state = {}
     if 'k_lin' in split:
         dtype = state['sum'].dtype
-        kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', split['k_lin'], v_BGCE, preferred_element_type=dtype)
-        # before[g]: the state as chunk g finds it.
+        kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', split['k_lin'], split['v'], preferred_element_type=dtype)
+        # [g]: the sum over what lies before chunk g.
         sums_BGSE = jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1)
+        chunk_BG = (position.start_B // size)[:, None] + jnp.arange(chunks) - before
         if 'gate' in split:
-            sums_BGSE, count_BGL = _sums_with_gate(state, kept(split['gate']), kv_BGSE, chunk_size)
+            sums_BGSE, count_BGL = _sums_with_gate(state, kept(split['gate']), kv_BGSE, (chunk_BG >= 0) * size)
             new_state['count'] = jnp.take_along_axis(count_BGL, complete_B[:, None, None], axis=1)[:, 0]
         elif spec.global_decay < 1:
             steps = jnp.arange(chunks + 1)
@@ -328,16 +346,19 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
             sums_BGSE = jnp.einsum('GI,BISE->BGSE', weights, sums_BGSE, precision=jax.lax.Precision.HIGHEST)
         else:
             sums_BGSE = jnp.cumsum(sums_BGSE, axis=1)
-        before_BGSE = sums_BGSE[:, :-1]
-        before_BG = (position.start_B // chunk_size)[:, None] + jnp.arange(chunks)
-        q_lin_BGCS = into_chunks(laid_out(nothing_BCS, q_lin_BTS), chunk_size)
+
+        def read(x_BG):
+            """What each chunk reads of what lies before chunks; the first of a window of two is nobody's."""
+            return previous_chunk(x_BG[:, :-1]) if before else x_BG[:, :-1]
+
+        q_lin_BGCS = into_chunks(laid_out(nothing_BMS, q_lin_BTS), size)
         if 'gate' in split:
-            left.append(over_count(q_lin_BGCS, count_BGL[:, :-1], spec))
+            left.append(over_count(q_lin_BGCS, read(count_BGL), spec))
         else:
-            left.append(weights_of_state(q_lin_BGCS, before_BG[..., None], spec, dtype))
-        right.append(before_BGSE)
+            left.append(weights_of_state(q_lin_BGCS, chunks_in_sum(chunk_BG, spec)[..., None], spec, dtype))
+        right.append(read(sums_BGSE))
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
-    dtype = v_BGCE.dtype
+    dtype = split['v'].dtype
     left, right = ([x.astype(dtype) for x in side] for side in (left, right))
     if not apart:
         # One matmul serves both branches.
@@ -347,19 +368,19 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart):
     def cut(x_BNS, first_B, n):
         return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, n, 0))(x_BNS, first_B)
 
-    new_state |= {name: cut(x, complete_B * chunk_size, chunk_size) for name, x in whole.items()}
-    return [cut(o_BNE, offset_B, t) for o_BNE in branches], new_state
+    new_state |= {name: cut(x, complete_B * size, spec.window * size) for name, x in whole.items()}
+    return [cut(o_BNE, first_B, t) for o_BNE in branches], new_state
 
 
-def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, chunk_size: int) -> tuple[Array, Array]:
-    """Returns sum and count as they are before the first of G chunks and after each, [B, G + 1, ...]."""
+def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, tokens_BG: Array) -> tuple[Array, Array]:
+    """Returns sum and count as they are before the first of G chunks, of so many tokens, and after each of them."""
 
     def step(carry, chunk):
         carry = after_chunk(carry, *chunk)
         return carry, carry
 
     start = state['sum'], state['count']
-    n_BGL = jnp.full_like(factor_BGL, chunk_size)
+    n_BGL = jnp.broadcast_to(tokens_BG[..., None], factor_BGL.shape).astype(factor_BGL.dtype)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BGL, (kv_BGSE, n_BGL)))
     _, after = jax.lax.scan(step, start, xs)
     return jax.tree.map(lambda x, y: jnp.moveaxis(jnp.concatenate([x[None], y]), 0, 1), start, after)

@@ -41,14 +41,15 @@ ABLATIONS = {
     ),
     'gate, norm, convolution': (
         'flash',
-        {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'short_convolution': 3},
+        {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'short_convolution': 3}
+        | {'local_window': 2},
     ),
     'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
         {
             **{'normalizer': 'visible', 'attention_function': 'laplace', 'relative_bias': 'none'},
-            **{'gamma_init': 'ones', 'norm_placement': 'sandwich'},
+            **{'gamma_init': 'ones', 'norm_placement': 'sandwich', 'local_window': 2, 'global_decay': 0.7},
         },
     ),
     'reference impl, no positions': ('flash', {'impl': 'reference', 'rope': 'none', 'absolute_position': 'none'}),
@@ -171,8 +172,13 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
     [
         {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3}
         | {'key_input': 'shifted'},
-        {'decay_gate': 'scalar', 'key_input': 'shifted', 'num_layers': 1},
+        {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'num_layers': 1},
         pytest.param({'decay_gate': 'keys', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
+        pytest.param(
+            {'local_window': 2, 'global_decay': 0.7, 'normalizer': 'visible', 'relative_bias': 'rotary'}
+            | {'num_layers': 1},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {'branches': 'local', 'relative_bias': 'rotary', 'normalizer': 'visible', 'num_layers': 1},
             marks=pytest.mark.slow,

@@ -67,7 +67,7 @@ def test_a_step_is_that_of_the_whole_row_in_less_memory():
         ({'optimizer__segment_tokens': 20}, 'segment_tokens=20 must divide data.context=48'),
         ({'data__attend_across_documents': False}, 'needs data.attend_across_documents=True, this is False'),
         ({'model__dropout_rate': 0.1}, 'needs model.dropout_rate=0'),
-        ({'model__local_window': 2}, 'no state holds two chunks'),
+        ({'model__far_chunks': 1}, 'no state holds all chunks'),
         ({'model__name': 'transformer', 'model__chunk_size': None, 'model__query_key_dim': None}, 'grows with the row'),
         ({'mesh__sequence': 2}, 'needs mesh.sequence=1'),
     ],

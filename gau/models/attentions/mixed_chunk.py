@@ -193,24 +193,24 @@ class MixedChunk(ScoredAttention):
 
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """See the base class."""
-        if config.local_window == 2:
-            return 'model.local_window=2 cannot be decoded: no state holds two chunks'
         if config.far_chunks:
             return f'model.far_chunks={config.far_chunks} cannot be decoded: no state holds all chunks'
         return None  # Its core has a state.
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        return 'chunk' if impl == 'triton' and self._window_is_known(config) else None
+        known = self._window_is_known(config) and config.local_window in (None, 1)
+        return 'chunk' if impl == 'triton' and known else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
-        return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
+        plain = plain and config.decay_gate != 'keys' and config.local_window in (None, 1)
+        return impl == 'triton' and plain and self._window_is_known(config)
 
     def _window_is_known(self, config: ConfigDict) -> bool:
-        """Whether fields that a window and the kernels of prefill do not know say what they would without them."""
-        others = {field: default for field, default in CHANGED.items() if field != 'decay_gate'}
+        """Whether fields that a window does not know say what they would without them."""
+        others = {field: default for field, default in CHANGED.items() if field not in ('decay_gate', 'local_window')}
         return all(config[field] in (None, default) for field, default in others.items())
 
     def window(self, config: ConfigDict) -> int | None:
@@ -232,6 +232,7 @@ class MixedChunk(ScoredAttention):
         if self.window(config) is None:
             return window
         fields = {'chunk_size': config.chunk_size, 'decay': config.global_decay or 1.0}
+        fields['chunks'] = config.local_window or 1
         return close_window(state, window, start_B=start_B, end_B=end_B, **fields)
 
     def shard_multiple(self, config: ConfigDict) -> int:

@@ -108,7 +108,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
         gate_B1L = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
         # Nothing before the first chunk.
         gate = {'gate': normal(44, B, C + WINDOW, 1), 'count': jnp.where(OPENED_B < C, 0, 9.5 + OPENED_B)[:, None]}
-    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1C': bias_B1C}
+    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1M': bias_B1C}
     av_B1E, wanted = window_token(*(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64') | gate, rows), **fields)
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
