@@ -7,7 +7,7 @@ of them at the same place:
   WEIGHTS                MLM: 1 where the token is to be predicted; classification: 1 at the end of the text;
   BYTES, WORDS           LM evaluation: the document's size, spread evenly over its targets.
 A document begins where the inputs are BEGIN, which is no id and becomes BOS in the batch: borders need no column of
-their own, and no token can be taken for one.
+their own, and no token can be taken for one. NOTHING, no id either, is padding that a document brings along.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 INPUTS, TARGETS = 0, 1
 WEIGHTS = 2
 BYTES, WORDS = 2, 3
-BEGIN = -1
+BEGIN, NOTHING = -1, -2
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
@@ -139,7 +139,7 @@ def finish(
 
     def batch(columns: Columns) -> Batch:
         table, segment_ids = columns['tokens'], columns['tokens_segment_ids']
-        real = segment_ids > 0
+        real = (segment_ids > 0) & (table[..., INPUTS] != NOTHING)
         inputs, targets = table[..., INPUTS], table[..., TARGETS]
         if padded or not real.all():
             inputs, targets = (np.where(real, ids, tokenizer.pad_id) for ids in (inputs, targets))
