@@ -14,6 +14,18 @@ from gau.ops.decoding import DecodePosition
 KERNEL_INIT = nn.initializers.normal(0.02)
 
 
+class Source(NamedTuple):
+    """A second sequence, for layers that read one (`gau.layers.cross_attention`).
+
+    Attributes:
+      h_BMD: what an encoder made of it.
+      segment_ids_BM: 0 at its padding, or None.
+    """
+
+    h_BMD: Array
+    segment_ids_BM: Array | None
+
+
 class TokenInfo(NamedTuple):
     """What the layers of one call share.
 
@@ -23,12 +35,14 @@ class TokenInfo(NamedTuple):
       rope: for every width in use, the cosines and sines of `gau.ops.positions.rope_table`.
       decode: where a block of tokens stands in sequences that are decoded; the layers then have their state in the
         collection 'cache' (`gau.layers.state`). None where whole sequences are computed at once.
+      source: what cross-attention reads, or None.
     """
 
     segment_ids_BN: Array | None
     positions_BN: Array
     rope: dict[int, tuple[Array, Array]]
     decode: DecodePosition | None = None
+    source: Source | None = None
 
     @property
     def whole(self) -> bool:
