@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -36,6 +38,17 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1':
     # A third less time to compile a model on a CPU. (Golden losses are those of the default: tests/training/golden.)
     os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_use_fusion_emitters=false'
+
+
+@pytest.fixture(autouse=True)
+def _registered_models():
+    """Lets a test register models that the next one does not find (`gau.models.architectures`)."""
+    from gau.models.architectures import ARCHITECTURES
+
+    before = dict(ARCHITECTURES)
+    yield
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(before)
 
 
 def pytest_collection_modifyitems(items):

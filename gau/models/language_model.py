@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.layers.common import KERNEL_INIT, TokenInfo, constrain, param_dtype
+from gau.layers.common import KERNEL_INIT, Source, TokenInfo, constrain, param_dtype
 from gau.layers.fused_norm import FusedScaleNorm, Residual
 from gau.layers.norm import Norm
 from gau.layers.positions import ScaledSinusoid
@@ -143,13 +143,17 @@ class LanguageModel(nn.Module):
         )
         return self.weighted_losses(h_BND, targets_BN, weights_BN)
 
-    def hidden(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:
-        """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding."""
+    def hidden(
+        self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True, source: Source | None = None
+    ) -> Array:
+        """Returns what the output layer reads, [B, N, D] in the compute type; finite at padding.
+
+        `source` is for layers that read a second sequence (`gau.models.encoder_decoder`).
+        """
         if positions_BN is None:
             positions_BN = jnp.arange(tokens_BN.shape[1])[None]
-        return self._stack(
-            tokens_BN, TokenInfo(segment_ids_BN, positions_BN, self._rope_tables(positions_BN)), deterministic
-        )
+        tables = self._rope_tables(positions_BN)
+        return self._stack(tokens_BN, TokenInfo(segment_ids_BN, positions_BN, tables, source=source), deterministic)
 
     def extend(self, tokens_BT: Array, position: DecodePosition) -> Array:
         """Goes on with sequences whose beginnings are summed up in the collection 'cache' (`gau.models.decoding`).
