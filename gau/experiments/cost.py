@@ -1,5 +1,6 @@
 """What a point costs before it runs: parameters, tokens, FLOPs, and hours on a chip, in closed form (no JAX)."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -42,13 +43,10 @@ def cost(config: ConfigDict, *, vocab_size: int | None = None) -> Cost:
     from gau.data import tokenizers
 
     vocab_size = vocab_size or tokenizers.load(config.data.tokenizer).vocab_size
-    causal = objectives.load(config.objective).causal
-    forward = counts.flops_per_token(
-        config.model,
-        context=config.data.context,
-        vocab_size=vocab_size,
-        causal=causal,
-    )
+    # Of a tokenizer an objective asks nothing else here.
+    vocabulary = SimpleNamespace(vocab_size=vocab_size)
+    objective, context = objectives.load(config.objective), config.data.context
+    forward = objective.flops_per_token(config.model, context=context, tokenizer=vocabulary)
     steps = total_steps(config)
     tokens = None if steps is None else steps * tokens_per_step(config)
     return Cost(counts.parameters(config.model, vocab_size=vocab_size), steps, tokens, 3 * forward)
