@@ -68,10 +68,9 @@ def test_the_target_is_causal_and_padding_reaches_nothing(name):
     summed = model.apply({'params': params}, sequence, sequence, (IDS == 2) * 1.0, segment_ids_BN=IDS,
                          method='weighted_loss')  # fmt: skip
     assert float(summed) == pytest.approx(float((nll * (IDS == 2)).sum()))
-    # A row of fewer places with the same pair; FLASH's bidirectional normaliser is of the chunk, whatever is in it.
+    # A row of fewer places with the same pair.
     alone = tiny.apply(model, params, jnp.concatenate([sequence[:1, :9], sequence[:1, HALF : HALF + 9]], axis=1))
-    if name == 'cross_transformer_plus_plus':
-        assert max_error(alone, logits[:1, :9]) < 1e-12
+    assert max_error(alone, logits[:1, :9]) < 1e-12
 
 
 @pytest.mark.parametrize('name', [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
