@@ -76,6 +76,7 @@ def check_kernels(sizes: Sizes) -> Iterator[Check]:
             cases[f'flash, {function}'] = _flash(sizes, causal, function)
         if causal:
             cases['flash, decay_gate'] = _flash(sizes, causal, 'relu2', gated=True)
+            cases['flash, local_window'] = _flash(sizes, causal, 'relu2', window=2)
         for name, (kernel, reference, arrays) in cases.items():
             ops = [_with_gradients(op, _documents(sizes)) for op in (kernel, reference)]
             for dtype in TOLERANCE:
@@ -169,12 +170,14 @@ def _flash_quad(sizes: Sizes, causal: bool) -> tuple[Callable, Callable, list[Ar
     return functools.partial(op, kernel), functools.partial(op, reference), _draw(*shapes)
 
 
-def _flash(sizes: Sizes, causal: bool, function: str, *, gated: bool = False) -> tuple[Callable, Callable, list[Array]]:
+def _flash(
+    sizes: Sizes, causal: bool, function: str, *, gated: bool = False, window: int = 1
+) -> tuple[Callable, Callable, list[Array]]:
     by_token = (sizes.batch, sizes.tokens)
     shapes = [(*by_token, 2 * sizes.expanded), (2, sizes.expanded), *[(*by_token, sizes.key)] * 4]
     arrays = _draw(*shapes, (2 * sizes.chunk - 1,), *([(*by_token, 1)] if gated else []))
     scoring = Scoring(function, None) if function == 'softmax' else Scoring(function, 'fixed', 16)
-    spec = ChunkSpec(sizes.chunk, scoring, causal)
+    spec = ChunkSpec(sizes.chunk // window, scoring, causal, window=window)
 
     def op(of, *arrays, segment_ids_BN):
         operands, (bias_P, *gate) = list(arrays[:6]), arrays[6:]

@@ -15,9 +15,9 @@ def test_without_a_tpu_it_runs_tiny_in_the_interpreter():
     lines = shown.strip().splitlines()
     assert lines[1] == 'no TPU: tiny, in the interpreter'
     assert lines[-1] == 'all right'
-    # Two types, causal or not, splash, FLASH-Quad and FLASH with two functions, and with a gate where it is causal;
-    # models by XLA and by their kernels.
-    assert sum(line.endswith(' right') and 'gradients' in line for line in lines) == 18
+    # Two types, causal or not, splash, FLASH-Quad and FLASH with two functions, and with a gate and with a window
+    # of two chunks where it is causal; models by XLA and by their kernels.
+    assert sum(line.endswith(' right') and 'gradients' in line for line in lines) == 20
     assert [line.split()[:2] for line in lines if 'tokens/s' in line] == [
         ['flash', 'xla'], ['flash', 'pallas'], ['flash_quad', 'xla'], ['flash_quad', 'pallas'],
         ['transformer_plus_plus', 'xla'], ['transformer_plus_plus', 'splash'],

@@ -217,6 +217,7 @@ ON_TPU = {'dtype': 'bfloat16', 'model_dim': 64}
 
 @pytest.mark.parametrize(('objective', 'name', 'fields'), [
     *[('lm', 'flash', fields) for fields in ({}, {'attention_function': 'softmax'}, {'decay_gate': 'scalar'})],
+    ('lm', 'flash', {'key_input': 'shifted', 'local_window': 2}),
     *[('mlm', 'flash', fields) for fields in ({}, {'attention_function': 'softmax'})],
     *[(objective, 'flash_quad', fields) for objective in ('lm', 'mlm') for fields in ({}, {'gate': 'none'})],
 ], ids=str)  # fmt: skip
@@ -242,8 +243,8 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'branches': 'local'}, TPU, 'branches=both, this is local'),
     ({'gate': 'none'}, TPU, 'gate=silu, this is none'),
     ({'far_chunks': 2}, TPU, 'far_chunks=0, this is 2'),
-    ({'local_window': 2}, TPU, 'local_window=1, this is 2'),
-    ({'chunk_size': 600}, TPU, 'chunk_size up to 512, this is 600'),
+    ({'chunk_size': 600}, TPU, 'chunk_size * local_window up to 512, this is 600'),
+    ({'chunk_size': 272, 'local_window': 2}, TPU, 'chunk_size * local_window up to 512, this is 544'),
     (
         {'decay_gate': 'keys'},
         TPU._replace(sequence_shards=2),
@@ -274,7 +275,7 @@ def test_pallas_for_flash_quad_needs_relu2_and_a_width_that_fits():
 
 
 @pytest.mark.parametrize(('name', 'objective', 'fields'), [
-    ('flash', 'lm', {'decay_gate': 'scalar'}),
+    ('flash', 'lm', {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2}),
     pytest.param('flash', 'mlm', {}, marks=pytest.mark.slow),
     pytest.param('flash_quad', 'lm', {}, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -35,14 +35,16 @@ MESH = jax.make_mesh((1, 1, 1, 4), MESH_AXES, axis_types=(AxisType.Auto,) * len(
 AXES = [BY_TOKEN, (None, None), *[BY_TOKEN] * 4, (None,), BY_TOKEN, ('batch', 'length')]
 
 
-def difference(*, causal: bool, segments: bool, decay: float, reduction: str, gated: bool = False) -> float:
+def difference(
+    *, causal: bool, segments: bool, decay: float, reduction: str, gated: bool = False, window: int = 1, chunk: int = C
+) -> float:
     """Returns the largest relative difference between sharded kernels and the reference alone."""
     rng = np.random.default_rng(0)
-    shapes = [(2, N, 2 * E), (2, E), *[(2, N, S)] * 4, (2 * C - 1,), (2, N, 1), (2, N, E)]
+    shapes = [(2, N, 2 * E), (2, E), *[(2, N, S)] * 4, (2 * window * chunk - 1,), (2, N, 1), (2, N, E)]
     *arrays, weights = (jnp.asarray(rng.standard_normal(shape), 'float32') for shape in shapes)
     ids = jnp.asarray(DOCUMENTS, jnp.int32) if segments else None
-    fields = {'global_decay': decay, 'global_reduction': reduction}
-    spec = ChunkSpec(C, Scoring('relu2', 'fixed', 8), causal, **fields)
+    fields = {'global_decay': decay, 'global_reduction': reduction, 'window': window}
+    spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, **fields)
 
     def compute(attend):
         def loss(arrays):
@@ -64,7 +66,7 @@ def difference(*, causal: bool, segments: bool, decay: float, reduction: str, ga
 
     wanted = compute(alone)
     with jax.set_mesh(MESH), nn.logical_axis_rules(AXIS_RULES):
-        sharded = functools.partial(over_mesh, kernels, axes=AXES, result_like=0, token_multiple=C)
+        sharded = functools.partial(over_mesh, kernels, axes=AXES, result_like=0, token_multiple=chunk)
         found = compute(sharded)
     return largest(found, wanted)
 
@@ -99,13 +101,19 @@ def main() -> None:
         {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'mean'},
         {'causal': True, 'segments': True, 'decay': 1.0, 'reduction': 'mean', 'gated': True},
         {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'sum', 'gated': True},
+        # What a chunk reads comes from the device before, or, of one chunk on each, from the one before that.
+        {'causal': True, 'segments': True, 'decay': 0.7, 'reduction': 'mean', 'window': 2},
+        {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'sum', 'window': 2, 'chunk': 16},
+        {'causal': True, 'segments': True, 'decay': 1.0, 'reduction': 'mean', 'gated': True, 'window': 2},
         {'causal': False, 'segments': True, 'decay': 1.0, 'reduction': 'mean'},
         {'causal': False, 'segments': False, 'decay': 1.0, 'reduction': 'sum'},
     ]
     with jax.default_matmul_precision('highest'):
         found = {str(case): difference(**case) for case in cases}
         found |= {name: model_difference(name) for name in ('flash', 'flash_quad')}
-        print(json.dumps(found | {'flash, gated': model_difference('flash', decay_gate='scalar')}))
+        found['flash, gated'] = model_difference('flash', decay_gate='scalar')
+        new = {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2}
+        print(json.dumps(found | {'flash, shifted keys, a window of two': model_difference('flash', **new)}))
 
 
 if __name__ == '__main__':

@@ -43,17 +43,21 @@ def main() -> None:
         found[f'splash {width}'] = kernels(
             functools.partial(splash_attention, causal=True), *arrays, ids=array(2, 1000, dtype='int32')
         )
-    # Base width; bidirectional; large width with the longest chunk and widest keys; float32; a gate of the state.
-    for name, causal, n, chunk, s, e, dtype, gate in (
-        ('base', True, 600, 256, 128, 1536, 'bfloat16', 0),
-        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16', 0),
-        ('large', True, 1024, 512, 256, 3072, 'bfloat16', 0),
-        ('narrow', False, 300, 100, 64, 128, 'float32', 0),
-        ('gated', True, 600, 256, 128, 1536, 'bfloat16', 1),
-        ('gated large', True, 1024, 512, 256, 3072, 'bfloat16', 256),
-        ('gated narrow', True, 300, 100, 64, 128, 'float32', 1),
+    # Base width; bidirectional; large width with the longest chunk and widest keys; float32; a gate of the state; a
+    # window of two chunks.
+    for name, causal, n, chunk, s, e, dtype, gate, window in (
+        ('base', True, 600, 256, 128, 1536, 'bfloat16', 0, 1),
+        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16', 0, 1),
+        ('large', True, 1024, 512, 256, 3072, 'bfloat16', 0, 1),
+        ('narrow', False, 300, 100, 64, 128, 'float32', 0, 1),
+        ('gated', True, 600, 256, 128, 1536, 'bfloat16', 1, 1),
+        ('gated large', True, 1024, 512, 256, 3072, 'bfloat16', 256, 1),
+        ('gated narrow', True, 300, 100, 64, 128, 'float32', 1, 1),
+        ('window', True, 600, 128, 128, 1536, 'bfloat16', 1, 2),
+        ('window large', True, 1024, 256, 256, 3072, 'bfloat16', 256, 2),
+        ('window narrow', True, 300, 100, 64, 128, 'float32', 0, 2),
     ):
-        spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 512), causal)
+        spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 512), causal, window=window)
         arrays = [array(2, n, 2 * e, dtype=dtype), array(2, e, dtype='float32'), *[array(2, n, s, dtype=dtype)] * 4]
         arrays += [array(2, n, gate, dtype='float32')] * (gate > 0)
 
@@ -78,6 +82,7 @@ def main() -> None:
     for name, fields in (
         ('flash', {}),
         ('flash gated', {'name': 'flash', 'decay_gate': 'scalar'}),
+        ('flash window', {'name': 'flash', 'decay_gate': 'scalar', 'local_window': 2, 'key_input': 'shifted'}),
         ('flash_quad', {}),
         ('transformer_plus_plus', {}),
     ):

@@ -74,9 +74,9 @@ class MixedChunk(ScoredAttention):
     implementations = table(
         triton=triton(gate='silu', branches='both', global_norm='none'),
         pallas=pallas(
-            at_most={'chunk_size': 512},
+            longest_window=512,
             sharded={'decay_gate': ('none', 'scalar')},
-            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'local_window': 1, 'far_chunks': 0},
+            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'far_chunks': 0},
         ),
         xla=ANYWHERE,
         reference=ANYWHERE,

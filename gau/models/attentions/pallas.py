@@ -15,7 +15,7 @@ WIDEST_KEY = 256
 
 def pallas(
     *,
-    at_most: Mapping[str, int] | None = None,
+    longest_window: int | None = None,
     widest: int | None = None,
     sharded: Mapping[str, Any] | None = None,
     **wanted: Any,
@@ -23,13 +23,12 @@ def pallas(
     """Returns the needs of kernels that have been compiled for some values of fields.
 
     Args:
-      at_most: largest values of fields.
+      longest_window: most tokens of the chunks that a local branch reads, or None.
       widest: largest E, or None.
       sharded: what more is wanted where devices share a sequence.
       **wanted: values of fields, a tuple or one for each.
     """
     wanted = {'num_heads': 1, 'dtype': ('bfloat16', 'float32'), **wanted}
-    at_most = {'query_key_dim': WIDEST_KEY, **(at_most or {})}
 
     def lacks(config: ConfigDict, target: Target) -> str | None:
         if target.platform != 'tpu' and not (target.platform == 'cpu' and target.pallas_interpreted):
@@ -40,9 +39,11 @@ def pallas(
                 values = values if isinstance(values, tuple) else (values,)
                 if config[field] not in values:
                     return f'{field}={" or ".join(map(str, values))}{where}, this is {config[field]}'
-        for field, most in at_most.items():
-            if config[field] > most:
-                return f'{field} up to {most}, this is {config[field]}'
+        if config.query_key_dim > WIDEST_KEY:
+            return f'query_key_dim up to {WIDEST_KEY}, this is {config.query_key_dim}'
+        if longest_window is not None and config.chunk_size * (config.local_window or 1) > longest_window:
+            tokens = f'chunk_size * local_window up to {longest_window}'
+            return f'{tokens}, this is {config.chunk_size * (config.local_window or 1)}'
         width = 'E = expansion_factor * model_dim'
         # An interpreter has no lanes.
         if target.platform == 'tpu' and expanded_dim(config) % 128:

@@ -51,13 +51,13 @@ def gated_mixed_chunk(
 
     Raises:
       ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
-        causal, or has a `sequence_axis` and more than one column; a window of two chunks on a TPU, or not causal.
+        causal, or has a `sequence_axis` and more than one column; a window of two chunks that is not causal.
     """
     one_column = gate_BNL is None or gate_BNL.shape[-1] == 1
     if (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
         raise ValueError(f'kernels={kernels!r} have no such gate here')
-    if spec.window > 1 and (kernels == 'pallas' or not spec.causal):
-        raise ValueError('a window of two chunks is of causal attention, and kernels=pallas do not have it')
+    if spec.window > 1 and not spec.causal:
+        raise ValueError('a window of two chunks is of causal attention')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
@@ -68,16 +68,15 @@ def gated_mixed_chunk(
     ids_BGC = into_chunks(jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN, size)
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
-    a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels)
+    a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels, sequence_axis)
     fields = {'causal': causal, 'window': spec.window, 'sequence_axis': sequence_axis}
     scans = _scans(ids_BGC, mean=spec.mean, decay=spec.global_decay, **fields)
     carry_mask_BGK = scans.carry_mask_BGJ
     if gate_BNL is not None:
         scans = _scans(ids_BGC, mean=False, decay=1.0, **fields)
         log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
-        scans, scale_BGL = _with_gate(scans, log_decay_BGL, mean=spec.mean, sequence_axis=sequence_axis)
-        if spec.window > 1:
-            scale_BGL = previous_chunk(scale_BGL)
+        fields = {'mean': spec.mean, 'window': spec.window, 'sequence_axis': sequence_axis}
+        scans, scale_BGL = _with_gate(scans, log_decay_BGL, **fields)
         q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
         carry_mask_BGL = scans.carry_mask_BGJ
         carry_mask_BGK = jnp.broadcast_to(carry_mask_BGL, (*carry_mask_BGL.shape[:2], q_lin.shape[-1]))
@@ -109,7 +108,15 @@ def gated_mixed_chunk(
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 
 
-def weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec: ChunkSpec, kernels: str) -> Array:
+def weights_in_chunks(
+    q_BGCS: Array,
+    k_BGCS: Array,
+    bias_P: Array | None,
+    ids_BGC: Array | None,
+    spec: ChunkSpec,
+    kernels: str,
+    sequence_axis: str | None = None,
+) -> Array:
     """Returns the attention weights inside chunks, [B, G, C, C] in the type of q; no ids are one whole document.
 
     With a window of two, [B, G, C, 2 C]: on the chunk before and on the own one. A chunk alone is a window of one.
@@ -117,10 +124,11 @@ def weights_in_chunks(q_BGCS, k_BGCS, bias_P, ids_BGC, spec: ChunkSpec, kernels:
     scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
     ids_BGM = ids_BGC
-    if spec.window > 1 and shape[1] > 1:
+    if spec.window > 1 and (shape[1] > 1 or sequence_axis is not None):
         # What would be before the first chunk has the id 0, and a normaliser may count keys.
         ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32) if ids_BGC is None else ids_BGC
-        k_BGCS, ids_BGM = (jnp.concatenate([previous_chunk(x), x], axis=2) for x in (k_BGCS, ids_BGC))
+        both = k_BGCS, ids_BGC
+        k_BGCS, ids_BGM = (jnp.concatenate([previous_chunk(x, sequence_axis), x], axis=2) for x in both)
     keys, length = k_BGCS.shape[2], spec.window * spec.chunk_size
     if scoring.function in FUNCTIONS and kernels == 'triton':
         ids = None if ids_BGM is None else jnp.broadcast_to(ids_BGM, (*shape[:2], keys)).reshape(-1, keys)
@@ -197,7 +205,9 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
         carry_masks.append(flip(carry_mask_BG))
     carry_mask_BGJ, state_scale_BGJ = (jnp.stack(x, axis=-1) for x in (carry_masks, state_scales))
     query_masks, key_masks = [own(x) for x in query_masks], [own(x) for x in key_masks]
-    shards = None if sequence_axis is None else shards_of_scans(carry_mask_BGJ, on_device, device)
+    shards = None
+    if sequence_axis is not None:
+        shards = shards_of_scans(_as_scanned(carry_mask_BGJ, window), on_device, device)
     query_scale_BGC = None
     if not causal:
         size, ids_BGC = own_ids_BGC.shape[-1], own_ids_BGC
@@ -206,7 +216,14 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
     return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGC, shards)
 
 
-def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool, sequence_axis: str | None) -> tuple[_Scans, Array]:
+def _as_scanned(x_BG: Array, window: int) -> Array:
+    """Returns what is of chunks at the chunks where a scan has come to it: in a window of two a chunk late."""
+    return previous_chunk(x_BG) if window > 1 else x_BG
+
+
+def _with_gate(
+    scans: _Scans, log_decay_BGL: Array, *, mean: bool, window: int, sequence_axis: str | None
+) -> tuple[_Scans, Array]:
     """Returns the forward scan with factors on rows of the state, [B, G, L] in the place of its carry mask.
 
     And the factors [B, G, L] on queries that make means of sums, or ones.
@@ -220,8 +237,8 @@ def _with_gate(scans: _Scans, log_decay_BGL: Array, *, mean: bool, sequence_axis
         own = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
         )
-        shards = shards_of_scans(counts[0], on_device, device)
+        shards = shards_of_scans(_as_scanned(counts[0], window), on_device, device)
     total_BGL = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
-    carried_BGL = own(jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1])
+    carried_BGL = own(_as_scanned(jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1], window))
     scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
     return scans._replace(carry_mask_BGJ=carry_BGL, shards=shards), scale_BGL

@@ -7,6 +7,10 @@ on the chip from one to the next. No state is saved, and the backward pass makes
 to main memory only where the factors by which they are carried on have a gradient. What it gets saved are the operands
 and, if not causal, what the reverse scan added to the values.
 
+In a window of two chunks the weights A are on the chunk before as well, and chunk g reads the state M[g - 1]. That is
+the scan of before over keys, values and factors that are all a chunk late: keys and factors are shifted here, and the
+values, which are wide, stay in memory on the chip from one chunk to the next.
+
 Where the chunks of a sequence are spread over devices: `gau.ops.kernels.sequence_shards`.
 """
 
@@ -18,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gau.ops.gated_states import previous_chunk
 from gau.ops.kernels import pallas
 from gau.ops.kernels.sequence_shards import Shards, states_of_other_shards
 from gau.ops.kernels.tpu_gated_chunks_pallas import (
@@ -36,11 +41,10 @@ BLOCKS = (512, 384, 256, 128)
 BLOCK_NUMBERS = 256 * 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 9))
 def gated_chunk_matmul(
     p_BGCW: Array,
     bias_2E: Array,
-    a_BGCC: Array,
+    a_BGCM: Array,
     q_BGCF: Array,
     k_BGCF: Array,
     carry_mask_BGK: Array,
@@ -51,16 +55,34 @@ def gated_chunk_matmul(
 ) -> Array:
     """Returns silu(u) * (a silu(v) + q state_scale m), [B, G, C, E]: see `gau.ops.kernels.gated_chunks`.
 
-    Any weights `a` will do; `causal` says nothing new here, for J does. `shards` is given where this runs inside
-    `jax.shard_map` with the chunks in order over the devices of the mesh axis `sequence_axis`. Factors for each row of
-    the states, K = F, are for causal calls; `shards` are then made of factors that all rows have in common.
+    Any weights `a` will do that are 0 on what is before the first chunk; `causal` says nothing new here, for J does.
+    `shards` is given where this runs inside `jax.shard_map` with the chunks in order over the devices of the mesh axis
+    `sequence_axis`; in a window of two it is that of carry masks a chunk late. Factors for each row of the states,
+    K = F, are for causal calls; `shards` are then made of factors that all rows have in common.
     """
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
-    return _forward(*arrays, causal, shards, sequence_axis)[0]
+    del causal
+    halo_BCE = None
+    if a_BGCM.shape[-1] > a_BGCM.shape[-2]:
+        by_chunk = k_BGCF, carry_mask_BGK, state_scale_BGJ
+        k_BGCF, carry_mask_BGK, state_scale_BGJ = (previous_chunk(x, sequence_axis) for x in by_chunk)
+        if sequence_axis is not None:
+            e = bias_width(bias_2E)
+            halo_BCE = previous_chunk(p_BGCW[:, -1:, :, e : 2 * e], sequence_axis)[:, 0]
+    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
+    return _gated_chunk_matmul(*arrays, halo_BCE, shards, sequence_axis)
 
 
-def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, shards, sequence_axis):
-    arrays = p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _gated_chunk_matmul(
+    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, halo_BCE, shards, sequence_axis
+):
+    """The same, keys and factors as the scan has them; `halo_BCE`: projections of the values before the first chunk."""
+    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
+    return _forward(*arrays, halo_BCE, shards, sequence_axis)[0]
+
+
+def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, halo_BCE, shards, sequence_axis):
+    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, halo_BCE
     call = _Call.of(*arrays)
     begins = [None] * call.directions
     if shards is not None:
@@ -74,8 +96,9 @@ def _forward(p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scal
     return o_BGCE, (*arrays, shards, read_BGCE, begins)
 
 
-def _backward(causal, sequence_axis, residuals, do_BGCE):
+def _backward(sequence_axis, residuals, do_BGCE):
     *arrays, shards, read_BGCE, begins = residuals
+    bias_2E, halo_BCE = arrays[1], arrays[7]
     call = _Call.of(*arrays, do_BGCE)
     dbegins = [None] * call.directions
     if shards is not None:
@@ -89,7 +112,7 @@ def _backward(causal, sequence_axis, residuals, do_BGCE):
     # The gradient of the factors for rows takes states and their gradients, which come in opposite orders.
     more = ('states',) if call.carry is None else ()
     results = ('dpu', 'dbias', 'da', 'dq', *more)
-    dp, dbias_u, da_BGCC, dq, *states = call(query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
+    dp, dbias_u, da_BGCM, dq, *states = call(query_gradient_kernel, operands, results, read=read_BGCE, begin=begins[0])
     dqs, dks, dv = [dq], [], None
     if call.directions == 2:
         part = ('pu', 'pv', 'bias', 'q', 'k', 'do')
@@ -97,21 +120,26 @@ def _backward(causal, sequence_axis, residuals, do_BGCE):
         dv, dk = call(value_gradient_kernel, part, ('dv', 'dk'), scan=1, against=True, begin=dbegins[1])
         dks = [dk]
     fields = {'read': dv, 'against': True, 'dp': dp, 'begin': dbegins[0], 'states': states[0] if states else None}
-    results = ('dpv', 'dbias', 'dk', *(('dcarry',) if states else ()))
-    dp, dbias_v, dk, *dcarry = call(value_gradient_kernel, operands, results, **fields)
+    inputs = (*operands, 'before') if call.window > 1 else operands
+    results = ('dpv', 'dbias', 'dk', *(('dcarry',) if states else ()), *(('dhalo',) if halo_BCE is not None else ()))
+    dp, dbias_v, dk, *rest = call(value_gradient_kernel, inputs, results, **fields)
     dq_BGCF, dk_BGCF = jnp.concatenate(dqs, axis=-1), jnp.concatenate([dk, *dks], axis=-1)
-    columns = 2 * bias_width(arrays[1])
+    columns = 2 * bias_width(bias_2E)
     if dp.shape[-1] > columns:
         # Of another reader, and not written.
         dp = jnp.pad(dp[..., :columns], [(0, 0)] * 3 + [(0, dp.shape[-1] - columns)])
-    dbias_2E = jnp.stack([dbias_u.sum(0), dbias_v.sum(0)]).reshape(arrays[1].shape).astype(arrays[1].dtype)
-    dcarry_BGK, dscale_BGJ, dshards = jax.tree.map(jnp.zeros_like, (*arrays[5:], shards))
-    if dcarry:
-        dcarry_BGK = dcarry[0].reshape(dcarry_BGK.shape).astype(dcarry_BGK.dtype)
-    return dp, dbias_2E, da_BGCC, dq_BGCF, dk_BGCF, dcarry_BGK, dscale_BGJ, dshards
+    dbias_2E = jnp.stack([dbias_u.sum(0), dbias_v.sum(0)]).reshape(bias_2E.shape)
+    dcarry_BGK, dscale_BGJ, dhalo_BCE, dshards = jax.tree.map(jnp.zeros_like, (*arrays[5:], shards))
+    if halo_BCE is not None:
+        *rest, dhalo_BCE = rest
+        dbias_2E = dbias_2E.at[1].add(dhalo_BCE.astype(jnp.float32).sum((0, 1)))
+    if rest:
+        dcarry_BGK = rest[0].reshape(dcarry_BGK.shape).astype(dcarry_BGK.dtype)
+    dbias_2E = dbias_2E.astype(bias_2E.dtype)
+    return dp, dbias_2E, da_BGCM, dq_BGCF, dk_BGCF, dcarry_BGK, dscale_BGJ, dhalo_BCE, dshards
 
 
-gated_chunk_matmul.defvjp(_forward, _backward)
+_gated_chunk_matmul.defvjp(_forward, _backward)
 
 
 def bias_width(bias_2E: Array) -> int:
@@ -122,7 +150,8 @@ def bias_width(bias_2E: Array) -> int:
 class _Call(NamedTuple):
     """The operands of one call, by their names in kernels, and their sizes.
 
-    `carry` is None where the states' rows have a factor each, which is then an operand.
+    `carry` is None where the states' rows have a factor each, which is then an operand; `window` are the chunks that
+    weights are on, 1 or 2.
     """
 
     arrays: dict[str, Array]
@@ -133,24 +162,38 @@ class _Call(NamedTuple):
     size: int
     width: int
     columns: int
+    window: int
     directions: int
     block: int
 
     @classmethod
-    def of(cls, p_BGCW, bias_2E, a_BGCC, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, do_BGCE=None) -> '_Call':
+    def of(
+        cls,
+        p_BGCW: Array,
+        bias_2E: Array,
+        a_BGCM: Array,
+        q_BGCF: Array,
+        k_BGCF: Array,
+        carry_mask_BGK: Array,
+        state_scale_BGJ: Array,
+        halo_BCE: Array | None,
+        do_BGCE: Array | None = None,
+    ) -> '_Call':
         batch, groups, size, columns = p_BGCW.shape
         width = bias_width(bias_2E)
         fit = (block for block in BLOCKS if width % block == 0 and block * size <= BLOCK_NUMBERS)
         block = next(fit, width)
         # [1, BE] are whole dimensions, as the blocks of a TPU's kernel must be, or multiples of a tile.
         bias = bias_2E.astype(jnp.float32).reshape(2, width // block, 1, block)
-        arrays = {'pu': p_BGCW, 'pv': p_BGCW, 'bias': bias, 'a': a_BGCC, 'q': q_BGCF, 'k': k_BGCF, 'do': do_BGCE}
+        arrays = {'pu': p_BGCW, 'pv': p_BGCW, 'before': p_BGCW, 'bias': bias, 'halo': halo_BCE}
+        arrays |= {'a': a_BGCM, 'q': q_BGCF, 'k': k_BGCF, 'do': do_BGCE}
         # Scalars of chunks in one row: a second dimension would be padded to 128.
         scale, carry = (x.astype(jnp.float32).reshape(-1) for x in (state_scale_BGJ, carry_mask_BGK))
         directions = state_scale_BGJ.shape[-1]
         if carry_mask_BGK.shape[-1] > directions:
             arrays['carry'], carry = carry.reshape(*carry_mask_BGK.shape, 1), None
-        return cls(arrays, scale, carry, batch, groups, size, width, columns, directions, block)
+        window = a_BGCM.shape[-1] // size
+        return cls(arrays, scale, carry, batch, groups, size, width, columns, window, directions, block)
 
     def __call__(
         self,
@@ -182,7 +225,9 @@ class _Call(NamedTuple):
         from jax.experimental.pallas import tpu as pltpu
 
         reverse, blocks = (scan == 1) != against, self.width // self.block
+        has_values = 'pv' in inputs
         more = {'read': read, 'begin': begin, 'states': states, 'carry': self.arrays.get('carry')}
+        more['halo'] = self.arrays['halo'] if has_values else None
         more = {name: x for name, x in more.items() if x is not None}
         scalars = [self.scale] if self.carry is None else [self.scale, self.carry]
         given = [*(self.arrays[name] for name in inputs), *more.values()]
@@ -190,8 +235,12 @@ class _Call(NamedTuple):
         dtype, width = self.arrays['pu'].dtype, self.arrays['q'].shape[-1] // self.directions
         results = {name: self._result(name, width) for name in outputs}
         scratch = {'state': (blocks, width, self.block)}
-        sums = {'da': (self.size, self.size), 'dq': (self.size, width), 'dk': (self.size, width), 'dcarry': (width, 1)}
+        sums = {'da': self.arrays['a'].shape[2:], 'dcarry': (width, 1)}
+        sums |= dict.fromkeys(('dq', 'dk'), (self.size, width))
         scratch |= {f'{name}_sum': sums[name] for name in outputs if name in sums}
+        scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}
+        if self.window > 1 and has_values:
+            scratch['passed'] = pltpu.VMEM((blocks, self.size, self.block), dtype)
         aliases = {}
         in_specs = [self._spec(name, reverse) for name in names]
         if dp is not None:
@@ -216,7 +265,7 @@ class _Call(NamedTuple):
                 grid=(self.batch, self.groups, blocks),
                 in_specs=in_specs,
                 out_specs=[self._spec(name, reverse) for name in outputs],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+                scratch_shapes=list(scratch.values()),
             ),
             out_shape=list(results.values()),
             input_output_aliases=aliases,
@@ -243,14 +292,20 @@ class _Call(NamedTuple):
             return pl.BlockSpec((None, None, width, 1), lambda b, g, e, *_: (b, group(g), 0, 0))
         if name == 'states':
             return pl.BlockSpec((None, None, width, self.block), lambda b, g, e, *_: (b, group(g), 0, e))
-        if name in ('begin', 'left'):
-            # One is read at the first chunk and the other written at the last, where every block comes once.
-            held, other = (0, blocks - 1) if name == 'begin' else (self.groups - 1, 0)
-            return pl.BlockSpec((None, width, self.block), lambda b, g, e, *_: (b, 0, jnp.where(g == held, e, other)))
+        if name in ('begin', 'left', 'halo', 'dhalo'):
+            # Read at the first chunk or written at the last, where every block comes once. The halo is beside chunk 0.
+            first = name == 'begin' or (name == 'halo' and not reverse)
+            held, other = (0, blocks - 1) if first else (self.groups - 1, 0)
+            rows = width if name in ('begin', 'left') else self.size
+            return pl.BlockSpec((None, rows, self.block), lambda b, g, e, *_: (b, 0, jnp.where(g == held, e, other)))
         if name in ('a', 'da', 'q', 'k', 'dq', 'dk'):
-            inner = self.size if name in ('a', 'da') else self.arrays['q'].shape[-1]
+            inner = self.arrays['a' if name in ('a', 'da') else 'q'].shape[-1]
             inner = inner // self.directions if name in ('dq', 'dk') else inner
             return pl.BlockSpec((None, None, self.size, inner), lambda b, g, e, *_: (b, group(g), 0, 0))
+        if name == 'before':
+            # Of the first chunk any values will do.
+            block = None, None, self.size, self.block
+            return pl.BlockSpec(block, lambda b, g, e, *_: (b, jnp.maximum(group(g) - 1, 0), 0, blocks + e))
         first = blocks if name in ('pv', 'dpv') else 0
         return pl.BlockSpec((None, None, self.size, self.block), lambda b, g, e, *_: (b, group(g), 0, first + e))
 
@@ -260,10 +315,12 @@ class _Call(NamedTuple):
             return jax.ShapeDtypeStruct((self.batch, self.width // self.block, 1, self.block), jnp.float32)
         if name == 'left':
             return jax.ShapeDtypeStruct((self.batch, width, self.width), jnp.float32)
+        if name == 'dhalo':
+            return jax.ShapeDtypeStruct((self.batch, self.size, self.width), dtype)
         if name in ('states', 'dcarry'):
             columns, dtype = (self.width, dtype) if name == 'states' else (1, jnp.float32)
             return jax.ShapeDtypeStruct((self.batch, self.groups, width, columns), dtype)
-        columns = {'dpu': self.columns, 'dpv': self.columns, 'da': self.size, 'dq': width, 'dk': width}
+        columns = {'dpu': self.columns, 'dpv': self.columns, 'da': self.window * self.size, 'dq': width, 'dk': width}
         return jax.ShapeDtypeStruct((self.batch, self.groups, self.size, columns.get(name, self.width)), dtype)
 
     def _cost(self, kernel: Callable, whole: bool, names: Sequence[str], results: dict[str, Any]) -> Any:
@@ -272,14 +329,16 @@ class _Call(NamedTuple):
 
         squares, states = MATMULS[kernel][0 if whole else 1]
         tokens, width = self.batch * self.groups * self.size, self.arrays['q'].shape[-1] // self.directions
-        inner = squares * self.size + states * width
-        by_column = sum(name in ('pu', 'pv', 'do', 'read', 'o', 'dpu', 'dpv', 'dv') for name in (*names, *results))
-        narrow = self.size * ('a' in names) + self.arrays['q'].shape[-1] * 2
-        narrow += sum({'da': self.size, 'dq': width, 'dk': width}.get(name, 0) for name in results)
+        weights = self.window * self.size
+        inner = squares * weights + states * width
+        wide = 'pu', 'pv', 'before', 'do', 'read', 'o', 'dpu', 'dpv', 'dv'
+        by_column = sum(name in wide for name in (*names, *results))
+        narrow = weights * ('a' in names) + self.arrays['q'].shape[-1] * 2
+        narrow += sum({'da': weights, 'dq': width, 'dk': width}.get(name, 0) for name in results)
         narrow += width * self.width // self.size * ('states' in names or 'states' in results)
         itemsize = self.arrays['pu'].dtype.itemsize
         return pl.CostEstimate(
             flops=2 * tokens * self.width * inner,
-            transcendentals=tokens * self.width * (('pu' in names) + ('pv' in names)),
+            transcendentals=tokens * self.width * sum(name in ('pu', 'pv', 'before') for name in names),
             bytes_accessed=tokens * itemsize * (by_column * self.width + narrow),
         )
