@@ -60,6 +60,8 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'global_decay': 0.7, 'num_layers': 1}, True),
         ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
         ('flash_quad', {'num_layers': 1}, False),
+        ('flash_quad', {'attention_function': 'softmax', 'num_layers': 1}, False),
+        ('flash', {'attention_function': 'softmax', 'num_layers': 1}, False),
         ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, True),
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'num_layers': 1}, False),

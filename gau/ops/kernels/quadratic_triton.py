@@ -87,7 +87,8 @@ def log_sums_kernel(
     COLS: tl.constexpr = None if m % BLOCK_N == 0 else m
     WIDTH: tl.constexpr = None if S == BLOCK_S else S
     part, parts, b = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
-    first_i = tl.program_id(1) * BLOCK_M
+    # If causal, the last queries see the most keys: they come first, so that none of them is waited for.
+    first_i = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     i, j, s = first_i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
