@@ -115,6 +115,7 @@ def model_of(config: dict[str, Any], *, where: str) -> dict[str, Any]:
         'relative_bias': 'none',
         'gate': 'silu',
         'gamma_init': 'ones',
+        'key_input': 'shared',
         **NORMALIZATIONS[config['normalization']],
     }
 

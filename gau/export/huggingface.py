@@ -72,8 +72,7 @@ def write(trained: Trained, directory: Path) -> None:
 
 def has_state(config: dict[str, Any]) -> bool:
     """Returns whether modeling_gau.py has a state for decoding; else `generate` reads everything again."""
-    whole = config['chunk_size'] is None and config['normalizer'] == 'paper'
-    return config['is_causal'] and not whole and (config['local_window'] or 1) == 1
+    return config['is_causal'] and (config['chunk_size'] is not None or config['normalizer'] != 'paper')
 
 
 def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int) -> dict[str, Any]:

@@ -314,37 +314,50 @@ class Attention(nn.Module):
         joined = {'k': x.k, 'v': v} if self.local else {}
         old = {name: state[name] for name in joined}
         if size is None:
-            size = state['k'].shape[2] + 1
+            places = state['k'].shape[2] + 1
             place_B, old = lengths_B, {name: F.pad(y, (0, 0, 0, 1)) for name, y in old.items()}
         else:
-            place_B = lengths_B % size
-        index_M = torch.arange(size, device=v.device)
+            places = self.chunks * size
+            place_B = places - size + lengths_B % size
+        if self.chunks == 2:
+            # A chunk that begins makes the current one that before it.
+            begins = (lengths_B % size == 0)[:, None, None, None]
+            old = {name: torch.where(begins, y.roll(size, dims=2), y) for name, y in old.items()}
+        index_M = torch.arange(places, device=v.device)
         here = (index_M == place_B[:, None])[:, None, :, None]
         new = {name: torch.where(here, joined[name], y) for name, y in old.items()}
         out = torch.zeros_like(v)
         if self.local:
             bias = None
             if hasattr(self, 'relative_bias'):
-                bias = self.relative_bias(place_B[:, None], size).transpose(0, 1)
-            seen = (index_M <= place_B[:, None])[:, None, None]
-            out = self.weights(x.q, new['k'], seen, size, bias).to(v.dtype) @ new['v']
+                bias = self.relative_bias(place_B[:, None], places).transpose(0, 1)
+            before_BM = place_B[:, None] - index_M
+            seen = ((before_BM >= 0) & (before_BM <= lengths_B[:, None]))[:, None, None]
+            out = self.weights(x.q, new['k'], seen, places, bias).to(v.dtype) @ new['v']
         if self.across:
             far = self.scaled(x.q_lin, state['count']).to(v.dtype) @ state['sum'].to(v.dtype)
             out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
-            new |= self.folded(x, (place_B == size - 1)[:, None, None, None], state)
+            new |= self.folded(x, lengths_B, state)
         return out, new
 
-    def folded(self, x: Inputs, full: Tensor, state: State) -> State:
-        """What a state has of the chunks after a token, which may make the open one `full`."""
+    def folded(self, x: Inputs, lengths_B: Tensor, state: State) -> State:
+        """What a state has of the chunks after a token, which may make the open one full."""
         size, new = self.config.chunk_size, {}
-        kept = torch.full_like(state['count'], self.decay)
+        full = (lengths_B % size == size - 1)[:, None, None, None]
+        chunk = state['open'] + wide(x.k_lin).transpose(-1, -2) @ wide(x.v)
+        new['open'], tokens = chunk.masked_fill(full, 0), size
         if x.gate is not None:
             logits = state['gate'] + x.gate
-            kept, new['gate'] = torch.sigmoid(logits / size), logits.masked_fill(full, 0)
-        chunk = state['open'] + wide(x.k_lin).transpose(-1, -2) @ wide(x.v)
-        new['open'] = chunk.masked_fill(full, 0)
+            new['gate'] = logits.masked_fill(full, 0)
+        if self.chunks == 2:
+            # The local branch reads this chunk until the next one is full: it waits.
+            new['last'], chunk = torch.where(full, chunk, state['last']), state['last']
+            tokens = size * (lengths_B >= size)[:, None, None, None]
+            if x.gate is not None:
+                new['last_gate'], logits = torch.where(full, logits, state['last_gate']), state['last_gate']
+        kept = torch.full_like(state['count'], self.decay) if x.gate is None else torch.sigmoid(logits / size)
         new['sum'] = torch.where(full, kept.transpose(-1, -2) * state['sum'] + chunk, state['sum'])
-        new['count'] = torch.where(full, kept * state['count'] + size, state['count'])
+        new['count'] = torch.where(full, kept * state['count'] + tokens, state['count'])
         return new
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor, length: Tensor | int, bias: Tensor | None) -> Tensor:
@@ -416,8 +429,8 @@ class Attention(nn.Module):
             if lengths_B is not None:
                 state = self.state_of(kv, x.gate, kept_BLG, lengths_B)
         if self.local and lengths_B is not None:
-            rows, last_B = torch.arange(batch, device=v.device), (lengths_B // size).clamp(max=groups - 1)
-            state |= {'k': k[rows, :, last_B], 'v': v[rows, :, last_B]}
+            rows, last_B = torch.arange(batch, device=v.device), (lengths_B - 1).clamp(min=0) // size
+            state |= {name: before(y, self.chunks)[rows, :, last_B] for name, y in (('k', k), ('v', v))}
         index_N = torch.arange(n, device=v.device)
         return out[:, :, index_N // size, index_N % size], state
 
@@ -476,25 +489,27 @@ class Attention(nn.Module):
         return seen, kv
 
     def state_of(self, kv: Tensor, gate: Tensor | None, kept_BLG: Tensor | None, lengths_B: Tensor) -> State:
-        """The state of rows of one document each, of these lengths: complete chunks summed, and the open one."""
+        """The state of rows of one document each, of these lengths: chunks summed, the open one, and what waits."""
         size, complete_B = self.config.chunk_size, lengths_B // self.config.chunk_size
-        chunk_BG = torch.arange(kv.shape[2], device=kv.device) - complete_B[:, None]
-        is_open_BG = (chunk_BG == 0).to(kv.dtype)
+        index_G = torch.arange(kv.shape[2], device=kv.device)
+        read_B1 = complete_B[:, None] - (self.chunks - 1)  # up to which chunk the open one reads here
         if kept_BLG is None:
-            factor_BLG = self.decay ** (-1 - chunk_BG).clamp(min=0).to(kv.dtype)[:, None]
+            factor_BLG = self.decay ** (read_B1 - index_G - 1).clamp(min=0).to(kv.dtype)[:, None]
         else:
-            now_BL1 = kept_BLG.gather(2, complete_B[:, None, None].expand(-1, kept_BLG.shape[1], 1))
-            factor_BLG = (now_BL1 - kept_BLG[..., 1:]).clamp(max=0).exp()
-        weights_BLG = (chunk_BG < 0).to(kv.dtype)[:, None] * factor_BLG
+            places_BL1 = read_B1.clamp(min=0)[:, None].expand(-1, kept_BLG.shape[1], 1)
+            factor_BLG = (kept_BLG.gather(2, places_BL1) - kept_BLG[..., 1:]).clamp(max=0).exp()
+        weights_BLG = (index_G < read_B1).to(kv.dtype)[:, None] * factor_BLG
         state = {
             'sum': torch.einsum('bsg,bhgse->bhse', weights_BLG, kv),
-            'open': torch.einsum('bg,bhgse->bhse', is_open_BG, kv),
             'count': (size * weights_BLG.sum(2))[:, None, None],
         }
-        if gate is not None:
-            index_GC = torch.arange(kv.shape[2] * size, device=kv.device).view(-1, size)
-            is_real = (index_GC < lengths_B[:, None, None])[..., None]
-            state['gate'] = (is_open_BG[..., None] * (gate[:, 0] * is_real).sum(2)).sum(1)[:, None, None]
+        for apart, (of_chunk, of_gate) in enumerate((('open', 'gate'), ('last', 'last_gate'))[: self.chunks]):
+            there_BG = (index_G == complete_B[:, None] - apart).to(kv.dtype)
+            state[of_chunk] = torch.einsum('bg,bhgse->bhse', there_BG, kv)
+            if gate is not None:
+                index_GC = torch.arange(kv.shape[2] * size, device=kv.device).view(-1, size)
+                is_real = (index_GC < lengths_B[:, None, None])[..., None]
+                state[of_gate] = (there_BG[..., None] * (gate[:, 0] * is_real).sum(2)).sum(1)[:, None, None]
         return state
 
 
@@ -817,8 +832,6 @@ class GAUForCausalLM(GAUPreTrainedModel, GenerationMixin):
         """Reads prompts in parallel."""
         if self.config.normalizer == 'paper' and self.config.chunk_size is None:
             raise ValueError('normalizer=paper divides by the length of the whole sequence: use_cache=False is needed')
-        if (self.config.local_window or 1) > 1:
-            raise ValueError('local_window=2: no state holds two chunks: use_cache=False is needed')
         batch, n = input_ids.shape
         lengths_B = torch.full((batch,), n, device=input_ids.device)
         order_BN, ids_BN, index_N = None, None, torch.arange(n, device=input_ids.device)

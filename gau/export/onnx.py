@@ -80,7 +80,7 @@ def write_graphs(model: Any, directory: Path) -> dict[str, list[int]]:
     """Writes model.onnx and, for causal models with chunks, decode.onnx.
 
     Returns:
-      The shapes of a row's state by name, [H, ...]; none where there is no decode.onnx: the state of the other models
+      The shapes of a row's state by name; none where there is no decode.onnx: the state of the other models
       grows with the sequence, or they have none.
     """
     import torch
