@@ -15,10 +15,15 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
-# `best` is what reached the lowest loss here; `paper` is the paper's letter: a sinusoid is added to the embeddings also
-# where queries and keys are rotated; of the gated models the relative bias starts as N(0, 0.02), and scores are divided
-# by the length of the sequence (of the chunk).
+# `best` is what reached the lowest loss here. `paper` is the paper's letter: AdamW; a sinusoid is added to the embeddings
+# also where queries and keys are rotated; of the gated models the relative bias starts as N(0, 0.02), and scores are
+# divided by the length of the sequence (of the chunk).
 RECIPES = ('best', 'paper')
+# Of the language models of recipe=best, Transformer++ included: docs/results/quality_muon.md.
+BEST_OPTIMIZER = {'name': 'muon', 'learning_rate': 4e-3}
+# FLASH of recipe=best (docs/results/quality_shifted.md): keys that are found by the token before them, the chunk before
+# the own one read exactly, a state that forgets. The last two are of causal models with several chunks.
+BEST_FLASH = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
 
 # The config of the run that an export comes from, beside the export's own.
 TRAINING_CONFIG = 'training_config.json'
@@ -105,11 +110,16 @@ def _apply_recipe(config: ConfigDict, recipe: str) -> None:
     if recipe == 'paper' and config.model.name in ('flash', 'flash_quad'):
         config.model.relative_bias_init = 'normal'
         config.model.normalizer = 'paper'
+    if recipe == 'paper' or config.objective != 'lm':
+        # What follows has not been tried in masked language models.
+        return
+    config.optimizer.update(BEST_OPTIMIZER)
     architecture = ARCHITECTURES.get(config.model.name)
-    rotated = architecture is not None and architecture.fields['rope'].default != 'none'
-    if recipe == 'best' and rotated and config.objective == 'lm':
-        # docs/results/quality_causes.md; not tried in masked language models.
-        config.model.absolute_position = 'none'
+    if architecture is not None and architecture.fields['rope'].default != 'none':
+        config.model.absolute_position = 'none'  # docs/results/quality_causes.md
+    if config.model.name == 'flash':
+        several = config.data.context > 2 * BEST_FLASH['chunk_size']
+        config.model.update(BEST_FLASH if several else {'key_input': BEST_FLASH['key_input']})
 
 
 def start_from(config: ConfigDict, source: str) -> bool:
