@@ -13,8 +13,8 @@ of the tokens before its chunk), `variants` (how it may remember and read them),
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
 with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
 `convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
-contexts) and `shifted_forms` (other rates, and what goes with them), `base` (112 M parameters). `seed:N:FIRST` adds
-seeds to a table.
+contexts), `shifted_forms` (other rates, and what goes with them), and `best` (what configs/lm.py took from all this,
+against Transformer++); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -200,17 +200,26 @@ def sweep_shifted() -> Iterator[Overrides]:
 
 
 def sweep_shifted_forms() -> Iterator[Overrides]:
-    """8,192 tokens of context: other rates of shifted keys, and what else may go with them."""
+    """8,192 tokens of context: other rates of shifted keys, and what else may go with them or without."""
     shifted = next(sweep_shifted())
     for rate in (2e-3, 8e-3):
         yield {**shifted, 'name': f'shifted_lr_{rate:g}', RATE: rate}
     yield {**shifted, 'name': 'shifted_no_gate', 'model.decay_gate': 'none'}
-    yield {**shifted, 'name': 'shifted_window_2', 'model.chunk_size': 128, 'model.local_window': 2}
+    for size in (128, 256):
+        yield {**shifted, 'name': f'shifted_window_2_chunk_{size}', 'model.chunk_size': size, 'model.local_window': 2}
     # Softmax has no use for relu2's start of the bias.
     bare = {path: value for path, value in shifted.items() if not path.startswith('model.relative_bias')}
     yield {**bare, 'name': 'shifted_softmax', 'model.attention_function': 'softmax'}
     exact = {path: value for path, value in shifted.items() if path != 'model.decay_gate'}
     yield {**exact, 'name': 'shifted_quad', ':model': 'flash_quad'}
+
+
+def sweep_best() -> Iterator[Overrides]:
+    """FLASH as configs/lm.py has it and Transformer++ at two contexts, each model at one rate; take it times seed:3."""
+    flash = {f'model.{field}': value for field, value in common.BEST_FLASH.items()}
+    for context in (8192, 1024):
+        for name, model in (('flash', {**MEAN, **flash}), ('transformer_plus_plus', TRANSFORMER)):
+            yield {'name': f'{name}_{context}', ':context': context, **model, **BETTER}
 
 
 def sweep_forms() -> Iterator[Overrides]:
@@ -227,3 +236,9 @@ def sweep_base() -> Iterator[Overrides]:
     yield {'name': 'flash_base', ':size': 'base', **MEAN, RATE: 3e-3}
     yield {'name': 'flash_paper_base', ':size': 'base', **PAPER, RATE: 3e-3}
     yield {'name': 'transformer_plus_plus_base', ':size': 'base', **TRANSFORMER, RATE: 1e-3}
+
+
+def sweep_base_best() -> Iterator[Overrides]:
+    """112 M parameters, 8,192 tokens of context, 300 M tokens: FLASH of `best` and Transformer++, for time to quality."""
+    for point in list(sweep_best())[:2]:
+        yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': 4578}

@@ -11,6 +11,8 @@ SWEEPS = [
     ('relu2', 'mlm', 4),
     ('quality', 'models,seed:5:3', 15),
     ('quality', 'rates+long+memory+far+base', 22),
+    ('quality', 'best+base_best', 6),
+    ('quality', 'shifted_forms', 7),
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
     ('compression', 'recovered:runs+quantised:runs', 6),
     ('borders', 'chunks+remedies', 10),
