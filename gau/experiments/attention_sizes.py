@@ -23,7 +23,7 @@ from gau.training import mesh as meshes
 from gau.training.batches import put_batch
 from gau.training.setup import Run
 
-# What is measured in each layer; every weight is between a query and a key that it sees, in the same chunk of FLASH.
+# What is measured in each layer; every weight is between a query and a key that it sees, in FLASH in the same chunk or its window.
 SIZES = {
     'residual': 'root mean square of the residual stream that the layer reads',
     'output': 'root mean square of what the layer adds to it',
@@ -105,20 +105,25 @@ def _layer_sizes(seen: dict[str, Any], ids_BN: Array, config: Any) -> dict[str, 
     model, n = config.model, config.data.context
     causal = objectives.load(config.objective).causal
     c = min(model.chunk_size or n, n)
-    q_BHGCS, k_BHGCS = (x.reshape(*x.shape[:2], n // c, c, -1).astype(jnp.float32) for x in seen[_QUERY_KEY][:2])
-    ids_RC = ids_BN.reshape(-1, c)
-    mask_BGCC = visibility_mask(ids_RC, ids_RC, n=c, m=c, causal=causal).reshape(len(ids_BN), n // c, c, c)
-    mask = mask_BGCC[:, None]
-    lengths_BGC1 = jnp.full((1, 1, 1, 1), c) if model.chunk_size else document_length(ids_BN)[:, None, :, None]
+    window = model.local_window if model.local_window and n > c else 1
+    q_BHGCS, k_BHGMS = (x.reshape(*x.shape[:2], n // c, c, -1).astype(jnp.float32) for x in seen[_QUERY_KEY][:2])
+    ids_BGC = ids_BGM = ids_BN.reshape(len(ids_BN), n // c, c)
+    if window == 2:
+        # Before the first chunk stands padding, which no query sees.
+        k_BHGMS = jnp.concatenate([jnp.pad(k_BHGMS[:, :, :-1], [(0, 0)] * 2 + [(1, 0)] + [(0, 0)] * 2), k_BHGMS], 3)
+        ids_BGM = jnp.concatenate([jnp.pad(ids_BGC[:, :-1], ((0, 0), (1, 0), (0, 0))), ids_BGC], axis=2)
+    m, before = window * c, (window - 1) * c
+    mask = visibility_mask(ids_BGC, ids_BGM, n=c, m=m, causal=causal, first_query=before)[:, None]
+    lengths_BGC1 = jnp.full((1, 1, 1, 1), m) if model.chunk_size else document_length(ids_BN)[:, None, :, None]
     scoring = Scoring(model.attention_function, model.normalizer, model.normalizer_length or 512)
     bias = None
     if _BIAS in seen:
-        bias_HCC = jax.vmap(lambda bias_P: bias_matrix(bias_P, c, c))(seen[_BIAS].astype(jnp.float32))
-        bias = bias_HCC[None, :, None]
+        bias_HMM = jax.vmap(lambda bias_P: bias_matrix(bias_P, m, m))(seen[_BIAS].astype(jnp.float32))
+        bias = bias_HMM[None, :, None, before:]
     weights = attention_weights(
-        *(q_BHGCS, k_BHGCS), scoring=scoring, sequence_length=lengths_BGC1[:, None], mask=mask, bias=bias
+        *(q_BHGCS, k_BHGMS), scoring=scoring, sequence_length=lengths_BGC1[:, None], mask=mask, bias=bias
     )
-    scores = jnp.einsum('...qs,...ks->...qk', q_BHGCS, k_BHGCS) * _scale(scoring, q_BHGCS, mask, lengths_BGC1[:, None])
+    scores = jnp.einsum('...qs,...ks->...qk', q_BHGCS, k_BHGMS) * _scale(scoring, q_BHGCS, mask, lengths_BGC1[:, None])
     real_BN = ids_BN > 0
     sizes = {
         'residual': _rms(jax.tree.leaves(seen[_NORM])[0], real_BN[..., None]),

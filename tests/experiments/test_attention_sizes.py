@@ -11,8 +11,8 @@ from gau.training.setup import Run
 from tests.programs import call
 
 
-def config_of(*, name='flash', **fields):
-    config = lm.get_config(f'runlocal,model={name}')
+def config_of(*, name='flash', recipe='paper', **fields):
+    config = lm.get_config(f'runlocal,model={name},recipe={recipe}')
     config.model.num_layers, config.model.model_dim, config.model.impl = 2, 32, 'xla'
     config.data.attend_across_documents = True
     for field, value in fields.items():
@@ -36,6 +36,14 @@ def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk(
     assert all(found['score'] < 1e-4)
     # A global branch that starts as a mean has weights of 1 in all over the tokens that it reads.
     np.testing.assert_allclose(found['global_sum'], 1, rtol=0.1)
+
+
+def test_a_window_of_two_chunks_is_seen_whole():
+    ((_, _, found),) = sizes(config_of(recipe='best', relative_bias_scale=1.0))
+    c, chunks = 32, 4
+    np.testing.assert_allclose(found['bias'], (2 * c) ** -0.5, rtol=1e-6)
+    # The query at place t of a chunk sees t + 1 keys, and but for the first chunk those of the one before.
+    np.testing.assert_allclose(found['weight_sum'], ((c + 1) / 2 + c * (chunks - 1) / chunks) / (2 * c), rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ def test_a_config_is_taken_apart():
     lines = out.splitlines()
     assert lines[0].startswith('flash, lm, vocabulary 32,000')
     layers = next(line for line in lines if line.startswith('layer 0 to 23, each'))
-    # The last of each: kilobytes a token, with a chunk's relative bias of 256 kB shared by the context.
-    assert layers.split()[-5:] == ['3,642,752', '8.487', '28.2', '8.487', '27.7']
-    assert lines[-1].split()[:2] == ['total', '112,002,049']
+    # The last of each: kilobytes a token, with the relative bias of a chunk to two, 128 kB, shared by the context.
+    assert layers.split()[-5:] == ['3,643,649', '8.701', '31.5', '8.701', '31.0']
+    assert lines[-1].split()[:2] == ['total', '112,023,577']
 
 
 def test_models_stand_side_by_side():

@@ -62,11 +62,10 @@ def corpus() -> str:
 
 def losses(objective: str, name: str) -> list[float]:
     """Trains `name` for 20 steps, by the real configs, data and step."""
-    config = PROGRAMS[objective].get_config(f'model={name},runlocal')
-    # What there was alone: the sinusoid, and of the gated models this start.
-    config.model.absolute_position = 'sinusoid'
-    if name in ('flash', 'flash_quad'):
-        config.model.relative_bias_init = 'normal'
+    # What there was alone, but that FLASH-Quad's scores were divided by a fixed length.
+    config = PROGRAMS[objective].get_config(f'model={name},recipe=paper,runlocal')
+    if name == 'flash_quad':
+        config.model.normalizer = None
     config = training_config.resolve(config)
     run = Run.from_config(config)
     state, train_step = run.init_state(), run.train_step()
