@@ -20,9 +20,9 @@ A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `s
 NVIDIA H200 that four runs share.
 
 Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 and at 8,192 tokens of
-context. `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`, `causes`, `muon`: quality_memory.md,
-quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`: quality_keys.md. Not run yet: `far`,
-`base_best`, rates, softmax and FLASH-Quad of `shifted_forms`.
+context. `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`, `causes`, `muon`:
+quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`: quality_keys.md.
+Not run yet: `far`, `base_best`, rates, softmax and FLASH-Quad of `shifted_forms`.
 """
 
 from collections.abc import Iterator
@@ -239,6 +239,6 @@ def sweep_base() -> Iterator[Overrides]:
 
 
 def sweep_base_best() -> Iterator[Overrides]:
-    """112 M parameters, 8,192 tokens of context, 300 M tokens: FLASH of `best` and Transformer++, for time to quality."""
+    """112 M parameters, 8,192 tokens of context, 300 M tokens: the models of `best`, for the time to a quality."""
     for point in list(sweep_best())[:2]:
         yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': 4578}

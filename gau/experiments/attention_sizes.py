@@ -23,7 +23,7 @@ from gau.training import mesh as meshes
 from gau.training.batches import put_batch
 from gau.training.setup import Run
 
-# What is measured in each layer; every weight is between a query and a key that it sees, in FLASH in the same chunk or its window.
+# What is measured in each layer; every weight is between a query and a key that it sees, of FLASH's local branch.
 SIZES = {
     'residual': 'root mean square of the residual stream that the layer reads',
     'output': 'root mean square of what the layer adds to it',

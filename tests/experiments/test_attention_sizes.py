@@ -15,6 +15,7 @@ def config_of(*, name='flash', recipe='paper', **fields):
     config = lm.get_config(f'runlocal,model={name},recipe={recipe}')
     config.model.num_layers, config.model.model_dim, config.model.impl = 2, 32, 'xla'
     config.data.attend_across_documents = True
+    config.model.normalizer = config.model.relative_bias_init = None
     for field, value in fields.items():
         config.model[field] = value
     return training_config.resolve(config)
