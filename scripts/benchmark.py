@@ -44,9 +44,7 @@ _CONTEXTS = flags.DEFINE_list(
     'contexts', None, 'Tokens of context of models that name none; each kind has its own default.'
 )
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
-_PROFILE = flags.DEFINE_boolean(
-    'profile', False, 'Of decode and prefill: also the kernels of a GPU by name, in the rows.'
-)
+_PROFILE = flags.DEFINE_boolean('profile', False, 'Also the kernels of a GPU by name, in the rows.')
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1, 8 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
@@ -64,7 +62,7 @@ _QUICK_CONTEXTS = dict.fromkeys(cells.KINDS, (512,))
 # Flags that would do nothing if none of these kinds is measured.
 _SPEAKS_TO = dict.fromkeys(
     ('impls', 'remat', 'layer_stack', 'tokens_per_step', 'objective', 'packed'), cells.PASSES
-) | {'batch_sizes': ('decode',), 'profile': ('decode', 'prefill')}
+) | {'batch_sizes': ('decode',)}
 
 
 def main() -> int:

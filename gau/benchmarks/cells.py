@@ -74,7 +74,7 @@ class Cell:
       dtype: compute type.
       vocab_size: V.
       effort: 'full', or 'quick' for fewer and smaller samples.
-      profile: whether the kernels of one more sample are told (decode, prefill).
+      profile: whether the kernels of one more sample (of a pass: of one more step) are told.
     """
 
     benchmark: str

@@ -144,9 +144,7 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
     if cell.profile:
         state['position'] = jnp.full_like(state['position'], position)
         steps = STEPS[cell.effort] if cell.benchmark == 'decode' else 1
-        result['profile'] = kernel_trace.kernels(kernel_trace.traced(lambda: run(state)), steps=steps)
-        if result['profile'] is None:
-            raise UserError(f'--profile lists the kernels of a GPU, this is {jax.devices()[0].platform}')
+        result['profile'] = kernel_trace.profile(lambda: run(state), steps=steps)
 
 
 def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -10,8 +10,22 @@ from typing import Any
 
 import jax
 
+from gau.errors import UserError
+
 # As many names are told.
 MOST = 20
+
+
+def profile(run: Callable[[], Any], *, steps: int) -> dict[str, Any]:
+    """Returns what `kernels` says of a function that makes so many steps.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    found = kernels(traced(run), steps=steps)
+    if found is None:
+        raise UserError(f'--profile lists the kernels of a GPU, this is {jax.devices()[0].platform}')
+    return found
 
 
 def traced(run: Callable[[], Any]) -> list[dict]:

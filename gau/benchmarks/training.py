@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gau.benchmarks import kernel_trace
 from gau.benchmarks.cells import Cell
 from gau.benchmarks.timing import SAMPLES, Times, time_steps
 from gau.errors import UserError
@@ -56,7 +57,9 @@ def measure_train(cell: Cell, result: Result) -> None:
             return metrics['loss']
 
         times = time_steps(launch, jax.block_until_ready, effort=cell.effort)
-    _finish(times, float(metrics['loss']), result)
+        _finish(times, float(metrics['loss']), result)
+        if cell.profile:
+            result['profile'] = kernel_trace.profile(launch, steps=1)
 
 
 def measure_forward(cell: Cell, result: Result) -> None:
@@ -79,7 +82,9 @@ def measure_forward(cell: Cell, result: Result) -> None:
             return nll_BN
 
         times = time_steps(launch, jax.block_until_ready, effort=cell.effort)
-    _finish(times, float(jnp.mean(nll_BN)), result)
+        _finish(times, float(jnp.mean(nll_BN)), result)
+        if cell.profile:
+            result['profile'] = kernel_trace.profile(launch, steps=1)
 
 
 def measure_matmul(cell: Cell, result: Result) -> None:
