@@ -34,7 +34,7 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         gamma_RS, beta_RS = self.scale_offset(_Parameters)(s)
         like_o = jax.ShapeDtypeStruct((e,), self.dtype)
         out_ED, out_bias_D = Weights((x_BTD.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(like_o)
-        bias_HP = core.bias(core.chunk_size)
+        bias_HP = core.bias(core.spec.window * core.chunk_size)
         parameters = Parameters(
             *(norm_scale, uv_D2E, uv_bias_2E, z_DS, z_bias_S, gamma_RS, beta_RS, out_ED, out_bias_D),
             None if bias_HP is None else bias_HP[0],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.decoding import DecodePosition, State, scale_of_state
+from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_state
 from gau.ops.kernels import decode_row, tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, power_of_two
@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
       z_DS, z_bias_S: the projection of queries and keys.
       gamma_RS, beta_RS: scale and offset of the four of them.
       out_ED, out_bias_D: the last projection.
-      bias_P: relative bias by distance in a chunk, [2 C - 1], or None.
+      bias_P: relative bias by distance in a window of W chunks, [2 W C - 1], or None.
       mix_S: of shifted keys (`gau.layers.short_convolution.KeyShift`), or None.
       gate_D, gate_bias: of a gate of the state, one number for a chunk (`gau.layers.decay_gate.DecayGate`), or None.
     """
@@ -81,11 +81,14 @@ def decode_gated_chunks(
     places, expanded = window['v'].shape[1:]
     inner = parameters.z_DS.shape[1]
     tiles = tile_sizes.decode_tiles(batch, str(dtype))
-    place_B, scales = _place(position, spec), _scales(position, spec, inner)
-    place_B = jnp.where(position.length_B > 0, place_B, places).astype(jnp.int32)
+    scales = _scales(position, spec, inner)
+    # And the first place of the sequence, where the window begins before it.
+    place_B = _place(position, spec)
+    zero_B = jnp.maximum(place_B - position.start_B, 0)
+    place_2B = jnp.stack([jnp.where(position.length_B > 0, place_B, places), zero_B]).astype(jnp.int32)
     row_tiles = decode_row.row_tiles(width, expanded, inner) if batch == 1 else None
     if row_tiles is not None:
-        fields = {'place_1': place_B, 'scales': scales, 'spec': spec, 'tiles': row_tiles}
+        fields = {'place_2': place_2B[:, 0], 'scales': scales, 'spec': spec, 'tiles': row_tiles}
         return decode_row.decode_row(x_BD, parameters, table, window, **fields)
 
     block_b = min(power_of_two(batch), tiles.block_b)
@@ -98,7 +101,7 @@ def decode_gated_chunks(
     old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'before', 'gate')}
     inputs = (
         *(x_BD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), place_B),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), place_2B),
         parameters.mix_S if shifted else none,
         *((parameters.gate_D, parameters.gate_bias) if gated else (none, none)),
     )
@@ -131,7 +134,7 @@ def decode_gated_chunks(
     (o_BE,) = launch(
         kernels.decode_attention_kernel,
         *(q_BS, q_lin_BS, u_BE, *(window[name] for name in ('k', 'k_lin', 'v', 'sum'))),
-        *(scales if bias_P is None else bias_P, place_B, scales),
+        *(scales if bias_P is None else bias_P, place_2B, scales),
         *((window['gate'], window['count']) if gated else (scales, scales)),
         outputs=[like_e],
         grid=(cdiv(expanded, block_e), batch),
@@ -142,6 +145,7 @@ def decode_gated_chunks(
         E=expanded,
         PLACES=places,
         BIAS=bias_P is not None,
+        NEAR=spec.window,
         GATED=gated,
         MEAN=spec.mean,
         PRECISION=PRECISION,
@@ -167,24 +171,27 @@ def decode_gated_chunks(
 
 
 def _place(position: DecodePosition, spec: ChunkSpec) -> Array:
-    return position.start_B - position.opened_B // spec.chunk_size * spec.chunk_size
+    size = spec.chunk_size
+    return position.start_B - position.opened_B // size * size + (spec.window - 1) * size
 
 
 def _scales(position: DecodePosition, spec: ChunkSpec, width: int) -> Array:
-    """Returns factors of each row: on q.k, on weights in the chunk, on those before it, on the sum; float32 [4, B]."""
+    """Returns factors of each row: on q.k, on weights nearby, on those before, on the sum; float32 [4, B]."""
     size, scoring = spec.chunk_size, spec.scoring
-    visible_B = (position.start_B % size + 1).astype(jnp.float32)
+    chunks_B = position.start_B // size
+    visible_B = jnp.minimum(chunks_B, spec.window - 1) * size + position.start_B % size + 1
+    visible_B = visible_B.astype(jnp.float32)
     ones_B = jnp.ones_like(visible_B)
     score_B = choose(
         scoring.normalizer,
         {
-            'paper': ones_B / size,
+            'paper': ones_B / (spec.window * size),
             'fixed': ones_B / scoring.length,
             'visible': 1 / visible_B,
             'su': ones_B * width**-0.5,
         },
     )
     weight_B = 1 / visible_B if scoring.normalizer == 'su' else ones_B
-    state_B = scale_of_state(position.start_B // size, spec, jnp.float32)
-    before_B = (_place(position, spec) // size).astype(jnp.float32)
+    state_B = scale_of_state(chunks_in_sum(chunks_B, spec), spec, jnp.float32)
+    before_B = (_place(position, spec) // size - (spec.window - 1)).astype(jnp.float32)
     return jnp.stack([score_B, weight_B, state_B, state_B * spec.global_decay**before_B])

@@ -147,21 +147,23 @@ def decode_projections_kernel(
 def decode_attention_kernel(
     q_ptr, q_lin_ptr, u_ptr, k_ptr, k_lin_ptr, v_ptr, sum_ptr, bias_ptr, place_ptr, scales_ptr, gate_ptr, count_ptr,
     o_ptr,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, NEAR: tl.constexpr,
     GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """o = u (a v + q_lin sum): the token's row of attention, over its window and over what is summed up.
 
-    In its own chunk a = weight_scale relu(q k score_scale + bias)^2, in the one before a = state_scale q_lin k_lin.
+    In its own chunk, or NEAR chunks, a = weight_scale relu(q k score_scale + bias)^2; in the one before these
+    a = state_scale q_lin k_lin.
     Both are rows of one tile, 0 where the other has a say; the matmuls' other rows are 0. (What a row reads is its own,
     so they multiply one row with a matrix; but the loads of matmuls are pipelined.)
 
     Grid    [E / BLOCK_E, B]
     Tile    [16, BLOCK_E], of which a row is 2, sums over BLOCK_W rows of S at a time, then over BLOCK_W places
     Reads   q and q_lin [B, S]; u [B, E]; of k, k_lin [B, PLACES, S] and v [B, PLACES, E] what is filled; sum [B, S, E];
-            bias [2 C - 1], if BIAS; place [B]; scales [4, B]: score_scale, weight_scale, state_scale, and that of sum;
-            if GATED the last two follow from gate [B, PLACES] and count [B]
+            bias [2 NEAR C - 1], if BIAS; place [2, B], the token's and the first of the sequence; scales [4, B]:
+            score_scale, weight_scale, state_scale, and that of sum; if GATED the last two follow from gate [B, PLACES]
+            and count [B]
     Writes  o [B, E]
     Bytes   393 KB of the sum, and up to 918 KB of the chunk for a row; keys for every tile of E, from the cache
     """
@@ -175,9 +177,12 @@ def decode_attention_kernel(
     weight_scale = tl.load(scales_ptr + rows + b)
     state_scale = tl.load(scales_ptr + 2 * rows + b)
     sum_scale = tl.load(scales_ptr + 3 * rows + b)
-    chunk = place // C
+    zero = tl.load(place_ptr + rows + b)
+    # The first chunk nearby: 1 where the one before it is in the window and not in the sum yet.
+    chunk = place // C - (NEAR - 1)
     if GATED:
-        state_scale, sum_scale = scales_in_window(gate_ptr + b * PLACES, count_ptr + b, chunk, C, MEAN, BLOCK_C)
+        far = tl.where(zero > 0, 0, chunk)
+        state_scale, sum_scale = scales_in_window(gate_ptr + b * PLACES, count_ptr + b, far, C, MEAN, BLOCK_C)
     u = tl.load(u_ptr + b * E + e, mask=e < E, other=0.0).to(tl.float32)
     q_rows = tl.where(r == 0, q_ptr, q_lin_ptr) + b * S  # [16]
     queries = tl.load(q_rows[:, None] + s[None, :], mask=(r < 2)[:, None] & (s < S)[None, :], other=0.0)  # [16, BS]
@@ -191,8 +196,8 @@ def decode_attention_kernel(
         mixed = tl.dot((q_lin.to(tl.float32) * sum_scale).to(dtype), m, mixed, input_precision=PRECISION)
     for start in range(0, tl.minimum(place + 1, PLACES), BLOCK_W):
         j = start + tl.arange(0, BLOCK_W)
-        own = j // C == chunk
-        mask = (j <= place) & (j < PLACES)
+        own = j // C >= chunk
+        mask = (j <= place) & (j < PLACES) & (j >= zero)
         row = (b * PLACES + j) * S
         keys_ptr = tl.where(own, k_ptr, k_lin_ptr) + row  # [BW]
         keys = tl.load(keys_ptr[:, None] + s[None, :], mask=mask[:, None] & (s < S)[None, :], other=0.0)  # [BW, BS]
@@ -203,7 +208,7 @@ def decode_attention_kernel(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         near = scores * score_scale
         if BIAS:
-            near += tl.load(bias_ptr + j - place + C - 1, mask=mask & own, other=0.0).to(tl.float32)[None, :]
+            near += tl.load(bias_ptr + j - place + NEAR * C - 1, mask=mask & own, other=0.0).to(tl.float32)[None, :]
         near = tl.maximum(near, 0.0)
         a = tl.where(own[None, :], near * near * weight_scale, scores * state_scale)
         a = tl.where(mask[None, :] & (r[:, None] == tl.where(own, 0, 1)[None, :]), a, 0.0)

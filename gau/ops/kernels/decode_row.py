@@ -43,7 +43,7 @@ def decode_row(
     table: tuple[Array, Array],
     window: State,
     *,
-    place_1: Array,
+    place_2: Array,
     scales: Array,
     spec: ChunkSpec,
     tiles: DecodeRowTiles,
@@ -56,7 +56,7 @@ def decode_row(
       table: cosines and sines, float32 [1, S / 2], or None.
       window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`); with shifted keys
         `before`, with a gate `gate` and `count`.
-      place_1: the token's place in the window; behind its end: nowhere.
+      place_2: the token's place in the window, behind its end: nowhere; and the first place of the sequence.
       scales: factors, float32 [4, 1].
       spec: that of `decode_gated_chunks`.
       tiles: of `row_tiles`.
@@ -72,7 +72,7 @@ def decode_row(
     old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'arrivals', 'before', 'gate')}
     inputs = (
         *(x_1D, p.norm, p.uv_D2E, p.uv_bias_2E, p.z_DS, p.z_bias_S, p.gamma_RS, p.beta_RS, *(table or (none, none))),
-        *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_1, scales),
+        *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_2, scales),
         *(p.mix_S if shifted else none, *((p.gate_D, p.gate_bias, window['count']) if gated else (none,) * 3)),
     )
     y_1D, *new = launch(
@@ -93,6 +93,7 @@ def decode_row(
         ROPE=table is not None,
         BIAS=p.bias_P is not None,
         SHIFTED=shifted,
+        NEAR=spec.window,
         GATED=gated,
         MEAN=spec.mean,
         EPSILON=NORM_EPSILON,

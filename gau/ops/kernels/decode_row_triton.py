@@ -41,8 +41,8 @@ def decode_row_kernel(
     old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr, old_gate_ptr,
     y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, gate_ptr, u_ptr, q_ptr, o_ptr,
     D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, GATED: tl.constexpr, MEAN: tl.constexpr,
-    EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
+    MEAN: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -51,10 +51,10 @@ def decode_row_kernel(
     Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles
             of z; for E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
     Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
-            [S / 2]; sum [S, E]; bias [2 C - 1], if BIAS; place; scales [4]: score_scale, weight_scale, state_scale, and
-            that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if SHIFTED, mix [S] and before [S], z
-            of the token before; if GATED, w [D], a bias, and gate [PLACES] and count, of which the last two scales
-            follow
+            [S / 2]; sum [S, E]; bias [2 NEAR C - 1], if BIAS; place [2]; scales [4]: score_scale, weight_scale,
+            state_scale, and that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if SHIFTED, mix [S]
+            and before [S], z of the token before; if GATED, w [D], a bias, and gate [PLACES] and count, of which the
+            last two scales follow
     Writes  y [D]; v, k, k_lin and gate at `place`, arrivals, and before, all of which take over the buffers of
             `old_*`; for the other programs u [E], q [2, S], o [E]
     Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
@@ -66,7 +66,9 @@ def decode_row_kernel(
         arrived = tl.load(arrivals_ptr, volatile=True) // (2 * PROGRAMS) * (2 * PROGRAMS)
     place = tl.load(place_ptr)
     filled = tl.minimum(place, PLACES)
-    chunk = place // C
+    zero = tl.load(place_ptr + 1)
+    # The first chunk nearby.
+    chunk = place // C - (NEAR - 1)
     s = tl.arange(0, BLOCK_S)
     e = program * BLOCK_E + tl.arange(0, BLOCK_E)
     n = program * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -140,15 +142,16 @@ def decode_row_kernel(
         tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=written[:, None] & first[None, :])
         tl.store(to + H, y2.to(q_ptr.dtype.element_ty), mask=written[:, None] & second[None, :])
     _arrive(arrivals_ptr, PROGRAMS)
-    v = _values(v_ptr, 0, e, filled, E, BLOCK_W)  # [BW, BE]
-    keys = _keys(k_ptr, k_lin_ptr, 0, s, filled, chunk, C, S, BLOCK_W)  # [BW, BS]
+    v = _values(v_ptr, 0, e, zero, filled, E, BLOCK_W)  # [BW, BE]
+    keys = _keys(k_ptr, k_lin_ptr, 0, s, zero, filled, chunk, C, S, BLOCK_W)  # [BW, BS]
     score_scale = tl.load(scales_ptr)
     weight_scale = tl.load(scales_ptr + 1)
     state_scale = tl.load(scales_ptr + 2)
     sum_scale = tl.load(scales_ptr + 3)
     if GATED:
         # (Of the chunk before: no logit of this token.)
-        state_scale, sum_scale = scales_in_window(gate_ptr, count_ptr, chunk, C, MEAN, BLOCK_C)
+        far = tl.where(zero > 0, 0, chunk)
+        state_scale, sum_scale = scales_in_window(gate_ptr, count_ptr, far, C, MEAN, BLOCK_C)
     _wait(arrivals_ptr, arrived + PROGRAMS, PROGRAMS)
 
     dtype = m.dtype
@@ -162,24 +165,25 @@ def decode_row_kernel(
     own_k = tl.load(k_ptr + at * S + s, mask=s < S, other=0.0).to(tl.float32)
     own = tl.sum(q * own_k, axis=0) * score_scale
     if BIAS:
-        own += tl.load(bias_ptr + C - 1).to(tl.float32)
+        own += tl.load(bias_ptr + NEAR * C - 1).to(tl.float32)
     own = tl.maximum(own, 0.0)
     mixed += (own * own * weight_scale).to(dtype).to(tl.float32) * own_v
     for start in tl.static_range(0, PLACES, BLOCK_W):
         if start < filled:
             j = start + tl.arange(0, BLOCK_W)
             if start > 0:
-                v = _values(v_ptr, start, e, filled, E, BLOCK_W)
-                keys = _keys(k_ptr, k_lin_ptr, start, s, filled, chunk, C, S, BLOCK_W)
-            current = j // C == chunk
+                v = _values(v_ptr, start, e, zero, filled, E, BLOCK_W)
+                keys = _keys(k_ptr, k_lin_ptr, start, s, zero, filled, chunk, C, S, BLOCK_W)
+            current = j // C >= chunk
+            seen = (j < filled) & (j >= zero)
             reader = tl.where(current[:, None], q[None, :], q_lin[None, :])
             scores = tl.sum(reader * keys.to(tl.float32), axis=1)  # [BW]
             near = scores * score_scale
             if BIAS:
-                near += tl.load(bias_ptr + j - place + C - 1, mask=(j < filled) & current, other=0.0).to(tl.float32)
+                near += tl.load(bias_ptr + j - place + NEAR * C - 1, mask=seen & current, other=0.0).to(tl.float32)
             near = tl.maximum(near, 0.0)
             a = tl.where(current, near * near * weight_scale, scores * state_scale)
-            a = tl.where(j < filled, a, 0.0).to(dtype).to(tl.float32)
+            a = tl.where(seen, a, 0.0).to(dtype).to(tl.float32)
             mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
     tl.store(o_ptr + e, (u * mixed).to(o_ptr.dtype.element_ty), mask=e < E)
     _arrive(arrivals_ptr, PROGRAMS)
@@ -191,17 +195,20 @@ def decode_row_kernel(
 
 
 @triton.jit
-def _values(v_ptr, start: tl.constexpr, e, filled, E: tl.constexpr, BLOCK_W: tl.constexpr):
+def _values(v_ptr, start: tl.constexpr, e, zero, filled, E: tl.constexpr, BLOCK_W: tl.constexpr):
     """Returns v at BLOCK_W places from `start` on, [BLOCK_W, BLOCK_E]; 0 where nothing is filled."""
     j = start + tl.arange(0, BLOCK_W)
-    return tl.load(v_ptr + j[:, None] * E + e[None, :], mask=(j < filled)[:, None] & (e < E)[None, :], other=0.0)
+    mask = ((j < filled) & (j >= zero))[:, None] & (e < E)[None, :]
+    return tl.load(v_ptr + j[:, None] * E + e[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _keys(
-    k_ptr, k_lin_ptr, start: tl.constexpr, s, filled, chunk, C: tl.constexpr, S: tl.constexpr, BLOCK_W: tl.constexpr
-):
-    """Returns k of the places of this chunk and k_lin of those before it, [BLOCK_W, BLOCK_S]."""
+    k_ptr, k_lin_ptr, start: tl.constexpr, s, zero, filled, chunk, C: tl.constexpr, S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Returns k of the places from this chunk on and k_lin of those before it, [BLOCK_W, BLOCK_S]."""
     j = start + tl.arange(0, BLOCK_W)
-    ptr = tl.where(j // C == chunk, k_ptr, k_lin_ptr) + j * S  # [BW]
-    return tl.load(ptr[:, None] + s[None, :], mask=(j < filled)[:, None] & (s < S)[None, :], other=0.0)
+    ptr = tl.where(j // C >= chunk, k_ptr, k_lin_ptr) + j * S  # [BW]
+    mask = ((j < filled) & (j >= zero))[:, None] & (s < S)[None, :]
+    return tl.load(ptr[:, None] + s[None, :], mask=mask, other=0.0)

@@ -34,17 +34,18 @@ def before(dtype):
     return normal(8, B, S).astype(dtype)
 
 
-def state_of(dtype):
-    parts = {'k': (C, S), 'k_lin': (C, S), 'v': (C, E), 'sum': (S, E)}
+def state_of(dtype, chunks=1):
+    places = chunks * C
+    parts = {'k': (places, S), 'k_lin': (places, S), 'v': (places, E), 'sum': (S, E)}
     state = {name: normal(i, B, *shape) for i, (name, shape) in enumerate(parts.items())}
     return {name: x.astype(dtype if name != 'sum' or dtype == 'float64' else 'float32') for name, x in state.items()}
 
 
-def window_of(dtype):
+def window_of(dtype, chunks=1):
     """A window with something at all its places."""
-    window = open_window(state_of(dtype), WINDOW)
+    window, old = open_window(state_of(dtype, chunks), WINDOW), chunks * C
     return {
-        name: x if name in ('sum', 'arrivals') else x.at[:, C:].set(normal(9, *x[:, C:].shape).astype(dtype))
+        name: x if name in ('sum', 'arrivals') else x.at[:, old:].set(normal(9, *x[:, old:].shape).astype(dtype))
         for name, x in window.items()
     }
 
@@ -62,9 +63,12 @@ def expect_close(found, wanted, dtype, name):
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
-        ('mean, decay, visible; shifted gated', slice(None)),
+        ('mean, decay, visible; shifted gated two', slice(None)),
         # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
-        ('mean, decay, visible; shifted gated', slice(3, 4)),
+        ('mean, decay, visible; shifted gated two', slice(4, 5)),
+        pytest.param('mean; shifted gated two', slice(None), marks=pytest.mark.slow),
+        pytest.param('mean; shifted gated two', slice(1, 2), marks=pytest.mark.slow),
+        pytest.param('sum, decay, su; two', slice(None), marks=pytest.mark.slow),
         pytest.param('mean, decay, visible; shifted', slice(None), marks=pytest.mark.slow),
         pytest.param('sum, decay, su; gated', slice(None), marks=pytest.mark.slow),
         pytest.param('sum, decay, su; gated', slice(0, 1), marks=pytest.mark.slow),
@@ -77,10 +81,11 @@ def expect_close(found, wanted, dtype, name):
 )
 def test_one_token_of_a_layer(case, rows, dtype):
     case, _, more = case.partition('; ')
-    shifted, gated = 'shifted' in more, 'gated' in more
-    start_B, opened_B = START_B[rows], OPENED_B[rows]
-    spec, position = SPECS[case], DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
-    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
+    shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
+    # (In a window of two chunks, the second row beyond the border of the sequence's first chunk.)
+    start_B, opened_B = (START_B if chunks == 1 else START_B.at[1].set(C))[rows], OPENED_B[rows]
+    spec, position = SPECS[case]._replace(window=chunks), DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
+    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
     if case == 'mean':
         parameters = parameters._replace(bias_P=None)
@@ -98,18 +103,21 @@ def test_one_token_of_a_layer(case, rows, dtype):
     scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
     roles = [(keys_B1S if i % 2 else z_B1S) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     q, k, q_lin, k_lin = roles if table is None else (apply_rope(x, table) for x in roles)
-    bias_B1C = None
+    bias_B1M = None
     if parameters.bias_P is not None:
-        bias_B1C = bias_matrix(parameters.bias_P, C, C)[start_B % C][:, None]
+        bias_B1M = bias_matrix(parameters.bias_P, chunks * C, chunks * C)[(chunks - 1) * C + start_B % C][:, None]
     gate_B1L, gate = None, {}
     if gated:
         # As a gate takes the decay's place: what is a spec with one decays as the gate says.
         parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
         gate_B1L = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
         # Nothing before the first chunk.
-        gate = {'gate': normal(44, B, C + WINDOW, 1), 'count': jnp.where(OPENED_B < C, 0, 9.5 + OPENED_B)[:, None]}
-    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1M': bias_B1C}
-    av_B1E, wanted = window_token(*(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64') | gate, rows), **fields)
+        count_B1 = jnp.where(chunks * C > OPENED_B, 0, 9.5 + OPENED_B)[:, None]
+        gate = {'gate': normal(44, B, chunks * C + WINDOW, 1), 'count': count_B1}
+    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1M': bias_B1M}
+    av_B1E, wanted = window_token(
+        *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64', chunks) | gate, rows), **fields
+    )
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
@@ -117,7 +125,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
-    window = window_of(dtype) | ({'before': before(dtype)} if shifted else {})
+    window = window_of(dtype, chunks) | ({'before': before(dtype)} if shifted else {})
     window |= {name: x.astype('float32') for name, x in gate.items()}
     found_BD, found = decode_gated_chunks(
         x_BD.astype(dtype), Parameters(**narrow), table, cut(window, rows), position=position, spec=spec
