@@ -138,6 +138,9 @@ class MixedChunkCore(QuadraticCore):
         self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
     ) -> Array:
         """See the base class."""
+        if bias_P is not None:
+            # Of a window also where the block is one chunk: there may be one before it.
+            bias_P = self.bias(self.spec.window * self.chunk_size)[0]
         return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, gate_BTL=gate_BNL, tokens=tokens)
 
     def gated(

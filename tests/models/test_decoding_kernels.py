@@ -19,7 +19,7 @@ from tests.numerics import float64
     [
         {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
         | {'key_input': 'shifted'},
-        {'decay_gate': 'scalar', 'key_input': 'shifted'},
+        {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2},
         pytest.param({'num_layers': 2, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(
             {
@@ -64,7 +64,8 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'attention_function': 'softmax', 'num_layers': 1}, False),
         ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, True),
-        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'num_layers': 1}, False),
+        # Two chunks a window: single tokens in kernels, prompts in those of training.
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2, 'num_layers': 1}, False),
         ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, False),
         # Layers that are scanned have none of the kernels that write in place.
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
@@ -76,7 +77,7 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
 def test_prompts_in_kernels(name, fields, short, monkeypatch):
     """Prompts at once and in two parts, of which the second begins anywhere in a chunk; short ones, and others."""
     pytest.importorskip('triton')
-    if not short and 'layer_stack' not in fields:
+    if not short and not {'layer_stack', 'local_window'} & fields.keys():
         monkeypatch.setattr(decoding, 'SHORT_PROMPT_TOKENS', 0)
     calls, kernels = [], decode_unit.prefill_gated_chunks
     monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))

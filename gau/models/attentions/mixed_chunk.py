@@ -199,14 +199,16 @@ class MixedChunk(ScoredAttention):
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        known = self._window_is_known(config) and config.local_window in (None, 1)
-        return 'chunk' if impl == 'triton' and known else None
+        return 'chunk' if impl == 'triton' and self._window_is_known(config) else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
-        plain = plain and config.decay_gate != 'keys' and config.local_window in (None, 1)
-        return impl == 'triton' and plain and self._window_is_known(config)
+        return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
+
+    def short_prompts_in_kernels(self, config: ConfigDict, impl: str) -> bool:
+        """See the base class."""
+        return config.local_window in (None, 1) and self.decodes_in_kernels(config, impl)
 
     def _window_is_known(self, config: ConfigDict) -> bool:
         """Whether fields that a window does not know say what they would without them."""

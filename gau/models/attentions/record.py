@@ -95,6 +95,10 @@ class Attention:
         """Returns whether a gated unit decodes single tokens in kernels (`gau.layers.decode_unit`)."""
         return False
 
+    def short_prompts_in_kernels(self, config: ConfigDict, impl: str) -> bool:
+        """Returns whether it also reads short prompts in kernels of their own."""
+        return False
+
     def window(self, config: ConfigDict) -> int | None:
         """Returns the most single tokens that are decoded before `close_window`; None: any number, without a window."""
         return None

@@ -50,7 +50,7 @@ class Family:
         raise NotImplementedError
 
     def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
-        """Returns whether single tokens and short prompts have kernels of their own (`gau.layers.decode_unit`)."""
+        """Returns whether single tokens, and perhaps short prompts, have kernels (`gau.layers.decode_unit`)."""
         return False
 
     def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:

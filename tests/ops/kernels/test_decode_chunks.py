@@ -24,7 +24,6 @@ SPECS = {
     'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
     'mean, decay, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True, 'both', 'mean', 0.7),
 }
-CASES = [case if case == 'mean, decay, visible' else pytest.param(case, marks=pytest.mark.slow) for case in SPECS]
 # Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
 OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49])
 B = len(OPENED_B)
@@ -148,30 +147,58 @@ def test_a_row_has_one_kernel_where_its_programs_fit_on_the_gpu_together(monkeyp
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('case', CASES)
-def test_a_block_of_a_prompt(case, dtype):
-    spec, t = SPECS[case], 3 * C
+@pytest.mark.parametrize(
+    ('case', 'chunks', 'columns', 't'),
+    [
+        ('mean, decay, visible', 2, 1, 3 * C),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ('mean', 1, 0, 3 * C),
+                ('sum, decay, su', 1, 0, 3 * C),
+                ('mean, decay, visible', 1, S, 3 * C),
+                ('mean, decay, visible', 2, 0, 3 * C),
+                ('mean', 2, S, 3 * C),
+                ('sum, decay, su', 2, 1, C),
+            )
+        ),
+    ],
+)
+def test_a_block_of_a_prompt(case, chunks, columns, t, dtype):
+    """Reads one chunk or two, with a gate of so many columns or none."""
+    spec = SPECS[case]._replace(window=chunks)
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
-    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
-    position = DecodePosition(start_B, length_B)
+    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.minimum(jnp.array([5, 24, 36, 0, 17]), t)
+    position, places = DecodePosition(start_B, length_B), chunks * C
     q, k, q_lin, k_lin = (normal(50 + i, B, t, S) for i in range(4))
-    p_BTW, bias_2E, bias_P = normal(54, B, t, 2 * E + S), normal(55, 2, E), normal(56, 2 * C - 1)
+    p_BTW, bias_2E, bias_P = normal(54, B, t, 2 * E + S), normal(55, 2, E), normal(56, 2 * places - 1)
     u_BTE, v_BTE = gate_and_values(p_BTW, bias_2E)
+    gate, gate_BTL = {}, None
+    if columns:
+        gate_BTL = normal(57, B, t, columns)
+        count_BL = jnp.where(start_B[:, None] < places, 0, 9.5 + jnp.arange(columns))
+        gate = {'gate': normal(58, B, places, columns), 'count': count_BL}
     wanted_BTE, wanted = mixed_chunk_block(
         *(q, k, q_lin, k_lin, v_BTE),
-        state_of('float64'),
+        state_of('float64', chunks) | gate,
         position=position,
         spec=spec,
-        bias_CC=bias_matrix(bias_P, C, C),
+        gate_BTL=gate_BTL,
+        bias_CC=bias_matrix(bias_P, places, places),
     )
     arrays = [x.astype(dtype) for x in (p_BTW, q, k, q_lin, k_lin)]
     vectors = [x.astype('float32') for x in (bias_2E, bias_P)]
-    found_BTE, found = gated_mixed_chunk_block(
-        *(arrays[0], vectors[0], *arrays[1:]), state_of(dtype), position=position, spec=spec, bias_P=vectors[1]
-    )
+    fields = {'position': position, 'spec': spec, 'bias_P': vectors[1]}
+    if columns:
+        fields['gate_BTL'] = gate_BTL.astype('float32')
+    state = state_of(dtype, chunks) | {name: x.astype('float32') for name, x in gate.items()}
+    found_BTE, found = gated_mixed_chunk_block(*(arrays[0], vectors[0], *arrays[1:]), state, **fields)
     real = (jnp.arange(t) < length_B[:, None])[..., None]
     expect_close(jnp.where(real, found_BTE, 0), jnp.where(real, u_BTE * wanted_BTE, 0), dtype, 'o')
-    expect_close(found['sum'], wanted['sum'], dtype, 'sum')
-    filled = (jnp.arange(C) < (start_B + length_B)[:, None] % C)[..., None]
-    for name in ('k', 'k_lin', 'v'):
+    for name in ('sum', 'count') if columns else ('sum',):
+        expect_close(found[name], wanted[name], dtype, name)
+    end_B, place_P = start_B + length_B, jnp.arange(places)
+    filled = place_P < (places - C + end_B % C)[:, None]
+    filled = (filled & (place_P >= (places - C - end_B // C * C)[:, None]))[..., None]
+    for name in ('k', 'k_lin', 'v', *(('gate',) if columns else ())):
         expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)
