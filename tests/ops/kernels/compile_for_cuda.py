@@ -84,12 +84,14 @@ def decode():
         state['sum'] = zeros(batch, S, E, **vector)
         table = (zeros(batch, S // 2, **vector),) * 2
         gate = {'gate': zeros(batch, C, 1, **vector), 'count': zeros(batch, 1, **vector)}
-        # With shifted keys and a gate kernels do all that they do without, and more.
-        for more, fields in (({}, {}), (gate | {'before': zeros(batch, S)}, shift_and_gate()))[batch > 1 :]:
+        # With shifted keys, a gate and a window of two chunks kernels do all that they do without, and more.
+        two = SPEC._replace(window=2, chunk_size=C // 2)
+        plain, all_of_it = ({}, {}, SPEC), (gate | {'before': zeros(batch, S)}, shift_and_gate(), two)
+        for more, fields, spec in (plain, all_of_it)[batch > 1 :]:
             window = open_window({name: x for name, x in (state | more).items() if name != 'before'}, 32)
             window |= {name: x for name, x in more.items() if name == 'before'}
             found = parameters()._replace(**fields)
-            decode_gated_chunks(zeros(batch, D), found, table, window, position=position, spec=SPEC)
+            decode_gated_chunks(zeros(batch, D), found, table, window, position=position, spec=spec)
         if batch == 8:
             continue
         for function, normalizer, heads, s, e in (('softmax', None, 12, 64, 64), ('relu2', 'fixed', 1, S, E)):
