@@ -280,7 +280,8 @@ def prefill(
             places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
         short = ARCHITECTURES[config.name].family.decodes_in_kernels(config, attention, model.implementation)
-        short = short and attention.short_prompts_in_kernels(config, model.implementation.attention)
+        one_block = fresh and block is None
+        short &= attention.short_prompts_in_kernels(config, model.implementation.attention, fresh=one_block)
         if short and not _scanned(model) and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
             reader, tokens = 'short', SHORT_PROMPT_TOKENS
         most = block or max(size, tokens // batch)

@@ -64,8 +64,8 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'attention_function': 'softmax', 'num_layers': 1}, False),
         ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, True),
-        # Two chunks a window: single tokens in kernels, prompts in those of training.
-        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2, 'num_layers': 1}, False),
+        # With a window of two chunks those of short prompts begin a sequence, training's go on.
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2, 'num_layers': 1}, True),
         ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, False),
         # Layers that are scanned have none of the kernels that write in place.
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
@@ -77,7 +77,7 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
 def test_prompts_in_kernels(name, fields, short, monkeypatch):
     """Prompts at once and in two parts, of which the second begins anywhere in a chunk; short ones, and others."""
     pytest.importorskip('triton')
-    if not short and not {'layer_stack', 'local_window'} & fields.keys():
+    if not short and 'layer_stack' not in fields:
         monkeypatch.setattr(decoding, 'SHORT_PROMPT_TOKENS', 0)
     calls, kernels = [], decode_unit.prefill_gated_chunks
     monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
@@ -89,7 +89,8 @@ def test_prompts_in_kernels(name, fields, short, monkeypatch):
     with float64():
         full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
     prefill = functools.partial(decoding.prefill, model, block=BLOCK)
-    whole, step = tiny.compile_fast(functools.partial(prefill, fresh=True)), functions(model)[1]
+    more = {'block': None} if 'local_window' in fields else {}
+    whole, step = tiny.compile_fast(functools.partial(prefill, fresh=True, **more)), functions(model)[1]
     rest_BN = tokens_BN[rows[:, None], np.minimum(first_B[:, None] + np.arange(N), N - 1)]
     empty = decoding.init_state(model, batch_size=5, capacity=N)
     _, state = whole(params, empty, tokens_BN, first_B)

@@ -206,9 +206,10 @@ class MixedChunk(ScoredAttention):
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
         return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
 
-    def short_prompts_in_kernels(self, config: ConfigDict, impl: str) -> bool:
+    def short_prompts_in_kernels(self, config: ConfigDict, impl: str, *, fresh: bool) -> bool:
         """See the base class."""
-        return config.local_window in (None, 1) and self.decodes_in_kernels(config, impl)
+        # They do not read the chunk before a block.
+        return self.decodes_in_kernels(config, impl) and (fresh or config.local_window in (None, 1))
 
     def _window_is_known(self, config: ConfigDict) -> bool:
         """Whether fields that a window does not know say what they would without them."""

@@ -95,8 +95,8 @@ class Attention:
         """Returns whether a gated unit decodes single tokens in kernels (`gau.layers.decode_unit`)."""
         return False
 
-    def short_prompts_in_kernels(self, config: ConfigDict, impl: str) -> bool:
-        """Returns whether it also reads short prompts in kernels of their own."""
+    def short_prompts_in_kernels(self, config: ConfigDict, impl: str, *, fresh: bool) -> bool:
+        """Returns whether it also reads short prompts in kernels of their own; `fresh`: one block from empty states."""
         return False
 
     def window(self, config: ConfigDict) -> int | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.decoding import DecodePosition, State, scale_of_state
+from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_state
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.decode_chunks import PRECISION, Parameters
 from gau.ops.kernels.launch import launch
@@ -40,7 +40,8 @@ def prefill_gated_chunks(
       table: cosines and sines of each token's position, float32 [B, T, S / 2], or None.
       state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`); with shifted keys `before`, z of the token
         before, [B, S]; with a gate `gate` and `count`.
-      position: where the tokens stand; rows that take tokens begin a chunk with the first.
+      position: where the tokens stand; rows that take tokens begin a chunk with the first, with a window of two chunks
+        their sequence.
       spec: causal, relu2, both branches.
     """
     from gau.ops.kernels import prefill_chunks_triton as kernels
@@ -53,9 +54,10 @@ def prefill_gated_chunks(
     sizes = {'R': rows, 'E': expanded, 'S': inner, 'PRECISION': PRECISION}
     # The compiler reads these once for all layers.
     before_B = (position.start_B // size).astype(jnp.int32)
-    state_scale_BG = scale_of_state(before_B[:, None] + jnp.arange(groups), spec, jnp.float32)
+    chunks_BG = chunks_in_sum(before_B[:, None] + jnp.arange(groups), spec)
+    state_scale_BG = scale_of_state(chunks_BG, spec, jnp.float32)
     shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
-    more = {'LOG_DECAY': math.log2(spec.global_decay), 'GATED': gated}
+    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated}
     more |= {'BLOCK_G': power_of_two(groups), 'BLOCK_C': power_of_two(size)}
 
     shift = (parameters.mix_S, state['before']) if shifted else (none, none)
@@ -88,7 +90,7 @@ def prefill_gated_chunks(
         **sizes,
     )
     bias_P = parameters.bias_P
-    score_scale, over_visible = _normaliser(spec.scoring, size, inner)
+    score_scale, over_visible = _normaliser(spec.scoring, spec.window * size, inner)
     block_e = min(tiles.block_e, power_of_two(expanded))
     block_m = min(tiles.attention_m, power_of_two(size))
     (o_RE,) = launch(

@@ -164,21 +164,22 @@ def _weights_of_chunks(logits_ptr, n, C: tl.constexpr, BLOCK_G: tl.constexpr, BL
 def prefill_attention_kernel(
     activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr, o_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
-    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, GATED: tl.constexpr,
-    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr,
+    GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """o = u (a v + w v' + state_scale decay^g q_lin sum), v' of the chunks of the block before the own one, the g-th.
 
     a = relu(q.k score_scale + bias)^2 weight_scale in the own chunk. w = state_scale decay^n q_lin.k_lin where n chunks
-    lie between. If GATED, each of these chunks has a decay of its own, and state_scale follows from them.
+    lie between. If GATED, each of these chunks has a decay of its own, and state_scale follows from them. With NEAR 2 a
+    is on the chunk before as well, and w and the sum are of the chunks before both; sequences begin with the block.
 
     Grid    [E / BLOCK_E, G C / BLOCK_M, B]: the last tokens first, which have the most to read
     Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
-    Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 C - 1], if BIAS;
-            before [B], chunks before the block; state_scale [B, G]; if GATED logits [R] and count [B], the tokens in
-            sum by weight
+    Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 NEAR C - 1], if
+            BIAS; before [B], chunks before the block; state_scale [B, G]; if GATED logits [R] and count [B], the tokens
+            in sum by weight
     Writes  o [R, E]
     Bytes   activations, roles and o, 10 MB
     """
@@ -199,10 +200,11 @@ def prefill_attention_kernel(
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
     state_scale = tl.load(state_scale_ptr + b * G + g)
-    sum_scale = state_scale * tl.exp2(LOG_DECAY * g.to(tl.float32))
+    far = g - (NEAR - 1)
+    sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
     chunk = tl.arange(0, BLOCK_G)
     if GATED:
-        logs, weights = _weights_of_chunks(logits_ptr + first, g, C, BLOCK_G, BLOCK_C)  # [BG] each
+        logs, weights = _weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
         kept = tl.exp2(tl.sum(logs, axis=0))
         if MEAN:
             count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
@@ -219,7 +221,7 @@ def prefill_attention_kernel(
             mixed = tl.dot(q_lin, m, mixed, input_precision=PRECISION)
         mixed *= sum_scale
     q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
-    for step in range(0, g * blocks):
+    for step in range(0, far * blocks):
         row = first + step // blocks * C
         j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
@@ -228,14 +230,15 @@ def prefill_attention_kernel(
         if GATED:
             scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
         elif LOG_DECAY < 0:
-            scale *= tl.exp2(LOG_DECAY * (g - 1 - step // blocks).to(tl.float32))
+            scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
         # [BM, BS] @ [BS, BN]
         w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
         # [BM, BN] @ [BN, BE]
         mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
     q = load_tile(roles_ptr + own * S, i, s, S, queries, width)  # [BM, BS]
-    visible = (i + 1).to(tl.float32)[:, None]
-    for start in range(0, tl.minimum((number % tiles + 1) * BLOCK_M, C), BLOCK_N):
+    before = tl.minimum(g, NEAR - 1) * C
+    visible = (before + i + 1).to(tl.float32)[:, None]
+    for start in range(-before, tl.minimum((number % tiles + 1) * BLOCK_M, C), BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k = load_tile(roles_ptr + (R + own) * S, j, s, S, keys, width)  # [BN, BS]
         v = load_tile(activations_ptr + own * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
@@ -245,7 +248,7 @@ def prefill_attention_kernel(
         if OVER_VISIBLE == 1:
             x /= visible
         if BIAS:
-            x += tl.load(bias_ptr + j[None, :] - i[:, None] + C - 1, mask=seen, other=0.0).to(tl.float32)
+            x += tl.load(bias_ptr + j[None, :] - i[:, None] + NEAR * C - 1, mask=seen, other=0.0).to(tl.float32)
         r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         a = tl.where(seen, r * r, 0.0)
         if OVER_VISIBLE == 2:
@@ -261,7 +264,8 @@ def prefill_output_kernel(
     old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr,
     y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +273,8 @@ def prefill_output_kernel(
 
     sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
     are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
-    its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk.
+    its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With
+    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
     Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
@@ -295,12 +300,13 @@ def prefill_output_kernel(
         complete = length // C
         first = b * G * C
         total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-        kept = tl.exp2(LOG_DECAY * complete.to(tl.float32))
+        far = tl.maximum(complete - (NEAR - 1), 0)
+        kept = tl.exp2(LOG_DECAY * far.to(tl.float32))
         chunk = tl.arange(0, BLOCK_G)
         if GATED:
-            logs, weights = _weights_of_chunks(logits_ptr + first, complete, C, BLOCK_G, BLOCK_C)  # [BG] each
+            logs, weights = _weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
             kept = tl.exp2(tl.sum(logs, axis=0))
-        for step in range(0, complete * blocks):
+        for step in range(0, far * blocks):
             row = first + step // blocks * C
             j = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
             k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BK, BS]
@@ -311,27 +317,33 @@ def prefill_output_kernel(
                 total *= tl.where(step % blocks == 0, DECAY, 1.0)
             # [BS, BK] @ [BK, BE]
             total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
-        if complete > 0:
+        if far > 0:
             old = load_tile(sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
             total += old * kept
             store_tile(sum_ptr + b * S * E, total, s, e, E, S, cols)
             if GATED:
                 count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
                 tl.store(count_ptr + b, count, mask=across_state == 0)
-        if (length > 0) & (complete < G):
-            row = first + complete * C
-            for start in range(0, C, BLOCK_K):
+        if length > 0:
+            # Of the sequence's tokens the first that the state has, and its place there.
+            token = (complete - (NEAR - 1)) * C
+            places: tl.constexpr = NEAR * C
+            for start in range(0, places, BLOCK_K):
                 j = start + tl.arange(0, BLOCK_K)
-                v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)
-                store_tile(v_ptr + b * C * E, v, j, e, E, keys, cols)
+                mask = (j < places) & (token + j >= 0) & (token + j < G * C)
+                row = first + token + j
+                to = b * places + j
+                mask_e = mask[:, None] & (e < E)[None, :]
+                v = tl.load(activations_ptr + row[:, None] * 2 * E + E + e[None, :], mask=mask_e, other=0.0)
+                tl.store(v_ptr + to[:, None] * E + e[None, :], v, mask=mask_e)
                 if across_state == 0:
-                    k = load_tile(roles_ptr + (R + row) * S, j, s, S, keys, width)
-                    store_tile(k_ptr + b * C * S, k, j, s, S, keys, width)
-                    k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)
-                    store_tile(k_lin_ptr + b * C * S, k_lin, j, s, S, keys, width)
+                    mask_s = mask[:, None] & (s < S)[None, :]
+                    k = tl.load(roles_ptr + (R + row)[:, None] * S + s[None, :], mask=mask_s, other=0.0)
+                    tl.store(k_ptr + to[:, None] * S + s[None, :], k, mask=mask_s)
+                    k_lin = tl.load(roles_ptr + (3 * R + row)[:, None] * S + s[None, :], mask=mask_s, other=0.0)
+                    tl.store(k_lin_ptr + to[:, None] * S + s[None, :], k_lin, mask=mask_s)
                     if GATED:
-                        logits = tl.load(logits_ptr + row + j, mask=j < C, other=0.0)
-                        tl.store(gate_ptr + b * C + j, logits, mask=j < C)
+                        tl.store(gate_ptr + to, tl.load(logits_ptr + row, mask=mask, other=0.0), mask=mask)
     else:
         rows: tl.constexpr = None if R % BLOCK_M == 0 else R
         depth: tl.constexpr = None if E % BLOCK_K == 0 else E

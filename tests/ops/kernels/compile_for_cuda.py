@@ -123,9 +123,10 @@ def short_prompts():
     position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
     state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}
     gate = {'gate': zeros(1, C, 1, **vector), 'count': zeros(1, 1, **vector)}
-    for more, fields in (({}, {}), (gate | {'before': zeros(1, S)}, shift_and_gate())):
+    two = SPEC._replace(window=2, chunk_size=C // 2)
+    for more, fields, spec in (({}, {}, SPEC), (gate | {'before': zeros(1, S)}, shift_and_gate(), two)):
         found = parameters()._replace(**fields)
-        prefill_gated_chunks(zeros(1, 4 * C, D), found, table, state | more, position=position, spec=SPEC)
+        prefill_gated_chunks(zeros(1, 4 * C, D), found, table, state | more, position=position, spec=spec)
 
 
 def window_of_two_chunks():

@@ -20,26 +20,35 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
     'case',
     [
         'mean, decay, visible; shifted gated',
+        'mean, decay, visible; shifted gated two',
         *(
             pytest.param(case, marks=pytest.mark.slow)
-            for case in ('mean', 'sum, decay, su', 'mean, decay, visible; shifted', 'sum, decay, su; gated')
+            for case in (
+                'mean',
+                'sum, decay, su',
+                'mean, decay, visible; shifted',
+                'sum, decay, su; gated',
+                'mean; gated two',
+            )
         ),
     ],
 )
 def test_a_short_block_of_a_layer(case, dtype):
     case, _, more = case.partition('; ')
-    shifted, gated = 'shifted' in more, 'gated' in more
-    spec, t = SPECS[case], 3 * C
+    shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
+    spec, t = SPECS[case]._replace(window=chunks), 3 * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
     start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
+    if chunks == 2:
+        start_B = jnp.where(length_B > 0, 0, start_B)
     position = DecodePosition(start_B, length_B)
-    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * C - 1,)]
+    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
     if case == 'mean':
         parameters = parameters._replace(bias_P=None)
     table = rope_table(position.positions_BT(t), S) if case != 'mean' else None
     x_BTD = normal(40, B, t, D)
-    old = state_of('float64')
+    old = state_of('float64', chunks)
     # A sequence that begins has a state of zeros.
     old = {name: jnp.where((start_B > 0)[:, None, None], x, 0) for name, x in old.items()}
 
@@ -55,12 +64,12 @@ def test_a_short_block_of_a_layer(case, dtype):
     scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
     roles = [(keys_BTS if i % 2 else z_BTS) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     roles = roles if table is None else [apply_rope(x, table) for x in roles]
-    bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, C, C)
+    bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, chunks * C, chunks * C)
     gate_BTL = None
     if gated:
         parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
         gate_BTL = (h_BTD @ parameters.gate_D + parameters.gate_bias)[..., None]
-        old |= {'gate': normal(44, B, C, 1), 'count': jnp.where(start_B < C, 0, 9.5 + start_B)[:, None]}
+        old |= {'gate': normal(44, B, chunks * C, 1), 'count': jnp.where(start_B < C, 0, 9.5 + start_B)[:, None]}
     fields = {'position': position, 'spec': spec, 'gate_BTL': gate_BTL, 'bias_CC': bias_CC}
     av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, **fields)
     y_BTD = x_BTD + (u_BTE * av_BTE) @ parameters.out_ED + parameters.out_bias_D
@@ -83,6 +92,8 @@ def test_a_short_block_of_a_layer(case, dtype):
     expect_close(found['sum'], wanted['sum'], dtype, 'sum')
     if gated:
         expect_close(found['count'], wanted['count'], dtype, 'count')
-    filled = (jnp.arange(C) < (start_B + length_B)[:, None] % C)[..., None]
+    end_B, place_P = start_B + length_B, jnp.arange(chunks * C)
+    own_B1 = ((chunks - 1) * C + end_B % C)[:, None]
+    filled = ((place_P < own_B1) & (place_P >= own_B1 - end_B[:, None]))[..., None]
     for name in ('k', 'k_lin', 'v', *(['gate'] if gated else [])):
         expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)
