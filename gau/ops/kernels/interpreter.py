@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -33,7 +34,7 @@ def interpret(
             results[target] = arrays[source].copy()
             # Nor must a kernel read what was overwritten from where it was.
             arrays[source] = _unwritten(arrays[source])
-        with _LOCK, _patched_once():
+        with _LOCK, _patched_once(), _bfloat16():
             kernel[grid](*map(_Tensor, [*arrays, *results]), **constants)
         return results
 
@@ -70,6 +71,35 @@ def _patched_once() -> Iterator[None]:
         yield
     finally:
         interpreter._patch_lang = patch
+
+
+@contextlib.contextmanager
+def _bfloat16() -> Iterator[None]:
+    """Bfloat16 is multiplied, and rounded to nearest, as on a GPU.
+
+    The interpreter keeps a bfloat16 as its bits, which it multiplies as integers, and cuts a float32 off to make one.
+    """
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(x):
+        if x.dtype.scalar != language.bfloat16:
+            return x
+        return TensorHandle(x.data.view(jnp.bfloat16).astype(np.float32), language.float32)
+
+    def rounding_cast(self, x, to):
+        if (x.dtype.scalar, to.scalar) != (language.float32, language.bfloat16):
+            return cast(self, x, to)
+        return TensorHandle(x.data.astype(jnp.bfloat16).view(np.uint16), to.scalar)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *more: create_dot(self, widened(a), widened(b), *more)
+    InterpreterBuilder.cast_impl = rounding_cast
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast
 
 
 class _Tensor:

@@ -9,8 +9,9 @@ from tests.numerics import max_error
 
 pytest.importorskip('triton')
 
-# The interpreter has no bfloat16 products.
+# What holds for float32 in the interpreter holds for bfloat16 but for its rounding: there few tests take both.
 DTYPES = ['float32', 'bfloat16'] if jax.default_backend() == 'gpu' else ['float32']
+BOTH_DTYPES = ['float32', pytest.param('bfloat16', marks=() if jax.default_backend() == 'gpu' else pytest.mark.slow)]
 # Largest difference, of the largest number.
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 # Before silu, and as good as 0 after it; and a large one.

@@ -98,6 +98,15 @@ def test_values_and_all_gradients(constants, dtype, n, chunk, s, e, packed, min_
     expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('function', list(SCORINGS))
+def test_bfloat16_in_the_interpreter_too(function, causal):
+    args, weights = inputs(0, batch=2, n=37, s=17, e=33, chunk=12)
+    fields = {'chunk_size': 12, 'causal': causal, 'scoring': SCORINGS[function]}
+    expect_the_reference('bfloat16', args, weights, documents(37), **fields)
+
+
 def with_programs(number):
     """Tiles of the scans that make at least so many programs, of four warps each."""
     return {

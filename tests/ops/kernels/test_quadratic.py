@@ -12,7 +12,7 @@ from gau.ops.kernels import gated_quadratic, tile_sizes
 from gau.ops.kernels import quadratic as host
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
+from tests.ops.kernels.conftest import BOTH_DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
 
 OPS = {
     'reference': {
@@ -47,7 +47,7 @@ def value_and_gradients(impl, dtype, args, weights, **fields):
     return o, gradients
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('op', list(NAMES))
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, 
     sides = ((32, 16), (32, 16), (16, 32)) if packed else ((16, 16), (16, 16), (16, 16))
     for name, (block_m, block_n) in zip(('WEIGHTS', 'LOG_SUMS', 'WEIGHTS_GRADIENT'), sides, strict=True):
         tiles = tile_sizes.WeightsTiles(block_m, block_n, 4, 1, min_programs=1 if packed else 528)
-        monkeypatch.setattr(tile_sizes, name, dict.fromkeys(DTYPES, tiles))
+        monkeypatch.setattr(tile_sizes, name, {dtype: tiles})
     # Blocks of 16 in up to two groups, so that there are scans, ends that stick out, and blocks alone.
     small = {'SMALLEST_BLOCK': 16, 'LARGEST_BLOCK': 16, 'GROUPS': 2}
     constants(OPS['triton'][op], host, **small)
@@ -92,8 +92,10 @@ def test_values_and_all_gradients(constants, monkeypatch, dtype, op, causal, n, 
     wanted = value_and_gradients('reference', 'float64', args, weights, **fields)
     narrow = jax.tree.map(lambda x: x.astype('float32'), (args, weights))
     found = value_and_gradients('triton', dtype, *narrow, **fields)
+    # The gradient of a softmax is a difference of two numbers, both made of what was rounded. XLA's is 0.023 off here.
+    tolerance = TOLERANCE[dtype] * (2 if function != 'relu2' and dtype == 'bfloat16' else 1)
     for name, a, b in zip(('o', *NAMES[op]), (found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
-        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < tolerance, name
 
 
 @pytest.mark.parametrize(
