@@ -17,8 +17,11 @@ from tests.numerics import float64
 @pytest.mark.parametrize(
     'fields',
     [
-        {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
-        | {'key_input': 'shifted'},
+        pytest.param(
+            {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
+            | {'key_input': 'shifted'},
+            marks=pytest.mark.slow,
+        ),
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2},
         pytest.param({'num_layers': 2, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(

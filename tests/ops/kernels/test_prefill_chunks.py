@@ -19,14 +19,13 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
 @pytest.mark.parametrize(
     'case',
     [
-        'mean, decay, visible; shifted gated',
         'mean, decay, visible; shifted gated two',
         *(
             pytest.param(case, marks=pytest.mark.slow)
             for case in (
                 'mean',
                 'sum, decay, su',
-                'mean, decay, visible; shifted',
+                'mean, decay, visible; shifted gated',
                 'sum, decay, su; gated',
                 'mean; gated two',
             )
