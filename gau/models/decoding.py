@@ -7,8 +7,8 @@ cut by rows:
     position                            int32 [B], tokens that each row has read
     blocks_0/gau/..., blocks_1/...      the layers' own (`gau.ops.decoding`), with the heads H after B:
       FLASH, MC-TFM++                   v [B, H, C, E/H], k and k_lin [B, H, C, S] (compute type), sum [B, H, S, E/H]
-      FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
         with a window of two chunks     2 C places; with a gate also gate [B, H, C, L] and count [B, H, L], float32
+      FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
       a short convolution               before [B, W, D], in blocks_0/short_convolution, beside gau
       shifted keys                      before [B, 1, S], in blocks_0/gau/key_shift
       Performer                         sum [B, H, F, K + 1]; with FAVOR+ log_scale [B, H]
