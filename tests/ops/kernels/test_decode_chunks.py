@@ -16,7 +16,7 @@ from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from gau.ops.scores import Scoring
 from tests.numerics import max_error, normal
-from tests.ops.kernels.conftest import DTYPES, TOLERANCE
+from tests.ops.kernels.conftest import BOTH_DTYPES, TOLERANCE
 
 C, S, E, D, WINDOW = 12, 8, 40, 24, 7
 SPECS = {
@@ -58,7 +58,7 @@ def expect_close(found, wanted, dtype, name):
     assert max_error(a, b) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
@@ -146,7 +146,7 @@ def test_a_row_has_one_kernel_where_its_programs_fit_on_the_gpu_together(monkeyp
     assert decode_row.row_tiles(768, 1536, 128) is None
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize(
     ('case', 'chunks', 'columns', 't'),
     [

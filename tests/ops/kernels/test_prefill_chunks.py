@@ -11,11 +11,11 @@ from gau.ops.norms import scale_norm
 from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from tests.numerics import normal
-from tests.ops.kernels.conftest import DTYPES
+from tests.ops.kernels.conftest import BOTH_DTYPES
 from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, expect_close, state_of
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize(
     'case',
     [
