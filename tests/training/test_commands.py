@@ -176,6 +176,9 @@ def test_an_interrupt_that_comes_in_a_callback_is_not_lost():
 import gc, signal, time
 from gau import cli
 
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def main():
     came = []
     def callback(phase, info):
