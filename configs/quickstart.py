@@ -6,7 +6,7 @@ Arguments: model (any causal model of docs/models.md), runlocal.
 
 A small batch and a high learning rate, because what counts here is minutes and not tokens: at one million tokens, 512 a
 step reached 2.17 bits per byte where 2,048 a step reached 2.63 (LOG.md, L01). Few layers and many steps, and Muon, for
-the same reason (L40).
+the same reason (L40); a convolution over the bytes before each, for 10 % of the time (L52).
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = 'float32'
     config.model.num_layers = 3
     config.model.model_dim = 128
+    config.model.short_convolution = 3
     if arg.model == 'flash':
         config.model.query_key_dim = 64
         config.model.chunk_size = 64
