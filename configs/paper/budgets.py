@@ -3,7 +3,7 @@
 tiny: a narrow model on the embedded corpus, seconds a run on two CPU cores: shows that everything works, no more.
 small: 23 M parameters, 131 M tokens of data/wiki_en a run (any text of 40 M tokens or more will do), context 1,024,
   64 rows a step: minutes a run on an H100 or H200.
-paper: the recipe of configs/lm.py and configs/mlm.py: size base, 33 G tokens of Wiki-40B or C4 a run.
+paper: recipe=paper of configs/lm.py and configs/mlm.py: size base, 33 G tokens of Wiki-40B or C4 a run.
 
 The unit is the paper's whatever configs/lm.py takes for the best one by now, so that a table means the same in a year:
 AdamW, the sinusoid, keys of the same Z as the queries, no gate on the state. `recipe` says how it starts. mended: its

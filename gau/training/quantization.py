@@ -13,7 +13,7 @@ from gau.errors import UserError
 from gau.training.config import QUANTIZATIONS
 
 # What a layer multiplies with a kernel: the names of the `Linear` modules in gau/layers.
-LAYERS = r'(.*/)?blocks(_\d+)?/(.*/)?(uv|z|out|qkv|gate|in|cross/\w+)'
+LAYERS = r'(.*/)?blocks(_\d+)?/(.*/)?(uv|u|v|z|z_key|out|qkv|q|kv|gate|in)'
 # What is asked of a model with whole sequences.
 METHODS = ('__call__', 'hidden', 'token_losses', 'weighted_loss')
 # Implementations whose products qwix sees; kernels of our own have theirs.

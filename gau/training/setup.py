@@ -171,7 +171,7 @@ class Run:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Clipping, AdamW and schedule."""
+        """Clipping, the optimizer and its schedule."""
         return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
 
     @cached_property

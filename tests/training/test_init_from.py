@@ -67,7 +67,7 @@ def test_the_command_says_where_it_started(exported, tmp_path):
     flags = ['--config=configs/quickstart.py:runlocal', f'--workdir={tmp_path / "run"}', f'--init_from={exported}']
     code, out, err = call('train.py', *flags)
     assert (code, out, err.count('\n')) == (2, '', 1)
-    assert 'exported does not fit the config: blocks.2.gau.out.bias is absent there' in err
+    assert 'exported does not fit the config: blocks.0.short_convolution.weights is absent there' in err
     assert not (tmp_path / 'run').exists()
     code, _, err = call('train.py', *flags, '--fork=elsewhere')
     assert code == 2
