@@ -300,13 +300,15 @@ def _compared(rows: Sequence[Row], baselines: dict[int, int], options: Options) 
 
 
 def mean_curve(row: Row, split: str) -> np.ndarray:
-    """Returns [points, 5]: tokens, seconds, mean loss, and the bounds of its 95 % interval, over a row's seeds."""
-    curves = [np.asarray(run.curves[split]) for run in row.runs.values() if run.curves.get(split)]
-    if not curves:
+    """Returns [points, 5]: tokens, seconds, mean loss, and the bounds of its 95 % interval, over a row's seeds.
+
+    Only tokens at which all of them have a loss: how often a run was evaluated decides nothing of what it computes.
+    """
+    curves = [{point[0]: point for point in run.curves[split]} for run in row.runs.values() if run.curves.get(split)]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not shared:
         return np.empty((0, 5))
-    # Seeds of one setting are evaluated at the same steps.
-    points = min(len(curve) for curve in curves)
-    stacked = np.stack([curve[:points] for curve in curves])
+    stacked = np.asarray([[curve[tokens] for tokens in shared] for curve in curves])
     means = [statistics.mean(losses) for losses in stacked[:, :, 2].T]
     halves = np.array([mean.half or 0.0 for mean in means])
     values = np.array([mean.value for mean in means])

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from configs import quickstart
@@ -75,6 +76,14 @@ def test_when_a_row_came_to_the_baselines_loss():
     assert made.rows[1].reached == (1000, 5)
     worse = report.make(models(), Options(against='flash'))
     assert worse.rows[1].reached is None
+
+
+def test_a_curve_has_the_tokens_at_which_all_seeds_were_evaluated():
+    often, seldom = made_up(3.0), made_up(3.1, seed=1)
+    seldom.curves['valid'] = [[tokens, tokens / 200, 3.1 + (10 - tokens / 100) / 10] for tokens in (500, 800, 1000)]
+    (row,) = report.make([often, seldom], Options()).rows
+    np.testing.assert_allclose(report.mean_curve(row, 'valid')[:, :3], [[800, 4, 3.25], [1000, 5, 3.05]])
+    assert report.mean_curve(row, 'test').shape == (0, 5)
 
 
 def test_each_family_has_its_own_baseline():
