@@ -40,8 +40,9 @@ def load_config() -> ConfigDict:
     Raises:
       UserError: an unknown name, a wrong combination or a number out of range.
     """
-    durations.keep_given_units(flags.FLAGS.config, set(overrides()))
-    return training_config.resolve(flags.FLAGS.config)
+    given = set(overrides())
+    durations.keep_given_units(flags.FLAGS.config, given)
+    return training_config.resolve(flags.FLAGS.config, given=given)
 
 
 def overrides() -> dict[str, Any]:
@@ -258,6 +259,13 @@ def _fault_of_machine(error: Exception) -> str | None:
     if is_no_space(error):
         return f'{file}no space left; what was written before is whole, and the same command goes on when there is room'
     for cause in causes:
+        # Of JAX, which must not be imported for its type.
+        if type(cause).__name__ == 'JaxRuntimeError' and str(cause).startswith('RESOURCE_EXHAUSTED: '):
+            said = str(cause).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ').rstrip('.')
+            return (
+                f'out of memory ({said}): a smaller batch needs less; in training also '
+                'optimizer.accumulation_steps, which divides the batch, and model.remat=full'
+            )
         if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return f'{file}{cause.strerror}'
         # JAX itself fails at an assertion where there is no plugin for a platform that it knows.

@@ -10,6 +10,7 @@ forward pass (a training step is three times that), memory is what is saved for 
 """
 
 import textwrap
+from collections.abc import Collection
 
 import _root  # noqa: F401
 from absl import flags
@@ -40,7 +41,7 @@ def main() -> None:
     if _FIELDS.value:
         print(explain(config.model.name))
     elif _MODELS.value is None:
-        print(describe(config.model, **options))
+        print(describe(config.model, **options, given=cli.overrides()))
     else:
         print(compare([_named(name, config.model.size) for name in _MODELS.value], **options))
 
@@ -57,7 +58,9 @@ def explain(name: str) -> str:
     return '\n'.join(lines)
 
 
-def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: list[int]) -> str:
+def describe(
+    model: ConfigDict, *, objective: str, vocab_size: int, contexts: list[int], given: Collection[str] = ()
+) -> str:
     """Returns the parts of one model, at each of the contexts.
 
     Args:
@@ -65,9 +68,10 @@ def describe(model: ConfigDict, *, objective: str, vocab_size: int, contexts: li
       objective: such as 'lm' or 'mlm'.
       vocab_size: V.
       contexts: tokens in a sequence; what depends on the context (a bias table) is resolved for the longest.
+      given: paths of the fields that the command line sets.
     """
     causal = objectives.load(objective).causal
-    model = resolve(model, causal=causal, context=max(contexts))
+    model = resolve(model, causal=causal, context=max(contexts), given=given)
     header = ['part', 'parameters']
     columns = []
     for context in contexts:

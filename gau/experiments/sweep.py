@@ -58,7 +58,7 @@ class Program:
         Raises:
           UserError: the program or the config refuses something.
         """
-        return training_config.resolve(self.open_config(overrides))
+        return training_config.resolve(self.open_config(overrides), given=self._split(overrides)[1])
 
     def open_config(self, overrides: Overrides) -> ConfigDict:
         """Returns the same config before it is resolved: what other fields decide is still None."""

@@ -1,5 +1,6 @@
 """What a model is: the fields of its config, their defaults, and the combinations that are refused."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ def default_config() -> ConfigDict:
     return config
 
 
-def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
+def resolve(config: ConfigDict, *, causal: bool, context: int, given: Collection[str] = ()) -> ConfigDict:
     """Returns a copy of `config` with every field that applies filled in; the others stay None.
 
     Resolving a resolved config changes nothing.
@@ -48,10 +49,49 @@ def resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
       config: as `default_config` returns it, with fields set.
       causal: whether later tokens are hidden from earlier ones, as a language model asks.
       context: tokens in a sequence, the longest the model is trained on.
+      given: paths of fields (`model.branches`) that were set over those of a config program. Where the program's own
+        fields are against them, the error names what to leave out.
 
     Raises:
       UserError: a field is unknown, has a wrong value, does not apply to the model or goes not with another.
     """
+    try:
+        return _resolve(config, causal=causal, context=context)
+    except UserError as error:
+        against = _against(config, given, causal=causal, context=context) if given else []
+        if not against:
+            raise
+        empty = ' '.join(f'--config.model.{name}=None' for name in against)
+        raise UserError(f'{error}; what the config program sets against this is left out by {empty}') from error
+
+
+def _against(config: ConfigDict, given: Collection[str], *, causal: bool, context: int) -> list[str]:
+    """Returns the fewest fields, of those that are set and not given, without which a refused config is accepted.
+
+    None, where the fault is in the given ones.
+    """
+    own = [name for name in declared_fields() if config.get(name) is not None and f'model.{name}' not in given]
+
+    def accepted(without: Collection[str]) -> bool:
+        changed = config.copy_and_resolve_references()
+        for name in without:
+            changed[name] = None
+        try:
+            _resolve(changed, causal=causal, context=context)
+        except UserError:
+            return False
+        return True
+
+    if not accepted(own):
+        return []
+    against = own
+    for name in own:
+        fewer = [other for other in against if other != name]
+        against = fewer if accepted(fewer) else against
+    return against
+
+
+def _resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     declared = declared_fields()
     unknown = sorted(set(config) - {'name', 'size', *declared})

@@ -5,6 +5,7 @@ Light on purpose (no JAX), so that a script which only reads configs starts at o
 
 import functools
 import importlib.metadata
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -160,8 +161,12 @@ def _add_duration(section: ConfigDict, stem: str, *, steps: int | None) -> None:
     section[f'{stem}percent'] = config_dict.placeholder(float)
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: ConfigDict, *, given: Collection[str] = ()) -> ConfigDict:
     """Returns a frozen-in-meaning copy of `config`: every None that other fields decide is filled, everything checked.
+
+    Args:
+      config: as `default_config` returns it, with fields set.
+      given: paths of the fields that a command line set over its config program (`gau.models.config.resolve`).
 
     Raises:
       UserError: an unknown name, a wrong combination or a number out of range.
@@ -189,7 +194,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             f'data.batch_size={config.data.batch_size} must be a multiple of '
             f'optimizer.accumulation_steps={optimizer.accumulation_steps}'
         )
-    config.model = model_config.resolve(config.model, causal=objective.causal, context=config.data.context)
+    own = {'causal': objective.causal, 'context': config.data.context}
+    config.model = model_config.resolve(config.model, **own, given=given)
     _check_segments(config)
     return config
 

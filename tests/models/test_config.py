@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -155,6 +156,22 @@ def test_wrong_combinations_are_refused_in_one_line(fields, message):
         resolved(**fields)
     assert message in str(error.value)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('given', 'against'), [
+    ({'branches': 'local'}, ['decay_gate']),
+    ({'num_heads': 4}, ['decay_gate', 'local_window']),
+    ({'name': 'transformer'}, ['chunk_size', 'decay_gate', 'key_input', 'local_window']),
+    ({'local_window': 3}, []),
+    ({'branches': 'local', 'decay_gate': 'keys'}, []),
+], ids=str)  # fmt: skip
+def test_a_refusal_names_what_the_config_program_sets_against_a_command_line(given, against):
+    program = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
+    with pytest.raises(UserError) as error:
+        resolve(config_of(**program | given), causal=True, context=1024, given=[f'model.{name}' for name in given])
+    assert re.findall(r'--config.model.(\w+)=None', str(error.value)) == against
+    if against:
+        resolved(**{name: value for name, value in (program | given).items() if name not in against})
 
 
 @pytest.mark.parametrize(('objective', 'context', 'fields'), [

@@ -114,6 +114,7 @@ BAD = {
     'unknown flag': ([*TINY, '--workdirr=x'], 'workdir'),
     'stray argument': ([*TINY, 'stray'], 'unexpected argument "stray"'),
     'unknown model': ([*TINY, '--config.model.name=flsh'], 'did you mean "flash"'),
+    'against the program': (['--config=configs/lm.py:runlocal', '--config.model.num_heads=4'], '.decay_gate=None'),
     'odd width with RoPE': ([*TINY, '--config.model.query_key_dim=15'], 'query_key_dim'),
     'two durations': ([*TINY, '--config.tokens=1000', '--config.epochs=1'], 'exactly one of steps, tokens, epochs'),
     'missing text': ([*TINY, '--config.data.source=text:no_such_file.txt'], 'no_such_file.txt'),
