@@ -3,6 +3,7 @@
 import bz2
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -31,7 +32,7 @@ def main() -> None:
         run.tokenizer.encode(PROMPT),
         bos_id=run.tokenizer.bos_id,
         max_tokens=160,
-        temperature=0.5,
+        temperature=0.7,  # at 0.5 so small a model repeats itself, or writes spaces
         seed=0,
     )
     print(f'\nA sample, continuing {PROMPT!r}:\n{PROMPT}{run.tokenizer.decode(written[0])}\n')
@@ -51,9 +52,9 @@ def main() -> None:
     print('2. Compared with: ' + ', '.join(f'{name} {value:.3f}' for name, value in bits.items()) + ' bits per byte.')
     print(f'3. Checkpoint: {workdir}/checkpoints/{step}')
     print(f'4. Metrics: {workdir}/metrics.jsonl; plots: {workdir}/plots/loss.png, {workdir}/plots/loss_by_position.png')
-    print(
-        f'5. Next: python scripts/sample.py --workdir={workdir} --prompt="class " (with .venv/bin/python), or README.md'
-    )
+    # The quickstart makes .venv where no environment with the requirements is active.
+    python = '.venv/bin/python' if Path(sys.prefix) == Path.cwd() / '.venv' else 'python'
+    print(f'5. Next: {python} scripts/sample.py --workdir={workdir} --prompt="class ", or README.md')
 
 
 if __name__ == '__main__':
