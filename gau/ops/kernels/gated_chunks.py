@@ -23,9 +23,12 @@ from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, fit
+from gau.ops.recurrence import recurrence
 
 # The output that a kernel does not write.
 _NOTHING = jax.ShapeDtypeStruct((1,), jnp.float32)
+# What is multiplied by less is gone.
+_SMALLEST_CARRY = 1e-30
 # How the matrix units round the factors of a float32 matmul: not at all.
 PRECISION = 'ieee'
 
@@ -57,8 +60,7 @@ def gated_chunk_matmul(
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
       carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
-        for each scan, K = J, without a gradient; or one for each row of their states, K = F, with a gradient, and then
-        `state_scale_BGJ` must be 1.
+        for each scan, K = J, or for each row of their states, K = F. If `causal` it has a gradient where it is not 0.
       state_scale_BGJ: factor on the state that a chunk reads; float32, not 0, no gradient.
       causal: lets tiles above the diagonal be left out.
     """
@@ -107,13 +109,40 @@ def _backward(causal, residuals, do_BGCE):
         dq, dk = jnp.zeros_like(q_BGCF), jnp.zeros_like(k_BGCF)
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
     dcarry_BGK = jnp.zeros_like(carry_mask_BGK)
-    if sizes.has_states and carry_mask_BGK.shape[-1] == q_BGCF.shape[-1] > state_scale_BGJ.shape[-1]:
-        # A state and what is added to it have the same gradient; the state before is M[g] here, whoever reads it.
-        dcarry_BGK = jnp.einsum('BGFE,BGFE->BGF', states, dkv_BGFE, preferred_element_type=carry_mask_BGK.dtype)
+    if causal and sizes.has_states:
+        dcarry_BGK = _carry_gradient((q_BGCF, dq), (k_BGCF, dk), carry_mask_BGK, sizes.window)
     return dp_BGCW, dbias_2E, da_BGCM, dq, dk, dcarry_BGK, jnp.zeros_like(state_scale_BGJ)
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
+
+
+def _carry_gradient(
+    queries: tuple[Array, Array], keys: tuple[Array, Array], carry_mask_BGK: Array, window: int
+) -> Array:
+    """Returns the gradient of the carry mask of a forward scan, 0 where that is 0, without reading a state.
+
+    What a chunk reads of an earlier one is linear in the factors on the way. So carry[g] times its gradient is a sum
+    over pairs of chunks with g between them: q dq of all that read behind g, less what they read of g and later chunks,
+    the k dk of those. A sum from the last chunk to the first, which begins anew where nothing is carried.
+
+    Args:
+      queries: q and its gradient, [B, G, C, F]. Chunk g reads m[g], or m[g - 1] in a window of two.
+      keys: k and its gradient.
+      carry_mask_BGK: factor on the state, or on each row of it.
+      window: 1 or 2.
+    """
+    read_BGK, added_BGK = (
+        jnp.einsum('BGCF,BGCF->BGF', *pair, preferred_element_type=carry_mask_BGK.dtype) for pair in (queries, keys)
+    )
+    if carry_mask_BGK.shape[-1] == 1:
+        read_BGK, added_BGK = (x.sum(-1, keepdims=True) for x in (read_BGK, added_BGK))
+    carried = carry_mask_BGK > _SMALLEST_CARRY
+    # Of chunk g what comes after it: its state is read from g + 1 on.
+    read_BGK = jnp.pad(read_BGK[:, window:], ((0, 0), (0, window), (0, 0)))
+    carried_later = jnp.pad(carried[:, 1:], ((0, 0), (0, 1), (0, 0))).astype(read_BGK.dtype)
+    total_BGK = recurrence(carried_later, read_BGK - added_BGK, reverse=True)
+    return jnp.where(carried, total_BGK / jnp.where(carried, carry_mask_BGK, 1), 0)
 
 
 def gated_chunk_matmul_from_state(

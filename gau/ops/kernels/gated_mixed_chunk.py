@@ -24,6 +24,7 @@ from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
 from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
+from gau.ops.recurrence import recurrence
 from gau.ops.scores import attention_weights
 from gau.ops.tracing import choose, traced_once
 
@@ -78,8 +79,10 @@ def gated_mixed_chunk(
         fields = {'mean': spec.mean, 'window': spec.window, 'sequence_axis': sequence_axis}
         scans, scale_BGL = _with_gate(scans, log_decay_BGL, **fields)
         q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
-        carry_mask_BGL = scans.carry_mask_BGJ
-        carry_mask_BGK = jnp.broadcast_to(carry_mask_BGL, (*carry_mask_BGL.shape[:2], q_lin.shape[-1]))
+        carry_mask_BGK = scans.carry_mask_BGJ
+        if kernels == 'pallas':
+            # There only factors of rows have a gradient.
+            carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
     if not causal:
         q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
@@ -192,7 +195,7 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
         open_BG = jnp.pad(after_BG, ((0, 0), (1, 0)))[:, :-1]
         carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32) * decay
         counts = carry_mask_BG, key_mask_BGC.sum(-1).astype(jnp.float32)
-        total_BG = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
+        total_BG = recurrence(*(x[..., None] for x in counts))[..., 0]
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
         if window > 1:
             open_BG = previous_chunk(open_BG)
@@ -238,7 +241,7 @@ def _with_gate(
             jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
         )
         shards = shards_of_scans(_as_scanned(counts[0], window), on_device, device)
-    total_BGL = jax.lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), counts, axis=1)[1]
+    total_BGL = recurrence(*counts)
     carried_BGL = own(_as_scanned(jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1], window))
     scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
     return scans._replace(carry_mask_BGJ=carry_BGL, shards=shards), scale_BGL

@@ -5,7 +5,6 @@ The kernels are those of training (`gau.ops.kernels.gated_chunks`), whose scan b
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,6 +16,7 @@ from gau.ops.kernels.gated_mixed_chunk import weights_in_chunks
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
+from gau.ops.recurrence import recurrence
 from gau.ops.scores import attention_weights
 from gau.ops.tracing import traced_once
 
@@ -155,11 +155,8 @@ def _scale_with_gate(log_decay_BGL: Array, count_BL: Array, size: int, *, mean: 
     if not mean:
         return jnp.ones_like(log_decay_BGL)
 
-    def after(first, then):
-        return first[0] * then[0], first[1] * then[0] + then[1]
-
     decay_BGL = jnp.exp(log_decay_BGL)
-    reached_BGL, added_BGL = jax.lax.associative_scan(after, (decay_BGL, jnp.full_like(decay_BGL, size)), axis=1)
-    after_BGL = reached_BGL * count_BL[:, None] + added_BGL
+    added_BGL = jnp.full_like(decay_BGL, size).at[:, 0].add(decay_BGL[:, 0] * count_BL)
+    after_BGL = recurrence(decay_BGL, added_BGL)
     before_BGL = jnp.concatenate([count_BL[:, None], after_BGL[:, :-1]], axis=1)
     return 1 / jnp.where(before_BGL > 0, before_BGL, 1)
