@@ -61,7 +61,7 @@ def gated_chunk_matmul(
       k_BGCF: keys of the states; zero for what a token does not add.
       carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
         for each scan, K = J, or for each row of their states, K = F. If `causal` it has a gradient where it is not 0.
-      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0, no gradient.
+      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. If `causal` it has a gradient.
       causal: lets tiles above the diagonal be left out.
     """
     return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
@@ -108,19 +108,23 @@ def _backward(causal, residuals, do_BGCE):
     elif not sizes.has_states:
         dq, dk = jnp.zeros_like(q_BGCF), jnp.zeros_like(k_BGCF)
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
-    dcarry_BGK = jnp.zeros_like(carry_mask_BGK)
+    dfactors = jnp.zeros_like(carry_mask_BGK), jnp.zeros_like(state_scale_BGJ)
     if causal and sizes.has_states:
-        dcarry_BGK = _carry_gradient((q_BGCF, dq), (k_BGCF, dk), carry_mask_BGK, sizes.window)
-    return dp_BGCW, dbias_2E, da_BGCM, dq, dk, dcarry_BGK, jnp.zeros_like(state_scale_BGJ)
+        dfactors = _factor_gradients((q_BGCF, dq), (k_BGCF, dk), carry_mask_BGK, state_scale_BGJ, sizes.window)
+    return dp_BGCW, dbias_2E, da_BGCM, dq, dk, *dfactors
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
 
 
-def _carry_gradient(
-    queries: tuple[Array, Array], keys: tuple[Array, Array], carry_mask_BGK: Array, window: int
-) -> Array:
-    """Returns the gradient of the carry mask of a forward scan, 0 where that is 0, without reading a state.
+def _factor_gradients(
+    queries: tuple[Array, Array],
+    keys: tuple[Array, Array],
+    carry_mask_BGK: Array,
+    state_scale_BG1: Array,
+    window: int,
+) -> tuple[Array, Array]:
+    """Returns the gradients of the carry mask of a forward scan, 0 where that is 0, and of the scale; reads no state.
 
     What a chunk reads of an earlier one is linear in the factors on the way. So carry[g] times its gradient is a sum
     over pairs of chunks with g between them: q dq of all that read behind g, less what they read of g and later chunks,
@@ -130,19 +134,22 @@ def _carry_gradient(
       queries: q and its gradient, [B, G, C, F]. Chunk g reads m[g], or m[g - 1] in a window of two.
       keys: k and its gradient.
       carry_mask_BGK: factor on the state, or on each row of it.
+      state_scale_BG1: factor on the state where it is read.
       window: 1 or 2.
     """
-    read_BGK, added_BGK = (
+    read_BGF, added_BGF = (
         jnp.einsum('BGCF,BGCF->BGF', *pair, preferred_element_type=carry_mask_BGK.dtype) for pair in (queries, keys)
     )
+    # By the state that is read; after the last chunk nobody reads.
+    read_BGF = jnp.pad(read_BGF[:, window - 1 :], ((0, 0), (0, window), (0, 0)))
+    read_of_BG1 = read_BGF.sum(-1, keepdims=True)
     if carry_mask_BGK.shape[-1] == 1:
-        read_BGK, added_BGK = (x.sum(-1, keepdims=True) for x in (read_BGK, added_BGK))
-    carried = carry_mask_BGK > _SMALLEST_CARRY
-    # Of chunk g what comes after it: its state is read from g + 1 on.
-    read_BGK = jnp.pad(read_BGK[:, window:], ((0, 0), (0, window), (0, 0)))
-    carried_later = jnp.pad(carried[:, 1:], ((0, 0), (0, 1), (0, 0))).astype(read_BGK.dtype)
-    total_BGK = recurrence(carried_later, read_BGK - added_BGK, reverse=True)
-    return jnp.where(carried, total_BGK / jnp.where(carried, carry_mask_BGK, 1), 0)
+        read_BGF, added_BGF = read_of_BG1, added_BGF.sum(-1, keepdims=True)
+    carried_BGK = carry_mask_BGK > _SMALLEST_CARRY
+    carried_later_BGK = jnp.pad(carried_BGK[:, 1:], ((0, 0), (0, 1), (0, 0))).astype(read_BGF.dtype)
+    total_BGK = recurrence(carried_later_BGK, read_BGF[:, 1:] - added_BGF, reverse=True)
+    dcarry_BGK = jnp.where(carried_BGK, total_BGK / jnp.where(carried_BGK, carry_mask_BGK, 1), 0)
+    return dcarry_BGK, read_of_BG1[:, :-1] / state_scale_BG1
 
 
 def gated_chunk_matmul_from_state(

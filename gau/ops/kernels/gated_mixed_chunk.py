@@ -72,19 +72,19 @@ def gated_mixed_chunk(
     a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels, sequence_axis)
     fields = {'causal': causal, 'window': spec.window, 'sequence_axis': sequence_axis}
     scans = _scans(ids_BGC, mean=spec.mean, decay=spec.global_decay, **fields)
-    carry_mask_BGK = scans.carry_mask_BGJ
     if gate_BNL is not None:
         scans = _scans(ids_BGC, mean=False, decay=1.0, **fields)
         log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
-        fields = {'mean': spec.mean, 'window': spec.window, 'sequence_axis': sequence_axis}
-        scans, scale_BGL = _with_gate(scans, log_decay_BGL, **fields)
-        q_lin = q_lin.astype(scale_BGL.dtype) * scale_BGL[:, :, None]
-        carry_mask_BGK = scans.carry_mask_BGJ
-        if kernels == 'pallas':
-            # There only factors of rows have a gradient.
-            carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
+        # A state has one scale, and those of the Pallas kernels have no gradient.
+        fields = {'scale_queries': kernels == 'pallas' or not one_column, 'window': spec.window}
+        scans = _with_gate(scans, log_decay_BGL, mean=spec.mean, sequence_axis=sequence_axis, **fields)
+    carry_mask_BGK = scans.carry_mask_BGJ
+    if gate_BNL is not None and kernels == 'pallas':
+        # There only factors of rows have a gradient.
+        carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
+    if scans.query_scale_BGCS is not None:
+        q_lin = q_lin.astype(scans.query_scale_BGCS.dtype) * scans.query_scale_BGCS
     if not causal:
-        q_lin = q_lin.astype(scans.query_scale_BGC.dtype) * scans.query_scale_BGC[..., None]
         in_chunk = jnp.einsum(
             'BGCS,BGMS->BGCM', q_lin.astype(dtype), k_lin.astype(dtype), preferred_element_type=q_lin.dtype
         )
@@ -155,7 +155,8 @@ class _Scans(NamedTuple):
       carry_mask_BGJ: 1, or the decay, where a state is carried on over a chunk, 0 where it is dropped there; float32.
       state_scale_BGJ: factor on the state that a chunk reads, float32. If causal, it makes means of sums: all queries
         of a chunk see the same tokens of other chunks. Else it is 1.
-      query_scale_BGC: if not causal, the factor on each query that makes means of sums; else None.
+      query_scale_BGCS: where that makes means of sums, a factor on each query, [B, G, C, 1], or on its columns,
+        [B, G, 1, L]; else None.
       shards: how scans go on from device to device, or None.
     """
 
@@ -163,7 +164,7 @@ class _Scans(NamedTuple):
     key_masks: list[Array]
     carry_mask_BGJ: Array
     state_scale_BGJ: Array
-    query_scale_BGC: Array | None
+    query_scale_BGCS: Array | None
     shards: Shards | None
 
 
@@ -211,12 +212,12 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
     shards = None
     if sequence_axis is not None:
         shards = shards_of_scans(_as_scanned(carry_mask_BGJ, window), on_device, device)
-    query_scale_BGC = None
+    query_scale_BGCS = None
     if not causal:
         size, ids_BGC = own_ids_BGC.shape[-1], own_ids_BGC
         count_BGC = own(sum(counts_BGC)) + visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False).sum(-1)
-        query_scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)
-    return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGC, shards)
+        query_scale_BGCS = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if mean else 1.0, 0.0)[..., None]
+    return _Scans(query_masks, key_masks, own(carry_mask_BGJ), own(state_scale_BGJ), query_scale_BGCS, shards)
 
 
 def _as_scanned(x_BG: Array, window: int) -> Array:
@@ -225,11 +226,17 @@ def _as_scanned(x_BG: Array, window: int) -> Array:
 
 
 def _with_gate(
-    scans: _Scans, log_decay_BGL: Array, *, mean: bool, window: int, sequence_axis: str | None
-) -> tuple[_Scans, Array]:
-    """Returns the forward scan with factors on rows of the state, [B, G, L] in the place of its carry mask.
+    scans: _Scans,
+    log_decay_BGL: Array,
+    *,
+    mean: bool,
+    scale_queries: bool,
+    window: int,
+    sequence_axis: str | None,
+) -> _Scans:
+    """Returns the forward scan with a gate's factors [B, G, L] in the place of its carry mask, and means of its sums.
 
-    And the factors [B, G, L] on queries that make means of sums, or ones.
+    They are made by a factor on queries if `scale_queries`; else on states, and then L is 1.
     """
     carry_BGL = scans.carry_mask_BGJ * jnp.exp(log_decay_BGL)
     added_BGL = jnp.broadcast_to(scans.key_masks[0].sum(-1).astype(jnp.float32)[..., None], carry_BGL.shape)
@@ -241,7 +248,11 @@ def _with_gate(
             jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
         )
         shards = shards_of_scans(_as_scanned(counts[0], window), on_device, device)
-    total_BGL = recurrence(*counts)
-    carried_BGL = own(_as_scanned(jnp.pad(total_BGL, ((0, 0), (1, 0), (0, 0)))[:, :-1], window))
-    scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1) if mean else jnp.ones_like(carried_BGL)
-    return scans._replace(carry_mask_BGJ=carry_BGL, shards=shards), scale_BGL
+    scans = scans._replace(carry_mask_BGJ=carry_BGL, shards=shards)
+    if not mean:
+        return scans
+    carried_BGL = jnp.pad(recurrence(*counts), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1)
+    if scale_queries:
+        return scans._replace(query_scale_BGCS=own(_as_scanned(scale_BGL, window))[:, :, None])
+    return scans._replace(state_scale_BGJ=own(scale_BGL))
