@@ -130,11 +130,15 @@ class _Speed:
 
     def tell(self) -> None:
         """Prints the speeds, and begins anew."""
-        parts, compiling = [], ', compiling included'
-        for what, about in (('read', compiling), ('wrote', ''), ('wrote at first', compiling)):
-            tokens, seconds = self.counts[what]
-            if tokens and not (what == 'wrote at first' and self.counts['wrote'][0]):
-                parts.append(f'{what.split()[0]} {tokens} tokens at {tokens / seconds:.0f} tokens/s{about}')
+        read, first, later = (self.counts[what] for what in ('read', 'wrote at first', 'wrote'))
+        parts = []
+        if read[0]:
+            parts.append(f'read {read[0]} tokens at {read[0] / read[1]:.0f} tokens/s, compiling included')
+        if later[0]:
+            rate = later[0] / later[1]
+            parts.append(f'wrote {first[0] + later[0]} tokens, after the first {first[0]} at {rate:.0f} tokens/s')
+        elif first[0]:
+            parts.append(f'wrote {first[0]} tokens at {first[0] / first[1]:.0f} tokens/s, compiling included')
         print('; '.join(parts), file=sys.stderr)
         self.__init__()
 

@@ -46,8 +46,8 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     assert first == second
     assert first.keys() == {'prompt', 'text', 'tokens', 'finished'}
     assert first['prompt'] == prompt
-    # Two rows, without the first block of 32; the prompt is read once, with BOS.
-    assert '; wrote 76 tokens at ' in err or first['finished']
+    # Two rows, whose first blocks of 32 are not timed; the prompt is read once, with BOS.
+    assert '; wrote 140 tokens, after the first 64 at ' in err or first['finished']
     assert err.startswith(f'read {len(prompt.encode()) + 1} tokens at ')
     # What was read is gone on from, in every line of a file.
     lines = tmp_path / 'prompts.jsonl'
