@@ -7,7 +7,7 @@ are best and that local alone is better than global alone (no numbers recalled).
 no normaliser and no relative bias: those fields are refused there.
 
 Arguments: see configs/paper/budgets.py. Results: docs/results/branches.md: both are 0.068 better
-than local alone, global alone hardly learns.
+than local alone and 1.75 better than global alone, which hardly learns.
 """
 
 from collections.abc import Iterator
