@@ -1,7 +1,8 @@
 """The residual stream and its ScaleNorm for the kernels of a GPU: biases are kept apart from the stream.
 
 A kernel that normalises the stream reads all of it anyway. So it adds the biases of the layers before it, forwards, and
-has their gradient, a sum over all tokens, from the same pass backwards.
+has their gradient, a sum over all tokens, from the same pass backwards. The same with a gate of one number that reads
+what is normalised: its product, and its gradients, would be three more passes.
 """
 
 from typing import NamedTuple
@@ -37,14 +38,13 @@ class Residual(NamedTuple):
 class FusedScaleNorm(Norm):
     """A `Norm` of kind 'scale_norm' with a kernel for the residual stream and its biases."""
 
-    def of_residual(self, residual: Residual) -> tuple[Residual, Array]:
-        """Returns the same stream, for a later `plus`, and x + bias normalised, [B, N, D]."""
-        x_BND, h_BND = over_mesh(
-            lambda x, bias, g, sequence_axis: scale_norm_of_residual(x, bias, g, self.dtype),
-            *residual,
-            self.scale,
-            axes=[('batch', 'length', 'act_embed'), (None,), ()],
+    def of_residual(self, residual: Residual, gate_D: Array | None = None) -> tuple[Residual, Array, Array | None]:
+        """Returns the same stream, for a later `plus`; x + bias normalised, h [B, N, D]; h.gate, float32 [B, N, 1]."""
+        x_BND, h_BND, logit_BN1 = over_mesh(
+            lambda x, bias, g, gate, sequence_axis: scale_norm_of_residual(x, bias, g, gate, self.dtype),
+            *(*residual, self.scale, gate_D),
+            axes=[('batch', 'length', 'act_embed'), (None,), (), (None,)],
             result_like=0,
             token_multiple=1,
         )
-        return residual._replace(x_BND=x_BND), h_BND
+        return residual._replace(x_BND=x_BND), h_BND, logit_BN1

@@ -29,9 +29,22 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         y_BND, bias_D = self.without_bias(x_BND, tokens)
         return y_BND + bias_D.astype(y_BND.dtype)
 
+    def gate_of_norm(self, inputs: int) -> tuple[Array, Array] | None:
+        """Returns w [inputs] and b [1] of a gate of one number, x w + b, for the kernel that makes x; None: no such."""
+        parameters = self.core.gate_parameters(inputs)
+        if len(parameters) != 2:
+            return None
+        down_D1, bias_1 = parameters
+        return down_D1[:, 0].astype(self.dtype), bias_1
+
     @nn.compact
-    def without_bias(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, Array]:
+    def without_bias(self, x_BND: Array, tokens: TokenInfo, gate_BNL: Array | None = None) -> tuple[Array, Array]:
         """Returns GAU(x) less its last bias, [B, N, D], and this bias [D].
+
+        Args:
+          x_BND: normalised inputs.
+          tokens: what the layers of one call share.
+          gate_BNL: logits of the core's gate where whoever made x has them; else they are made here.
 
         Raises:
           ValueError: no gate, several heads, or a block of a sequence that is decoded.
@@ -39,10 +52,11 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         if self.gate != 'silu' or self.num_heads != 1 or not tokens.whole:
             raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
+        gate_BNL = self.core.gate_logits(x_BND) if gate_BNL is None else gate_BNL
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
         if self.key_input == 'own' or (self.key_input == 'shifted' and tokens.decode is not None):
             queries_keys, p = self.plain_queries_keys(x_BND, tokens), self.project(x_BND, uv_D2E)
-            return self.output(x_BND, p, bias_2E, queries_keys, tokens)
+            return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BNL), x_BND.shape[-1])
         z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
         mix_S = KeyMix(self.dtype, name='key_shift')(s) if self.key_input == 'shifted' else None
         scale_offset = functools.partial(self.scale_offset(FusedScaleOffset), tokens=tokens, mix_S=mix_S)
@@ -54,7 +68,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             # U and V are cut over devices, Z is not.
             queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S)
             p = jnp.tensordot(x_BND, uv_D2E, axes=1)
-        return self.output(x_BND, p, bias_2E, queries_keys, tokens)
+        return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BNL), x_BND.shape[-1])
 
     def plain_queries_keys(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, ...]:
         """Returns queries and keys, [B, N, S] each, without a kernel."""
@@ -68,12 +82,9 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             uv_D2E = uv_D2E.reshape(len(uv_D2E), -1)
         return jnp.tensordot(x_BND, uv_D2E, axes=1)
 
-    def output(
-        self, x_BND: Array, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo
-    ) -> tuple[Array, Array]:
-        """Returns what `without_bias` does, of projections and queries and keys."""
-        o_BNE = self.attend(p, bias_2E, queries_keys, tokens, self.core.gate_logits(x_BND))
-        out_ED, bias_D = Weights((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
+    def output(self, o_BNE: Array, width: int) -> tuple[Array, Array]:
+        """Returns the last projection of what `attend` gave, [B, N, width], and its bias."""
+        out_ED, bias_D = Weights((width,), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
         return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
 
     def attend(

@@ -63,7 +63,7 @@ class MixedChunkCore(QuadraticCore):
         return self.gate_layer(x_BND) if self.decay_gate != 'none' else None
 
     def gate_parameters(self, inputs: int) -> list[Array]:
-        """Returns the parameters of the gate for so many inputs (`DecayGate.parameters`); none without a gate."""
+        """See the base class."""
         return self.gate_layer.parameters(inputs) if self.decay_gate != 'none' else []
 
     @property

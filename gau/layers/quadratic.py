@@ -130,6 +130,10 @@ class QuadraticCore(AttentionCore):
         """Returns the logits of a gate of the state, [B, N, L], of normalised inputs; None: there is none."""
         return None
 
+    def gate_parameters(self, inputs: int) -> list[Array]:
+        """Returns the parameters of that gate for so many inputs (`gau.layers.decay_gate`); none without a gate."""
+        return []
+
     def bias_of_sequence(self, n: int) -> Array | None:
         """Returns the bias by distance for a sequence of n tokens, [H, 2 n - 1], or None."""
         return self.bias(n)

@@ -23,8 +23,12 @@ class FusedBlock(Block):
         norm = FusedScaleNorm(self.config.norm, self.config.model_dim, self.config.dtype, name=norm_name)
         if in_one:
             return layer(x, tokens, norm.scale)
-        x, h_BND = norm.of_residual(x)
-        y_BND, bias_D = layer.without_bias(self.convolved(h_BND, norm_name, tokens), tokens)
+        # After a convolution the layer reads something else than the norm's result.
+        gate = None if self.config.short_convolution else layer.gate_of_norm(self.config.model_dim)
+        down_D, bias_1 = gate or (None, None)
+        x, h_BND, logit_BN1 = norm.of_residual(x, down_D)
+        gate_BN1 = None if gate is None else logit_BN1 + bias_1
+        y_BND, bias_D = layer.without_bias(self.convolved(h_BND, norm_name, tokens), tokens, gate_BN1)
         if self.config.dropout_rate and not deterministic:
             y_BND, bias_D = self.dropout(y_BND + bias_D.astype(y_BND.dtype), deterministic), None
         x = x.plus(constrain(y_BND, 'batch', 'length', 'act_embed'), bias_D)

@@ -11,16 +11,16 @@ from gau.ops.kernels.load_store import load_tile, store_tile
 
 @triton.jit
 def scale_norm_kernel(
-    x_ptr, bias_ptr, g_ptr, h_ptr,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
+    x_ptr, bias_ptr, g_ptr, w_ptr, h_ptr, logit_ptr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """h = s g / rms(s) for s = x + bias.
+    """h = s g / rms(s) for s = x + bias; if GATE also h.w.
 
     Grid    [ROWS / BLOCK_R]
     Tile    [BLOCK_R, D], whole rows
-    Reads   x [ROWS, D], bias [D] if BIAS, g
-    Writes  h [ROWS, D]
+    Reads   x [ROWS, D], bias [D] if BIAS, g, w [D] if GATE
+    Writes  h [ROWS, D]; logit [ROWS] if GATE, float32
     Bytes   2 arrays of [ROWS, D] a norm
     """
     rows: tl.constexpr = None if ROWS % BLOCK_R == 0 else ROWS
@@ -31,24 +31,30 @@ def scale_norm_kernel(
     if BIAS:
         s += load_tile(bias_ptr, tl.arange(0, 1), d, D, None, cols)  # [1, BD]
     r = 1 / tl.sqrt(tl.sum(s * s, axis=1) / D + EPSILON)  # [BR]
-    store_tile(h_ptr, s * (tl.load(g_ptr) * r)[:, None], row, d, D, rows, cols)
+    h = (s * (tl.load(g_ptr) * r)[:, None]).to(h_ptr.dtype.element_ty)
+    store_tile(h_ptr, h, row, d, D, rows, cols)
+    if GATE:
+        w = load_tile(w_ptr, tl.arange(0, 1), d, D, None, cols).to(tl.float32)  # [1, BD]
+        tl.store(logit_ptr + row, tl.sum(h.to(tl.float32) * w, axis=1), mask=row < ROWS)
 
 
 @triton.jit
 def scale_norm_gradient_kernel(
-    x_ptr, bias_ptr, g_ptr, dresidual_ptr, dh_ptr, dx_ptr, sums_ptr,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
+    x_ptr, bias_ptr, g_ptr, w_ptr, dresidual_ptr, dh_ptr, dlogit_ptr, dx_ptr, sums_ptr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ds = gradient of h = s g / rms(s) for s = x + bias, dx = dresidual + ds, dbias = sum of ds, dg = sum of dh s/rms.
+
+    If GATE, dh is the given one + dlogit w, and dw = sum of dlogit h.
 
     A program takes every tile of rows whose number is its own plus a multiple of the programs, and has its sums in
     registers, one for each place in a tile: only the last step sums over the rows of a tile, which takes shuffles.
 
     Grid    [programs], as many as the GPU runs at once
     Tile    [BLOCK_R, D], whole rows
-    Reads   x, dresidual and dh [ROWS, D], bias [D] if BIAS, g
-    Writes  dx [ROWS, D]; sums [programs, D + 1], a program's part of dbias and of dg ([programs, 1] without BIAS)
+    Reads   x, dresidual and dh [ROWS, D], bias [D] if BIAS, g; w [D] and dlogit [ROWS] if GATE
+    Writes  dx [ROWS, D]; sums [programs, D (BIAS + GATE) + 1], a program's part of dbias, of dw, and of dg
     Bytes   4 arrays of [ROWS, D] a norm
     """
     rows: tl.constexpr = None if ROWS % BLOCK_R == 0 else ROWS
@@ -59,6 +65,9 @@ def scale_norm_gradient_kernel(
     dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if BIAS:
         bias = load_tile(bias_ptr, tl.arange(0, 1), d, D, None, cols)  # [1, BD]
+    dw = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if GATE:
+        w = load_tile(w_ptr, tl.arange(0, 1), d, D, None, cols).to(tl.float32)  # [1, BD]
     for start in range(tl.program_id(0) * BLOCK_R, ROWS, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         s = load_tile(x_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
@@ -67,6 +76,10 @@ def scale_norm_gradient_kernel(
         dh = load_tile(dh_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
         dresidual = load_tile(dresidual_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
         r = 1 / tl.sqrt(tl.sum(s * s, axis=1) / D + EPSILON)  # [BR]
+        if GATE:
+            dlogit = tl.load(dlogit_ptr + row, mask=row < ROWS, other=0.0)[:, None]  # [BR, 1]
+            dw += dlogit * (s * (g * r)[:, None]).to(dh_ptr.dtype.element_ty).to(tl.float32)
+            dh += dlogit * w
         along = tl.sum(dh * s, axis=1)  # [BR]
         ds = (g * r)[:, None] * dh - (g * r * r * r * along / D)[:, None] * s
         dg += along * r
@@ -74,8 +87,10 @@ def scale_norm_gradient_kernel(
             # A row outside is no token: there s is the bias, but dh is 0.
             dbias += ds
         store_tile(dx_ptr, dresidual + ds, row, d, D, rows, cols)
-    WIDTH: tl.constexpr = D * BIAS + 1
+    WIDTH: tl.constexpr = D * (BIAS + GATE) + 1
     sums_ptr += tl.program_id(0).to(tl.int64) * WIDTH
     if BIAS:
         store_tile(sums_ptr, tl.sum(dbias, axis=0)[None, :], tl.arange(0, 1), d, D, None, cols)
+    if GATE:
+        store_tile(sums_ptr + D * BIAS, tl.sum(dw, axis=0)[None, :], tl.arange(0, 1), d, D, None, cols)
     tl.store(sums_ptr + WIDTH - 1, tl.sum(dg, axis=0))

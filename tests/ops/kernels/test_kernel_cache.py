@@ -116,5 +116,5 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing(directory, compiler, 
 @pytest.mark.skipif(interpreted() or not available(), reason='needs jax-triton and a GPU')
 def test_kernels_are_kept(directory):
     x = jnp.ones((3, 5, 17))
-    jax.jit(lambda x: scale_norm_of_residual(x, None, jnp.ones(()), 'float32'))(x)
+    jax.jit(lambda x: scale_norm_of_residual(x, None, jnp.ones(()), None, 'float32'))(x)
     assert list((directory / FOLDER).iterdir())
