@@ -87,6 +87,9 @@ def _notes(report: Report) -> str:
         notes.append(
             f'Standard deviation between seeds: {sigma.value:.4f}, over all rows, {sigma.degrees} degrees of freedom.'
         )
+        chance = sigma.between_two()
+        if chance is not None and any(row.against and row.against.p is None for row in report.rows):
+            notes[-1] += f' By it, two single runs are up to {chance:.3f} apart by chance (95 %).'
     if report.baselines:
         notes.append(
             f'Differences are to the row {options.against}, seed by seed (the same seed sees the same batches in the '

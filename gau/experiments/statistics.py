@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Fewer degrees of freedom say too little of a standard deviation to judge single runs by it.
+MIN_DEGREES = 4
 
 
 class Mean(NamedTuple):
@@ -45,6 +47,12 @@ class Sigma(NamedTuple):
 
     value: float | None
     degrees: int
+
+    def between_two(self) -> float | None:
+        """Returns how far two single runs are apart by chance, in 95 % of cases; None where too little is known."""
+        if self.degrees < MIN_DEGREES:
+            return None
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees) * self.value * math.sqrt(2))
 
 
 class Paired(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from gau.errors import UserError
-from gau.experiments import evaluated, publish, report, runs
+from gau.experiments import evaluated, page, publish, report, runs
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
 from gau.training import workdir as files
@@ -168,6 +168,12 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     assert '3.0000 (n=1)' in text
     assert 'nothing here says how far chance goes' in text
     assert made.rows[1].against.p is None
+    # Beside rows with seeds, their spread says what a single run is worth.
+    more = [*models(), made_up(3.5, model__name='performer')]
+    made = report.make(more, Options(against='flash'))
+    assert f'up to {made.sigma.between_two():.3f} apart by chance' in page.table(made)
+    made = report.make(models(), Options(against='flash'))
+    assert 'by chance' not in page.table(made)
 
 
 @pytest.fixture

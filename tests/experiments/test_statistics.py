@@ -26,6 +26,17 @@ def test_sigma_is_pooled_within_cells():
     assert statistics.pooled_sigma([[1.0], [2.0]]) == (None, 0)
 
 
+def test_two_single_runs_are_as_far_apart_as_their_table_says():
+    draws = np.random.default_rng(0).normal(3.0, 0.2, size=(2000, 9))
+    # Six degrees of freedom from three cells of three; then two runs that are in none of them.
+    apart = np.diff(np.random.default_rng(1).normal(3.0, 0.2, size=(2000, 2)))[:, 0]
+    sigmas = [statistics.pooled_sigma(draw.reshape(3, 3)) for draw in draws]
+    within = [abs(distance) <= sigma.between_two() for distance, sigma in zip(apart, sigmas, strict=True)]
+    assert np.mean(within) == pytest.approx(0.95, abs=0.015)
+    assert statistics.pooled_sigma([[1.0, 2.0], [1.0, 2.0]]).between_two() is None
+    assert statistics.pooled_sigma([[1.0]]).between_two() is None
+
+
 def test_pairs_are_matched_by_seed():
     baseline = {0: 3.0, 1: 3.5, 2: 4.0, 9: 1.0}
     cell = {2: 3.92, 0: 2.9, 1: 3.39, 7: 8.0}
