@@ -4,6 +4,7 @@ The work directory alone says what to build, which data to read and what to meas
 evaluators, and text that it was not trained beside:
 
     python eval.py --workdir=DIR --evaluators=whole_documents --contexts=8192
+    python eval.py --workdir=DIR --evaluators=perplexity_in_chunk:chunk=128,passkey:texts=64
     python eval.py --workdir=DIR --config.data.source=jsonl:books.jsonl --splits=train
 
 Prints a table, appends to DIR/eval.jsonl and draws into DIR/plots/. Exit codes: 0 done; 2 bad usage, in one line on
@@ -18,7 +19,9 @@ cli.define_processes()
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.')
 flags.DEFINE_list(
-    'evaluators', None, "Evaluators, comma separated: names of the config's entries (by default all), or types."
+    'evaluators',
+    None,
+    "Evaluators, comma separated: names of the config's entries (by default all), or types; fields behind a colon.",
 )
 flags.DEFINE_list('contexts', None, "Context lengths, comma separated; the config's own by default.")
 flags.DEFINE_list('splits', None, "Data splits, comma separated; the config's eval.splits by default.")

@@ -158,6 +158,21 @@ class BatchEvaluator(Evaluator):
         """Returns what the host is to see of a batch: arrays, or a tree of them. Traced, on the device."""
         raise NotImplementedError
 
+    def arrays(self, context: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Returns (shape, dtype) of every array of a batch of one row of `context` tokens, without HOST_ONLY."""
+        return self.run.objective.arrays(self.run.config.data, rows=1, context=context)
+
+    def rows(self, case: Case, batch_size: int) -> Iterator[Batch]:
+        """Returns one pass over what is measured in batches of one shape, the last filled up with rows of weight 0."""
+        return self.run.objective.eval_batches(
+            self.run.config.data,
+            tokenizer=self.run.tokenizer,
+            split=case.split,
+            context=case.context,
+            batch_size=batch_size,
+            max_tokens=self.entry.max_tokens,
+        )
+
     def batches(self, params: Any, case: Case, cancelled: Callable[[], bool]) -> Iterator[tuple[Batch, Any]]:
         """Yields every batch of the case with its outputs, on the host; the device works on the next one meanwhile.
 
@@ -166,19 +181,10 @@ class BatchEvaluator(Evaluator):
         Raises:
           Cancelled: `cancelled` said True.
         """
-        config = self.run.config
-        rows = self._rows(case.context)
-        self.run.check_batch(rows, case.context)
-        iterator = self.run.objective.eval_batches(
-            config.data,
-            tokenizer=self.run.tokenizer,
-            split=case.split,
-            context=case.context,
-            batch_size=rows,
-            max_tokens=self.entry.max_tokens,
-        )
+        batch_size = self._batch_size(case.context)
+        self.run.check_batch(batch_size, case.context)
         in_flight = None
-        for batch in iterator:
+        for batch in self.rows(case, batch_size):
             if cancelled():
                 raise Cancelled
             dispatched = self._outputs(params, self.run.put_batch(on_device(batch)))
@@ -193,13 +199,12 @@ class BatchEvaluator(Evaluator):
         super().check()
         config = self.run.config
         for context in {config.data.context, *self.entry.contexts}:
-            self.run.check_batch(self._rows(context), context)
+            self.run.check_batch(self._batch_size(context), context)
             if context != config.data.context:
-                arrays = self.run.objective.arrays(config.data, rows=1, context=context)
-                batch = {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
+                batch = {name: jax.ShapeDtypeStruct(*array) for name, array in self.arrays(context).items()}
                 jax.eval_shape(self.outputs, self.run.abstract_params, batch)
 
-    def _rows(self, context: int) -> int:
+    def _batch_size(self, context: int) -> int:
         """Rows a batch: at the run's context as many as a training step holds at once, elsewhere as many tokens."""
         config, mesh = self.run.config, self.run.mesh
         rows = self.entry.batch_size or config.data.batch_size // config.optimizer.accumulation_steps

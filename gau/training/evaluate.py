@@ -36,7 +36,8 @@ def evaluate(
     Args:
       workdir: directory of a run.
       step: checkpoint to load; None means the newest.
-      evaluators: names of the config's entries, or types that need no entry; None means all entries.
+      evaluators: names of the config's entries, or types that need no entry, with whole numbers for fields behind them
+        (`perplexity_in_chunk:chunk=128`); None means all entries.
       contexts: context lengths; None means the config's `data.context`.
       splits: data splits; None means the config's.
       max_tokens: tokens of each split to use; None means the config's.
@@ -49,7 +50,7 @@ def evaluate(
     workdir = Path(workdir)
     with distributed.together():
         config = with_changes(files.read_config(workdir) if config is None else config, changed or {})
-        _choose(config, evaluators)
+        told = _choose(config, evaluators)
         for section in (config.eval, *config.evaluators.values()):
             for field, value in (('splits', splits), ('max_tokens', max_tokens)):
                 if value is not None and (section is config.eval or field in section):
@@ -69,24 +70,44 @@ def evaluate(
             if first:
                 print(f'\n{evaluator.table(cases)}')
     if first:
-        _write(workdir, step, measured, dict(changed or {}))
+        _write(workdir, step, measured, dict(changed or {}), told)
     return measured
 
 
-def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> None:
-    """Leaves only the chosen entries in the config, in place; a type that no entry is named after becomes one."""
+def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> dict[str, dict[str, int]]:
+    """Leaves only the chosen entries in the config, in place; a type that no entry is named after becomes one.
+
+    Returns:
+      The fields that were given with each name.
+    """
     if evaluators is None:
-        return
-    entries, types = config.evaluators, lookup.names('evaluation')
-    for name in evaluators:
+        return {}
+    entries, types, told = config.evaluators, lookup.names('evaluation'), {}
+    for given in evaluators:
+        name, *fields = given.split(':')
         if name not in entries and name not in types:
             known = [*entries, *types]
             raise UserError(f'--evaluators: unknown "{name}"{did_you_mean(name, known)}; known: {", ".join(known)}')
+        if name in told:
+            raise UserError(f'--evaluators: "{name}" is there twice')
+        told[name] = dict(_field(given, field) for field in fields)
     with config.unlocked():
-        config.evaluators = ConfigDict({name: entries.get(name) or {'type': name} for name in evaluators})
+        chosen = {name: {**(entries.get(name) or {'type': name}), **fields} for name, fields in told.items()}
+        config.evaluators = ConfigDict(chosen)
+    return told
 
 
-def _write(workdir: Path, step: int, measured: Measured, changed: Mapping[str, Any]) -> None:
+def _field(given: str, text: str) -> tuple[str, int]:
+    field, _, value = text.partition('=')
+    try:
+        return field, int(value)
+    except ValueError:
+        raise UserError(f'--evaluators={given}: want NAME:FIELD=NUMBER, as perplexity_in_chunk:chunk=128') from None
+
+
+def _write(
+    workdir: Path, step: int, measured: Measured, changed: Mapping[str, Any], told: Mapping[str, Mapping[str, int]]
+) -> None:
     """Writes rows and figures; what cannot be written is said in one line, since the tables have been printed."""
     written = []
     try:
@@ -94,10 +115,12 @@ def _write(workdir: Path, step: int, measured: Measured, changed: Mapping[str, A
         files.end_last_line(path)
         with path.open('a') as file:
             for evaluator, cases in measured.items():
+                fields = told.get(evaluator.name, {})
+                # Which text it was is told where it is not the run's own.
+                other = {**changed, **{f'evaluators.{evaluator.name}.{name}': x for name, x in fields.items()}}
                 for case, metrics in cases.items():
-                    # Which text it was is told where it is not the run's own.
                     row = {'step': step, 'split': f'{evaluator.name}/{case.split}', **metrics}
-                    file.write(json.dumps(row | ({'config': changed} if changed else {})) + '\n')
+                    file.write(json.dumps(row | ({'config': other} if other else {})) + '\n')
         written.append(path)
         for evaluator, cases in measured.items():
             if evaluator.figure:

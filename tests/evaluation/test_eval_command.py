@@ -7,7 +7,6 @@ import types
 import pytest
 
 from gau.errors import UserError
-from gau.evaluation.whole_documents import WholeDocuments
 from gau.training import evaluate, loop, workdir
 from gau.training.load import load_run
 from tests.programs import call, report
@@ -58,13 +57,14 @@ def test_what_eight_devices_trained_goes_on_on_any_number_of_them(tmp_path):
         assert [row['loss'] for row in rows] == pytest.approx([row['loss'] for row in straight], rel=1e-5)
 
 
-def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(WholeDocuments, 'options', {'rows': 2, 'block': 64})
+def test_an_evaluator_that_the_config_has_no_entry_for(trained, tmp_path, capsys):
     path = shutil.copytree(trained, tmp_path / 'run')
-    evaluate.evaluate(path, evaluators=['whole_documents', 'perplexity_by_position'], contexts=[16], max_tokens=400)
+    told = 'whole_documents:rows=2:block=64'
+    evaluate.evaluate(path, evaluators=[told, 'perplexity_by_position'], contexts=[16], max_tokens=400)
     carried, forgotten = (row for row in rows(path) if row['split'] == 'whole_documents/valid')
     assert {row['split'] for row in rows(path)} == {'whole_documents/valid', 'perplexity_by_position/valid'}
     assert carried['context'] > forgotten['context'] == 16
+    assert carried['config'] == {'evaluators.whole_documents.rows': 2, 'evaluators.whole_documents.block': 64}
     assert carried['tokens'] == forgotten['tokens'] == 400
     assert all(row['bits_per_byte'] > 0 for row in (carried, forgotten))
     assert (path / 'plots' / 'whole_documents_loss_by_position_step_6.png').is_file()
@@ -97,6 +97,10 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
         (['--config.optimizer.learning_rate=1'], 'what can be changed is data, eval, evaluators'),
         (['--config.data.source=text:no_such_file.txt'], 'no_such_file.txt'),
         (['--evaluators=perplexities'], 'did you mean "perplexity"'),
+        (['--evaluators=eval,eval:max_tokens=5'], '"eval" is there twice'),
+        (['--evaluators=passkey:text=5'], 'did you mean "texts"'),
+        (['--evaluators=passkey:texts=few'], 'want NAME:FIELD=NUMBER'),
+        (['--evaluators=passkey'], 'tokens of context, not 48'),
         (['--stream'], 'stream'),
     ],
 )
