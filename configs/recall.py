@@ -55,10 +55,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep_models() -> Iterator[Overrides]:
     """What may remember the pairs."""
-    yield {'name': 'flash', ':model': 'flash'}
-    yield {'name': 'gated', ':model': 'flash', 'model.decay_gate': 'scalar'}
-    yield {'name': 'window_2', ':model': 'flash', 'model.local_window': 2}
-    yield {'name': 'local', ':model': 'flash', 'model.branches': 'local'}
+    best = {f'model.{field}': value for field, value in common.BEST_FLASH.items()}
+    yield {'name': 'best', ':model': 'flash', **best}
+    yield {'name': 'unit', ':model': 'flash'}
+    yield {'name': 'shifted', ':model': 'flash', 'model.key_input': 'shifted'}
+    window = {path: value for path, value in best.items() if path != 'model.decay_gate'}
+    yield {'name': 'window', ':model': 'flash', **window, 'model.branches': 'local'}
     yield {'name': 'flash_quad', ':model': 'flash_quad'}
     yield {'name': 'transformer_plus_plus', ':model': 'transformer_plus_plus'}
 

@@ -33,10 +33,11 @@ class Recall(BatchEvaluator):
             raise UserError(f'evaluators.{name}.type={entry.type} is for objective=recall, not {run.config.objective}')
 
     def outputs(self, params: Any, batch: Mapping[str, jax.Array]) -> Any:
-        """Returns nats of the targets, [B, N] float32, and the likeliest token, [B, N] int32."""
-        logits_BNV = self.run.model.apply({'params': params}, batch['inputs'])
-        nll_BN = -jnp.take_along_axis(jax.nn.log_softmax(logits_BNV), batch['targets'][..., None], axis=-1)[..., 0]
-        return nll_BN, jnp.argmax(logits_BNV, axis=-1).astype(jnp.int32)
+        """Returns nats of the queries, [B, P] float32, and whether the likeliest token is the value, [B, P] bool."""
+        h_BPD, targets_BP, _ = task.at_queries(self.run.model, params, batch)
+        logits_BPV = self.run.model.apply({'params': params}, h_BPD, method='logits')
+        nll_BP = -jnp.take_along_axis(jax.nn.log_softmax(logits_BPV), targets_BP[..., None], axis=-1)[..., 0]
+        return nll_BP, jnp.argmax(logits_BPV, axis=-1) == targets_BP
 
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False
@@ -44,11 +45,12 @@ class Recall(BatchEvaluator):
         """Yields loss, accuracy, queries, context, and accuracy_by_distance: {first, last, accuracy, queries}."""
         pairs = task.check_pairs(self.run.config.data, case.context)
         losses, right, far = [], [], []
-        for batch, (nll_BN, predicted_BN) in self.batches(params, case, cancelled):
-            asked_BN = batch['weights'] > 0
-            losses.append(nll_BN[asked_BN])
-            right.append((predicted_BN == batch['targets'])[asked_BN])
-            far.append(task.distances(batch['inputs'], pairs)[asked_BN])
+        for batch, (nll_BP, right_BP) in self.batches(params, case, cancelled):
+            places_BP = batch['queries']
+            asked_BP = np.take_along_axis(batch['weights'], places_BP, axis=1) > 0
+            losses.append(nll_BP[asked_BP])
+            right.append(right_BP[asked_BP])
+            far.append(np.take_along_axis(task.distances(batch['inputs'], pairs), places_BP, axis=1)[asked_BP])
         losses, right, far = (np.concatenate(parts) for parts in (losses, right, far))
         yield 'loss', float(losses.mean(dtype=np.float64))
         yield 'accuracy', float(right.mean())

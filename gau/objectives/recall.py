@@ -20,7 +20,7 @@ from gau.objectives.text import TextObjective
 
 FILLER = 0
 # Keys are those below the half.
-VOCABULARY = 8192
+VOCABULARY = 2048
 SOURCE = 'pairs:'
 SPLITS = ('train', 'valid', 'test')
 # Evaluated without a limit.
@@ -56,6 +56,23 @@ class Recall(TextObjective):
     def identity(self, config: ConfigDict) -> dict[str, str]:
         """What is drawn depends on the seed and the source alone."""
         return {config.source: 'drawn'}
+
+    def arrays(self, config: ConfigDict, *, rows: int, context: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Those of a language model, and `queries` [B, P], the places where a key stands again."""
+        queries = {'queries': ((rows, check_pairs(config, context)), np.int32)}
+        return super().arrays(config, rows=rows, context=context) | queries
+
+    def build(self, config: ConfigDict, *, data: ConfigDict, tokenizer: Any, target: Any) -> Any:
+        """Returns a language model. Raises UserError where queries do not divide over the shards of a sequence."""
+        if check_pairs(data) % target.sequence_shards:
+            raise UserError(f'data.source={data.source} does not divide over mesh.sequence={target.sequence_shards}')
+        return super().build(config, data=data, tokenizer=tokenizer, target=target)
+
+    def loss(self, model: Any, params: Any, batch: Mapping[str, Any], *, dropout_key: Any = None) -> tuple[Any, dict]:
+        """Returns the sum of the weights times nats; only the queries are scored against the vocabulary."""
+        rngs = None if dropout_key is None else {'dropout': dropout_key}
+        asked = at_queries(model, params, batch, deterministic=dropout_key is None, rngs=rngs)
+        return model.apply({'params': params}, *asked, method='weighted_losses'), {}
 
     def check_split(self, config: ConfigDict, split: str) -> None:
         """Raises UserError unless the split is train, valid or test."""
@@ -144,7 +161,7 @@ def check_pairs(config: ConfigDict, context: int | None = None) -> int:
 
 
 def draw(pairs: int, context: int, seed: Sequence[int]) -> Batch:
-    """Returns a row: inputs and targets int32 [N], weights float32 [N], which are 1 where a key stands again."""
+    """Returns a row: inputs and targets int32 [N], weights float32 [N], and the places of the queries int32 [P]."""
     rng = np.random.default_rng(seed)
     half = VOCABULARY // 2
     keys_P = 1 + rng.choice(half - 1, pairs, replace=False)
@@ -155,7 +172,24 @@ def draw(pairs: int, context: int, seed: Sequence[int]) -> Batch:
     inputs_N[places_P] = keys_P
     targets_N, weights_N = np.zeros(context, np.int32), np.zeros(context, np.float32)
     targets_N[places_P], weights_N[places_P] = values_P, 1
-    return {'inputs': inputs_N, 'targets': targets_N, 'weights': weights_N}
+    return {'inputs': inputs_N, 'targets': targets_N, 'weights': weights_N, 'queries': places_P.astype(np.int32)}
+
+
+def at_queries(model: Any, params: Any, batch: Mapping[str, Any], **dropout: Any) -> tuple[Any, Any, Any]:
+    """Returns what the output layer reads of the queries, [B, P, D], their targets and weights [B, P]. Traced.
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      batch: see `Recall.arrays`.
+      **dropout: what `model.apply` is told of it.
+    """
+    import jax.numpy as jnp
+
+    h_BND = model.apply({'params': params}, batch['inputs'], method='hidden', **dropout)
+    places_BP = batch['queries']
+    h_BPD = jnp.take_along_axis(h_BND, places_BP[..., None], axis=1)
+    return h_BPD, *(jnp.take_along_axis(batch[name], places_BP, axis=1) for name in ('targets', 'weights'))
 
 
 def stack(rows: Iterator[Batch]) -> Batch:
