@@ -16,8 +16,10 @@ from gau.training.config import default_config
 TOPOLOGY = 'v4:4x4x4'
 VOCAB_SIZE = 32_000
 TOKENS_PER_STEP = 2**18
-# What says the most is compiled first: a call may be cut short.
-MODELS = ('flash', 'transformer_plus_plus', 'flash_quad')
+# FLASH as configs/lm.py has it; the models by their names alone are the paper's.
+BEST_FLASH = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
+# Names and fields of the models. What says the most is compiled first: a call may be cut short.
+MODELS = (('flash', BEST_FLASH), ('flash', {}), ('transformer_plus_plus', {}), ('flash_quad', {}))
 CONTEXTS = (512, 8192)
 STACKS = ('unrolled', 'scan')
 
@@ -31,6 +33,9 @@ All numbers are of one device and one step. Every program was compiled as it is,
 (`model.layer_stack`) and once scanned. A call that was cut short goes on when it is given again; what it had not
 reached is not in the table. Between two calls the code may have changed: the last column is the newest commit of `gau/`
 that a line was made with, with a + for changes on top.
+
+The first `flash` is that of configs/lm.py: shifted keys, a scalar gate on the state, a window of two chunks of 128. The
+other has the paper's unit, as all models here; configs/lm.py also takes Muon, which these steps do not.
 
 - TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (docs/models.md).
 - memory GiB: state and batch / temporaries / all (with code). traffic GiB: read from and written to main memory.
@@ -49,11 +54,14 @@ COLUMNS += ('commit',)
 
 def configs() -> Iterator[ConfigDict]:
     """Yields the configurations of the table, unresolved: for each of its lines unrolled layers, then a scan."""
-    plan = [(context, model) for model in MODELS[:2] for context in CONTEXTS]
-    plan += [(context, model) for context in CONTEXTS for model in MODELS]
+    # By their numbers in MODELS.
+    plan = [(context, model) for model in range(3) for context in CONTEXTS]
+    plan += [(context, model) for context in CONTEXTS for model in range(len(MODELS))]
     for (context, model), stack in itertools.product(dict.fromkeys(plan), STACKS):
         config = default_config()
-        config.model.name, config.model.layer_stack = model, stack
+        config.model.name, fields = MODELS[model]
+        config.model.update(fields)
+        config.model.layer_stack = stack
         config.data.context, config.data.batch_size = context, TOKENS_PER_STEP // context
         rows = min(64, config.data.batch_size)
         config.mesh.update({'data': rows, 'fsdp': 1, 'sequence': 64 // rows})
@@ -78,7 +86,8 @@ def write(path: Path, report: Callable[[str], None]) -> None:
     for config in configs():
         if (config.model.layer_stack, *_key_of(config)) in {(row['layer_stack'], *_key(row)) for row in rows}:
             continue
-        rows.append({**check(config, target, vocab_size=VOCAB_SIZE).row, 'commit': version})
+        row = check(config, target, vocab_size=VOCAB_SIZE).row
+        rows.append({**row, 'fields': _fields(config), 'commit': version})
         rows.sort(key=lambda row: (_key(row), row['layer_stack']))
         lines.write_text(''.join(json.dumps(row) + '\n' for row in rows))
         path.write_text(HEADER.format(path=path) + table(rows))
@@ -100,13 +109,18 @@ def _commit() -> str | None:
         return None
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    """Returns what one line of the table has in common."""
-    return row['context'], MODELS.index(row['model'])
+def _key(row: Row) -> tuple[int, int]:
+    """Returns what one line of the table has in common. (Rows of before there were two FLASH name no fields.)"""
+    return row['context'], MODELS.index((row['model'], row.get('fields', {})))
 
 
-def _key_of(config: ConfigDict) -> tuple[Any, ...]:
-    return config.data.context, MODELS.index(config.model.name)
+def _key_of(config: ConfigDict) -> tuple[int, int]:
+    return config.data.context, MODELS.index((config.model.name, _fields(config)))
+
+
+def _fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of an unresolved config that tell the lines of one model apart."""
+    return {name: config.model[name] for name in BEST_FLASH if config.model[name] is not None}
 
 
 def table(rows: list[Row]) -> str:
@@ -123,7 +137,8 @@ def _cells(unrolled: Row, scan: Row) -> list[str]:
     mesh = ', '.join(f'{axis} {size}' for axis, size in scan['mesh'].items() if size > 1)
     flops = f'{scan["flops"] / 1e12:.2f} / {scan["model_flops"] / 1e12:.2f}'
     commits = ', '.join(dict.fromkeys(row['commit'] or '?' for row in (unrolled, scan)))
-    cells = [f'`{scan["model"]}`, {scan["num_layers"]}', f'`{scan["impl"]}`', str(scan['context']), mesh, flops]
+    window = f', {chunks} chunks' if (chunks := scan.get('fields', {}).get('local_window')) else ''
+    cells = [f'`{scan["model"]}`, {scan["num_layers"]}{window}', f'`{scan["impl"]}`', str(scan['context']), mesh, flops]
     for row in (unrolled, scan):
         if 'error' in row:
             cells += [f'does not fit: {row["error"]}', '', '', '']

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import common
 from gau.benchmarks import tpu_table
 
 
@@ -34,6 +35,13 @@ def test_a_line_has_both_stacks_of_layers():
     assert len(tpu_table.table([scan, row('unrolled', context=8192)]).splitlines()) == 2, 'no line without both'
 
 
+def test_flash_is_there_as_configs_have_it_and_as_the_paper_has_it():
+    assert tpu_table.BEST_FLASH == common.BEST_FLASH
+    rows = [row(stack, fields=fields) for stack in tpu_table.STACKS for fields in (tpu_table.BEST_FLASH, {})]
+    names = [line.split(' | ')[0] for line in tpu_table.table(rows).splitlines()[2:]]
+    assert names == ['| `flash`, 24, 2 chunks', '| `flash`, 24']
+
+
 def test_without_an_estimate_there_is_a_bound_and_without_room_the_reason():
     found = cells(row('scan', cycles=None), row('unrolled', error='128 G of 30.75 G'))
     assert found['scan: ms, MFU'] == '(10.0)'
@@ -50,7 +58,8 @@ def test_what_the_file_has_is_not_compiled_again(tmp_path, monkeypatch):
             self.row = row(model.layer_stack, model=model.name, context=context)
 
     def check(config, target, *, vocab_size):
-        compiled.append((config.model.name, config.data.context, config.model.layer_stack, config.data.batch_size))
+        name = f'{config.model.name}{config.model.local_window or ""}'
+        compiled.append((name, config.data.context, config.model.layer_stack, config.data.batch_size))
         assert (target, vocab_size, config.mesh.data * config.mesh.sequence) == ('v4:4x4x4', 32_000, 64)
         if len(compiled) == 3:
             raise KeyboardInterrupt
@@ -63,8 +72,8 @@ def test_what_the_file_has_is_not_compiled_again(tmp_path, monkeypatch):
         tpu_table.write(path, report=lines.append)
     assert len(lines) == 1
     tpu_table.write(path, report=lines.append)
-    models = ('flash', 'transformer_plus_plus', 'flash_quad')
+    models = ('flash2', 'flash', 'transformer_plus_plus', 'flash_quad')
     wanted = {(m, n, stack, 2**18 // n) for m in models for n in (512, 8192) for stack in ('unrolled', 'scan')}
     assert set(compiled) == wanted
     assert len(compiled) == len(wanted) + 1
-    assert path.read_text().splitlines()[-6:] == [lines[i] for i in (0, 2, 4, 1, 3, 5)]
+    assert path.read_text().splitlines()[-8:] == [lines[i] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
