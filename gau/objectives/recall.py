@@ -20,7 +20,7 @@ from gau.objectives.text import TextObjective
 
 FILLER = 0
 # Keys are those below the half.
-VOCABULARY = 2048
+VOCABULARY = 1024
 SOURCE = 'pairs:'
 SPLITS = ('train', 'valid', 'test')
 # Evaluated without a limit.
