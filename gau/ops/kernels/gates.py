@@ -42,6 +42,39 @@ def launch_over_tiles(
     )
 
 
+def launch_over_spans(
+    kernel: Any,
+    p_BNW: Array,
+    bias_2E: Array,
+    *more: Array,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    overwrite: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> list[Array]:
+    """The same for kernels with sums over tokens: a program has `GATES.span` of them, grid [E times N, B]."""
+    batch, n, stride = p_BNW.shape
+    width = bias_2E.shape[1]
+    return launch(
+        kernel,
+        p_BNW,
+        bias_2E,
+        *more,
+        outputs=outputs,
+        grid=(cdiv(width, GATES.block_e) * cdiv(n, GATES.span), batch),
+        num_warps=GATES.num_warps,
+        num_stages=GATES.num_stages,
+        overwrite=overwrite,
+        N=n,
+        E=width,
+        W=stride,
+        SPAN=GATES.span,
+        STAGES=GATES.num_stages,
+        BLOCK_N=GATES.block_n,
+        BLOCK_E=GATES.block_e,
+        **constants,
+    )
+
+
 def values(p_BNW: Array, bias_2E: Array, *, tokens_first: bool) -> Array:
     """Returns silu(p + bias) of the second E columns, [B, N, E], or [N, B, E] if `tokens_first`."""
     from gau.ops.kernels.gates_triton import values_kernel
@@ -74,7 +107,7 @@ def gate_gradients(
     batch, n, width = o_BNE.shape
     spans, across = cdiv(n, GATES.span), cdiv(width, GATES.block_e)
     shape = (n, batch, width) if tokens_first else o_BNE.shape
-    dp_BNW, dx, dbias, sums = launch(
+    dp_BNW, dx, dbias, sums = launch_over_spans(
         gate_gradient_kernel,
         p_BNW,
         bias_2E,
@@ -86,17 +119,8 @@ def gate_gradients(
             jax.ShapeDtypeStruct((batch * spans, width), jnp.float32),
             jax.ShapeDtypeStruct((across, batch, n) if row_sums else (1,), jnp.float32),
         ],
-        grid=(across * spans, batch),
-        num_warps=GATES.num_warps,
-        num_stages=GATES.num_stages,
         B=batch,
-        N=n,
-        E=width,
-        W=p_BNW.shape[-1],
         TOKENS_FIRST=tokens_first,
         ROW_SUMS=row_sums,
-        SPAN=GATES.span,
-        BLOCK_N=GATES.block_n,
-        BLOCK_E=GATES.block_e,
     )
     return (dp_BNW, dbias.sum(0), dx, *([sums.sum(0)] if row_sums else []))

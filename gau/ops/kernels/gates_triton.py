@@ -98,7 +98,7 @@ def values_kernel(
 def gate_gradient_kernel(
     p_ptr, bias_ptr, do_ptr, o_ptr, dp_ptr, dx_ptr, dbias_ptr, sums_ptr,
     B: tl.constexpr, N: tl.constexpr, E: tl.constexpr, W: tl.constexpr, TOKENS_FIRST: tl.constexpr,
-    ROW_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROW_SUMS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dx = do silu(u), du = do x silu'(u) and its sum over tokens, for o = silu(u) x with u = U + bias.
 
@@ -114,8 +114,9 @@ def gate_gradient_kernel(
     spans = tl.num_programs(0) // across
     number, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     col = (number % across) * BLOCK_E + tl.arange(0, BLOCK_E)
-    dbias = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, SPAN, BLOCK_N):
+    dbias = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    # With a number of stages of its own a loop loads ahead.
+    for start in tl.range(0, SPAN, BLOCK_N, num_stages=STAGES):
         row = (number // across).to(tl.int64) * SPAN + start + tl.arange(0, BLOCK_N)
         do = load_tile(do_ptr + b * N * E, row, col, E, N, E).to(tl.float32)  # [BN, BE]
         o = load_tile(o_ptr + b * N * E, row, col, E, N, E).to(tl.float32)  # [BN, BE]
@@ -123,8 +124,8 @@ def gate_gradient_kernel(
         _store_of_sequence(dx_ptr, do * silu(u), row, col, b, B, N, E, TOKENS_FIRST)
         du = gate_gradient(u, o, do)
         store_tile(dp_ptr + b * N * W, du, row, col, W, N, E)
-        dbias += tl.sum(du, 0)
+        dbias += du
         if ROW_SUMS:
             sums = (number % across) * tl.num_programs(1) * N + b * N + row
             tl.store(sums_ptr + sums, tl.sum(do * o, 1), mask=row < N)
-    tl.store(dbias_ptr + (b * spans + number // across) * E + col, dbias, mask=col < E)
+    tl.store(dbias_ptr + (b * spans + number // across) * E + col, tl.sum(dbias, 0), mask=col < E)

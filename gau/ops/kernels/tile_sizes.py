@@ -33,7 +33,7 @@ def fit(tiles: Tiles, **sizes: int) -> Tiles:
 
 
 class GateTiles(NamedTuple):
-    """A tile has block_n tokens and block_e columns; a program of the gate's gradient has `span` tokens."""
+    """A tile has block_n tokens and block_e columns; a program that sums over tokens has `span` of them."""
 
     block_n: int
     block_e: int
@@ -42,7 +42,7 @@ class GateTiles(NamedTuple):
     num_stages: int
 
 
-GATES = GateTiles(block_n=16, block_e=128, span=128, num_warps=4, num_stages=1)
+GATES = GateTiles(block_n=16, block_e=128, span=128, num_warps=4, num_stages=3)
 
 
 # --- gated_chunks_triton ----------------------------------------------------------------------------------------------
