@@ -62,7 +62,7 @@ def _backward(dtype, residuals, gradients):
 
     del dtype
     (x_BND, bias_D, g, gate_D), (dresidual_BND, dh_BND, dlogit_BN1) = residuals, gradients
-    tiles = tile_sizes.NORM_GRADIENT
+    tiles = tile_sizes.NORM_GRADIENT if gate_D is None else tile_sizes.NORM_GRADIENT_GATE
     x_ND, fields = _as_rows(x_BND, bias_D, gate_D, tiles)
     programs = min(cdiv(len(x_ND), fields['BLOCK_R']), tiles.max_programs)
     widths = [0 if vector is None else vector.size for vector in (bias_D, gate_D)]

@@ -40,6 +40,7 @@ def test_values_and_all_gradients(shape, present, dtype, monkeypatch):
     monkeypatch.setattr(tile_sizes, 'NORM', tile_sizes.NORM._replace(numbers=512))
     gradient = tile_sizes.NORM_GRADIENT._replace(numbers=512, max_programs=3)
     monkeypatch.setattr(tile_sizes, 'NORM_GRADIENT', gradient)
+    monkeypatch.setattr(tile_sizes, 'NORM_GRADIENT_GATE', gradient)
     generator = np.random.default_rng(0)
     shapes = {'x': shape, 'bias': shape[-1:], 'g': (), 'gate': shape[-1:]}
     # Rounded to begin with, so that both compute the same.
