@@ -3,7 +3,8 @@
 | operation | its reference in `gau.ops` | fast path | its Triton kernels |
 |---|---|---|---|
 | FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs`,
-  `quadratic_weights` | `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`, `quadratic_triton` |
+  `quadratic_weights`, `window_weights` | `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`,
+  `quadratic_triton`, `window_weights_triton` |
 | FLASH, a block of a prompt | `decoding` | `gated_mixed_chunk_block` | those of FLASH, gated |
 | quadratic attention, one token | `decoding` | `decode_cache` | `decode_cache_triton` |
 | FLASH's layer, one token | `chunk_window` | `decode_chunks` | `decode_chunks_triton` |

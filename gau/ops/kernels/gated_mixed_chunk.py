@@ -21,6 +21,7 @@ from gau.ops.gated_states import log_decays, previous_chunk
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic_weights import FUNCTIONS, describe_tokens, whole_weights
 from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
+from gau.ops.kernels.window_weights import weights_in_window
 from gau.ops.masks import visibility_mask
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.positions import bias_matrix
@@ -127,19 +128,23 @@ def weights_in_chunks(
     """
     scoring, causal = spec.scoring, spec.causal
     shape, size = q_BGCS.shape[:3], q_BGCS.shape[2]
-    ids_BGM = ids_BGC
-    if spec.window > 1 and (shape[1] > 1 or sequence_axis is not None):
+    ids_BGM, keys, length = ids_BGC, size, spec.window * spec.chunk_size
+    in_window = spec.window > 1 and (shape[1] > 1 or sequence_axis is not None)
+    if in_window:
         # What would be before the first chunk has the id 0, and a normaliser may count keys.
         ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32) if ids_BGC is None else ids_BGC
-        both = k_BGCS, ids_BGC
-        k_BGCS, ids_BGM = (jnp.concatenate([previous_chunk(x, sequence_axis), x], axis=2) for x in both)
-    keys, length = k_BGCS.shape[2], spec.window * spec.chunk_size
+        ids_BGM, keys = jnp.concatenate([previous_chunk(ids_BGC, sequence_axis), ids_BGC], axis=2), 2 * size
     if scoring.function in FUNCTIONS and kernels == 'triton':
         ids = None if ids_BGM is None else jnp.broadcast_to(ids_BGM, (*shape[:2], keys)).reshape(-1, keys)
         fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': q_BGCS.shape[-1]}
-        q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
+        tokens = describe_tokens(ids, (shape[0] * shape[1], keys), **fields)
         bias_P = None if bias_P is None else bias_P.astype(jnp.float32)
-        return whole_weights(q, k, bias_P, describe_tokens(ids, k.shape[:2], **fields), causal).reshape(*shape, keys)
+        if in_window:
+            return weights_in_window(q_BGCS, k_BGCS, bias_P, tokens)
+        q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
+        return whole_weights(q, k, bias_P, tokens, causal).reshape(*shape, keys)
+    if in_window:
+        k_BGCS = jnp.concatenate([previous_chunk(k_BGCS, sequence_axis), k_BGCS], axis=2)
     first = keys - size
     mask = visibility_mask(ids_BGC, ids_BGM, n=size, m=keys, causal=causal, first_query=first)
     bias = None if bias_P is None else bias_matrix(bias_P, size, keys, first=first)

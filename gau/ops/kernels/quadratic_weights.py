@@ -108,17 +108,21 @@ def whole_weights(q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Toke
       tokens: factors and segment ids; no gradient goes there.
       causal: whether later keys are hidden.
     """
-    return _weights_forward(q_BQS, k_BNS, bias_P, tokens, causal)[0]
+    return weights_forward(q_BQS, k_BNS, bias_P, tokens, causal=causal)[0]
 
 
-def _weights_forward(q_BQS, k_BNS, bias_P, tokens, causal):
+def weights_forward(
+    q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, *, causal: bool
+) -> tuple[Array, tuple]:
+    """Returns `whole_weights`, and what `scores_gradient` needs."""
     queries, n = q_BQS.shape[1], k_BNS.shape[1]
     tokens = with_log_sums(q_BQS, k_BNS, bias_P, tokens, causal=causal)
     a_BQN = weights(q_BQS, k_BNS, bias_P, tokens, (n - queries, 0), (queries, n), causal=causal)
     return a_BQN, (q_BQS, k_BNS, bias_P, tokens, a_BQN if tokens.softmax else None)
 
 
-def _weights_backward(causal, residuals, da_BQN):
+def scores_gradient(residuals: tuple, da_BQN: Array, *, causal: bool) -> tuple[Array, Array | None, Tokens]:
+    """Returns the gradients of q.k, [B, Q, N] in the type of q, of the bias, and zeros for that of the tokens."""
     q_BQS, k_BNS, bias_P, tokens, a_BQN = residuals
     first, delta_BN = k_BNS.shape[1] - q_BQS.shape[1], None
     if tokens.softmax:
@@ -127,11 +131,21 @@ def _weights_backward(causal, residuals, da_BQN):
     _, ds_BQN, dbias_P = weights_and_gradient(q_BQS, k_BNS, bias_P, *operands, **fields)
     if first and bias_P is not None:
         dbias_P = add_by_distance(jnp.zeros_like(bias_P), dbias_P, q_BQS.shape[1], first)
+    return ds_BQN, dbias_P, no_gradient(tokens)
+
+
+def _forward(q_BQS, k_BNS, bias_P, tokens, causal):
+    return weights_forward(q_BQS, k_BNS, bias_P, tokens, causal=causal)
+
+
+def _backward(causal, residuals, da_BQN):
+    q_BQS, k_BNS, *_ = residuals
+    ds_BQN, dbias_P, dtokens = scores_gradient(residuals, da_BQN, causal=causal)
     dq_BQS, dk_BNS = jnp.einsum('BNM,BMS->BNS', ds_BQN, k_BNS), jnp.einsum('BNM,BNS->BMS', ds_BQN, q_BQS)
-    return dq_BQS, dk_BNS, dbias_P, no_gradient(tokens)
+    return dq_BQS, dk_BNS, dbias_P, dtokens
 
 
-whole_weights.defvjp(_weights_forward, _weights_backward)
+whole_weights.defvjp(_forward, _backward)
 
 
 def with_log_sums(q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, *, causal: bool) -> Tokens:

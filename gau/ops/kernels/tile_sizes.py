@@ -129,6 +129,11 @@ class PairGradientTiles(NamedTuple):
     num_stages: int
 
 
+# Of window_weights_triton; not timed.
+WINDOW_GRADIENT = {
+    'bfloat16': PairGradientTiles(block_m=64, block_k=64, num_warps=4, num_stages=3),
+    'float32': PairGradientTiles(block_m=32, block_k=32, num_warps=4, num_stages=1),
+}
 PAIR_WEIGHTS = {
     'bfloat16': PairWeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=1),
     'float32': PairWeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1),
