@@ -73,6 +73,11 @@ class Scoring(NamedTuple):
     normalizer: str | None = 'paper'
     length: int = 512
 
+    @property
+    def compares_keys(self) -> bool:
+        """Whether a weight depends on what other keys its query sees."""
+        return self.normalizer not in ('paper', 'fixed')
+
     def normalise(self, scores: Array, *, width: int, sequence_length: int | Array, mask: Array | None) -> Array:
         """Returns q.k / n, of the shape of the scores q.k, [..., N, M], float32 or float64.
 

@@ -131,9 +131,12 @@ def weights_in_chunks(
     ids_BGM, keys, length = ids_BGC, size, spec.window * spec.chunk_size
     in_window = spec.window > 1 and (shape[1] > 1 or sequence_axis is not None)
     if in_window:
-        # What would be before the first chunk has the id 0, and a normaliser may count keys.
-        ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32) if ids_BGC is None else ids_BGC
-        ids_BGM, keys = jnp.concatenate([previous_chunk(ids_BGC, sequence_axis), ids_BGC], axis=2), 2 * size
+        keys = 2 * size
+        if ids_BGC is None and (kernels != 'triton' or scoring.compares_keys):
+            # Nobody reads weights on what would be before the first chunk, but those on others may depend on them.
+            ids_BGC = jnp.ones((1, *shape[1:]), jnp.int32)
+        if ids_BGC is not None:
+            ids_BGM = jnp.concatenate([previous_chunk(ids_BGC, sequence_axis), ids_BGC], axis=2)
     if scoring.function in FUNCTIONS and kernels == 'triton':
         ids = None if ids_BGM is None else jnp.broadcast_to(ids_BGM, (*shape[:2], keys)).reshape(-1, keys)
         fields = {'scoring': scoring, 'causal': causal, 'sequence_length': length, 'width': q_BGCS.shape[-1]}
