@@ -111,7 +111,8 @@ def attention_gradients(
 ) -> tuple[Array, Array, list[Array], Array | None]:
     """Returns the gradients of q, k, of the values in the pieces of all `groups`, and of the bias.
 
-    A block of keys at a time, so that dk and dv come whole; only dq, which is narrow, is summed over blocks.
+    A block of keys at a time, so that dk and dv come whole; only dq, which is narrow, is summed over blocks, and what
+    all groups add to it once at the end.
 
     Args:
       q_BNS: and k_BNS, bias_P, tokens, causal: see `attend`.
@@ -122,7 +123,6 @@ def attention_gradients(
     """
     dbias_P = None if bias_P is None else jnp.zeros_like(bias_P)
     dqs, dks, dvs, n = [], [], [], q_BNS.shape[1]
-    dq_BnS = jnp.zeros(q_BNS.shape, jnp.float32)
     for begin, stop, size in groups(n):
         # No key of a causal group is seen by queries before it.
         start = begin if causal else 0
@@ -141,15 +141,12 @@ def attention_gradients(
             dk = jnp.einsum('BNM,BNS->BMS', ds, q_BnS)
             return (dq, dbias_P), (dk, jnp.einsum('BNM,NBE->BME', a, do_nBE))
 
+        dq_BnS = jnp.zeros(q_BnS.shape, jnp.float32)
         (dq_BnS, dbias_P), (dk, dv) = _over_blocks(block, (dq_BnS, dbias_P), begin, stop, size)
+        dqs.append(jnp.pad(dq_BnS, ((0, 0), (start, 0), (0, 0))))
         dks.append(dk)
         dvs.append(dv)
-        if causal:
-            # No later key is seen by the queries of this group.
-            dqs.append(dq_BnS[:, : stop - begin].astype(q_BNS.dtype))
-            dq_BnS = dq_BnS[:, stop - begin :]
-    dq_BNS = jnp.concatenate(dqs, axis=1) if causal else dq_BnS.astype(q_BNS.dtype)
-    return dq_BNS, jnp.concatenate(dks, axis=1), dvs, dbias_P
+    return sum(dqs).astype(q_BNS.dtype), jnp.concatenate(dks, axis=1), dvs, dbias_P
 
 
 def groups(n: int) -> Iterator[tuple[int, int, int]]:
