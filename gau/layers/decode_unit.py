@@ -46,7 +46,7 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         gated = core.decay_gate != 'none'
         if gated:
             down_D1, bias_1 = core.gate_parameters(x_BTD.shape[-1])
-            parameters = parameters._replace(gate_D=down_D1[:, 0].astype(self.dtype), gate_bias=bias_1)
+            parameters = parameters._replace(gate_D=down_D1[:, 0], gate_bias=bias_1)
         table = tokens.rope[s] if self.rope == 'rotary' else None
         fields = {'position': tokens.decode, 'spec': core.spec}
         in_window = tokens.decode.opened_B is not None

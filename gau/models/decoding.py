@@ -280,11 +280,10 @@ def prefill(
             last_BD, state = _read(model, params, state, last_BD, tokens_BN[:, :size], head_B)
             places_BN = jnp.minimum(head_B[:, None] + jnp.arange(n), n - 1)
             tokens_BN, length_B = jnp.take_along_axis(tokens_BN, places_BN, axis=1), length_B - head_B
-        short = ARCHITECTURES[config.name].family.decodes_in_kernels(config, attention, model.implementation)
-        one_block = fresh and block is None
-        short &= attention.short_prompts_in_kernels(config, model.implementation.attention, fresh=one_block)
-        if short and not _scanned(model) and batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS:
-            reader, tokens = 'short', SHORT_PROMPT_TOKENS
+        family, short = ARCHITECTURES[config.name].family, batch * -(-n // size) * size <= SHORT_PROMPT_TOKENS
+        if family.decodes_in_kernels(config, attention, model.implementation) and not _scanned(model):
+            reader = attention.reader_of_blocks(config, short=short, fresh=fresh and block is None)
+            tokens = SHORT_PROMPT_TOKENS if reader == 'short' else tokens
         most = block or max(size, tokens // batch)
         # Blocks alike, of whole chunks.
         block = -(-n // -(-n // most))

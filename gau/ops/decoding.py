@@ -49,8 +49,9 @@ class DecodePosition:
         (`gau.ops.chunk_window`); else None.
       reader: what takes a block of more than one token. 'reference': the functions here. 'training': training's
         implementation, as it takes whole sequences; rows stand where it needs them
-        (`gau.models.attentions.record.Attention.whole_blocks`). 'short': the kernels of short blocks where the model
-        decodes in kernels; rows stand where a chunk begins, and the block has whole chunks.
+        (`gau.models.attentions.record.Attention.whole_blocks`). 'short' and 'long': the kernels of blocks where the
+        model decodes in kernels; rows stand where a chunk begins, and the block has whole chunks. With a window of two
+        chunks rows that a short block is of begin with it.
       capacity: M, where the state of a quadratic attention is still to be made; None where it exists.
       in_place: whether kernels may write over the state that they are given. Not where layers are scanned: XLA takes
         a part of what a loop collects for a kernel's result, and lets it write there and not over its input.
@@ -66,12 +67,12 @@ class DecodePosition:
     @property
     def whole(self) -> bool:
         """Whether training's implementation takes the block."""
-        return choose(self.reader, {'reference': False, 'training': True, 'short': False})
+        return choose(self.reader, {'reference': False, 'training': True, 'short': False, 'long': False})
 
     @property
     def for_kernels(self) -> bool:
-        """Whether kernels of decoding may take it: a single token in a window, or a short block."""
-        return self.in_place and (self.opened_B is not None or self.reader == 'short')
+        """Whether kernels of decoding may take it: a single token in a window, or a block."""
+        return self.in_place and (self.opened_B is not None or self.reader in ('short', 'long'))
 
     def real_BT(self, n: int) -> Array:
         """Returns which of the block's n tokens are not padding, as segment ids, int32 [B, n]."""

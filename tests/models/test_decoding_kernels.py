@@ -58,32 +58,39 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
 
 
 @pytest.mark.parametrize(
-    ('name', 'fields', 'short'),
+    ('name', 'fields', 'readers'),
     [
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, True),
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, False),
-        ('flash_quad', {'num_layers': 1}, False),
-        ('flash_quad', {'attention_function': 'softmax', 'num_layers': 1}, False),
-        ('flash', {'attention_function': 'softmax', 'num_layers': 1}, False),
-        ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, True),
-        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, True),
-        # With a window of two chunks those of short prompts begin a sequence, training's go on.
-        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2, 'num_layers': 1}, True),
-        ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, False),
+        ('flash', {'global_decay': 0.7, 'num_layers': 1}, {'short'}),
+        ('flash', {'global_decay': 0.7, 'num_layers': 1}, set()),
+        ('flash_quad', {'num_layers': 1}, set()),
+        ('flash_quad', {'attention_function': 'softmax', 'num_layers': 1}, set()),
+        ('flash', {'attention_function': 'softmax', 'num_layers': 1}, set()),
+        ('flash', {'normalizer': 'su', 'relative_bias': 'none', 'gamma_init': 'ones'}, {'short'}),
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar'}, {'short'}),
+        ('flash', {'decay_gate': 'scalar', 'num_layers': 1}, {'long'}),
+        # With a window of two chunks those of short prompts begin a sequence, those of long ones go on.
+        ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2}, {'short', 'long'}),
+        ('flash', {'local_window': 2, 'num_layers': 1}, {'long'}),
+        ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, set()),
         # Layers that are scanned have none of the kernels that write in place.
-        ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, False),
+        ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, set()),
     ],
 )
 # Blocks with a carried state are proven in tests/ops/kernels: test_prefill_chunks.py, test_decode_chunks.py and
 # test_gated_chunks.py.
 @pytest.mark.slow
-def test_prompts_in_kernels(name, fields, short, monkeypatch):
+def test_prompts_in_kernels(name, fields, readers, monkeypatch):
     """Prompts at once and in two parts, of which the second begins anywhere in a chunk; short ones, and others."""
     pytest.importorskip('triton')
-    if not short and 'layer_stack' not in fields:
+    if 'short' not in readers and 'layer_stack' not in fields:
         monkeypatch.setattr(decoding, 'SHORT_PROMPT_TOKENS', 0)
-    calls, kernels = [], decode_unit.prefill_gated_chunks
-    monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', lambda *x, **y: calls.append(1) or kernels(*x, **y))
+    found, kernels = set(), decode_unit.prefill_gated_chunks
+
+    def read(*x, position, **y):
+        found.add(position.reader)
+        return kernels(*x, position=position, **y)
+
+    monkeypatch.setattr(decode_unit, 'prefill_gated_chunks', read)
     model, params = tiny.make(name, impl='triton', dtype='float32', **fields)
     exact, _ = tiny.make(name, impl='reference', **fields)
     length_B, first_B = jnp.array([1, 4, 10, 21, 22]), jnp.array([0, 1, 5, 8, 11])
@@ -92,7 +99,7 @@ def test_prompts_in_kernels(name, fields, short, monkeypatch):
     with float64():
         full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
     prefill = functools.partial(decoding.prefill, model, block=BLOCK)
-    more = {'block': None} if 'local_window' in fields else {}
+    more = {'block': None} if 'local_window' in fields and 'short' in readers else {}
     whole, step = tiny.compile_fast(functools.partial(prefill, fresh=True, **more)), functions(model)[1]
     rest_BN = tokens_BN[rows[:, None], np.minimum(first_B[:, None] + np.arange(N), N - 1)]
     empty = decoding.init_state(model, batch_size=5, capacity=N)
@@ -108,7 +115,7 @@ def test_prompts_in_kernels(name, fields, short, monkeypatch):
             logits_BV, state = step(params, state, tokens_BN[rows, last + more])
             difference = logits_BV - full_BNV[rows, last + more]
             assert np.abs(difference).max() < 1e-5 * np.abs(full_BNV).max(), (way, more)
-    assert bool(calls) == short
+    assert found == readers
 
 
 def test_a_transformer_built_for_cudnn(monkeypatch):

@@ -206,10 +206,13 @@ class MixedChunk(ScoredAttention):
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
         return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
 
-    def short_prompts_in_kernels(self, config: ConfigDict, impl: str, *, fresh: bool) -> bool:
+    def reader_of_blocks(self, config: ConfigDict, *, short: bool, fresh: bool) -> str:
         """See the base class."""
-        # They do not read the chunk before a block.
-        return self.decodes_in_kernels(config, impl) and (fresh or config.local_window in (None, 1))
+        two, gated = config.local_window == 2, (config.decay_gate or 'none') != 'none'
+        if short and (fresh or not two):
+            return 'short'
+        # Around training's kernels these would take dozens of small operations.
+        return 'long' if two or gated else 'training'
 
     def _window_is_known(self, config: ConfigDict) -> bool:
         """Whether fields that a window does not know say what they would without them."""

@@ -95,9 +95,15 @@ class Attention:
         """Returns whether a gated unit decodes single tokens in kernels (`gau.layers.decode_unit`)."""
         return False
 
-    def short_prompts_in_kernels(self, config: ConfigDict, impl: str, *, fresh: bool) -> bool:
-        """Returns whether it also reads short prompts in kernels of their own; `fresh`: one block from empty states."""
-        return False
+    def reader_of_blocks(self, config: ConfigDict, *, short: bool, fresh: bool) -> str:
+        """Returns what reads blocks of a prompt where tokens are decoded in kernels (`DecodePosition.reader`).
+
+        Args:
+          config: of the model.
+          short: whether the prompts are short.
+          fresh: whether there is one block, from empty states.
+        """
+        return 'training'
 
     def window(self, config: ConfigDict) -> int | None:
         """Returns the most single tokens that are decoded before `close_window`; None: any number, without a window."""

@@ -14,13 +14,16 @@ def gate_logits(
     x_ptr, g_ptr, w_ptr, bias_ptr, row, R: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Returns the logits of these rows of x [R, D], float32 [BLOCK_M]; g is the scale of the norm, bias one number."""
+    """Returns the logits of these rows of x [R, D], float32 [BLOCK_M]; g is the scale of the norm, bias one number.
+
+    w is rounded to the type of x here: to cast it before would be a launch in each layer and for each token.
+    """
     products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, D, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, row, d, D, R, D).to(tl.float32)  # [BM, BK]
-        w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
         products += x * w[None, :]
         squares += x * x
     scale = tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=1) / D + EPSILON)
@@ -37,6 +40,15 @@ def log_decays(logits_ptr, before, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK
     x = tl.sum(logits, axis=1) / C
     log_sigmoid = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
     return tl.where(chunk < before, log_sigmoid * 1.4426950408889634, 0.0)
+
+
+@triton.jit
+def weights_of_chunks(logits_ptr, n, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns log2 of the decays of the first n chunks, and the weights of their tokens after them, [BLOCK_G] each."""
+    chunk = tl.arange(0, BLOCK_G)
+    logs = log_decays(logits_ptr, n, C, BLOCK_G, BLOCK_C)
+    after = tl.sum(logs, axis=0) - tl.cumsum(logs, axis=0)
+    return logs, tl.where(chunk < n, tl.exp2(after), 0.0)
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def decode_row_kernel(
         x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=0) / D + EPSILON)
         if GATED:
-            w = tl.load(gate_w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            w = tl.load(gate_w_ptr + d, mask=d < D, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
             logit = tl.sum(x * w, axis=0) * scale + tl.load(gate_bias_ptr)
             tl.store(gate_ptr + place, logit, mask=(program == FIRST_Z) & (place < PLACES))
         z1 = _silu(tl.sum(x[:, None] * w1.to(tl.float32), axis=0) * scale + bias1)

@@ -1,11 +1,14 @@
-"""A short block of a prompt in a FLASH layer on a GPU: norm, projections, attention, gate, output, residual and state.
+"""A block of a prompt in a FLASH layer on a GPU: norm, projections, attention, gate, output, residual and state.
 
 What `gau.ops.kernels.decode_chunks` does for a token, in three kernels for hundreds or thousands of them. Those of
-training are more, with the library's matmuls and the compiler's slices and casts between them, and a short prompt would
-wait for their launches. Between chunks attention is quadratic here, which long prompts could not afford.
+training are more, with the library's matmuls and the compiler's slices and casts between them, and a prompt would wait
+for their launches. In a short block attention is quadratic between chunks as well; a long one has a state for each
+chunk, which one or two more kernels make.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_stat
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.decode_chunks import PRECISION, Parameters
 from gau.ops.kernels.launch import launch
-from gau.ops.kernels.tile_sizes import cdiv, power_of_two
+from gau.ops.kernels.tile_sizes import cdiv, fit, power_of_two
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.norms import NORM_EPSILON
 from gau.ops.scores import Scoring
@@ -34,14 +37,16 @@ def prefill_gated_chunks(
 ) -> tuple[Array, State]:
     """Returns x + GAU(ScaleNorm(x)) of a block of tokens in each row, [B, T, D], and the new state.
 
+    The block is short or long by `position.reader`.
+
     Args:
       x_BTD: the residual stream, bfloat16 or float32, finite at padding; T is a multiple of the chunk.
       parameters: of the layer.
       table: cosines and sines of each token's position, float32 [B, T, S / 2], or None.
       state: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.decoding`); with shifted keys `before`, z of the token
         before, [B, S]; with a gate `gate` and `count`.
-      position: where the tokens stand; rows that take tokens begin a chunk with the first, with a window of two chunks
-        their sequence.
+      position: where the tokens stand; rows that take tokens begin a chunk with the first, and in a short block with a
+        window of two chunks their sequence.
       spec: causal, relu2, both branches.
     """
     from gau.ops.kernels import prefill_chunks_triton as kernels
@@ -49,7 +54,8 @@ def prefill_gated_chunks(
     (batch, t, width), dtype = x_BTD.shape, x_BTD.dtype
     size, rows, groups = spec.chunk_size, batch * t, t // spec.chunk_size
     expanded, inner = parameters.out_ED.shape[0], parameters.z_DS.shape[1]
-    tiles = tile_sizes.PREFILL[str(dtype)]
+    states = choose(position.reader, {'short': False, 'long': True})
+    tiles = (tile_sizes.PREFILL_LONG if states else tile_sizes.PREFILL)[str(dtype)]
     half, block_s = (inner + 1) // 2, power_of_two(inner)
     sizes = {'R': rows, 'E': expanded, 'S': inner, 'PRECISION': PRECISION}
     # The compiler reads these once for all layers.
@@ -57,8 +63,11 @@ def prefill_gated_chunks(
     chunks_BG = chunks_in_sum(before_B[:, None] + jnp.arange(groups), spec)
     state_scale_BG = scale_of_state(chunks_BG, spec, jnp.float32)
     shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
-    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated}
-    more |= {'BLOCK_G': power_of_two(groups), 'BLOCK_C': power_of_two(size)}
+    # What is not there has a pointer all the same.
+    old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count')}
+    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated, 'STATES': states}
+    # Of long blocks nobody takes all chunks at once.
+    more |= {'BLOCK_G': 16 if states else power_of_two(groups), 'BLOCK_C': power_of_two(size)}
 
     shift = (parameters.mix_S, state['before']) if shifted else (none, none)
     # (Not in place: other programs read what was before.)
@@ -89,14 +98,18 @@ def prefill_gated_chunks(
         BLOCK_H=tiles.block_h,
         **sizes,
     )
+    read, new = state['sum'], {}
+    if states:
+        inputs = activations, roles, before_B, position.length_B, state_scale_BG, logits
+        read, new = _states(inputs, old, spec, gated=gated, dtype=dtype)
     bias_P = parameters.bias_P
     score_scale, over_visible = _normaliser(spec.scoring, spec.window * size, inner)
     block_e = min(tiles.block_e, power_of_two(expanded))
     block_m = min(tiles.attention_m, power_of_two(size))
     (o_RE,) = launch(
         kernels.prefill_attention_kernel,
-        *(activations, roles, state['sum'], state_scale_BG if bias_P is None else bias_P, before_B, state_scale_BG),
-        *(logits, state['count'] if gated else none),
+        *(activations, roles, read, state_scale_BG if bias_P is None else bias_P, before_B, state_scale_BG),
+        *(logits, old['count'], old['k'], old['v']),
         outputs=[jax.ShapeDtypeStruct((rows, expanded), dtype)],
         grid=(cdiv(expanded, block_e), groups * cdiv(size, block_m), batch),
         num_warps=tiles.attention_warps,
@@ -114,18 +127,19 @@ def prefill_gated_chunks(
         **sizes,
         **more,
     )
-    # What is not there has a pointer all the same.
-    old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count')}
+    # What is made already is not written again.
+    old |= dict.fromkeys(new, none)
+    written = [name for name in old if name in state and name not in new]
     inputs = o_RE, parameters.out_ED, parameters.out_bias_D, x_BTD, activations, roles, position.length_B, logits
     state_e = min(tiles.state_e, power_of_two(expanded))
-    y_BTD, *new = launch(
+    y_BTD, *rest = launch(
         kernels.prefill_output_kernel,
         *(*inputs, *old.values()),
         outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_BTD, *old.values())],
         grid=(batch * cdiv(expanded, state_e) + cdiv(rows, tiles.output_m) * cdiv(width, tiles.block_out),),
         num_warps=tiles.output_warps,
         num_stages=tiles.output_stages,
-        overwrite={len(inputs) + number: 1 + number for number, name in enumerate(old) if name in state},
+        overwrite={len(inputs) + number: 1 + number for number, name in enumerate(old) if name in written},
         B=batch,
         G=groups,
         C=size,
@@ -139,8 +153,75 @@ def prefill_gated_chunks(
         **sizes,
         **more,
     )
-    new = {name: x for name, x in zip(old, new, strict=True) if name in state}
+    new |= {name: x for name, x in zip(old, rest, strict=True) if name in written}
     return y_BTD, new | ({'before': before} if shifted else {})
+
+
+def _states(inputs: Sequence[Array], old: State, spec: ChunkSpec, *, gated: bool, dtype: Any) -> tuple[Array, State]:
+    """Returns the state that each chunk reads, scale included, [B, G, S, E], and the new sum, and count with a gate.
+
+    Args:
+      inputs: activations, roles, chunks before the block, its tokens, factors on states, logits of the gate.
+      old: the state; what a model does not have is any array.
+      spec: of the layer.
+      gated: whether there is a gate.
+      dtype: compute type.
+    """
+    from gau.ops.kernels.prefill_states_triton import prefill_states_kernel
+
+    (batch, groups), (_, inner, expanded) = inputs[4].shape, old['sum'].shape
+    size = spec.chunk_size
+    tiles = fit(tile_sizes.STATES[str(dtype)], block_c=size, block_e=expanded)
+    across = cdiv(expanded, tiles.block_e)
+    length = cdiv(groups, min(cdiv(tiles.min_warps, batch * across * tiles.num_warps), groups))
+    parts = cdiv(groups, length)
+    fields = {
+        'num_warps': tiles.num_warps,
+        'num_stages': tiles.num_stages,
+        'R': batch * groups * size,
+        'G': groups,
+        'C': size,
+        'S': inner,
+        'E': expanded,
+        'PARTS': parts,
+        'DECAY': spec.global_decay,
+        'NEAR': spec.window,
+        'GATED': gated,
+        'MEAN': spec.mean,
+        'PRECISION': PRECISION,
+        'BLOCK_C': tiles.block_c,
+        'BLOCK_S': power_of_two(inner),
+        'BLOCK_E': tiles.block_e,
+        'BLOCK_G': power_of_two(length),
+        'BLOCK_L': power_of_two(size),
+    }
+    inputs = *inputs, *(old[name] for name in ('sum', 'k_lin', 'v', 'gate', 'count'))
+    like_sum, nothing = jax.ShapeDtypeStruct(old['sum'].shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    like_ends = [
+        jax.ShapeDtypeStruct((batch, parts, inner, expanded), jnp.float32),
+        nothing,
+        jax.ShapeDtypeStruct((2, batch, parts), jnp.float32),
+    ]
+    # Where there is one part nobody reads them.
+    ends = factors = old['sum']
+    if parts > 1:
+        grid = across, parts - 1, batch
+        ends, _, factors = launch(
+            prefill_states_kernel, *inputs, ends, factors, outputs=like_ends, grid=grid, ENDS=True, **fields
+        )
+    m_BGSE, sum_BSE, count = launch(
+        prefill_states_kernel,
+        *(*inputs, ends, factors),
+        outputs=[
+            jax.ShapeDtypeStruct((batch, groups, inner, expanded), dtype),
+            like_sum,
+            jax.ShapeDtypeStruct(old['count'].shape, jnp.float32) if gated else nothing,
+        ],
+        grid=(across, parts, batch),
+        ENDS=False,
+        **fields,
+    )
+    return m_BGSE, {'sum': sum_BSE} | ({'count': count} if gated else {})
 
 
 def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:

@@ -1,8 +1,9 @@
-"""Triton kernels of a short block of a prompt in a FLASH layer (`gau.ops.kernels.prefill_chunks` says what they are).
+"""Triton kernels of a block of a prompt in a FLASH layer (`gau.ops.kernels.prefill_chunks` says what they are).
 
 A short prompt is over before a CPU has launched the kernels of training: here there are three. Weights of the global
 branch are made of queries and keys, as those inside a chunk are, and no state of a chunk is written or read but the one
-that the block begins and ends with. Rows are the tokens of all sequences, R = B G C.
+that the block begins and ends with. With STATES, for long blocks, `prefill_states_triton` has written a state for each
+chunk, and the block may begin anywhere in a sequence. Rows are the tokens of all sequences, R = B G C.
 
 Bytes are of size base (D = 768, E = 1,536, S = 128, C = 256) with 1,024 tokens in bfloat16. All of them stay in the
 cache but for the weights, 7.3 MB a layer, and the state, 1.7 MB.
@@ -11,7 +12,7 @@ cache but for the weights, 7.3 MB a layer, and the state, 1.7 MB.
 import triton
 import triton.language as tl
 
-from gau.ops.kernels.decay_gate_triton import gate_logits, log_decays
+from gau.ops.kernels.decay_gate_triton import gate_logits, weights_of_chunks
 from gau.ops.kernels.gates_triton import silu
 from gau.ops.kernels.load_store import load_tile, store_tile
 
@@ -152,20 +153,50 @@ def prefill_projections_kernel(
 
 
 @triton.jit
-def _weights_of_chunks(logits_ptr, n, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns log2 of the decays of the first n chunks, and the weights of their tokens after them, [BLOCK_G] each."""
-    chunk = tl.arange(0, BLOCK_G)
-    logs = log_decays(logits_ptr, n, C, BLOCK_G, BLOCK_C)
-    after = tl.sum(logs, axis=0) - tl.cumsum(logs, axis=0)
-    return logs, tl.where(chunk < n, tl.exp2(after), 0.0)
+def _add_near(
+    mixed, q, k_ptr, v_ptr, bias_ptr, i, visible, begin, end,
+    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, V_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, NEAR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Returns mixed + a v over the keys from `begin` to `end` by their place in the queries' chunk, less than ROWS.
+
+    k [., S] and v [., E] in rows of V_STRIDE stand at the first key of that chunk; those of the chunk before before it.
+    """
+    width: tl.constexpr = None if S == BLOCK_S else S
+    cols: tl.constexpr = None if E % BLOCK_E == 0 else E
+    keys: tl.constexpr = None if C % BLOCK_N == 0 else ROWS
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    s = tl.arange(0, BLOCK_S)
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, j, s, S, keys, width)  # [BN, BS]
+        v = load_tile(v_ptr, j, e, V_STRIDE, keys, cols)  # [BN, BE]
+        seen = (j[None, :] <= i[:, None]) & (i < C)[:, None]
+        if C % BLOCK_N != 0:
+            seen &= (j < ROWS)[None, :]
+        # [BM, BS] @ [BS, BN]
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCORE_SCALE
+        if OVER_VISIBLE == 1:
+            x /= visible
+        if BIAS:
+            x += tl.load(bias_ptr + j[None, :] - i[:, None] + NEAR * C - 1, mask=seen, other=0.0).to(tl.float32)
+        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        a = tl.where(seen, r * r, 0.0)
+        if OVER_VISIBLE == 2:
+            a /= visible
+        # [BM, BN] @ [BN, BE]
+        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
+    return mixed
 
 
 @triton.jit
 def prefill_attention_kernel(
-    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr, o_ptr,
+    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr,
+    old_k_ptr, old_v_ptr, o_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
     SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr,
-    GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, MEAN: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +210,7 @@ def prefill_attention_kernel(
     Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
     Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 NEAR C - 1], if
             BIAS; before [B], chunks before the block; state_scale [B, G]; if GATED logits [R] and count [B], the tokens
-            in sum by weight
+            in sum by weight; if STATES m [B, G, S, E] for sum, and k [B, 2 C, S] and v [B, 2 C, E]
     Writes  o [R, E]
     Bytes   activations, roles and o, 10 MB
     """
@@ -199,62 +230,66 @@ def prefill_attention_kernel(
     own = first + g * C
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
-    state_scale = tl.load(state_scale_ptr + b * G + g)
-    far = g - (NEAR - 1)
-    sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
-    chunk = tl.arange(0, BLOCK_G)
-    if GATED:
-        logs, weights = _weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
-        kept = tl.exp2(tl.sum(logs, axis=0))
-        if MEAN:
-            count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
-            state_scale = 1.0 / tl.where(count > 0, count, 1.0)
-        sum_scale = kept * state_scale
     q_lin_ptr = roles_ptr + (2 * R + own) * S
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    if tl.load(before_ptr + b) > 0:
+    chunks_before = tl.load(before_ptr + b)
+    if STATES:
+        reads = chunks_before + g > NEAR - 1
+        sum_ptr += (b * G + g) * S * E
+    else:
+        reads = chunks_before > 0
+        sum_ptr += b * S * E
+        state_scale = tl.load(state_scale_ptr + b * G + g)
+        far = g - (NEAR - 1)
+        sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
+        chunk = tl.arange(0, BLOCK_G)
+        if GATED:
+            logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
+            kept = tl.exp2(tl.sum(logs, axis=0))
+            if MEAN:
+                count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
+                state_scale = 1.0 / tl.where(count > 0, count, 1.0)
+            sum_scale = kept * state_scale
+    if reads:
         for start in range(0, S, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             q_lin = load_tile(q_lin_ptr, i, j, S, queries, S)  # [BM, BN]
-            m = load_tile(sum_ptr + b * S * E, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
+            m = load_tile(sum_ptr, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
             # [BM, BN] @ [BN, BE]
             mixed = tl.dot(q_lin, m, mixed, input_precision=PRECISION)
+    if not STATES:
         mixed *= sum_scale
-    q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
-    for step in range(0, far * blocks):
-        row = first + step // blocks * C
-        j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
-        v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
-        scale = state_scale
-        if GATED:
-            scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
-        elif LOG_DECAY < 0:
-            scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
-        # [BM, BS] @ [BS, BN]
-        w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
-        # [BM, BN] @ [BN, BE]
-        mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
+        q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
+        for step in range(0, far * blocks):
+            row = first + step // blocks * C
+            j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+            k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
+            v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
+            scale = state_scale
+            if GATED:
+                scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
+            elif LOG_DECAY < 0:
+                scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
+            # [BM, BS] @ [BS, BN]
+            w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
+            # [BM, BN] @ [BN, BE]
+            mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
     q = load_tile(roles_ptr + own * S, i, s, S, queries, width)  # [BM, BS]
-    before = tl.minimum(g, NEAR - 1) * C
-    visible = (before + i + 1).to(tl.float32)[:, None]
-    for start in range(-before, tl.minimum((number % tiles + 1) * BLOCK_M, C), BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        k = load_tile(roles_ptr + (R + own) * S, j, s, S, keys, width)  # [BN, BS]
-        v = load_tile(activations_ptr + own * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
-        seen = (j[None, :] <= i[:, None]) & (i < C)[:, None]
-        # [BM, BS] @ [BS, BN]
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCORE_SCALE
-        if OVER_VISIBLE == 1:
-            x /= visible
-        if BIAS:
-            x += tl.load(bias_ptr + j[None, :] - i[:, None] + NEAR * C - 1, mask=seen, other=0.0).to(tl.float32)
-        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        a = tl.where(seen, r * r, 0.0)
-        if OVER_VISIBLE == 2:
-            a /= visible
-        # [BM, BN] @ [BN, BE]
-        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
+    near = tl.minimum(g, NEAR - 1)
+    visible = (near * C + i + 1).to(tl.float32)[:, None]
+    if STATES and NEAR == 2:
+        visible = (tl.minimum(chunks_before + g, 1) * C + i + 1).to(tl.float32)[:, None]
+        if (g == 0) & (chunks_before > 0):
+            place = b * 2 * C + C
+            mixed = _add_near(
+                mixed, q, old_k_ptr + place * S, old_v_ptr + place * E, bias_ptr, i, visible, -C, 0,
+                C, S, E, E, 0, BIAS, SCORE_SCALE, OVER_VISIBLE, NEAR, PRECISION, BLOCK_N, BLOCK_S, BLOCK_E,
+            )  # fmt: skip
+    end = tl.minimum((number % tiles + 1) * BLOCK_M, C)
+    mixed = _add_near(
+        mixed, q, roles_ptr + (R + own) * S, activations_ptr + own * 2 * E + E, bias_ptr, i, visible, -near * C, end,
+        C, S, E, 2 * E, C, BIAS, SCORE_SCALE, OVER_VISIBLE, NEAR, PRECISION, BLOCK_N, BLOCK_S, BLOCK_E,
+    )  # fmt: skip
     store_tile(o_ptr + own * E, u.to(tl.float32) * mixed, i, e, E, queries, cols)
 
 
@@ -265,7 +300,7 @@ def prefill_output_kernel(
     y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +309,7 @@ def prefill_output_kernel(
     sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
     are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
     its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With
-    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with.
+    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES no sum and count.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
     Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
@@ -299,31 +334,33 @@ def prefill_output_kernel(
         length = tl.load(length_ptr + b)
         complete = length // C
         first = b * G * C
-        total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-        far = tl.maximum(complete - (NEAR - 1), 0)
-        kept = tl.exp2(LOG_DECAY * far.to(tl.float32))
-        chunk = tl.arange(0, BLOCK_G)
-        if GATED:
-            logs, weights = _weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
-            kept = tl.exp2(tl.sum(logs, axis=0))
-        for step in range(0, far * blocks):
-            row = first + step // blocks * C
-            j = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-            k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BK, BS]
-            v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BK, BE]
+        if not STATES:
+            total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+            far = tl.maximum(complete - (NEAR - 1), 0)
+            kept = tl.exp2(LOG_DECAY * far.to(tl.float32))
+            chunk = tl.arange(0, BLOCK_G)
             if GATED:
-                total *= tl.exp2(tl.sum(tl.where((chunk == step // blocks) & (step % blocks == 0), logs, 0.0), axis=0))
-            elif DECAY < 1:
-                total *= tl.where(step % blocks == 0, DECAY, 1.0)
-            # [BS, BK] @ [BK, BE]
-            total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
-        if far > 0:
-            old = load_tile(sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
-            total += old * kept
-            store_tile(sum_ptr + b * S * E, total, s, e, E, S, cols)
-            if GATED:
-                count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
-                tl.store(count_ptr + b, count, mask=across_state == 0)
+                logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
+                kept = tl.exp2(tl.sum(logs, axis=0))
+            for step in range(0, far * blocks):
+                row = first + step // blocks * C
+                j = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+                k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BK, BS]
+                v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BK, BE]
+                if GATED:
+                    begins = (chunk == step // blocks) & (step % blocks == 0)
+                    total *= tl.exp2(tl.sum(tl.where(begins, logs, 0.0), axis=0))
+                elif DECAY < 1:
+                    total *= tl.where(step % blocks == 0, DECAY, 1.0)
+                # [BS, BK] @ [BK, BE]
+                total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
+            if far > 0:
+                old = load_tile(sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
+                total += old * kept
+                store_tile(sum_ptr + b * S * E, total, s, e, E, S, cols)
+                if GATED:
+                    count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
+                    tl.store(count_ptr + b, count, mask=across_state == 0)
         if length > 0:
             # Of the sequence's tokens the first that the state has, and its place there.
             token = (complete - (NEAR - 1)) * C

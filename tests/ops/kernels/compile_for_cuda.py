@@ -69,7 +69,7 @@ def parameters():
 def shift_and_gate():
     return {
         'mix_S': zeros(S, dtype='float32'),
-        'gate_D': zeros(D),
+        'gate_D': zeros(D, dtype='float32'),
         'gate_bias': zeros(1, dtype='float32'),
     }
 
@@ -108,8 +108,8 @@ def decode():
     gradient_of_added(chunks, zeros(1, 4, C, E), *factors)
 
 
-def short_prompts():
-    """The kernels of short prompts at size base, and of shifted queries and keys."""
+def prompts():
+    """The kernels of short and of long prompts at size base, and of shifted queries and keys."""
     vector = {'dtype': 'float32'}
     shift, scales = (zeros(S, **vector), zeros(1, C, **vector)), zeros(4, S, **vector)
 
@@ -120,12 +120,13 @@ def short_prompts():
     pull(primals)
 
     table = (zeros(1, 4 * C, S // 2, dtype='float32'),) * 2
-    position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32))
     state = {'k': zeros(1, C, S), 'k_lin': zeros(1, C, S), 'v': zeros(1, C, E), 'sum': zeros(1, S, E, dtype='float32')}
     gate = {'gate': zeros(1, C, 1, **vector), 'count': zeros(1, 1, **vector)}
     two = SPEC._replace(window=2, chunk_size=C // 2)
-    for more, fields, spec in (({}, {}, SPEC), (gate | {'before': zeros(1, S)}, shift_and_gate(), two)):
+    plain, all_of_it = ({}, {}, SPEC), (gate | {'before': zeros(1, S)}, shift_and_gate(), two)
+    for (more, fields, spec), reader in ((plain, 'short'), (all_of_it, 'short'), (plain, 'long'), (all_of_it, 'long')):
         found = parameters()._replace(**fields)
+        position = DecodePosition(jnp.zeros(1, jnp.int32), jnp.full(1, 4 * C, jnp.int32), reader=reader)
         prefill_gated_chunks(zeros(1, 4 * C, D), found, table, state | more, position=position, spec=spec)
 
 
@@ -159,5 +160,5 @@ if __name__ == '__main__':
     compat.triton_call = compile_only
     decode_row.streaming_multiprocessors = lambda: 132
     with jax.disable_jit():
-        what = {'decode': decode, 'prefill': short_prompts, 'window': window_of_two_chunks, 'softmax': softmax}
+        what = {'decode': decode, 'prefill': prompts, 'window': window_of_two_chunks, 'softmax': softmax}
         what[sys.argv[1]]()

@@ -19,7 +19,10 @@ from tests.conftest import ROOT
         ),
         (
             'prefill',
-            ['prefill_projections', 'prefill_attention', 'prefill_output', 'queries_keys', 'queries_keys_gradient'],
+            [
+                *(f'prefill_{name}' for name in ('projections', 'states', 'attention', 'output')),
+                *('queries_keys', 'queries_keys_gradient'),
+            ],
         ),
         (
             'window',

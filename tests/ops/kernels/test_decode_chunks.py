@@ -120,7 +120,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
-        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED', 'gate_D') else 'float32')
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)

@@ -1,10 +1,11 @@
-"""A short block of a prompt in FLASH's layer, in kernels, against the reference."""
+"""A block of a prompt in FLASH's layer, in kernels, against the reference."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gau.ops.decoding import DecodePosition, mixed_chunk_block
+from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.decode_chunks import Parameters
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 from gau.ops.norms import scale_norm
@@ -17,30 +18,40 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
 
 @pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize(
-    'case',
+    ('case', 'reader'),
     [
-        'mean, decay, visible; shifted gated two',
+        ('mean, decay, visible; shifted gated two', 'short'),
+        ('mean, decay, visible; shifted gated two', 'long'),
         *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (
-                'mean',
-                'sum, decay, su',
-                'mean, decay, visible; shifted gated',
-                'sum, decay, su; gated',
-                'mean; gated two',
+            pytest.param(case, reader, marks=pytest.mark.slow)
+            for case, reader in (
+                ('mean', 'short'),
+                ('sum, decay, su', 'short'),
+                ('mean, decay, visible; shifted gated', 'short'),
+                ('sum, decay, su; gated', 'short'),
+                ('mean; gated two', 'short'),
+                ('mean', 'long'),
+                ('sum, decay, su; two', 'long'),
+                ('mean, decay, visible; two', 'long'),
+                ('sum, decay, su; gated', 'long'),
+                ('mean; gated two', 'long'),
             )
         ),
     ],
 )
-def test_a_short_block_of_a_layer(case, dtype):
+def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
     case, _, more = case.partition('; ')
     shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
-    spec, t = SPECS[case]._replace(window=chunks), 3 * C
+    # A long block is cut into parts of two chunks and one.
+    tiles = {name: tiles._replace(min_warps=120) for name, tiles in tile_sizes.STATES.items()}
+    monkeypatch.setattr(tile_sizes, 'STATES', tiles)
+    spec, groups = SPECS[case]._replace(window=chunks), 3 if reader == 'short' else 5
+    t = groups * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
-    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, 36, 0, 17])
-    if chunks == 2:
+    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, t, 0, 17])
+    if chunks == 2 and reader == 'short':
         start_B = jnp.where(length_B > 0, 0, start_B)
-    position = DecodePosition(start_B, length_B)
+    position = DecodePosition(start_B, length_B, reader=reader)
     shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
     if case == 'mean':
@@ -50,6 +61,8 @@ def test_a_short_block_of_a_layer(case, dtype):
     old = state_of('float64', chunks)
     # A sequence that begins has a state of zeros.
     old = {name: jnp.where((start_B > 0)[:, None, None], x, 0) for name, x in old.items()}
+    in_sum_B = start_B >= chunks * C
+    old['sum'] = jnp.where(in_sum_B[:, None, None], old['sum'], 0)
 
     h_BTD = scale_norm(x_BTD, parameters.norm, dtype='float64')
     u_BTE, v_BTE = gate_and_values(h_BTD @ parameters.uv_D2E.reshape(D, -1), parameters.uv_bias_2E)
@@ -68,13 +81,13 @@ def test_a_short_block_of_a_layer(case, dtype):
     if gated:
         parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
         gate_BTL = (h_BTD @ parameters.gate_D + parameters.gate_bias)[..., None]
-        old |= {'gate': normal(44, B, chunks * C, 1), 'count': jnp.where(start_B < C, 0, 9.5 + start_B)[:, None]}
+        old |= {'gate': normal(44, B, chunks * C, 1), 'count': jnp.where(in_sum_B, 9.5 + start_B, 0)[:, None]}
     fields = {'position': position, 'spec': spec, 'gate_BTL': gate_BTL, 'bias_CC': bias_CC}
     av_BTE, wanted = mixed_chunk_block(*roles, v_BTE, old, **fields)
     y_BTD = x_BTD + (u_BTE * av_BTE) @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
-        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED', 'gate_D') else 'float32')
+        name: x if x is None else x.astype(dtype if name in ('uv_D2E', 'z_DS', 'out_ED') else 'float32')
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x.astype('float32') for x in table)
