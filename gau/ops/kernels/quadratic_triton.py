@@ -54,6 +54,21 @@ def _scores(
 
 
 @triton.jit
+def _load_keys(
+    k_ptr, b, key, j, s, COLS: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr
+):
+    """Loads the keys at the places key + j among the N of sequence b; from one sequence to the next there are KEYS.
+
+    With fewer than N, sequences overlap. Each then begins before its own keys, and of the first one, before which there
+    is nothing, other keys are loaded there.
+    """
+    first = b * KEYS + key - (N - KEYS)
+    if KEYS < N:
+        j = tl.maximum(j, -first)
+    return load_tile(k_ptr + first * S, j, s, S, COLS, WIDTH)
+
+
+@triton.jit
 def _relu(x):
     """The plain maximum of a NaN and 0 is 0: a layer whose queries are NaN would look like one that sees nothing."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -71,7 +86,7 @@ def _tiles_seen(first_i, offset, m: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M:
 @triton.jit
 def log_sums_kernel(
     q_ptr, k_ptr, bias_ptr, score_scale_ptr, unused_ptr, ids_ptr, firsts_ptr, log_sum_ptr,
-    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +113,7 @@ def log_sums_kernel(
     for number in range(part, _tiles_seen(first_i, query - key, m, CAUSAL, BLOCK_M, BLOCK_N), parts):
         keys = number * BLOCK_N + j
         shift = _bias_and_mask(bias_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
-        k = load_tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)  # [BN, BS]
+        k = _load_keys(k_ptr, b, key, keys, s, COLS, WIDTH, S, N, KEYS)  # [BN, BS]
         x = _scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
         larger = tl.maximum(largest, tl.max(x, 1))
         # Of a query that has seen no key so far, so that its sum is 0 and not NaN.
@@ -113,7 +128,7 @@ def log_sums_kernel(
 @triton.jit
 def weights_kernel(
     q_ptr, k_ptr, bias_ptr, score_scale_ptr, normaliser_ptr, ids_ptr, firsts_ptr, a_ptr,
-    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, KEYS: tl.constexpr,
     SOFTMAX: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +159,7 @@ def weights_kernel(
     for number in range(part, seen, parts):
         keys = number * BLOCK_N + j
         shift = _bias_and_mask(bias_ptr, query - key, i, keys, ROWS, COLS, N, CAUSAL, BIAS)
-        k = load_tile(k_ptr + (b * N + key) * S, keys, s, S, COLS, WIDTH)  # [BN, BS]
+        k = _load_keys(k_ptr, b, key, keys, s, COLS, WIDTH, S, N, KEYS)  # [BN, BS]
         x = _scores(q, k, ids_ptr + b * N, scale, shift, i, keys, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
         if SOFTMAX:
             a = tl.exp(x - normaliser)
@@ -162,7 +177,8 @@ def weights_kernel(
 def weights_gradient_kernel(
     q_ptr, k_ptr, bias_ptr, score_scale_ptr, normaliser_ptr, ids_ptr, firsts_ptr, da_ptr, delta_ptr,
     a_ptr, ds_ptr, db_ptr,
-    B: tl.constexpr, n: tl.constexpr, m: tl.constexpr, S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    B: tl.constexpr, n: tl.constexpr, m: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, KEYS: tl.constexpr,
     SOFTMAX: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr,
     RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -209,7 +225,7 @@ def weights_gradient_kernel(
         da = load_tile(da_ptr + block, i, j, m, ROWS, COLS)  # [BM, BN]
         scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
         q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]
-        k = load_tile(k_ptr + (b * N + key) * S, j, s, S, COLS, WIDTH)  # [BN, BS]
+        k = _load_keys(k_ptr, b, key, j, s, COLS, WIDTH, S, N, KEYS)  # [BN, BS]
         x = _scores(q, k, ids_ptr + b * N, scale, shift, i, j, query, key, ROWS, COLS, DOCUMENTS, PRECISION)
         normaliser = tl.load(normaliser_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
         if SOFTMAX:

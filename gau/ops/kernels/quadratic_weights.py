@@ -103,7 +103,8 @@ def whole_weights(q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Toke
 
     Args:
       q_BQS: queries, bfloat16 or float32 as k is.
-      k_BNS: keys.
+      k_BNS: keys. (In `weights_forward` there may be only K of them for each sequence, and the N of a sequence then are
+        those of the sequence before, from the last N - K on, and its own.)
       bias_P: bias of every distance k - q from -(N - 1) to N - 1, float32 [2 N - 1], or None.
       tokens: factors and segment ids; no gradient goes there.
       causal: whether later keys are hidden.
@@ -115,7 +116,7 @@ def weights_forward(
     q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Tokens, *, causal: bool
 ) -> tuple[Array, tuple]:
     """Returns `whole_weights`, and what `scores_gradient` needs."""
-    queries, n = q_BQS.shape[1], k_BNS.shape[1]
+    queries, n = q_BQS.shape[1], tokens.score_scale_BN.shape[1]
     tokens = with_log_sums(q_BQS, k_BNS, bias_P, tokens, causal=causal)
     a_BQN = weights(q_BQS, k_BNS, bias_P, tokens, (n - queries, 0), (queries, n), causal=causal)
     return a_BQN, (q_BQS, k_BNS, bias_P, tokens, a_BQN if tokens.softmax else None)
@@ -124,7 +125,7 @@ def weights_forward(
 def scores_gradient(residuals: tuple, da_BQN: Array, *, causal: bool) -> tuple[Array, Array | None, Tokens]:
     """Returns the gradients of q.k, [B, Q, N] in the type of q, of the bias, and zeros for that of the tokens."""
     q_BQS, k_BNS, bias_P, tokens, a_BQN = residuals
-    first, delta_BN = k_BNS.shape[1] - q_BQS.shape[1], None
+    first, delta_BN = tokens.score_scale_BN.shape[1] - q_BQS.shape[1], None
     if tokens.softmax:
         delta_BN = _of_last_tokens(jnp.sum(a_BQN.astype(jnp.float32) * da_BQN.astype(jnp.float32), -1), first)
     operands, fields = (tokens, (first, 0), da_BQN, delta_BN), {'causal': causal, 'recompute': False}
@@ -154,7 +155,7 @@ def with_log_sums(q_BQS: Array, k_BNS: Array, bias_P: Array | None, tokens: Toke
 
     if not tokens.softmax:
         return tokens
-    (batch, queries, _), n = q_BQS.shape, k_BNS.shape[1]
+    (batch, queries, _), n = q_BQS.shape, tokens.score_scale_BN.shape[1]
     tiles = fit(tile_sizes.LOG_SUMS[str(q_BQS.dtype)], block_m=queries, block_n=n)
     across, down = cdiv(n, tiles.block_n), cdiv(queries, tiles.block_m)
     parts = min(across, cdiv(tiles.min_programs, down * batch))
@@ -225,7 +226,8 @@ def _launch(
         *more,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        N=k.shape[1],
+        N=tokens.score_scale_BN.shape[1],
+        KEYS=k.shape[1],
         Q=q.shape[1],
         S=q.shape[2],
         n=shape[0],

@@ -1,15 +1,12 @@
-"""Weights of a window of two chunks on a GPU, with a gradient that reads and writes every key once.
+"""Weights of a window of two chunks on a GPU: a key stands in two windows, and is read, and its gradient made, once.
 
-The kernels of the weights take keys chunk by chunk, so that each stands in two chunks' windows. Of the gradient of q.k
-the library would make that of both copies, and a third pass would add them up; here a kernel takes a key's queries
-from both chunks.
+Keys lie in memory chunk by chunk, so that the windows of a sequence overlap: no copy of them is made. In the gradient a
+kernel takes a key's queries from both chunks, where the library would make that of two copies, to be added up.
 """
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.gated_states import previous_chunk
 from gau.ops.kernels import quadratic_weights, tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.quadratic_weights import Tokens
@@ -20,7 +17,7 @@ from gau.ops.kernels.tile_sizes import cdiv, fit, power_of_two
 def weights_in_window(q_BGCS: Array, k_BGCS: Array, bias_P: Array | None, tokens: Tokens) -> Array:
     """Returns `whole_weights` of every chunk on the chunk before it and on itself, causal, [B, G, C, 2 C].
 
-    Those of the first chunk on the one before are as if its keys were zeros; the gradient takes theirs to be zeros.
+    Weights of the first chunk on the one before are some numbers, and their gradient must be zeros.
 
     Args:
       q_BGCS: queries, bfloat16 or float32 as k is.
@@ -32,8 +29,7 @@ def weights_in_window(q_BGCS: Array, k_BGCS: Array, bias_P: Array | None, tokens
 
 
 def _forward(q_BGCS, k_BGCS, bias_P, tokens):
-    k_BGMS = jnp.concatenate([previous_chunk(k_BGCS), k_BGCS], axis=2)
-    q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGMS))
+    q, k = (x.reshape(-1, *x.shape[2:]) for x in (q_BGCS, k_BGCS))
     a, residuals = quadratic_weights.weights_forward(q, k, bias_P, tokens, causal=True)
     return a.reshape(*q_BGCS.shape[:3], -1), (residuals, q_BGCS, k_BGCS)
 
