@@ -5,7 +5,7 @@
         --config.mesh.data=1 --config.model.remat=full --sweep=batch
     python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
     python scripts/compile_check.py --config=configs/lm.py --topology=v4:1x1x1 --breakdown
-    python scripts/compile_check.py --table=docs/tpu_v4_64.md       three models of base size: an hour and a half
+    python scripts/compile_check.py --table=docs/tpu_v4_64.md       models of base size: two hours
 
 TPU topologies (v4, v5e, v5p, v6e) are compiled for by libtpu, a package that needs no TPU: `pip install libtpu` in the
 version that `jax[tpu]` asks for. `--config.model.layer_stack=scan` compiles several times faster. No data are read.

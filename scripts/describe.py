@@ -41,7 +41,7 @@ def main() -> None:
     if _FIELDS.value:
         print(explain(config.model.name))
     elif _MODELS.value is None:
-        print(describe(config.model, **options, given=cli.overrides()))
+        print(describe(config.model, **options, given=[*cli.overrides(), 'data.context']))
     else:
         print(compare([_named(name, config.model.size) for name in _MODELS.value], **options))
 
