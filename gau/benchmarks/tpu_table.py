@@ -34,8 +34,8 @@ All numbers are of one device and one step. Every program was compiled as it is,
 reached is not in the table. Between two calls the code may have changed: the last column is the newest commit of `gau/`
 that a line was made with, with a + for changes on top.
 
-Where a line says "2 chunks", `flash` is that of configs/lm.py: shifted keys, a scalar gate on the state, a window of two
-chunks of 128. All other lines are of the paper's units. configs/lm.py also takes Muon, which these steps do not.
+Where a line says "2 chunks", `flash` is that of configs/lm.py: shifted keys, a scalar gate on the state, a window of
+two chunks of 128. All other lines are of the paper's units. configs/lm.py also takes Muon, which these steps do not.
 
 - TFLOP: matmuls as traced, with recomputation and masked halves / the model's by the closed form (docs/models.md).
 - memory GiB: state and batch / temporaries / all (with code). traffic GiB: read from and written to main memory.
