@@ -155,5 +155,7 @@ def _unseen(place: str, label: str, config: ConfigDict) -> UserError:
     return UserError(f'{place}: the label "{label}" is not one of training ({shown})')
 
 
-def _by_number(label: str) -> tuple[int, int, str]:
-    return (0, int(label), '') if label.isascii() and label.isdigit() else (1, 0, label)
+def _by_number(label: str) -> tuple[int, int, str, str]:
+    """Orders labels, numbers first and by their size; "1" and "01" are two, which must not stand as a set has them."""
+    digits = label.lstrip('0') if label.isascii() and label.isdigit() else None
+    return (1, 0, '', label) if digits is None else (0, len(digits), digits, label)

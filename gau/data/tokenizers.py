@@ -240,6 +240,8 @@ class HuggingFace(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f'data.tokenizer="{self.spec}": not a Hugging Face tokenizer file: {error}') from error
         vocabulary = self._model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f'data.tokenizer="{self.spec}": its vocabulary is empty, it has not been trained')
         present = {
             name: next((vocabulary[piece] for piece in pieces if piece in vocabulary), None)
             for name, pieces in _NAMES.items()

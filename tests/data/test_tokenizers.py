@@ -130,5 +130,8 @@ def test_broken_files_are_named(tmp_path):
             tokenizers.load(f'{kind}:{tmp_path}/none')
         with pytest.raises(UserError, match=f'{kind}:.*not a'):
             tokenizers.load(f'{kind}:{tmp_path}/broken')
+    hf.Tokenizer(hf.models.BPE()).save(str(tmp_path / 'empty.json'))
+    with pytest.raises(UserError, match='its vocabulary is empty'):
+        tokenizers.load(f'huggingface:{tmp_path}/empty.json')
     with pytest.raises(UserError, match='did you mean "sentencepiece"'):
         tokenizers.load('sentencepeice:x')

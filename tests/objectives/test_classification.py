@@ -223,6 +223,16 @@ def test_bad_lines_are_left_out_if_that_is_asked_for(tmp_path):
     assert labelled.count(found, 'train') == 61
 
 
+def test_labels_of_one_number_stand_in_one_order(tmp_path):
+    names = [zeros + str(number) for number in range(8) for zeros in ('0', '')]
+    lines = [json.dumps({'text': 'x', 'label': name}) + '\n' for name in names]
+    (tmp_path / 'train.jsonl').write_text(''.join(lines))
+    fields = {'data__source': f'jsonl:{tmp_path}/train.jsonl', 'data__holdout_every': 0}
+    found = labelled.resolve(config(fields).data).classification.labels
+    # Between processes, the order in which a set has them differs.
+    assert found == tuple(sorted(names, key=lambda name: (int(name), name)))
+
+
 def test_passages_hold_whole_documents_out(tmp_path):
     rng = random.Random(0)
     lines = []
