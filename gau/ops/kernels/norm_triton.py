@@ -94,3 +94,23 @@ def scale_norm_gradient_kernel(
     if GATE:
         store_tile(sums_ptr + D * BIAS, tl.sum(dw, axis=0)[None, :], tl.arange(0, 1), d, D, None, cols)
     tl.store(sums_ptr + WIDTH - 1, tl.sum(dg, axis=0))
+
+
+@triton.jit
+def row_scales(
+    x_ptr, g_ptr, scales_ptr, row, R: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Returns g / rms of each of these rows of x [R, D]: ScaleNorm is one factor for a row, taken after a matmul.
+
+    If SCALED they have been found before, [R].
+    """
+    if SCALED:
+        return tl.load(scales_ptr + row, mask=row < R, other=0.0)
+    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+    depth: tl.constexpr = None if D % (2 * BLOCK_K) == 0 else D
+    squares = tl.zeros((BLOCK_M, 2 * BLOCK_K), tl.float32)
+    for start in range(0, D, 2 * BLOCK_K):
+        x = load_tile(x_ptr, row, start + tl.arange(0, 2 * BLOCK_K), D, rows, depth).to(tl.float32)  # [BM, 2 BK]
+        squares += x * x
+    return tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=1) / D + EPSILON)

@@ -3,7 +3,7 @@
 What `gau.ops.kernels.decode_chunks` does for a token, in three kernels for hundreds or thousands of them. Those of
 training are more, with the library's matmuls and the compiler's slices and casts between them, and a prompt would wait
 for their launches. In a short block attention is quadratic between chunks as well; a long one has a state for each
-chunk, which one or two more kernels make.
+chunk, and for it two or three more kernels.
 """
 
 import math
@@ -70,27 +70,30 @@ def prefill_gated_chunks(
     more |= {'BLOCK_G': 16 if states else power_of_two(groups), 'BLOCK_C': power_of_two(size)}
 
     shift = (parameters.mix_S, state['before']) if shifted else (none, none)
+    gate = (parameters.gate_D, parameters.gate_bias) if gated else (none, none)
+    scales, logits = _scales(x_BTD, parameters.norm, gate, gated=gated) if states else (none, None)
+    own_gate = gated and not states
     # (Not in place: other programs read what was before.)
-    activations, roles, before, logits = launch(
+    activations, roles, before, own_logits = launch(
         kernels.prefill_projections_kernel,
         *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
         *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), shift[0]),
-        *((parameters.gate_D, parameters.gate_bias) if gated else (none, none)),
-        *(shift[1], position.length_B),
+        *(*gate, shift[1], position.length_B, scales),
         outputs=[
             jax.ShapeDtypeStruct((rows, 2 * expanded), dtype),
             jax.ShapeDtypeStruct((4, rows, inner), dtype),
             jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
         ],
-        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + gated, cdiv(rows, tiles.block_m)),
+        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + own_gate, cdiv(rows, tiles.block_m)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         T=t,
         D=width,
         ROPE=table is not None,
         SHIFTED=shifted,
-        GATED=gated,
+        GATED=own_gate,
+        SCALED=states,
         EPSILON=NORM_EPSILON,
         BLOCK_M=tiles.block_m,
         BLOCK_K=tiles.block_k,
@@ -98,6 +101,7 @@ def prefill_gated_chunks(
         BLOCK_H=tiles.block_h,
         **sizes,
     )
+    logits = own_logits if logits is None else logits
     read, new = state['sum'], {}
     if states:
         inputs = activations, roles, before_B, position.length_B, state_scale_BG, logits
@@ -157,6 +161,28 @@ def prefill_gated_chunks(
     return y_BTD, new | ({'before': before} if shifted else {})
 
 
+def _scales(x_BTD: Array, norm: Array, gate: tuple[Array, Array], *, gated: bool) -> list[Array]:
+    """Returns the factors of the norm of all rows and their logits of the gate, float32 [R]."""
+    from gau.ops.kernels.prefill_long_triton import prefill_scales_kernel
+
+    rows, width = x_BTD.shape[0] * x_BTD.shape[1], x_BTD.shape[2]
+    block_m = tile_sizes.rows_of(tile_sizes.NORM, power_of_two(width))
+    return launch(
+        prefill_scales_kernel,
+        *(x_BTD, norm, *gate),
+        outputs=[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 2,
+        grid=(cdiv(rows, block_m),),
+        num_warps=tile_sizes.NORM.num_warps,
+        num_stages=tile_sizes.NORM.num_stages,
+        R=rows,
+        D=width,
+        GATED=gated,
+        EPSILON=NORM_EPSILON,
+        BLOCK_M=block_m,
+        BLOCK_D=power_of_two(width),
+    )
+
+
 def _states(inputs: Sequence[Array], old: State, spec: ChunkSpec, *, gated: bool, dtype: Any) -> tuple[Array, State]:
     """Returns the state that each chunk reads, scale included, [B, G, S, E], and the new sum, and count with a gate.
 
@@ -167,7 +193,7 @@ def _states(inputs: Sequence[Array], old: State, spec: ChunkSpec, *, gated: bool
       gated: whether there is a gate.
       dtype: compute type.
     """
-    from gau.ops.kernels.prefill_states_triton import prefill_states_kernel
+    from gau.ops.kernels.prefill_long_triton import prefill_states_kernel
 
     (batch, groups), (_, inner, expanded) = inputs[4].shape, old['sum'].shape
     size = spec.chunk_size

@@ -2,7 +2,7 @@
 
 A short prompt is over before a CPU has launched the kernels of training: here there are three. Weights of the global
 branch are made of queries and keys, as those inside a chunk are, and no state of a chunk is written or read but the one
-that the block begins and ends with. With STATES, for long blocks, `prefill_states_triton` has written a state for each
+that the block begins and ends with. With STATES, for long blocks, `prefill_long_triton` has written a state for each
 chunk, and the block may begin anywhere in a sequence. Rows are the tokens of all sequences, R = B G C.
 
 Bytes are of size base (D = 768, E = 1,536, S = 128, C = 256) with 1,024 tokens in bfloat16. All of them stay in the
@@ -15,21 +15,7 @@ import triton.language as tl
 from gau.ops.kernels.decay_gate_triton import gate_logits, weights_of_chunks
 from gau.ops.kernels.gates_triton import silu
 from gau.ops.kernels.load_store import load_tile, store_tile
-
-
-@triton.jit
-def _norm_scale(
-    x_ptr, g_ptr, row, R: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Returns g / rms of each of these rows of x: ScaleNorm is one factor for a row, taken after the matmul."""
-    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
-    depth: tl.constexpr = None if D % (2 * BLOCK_K) == 0 else D
-    squares = tl.zeros((BLOCK_M, 2 * BLOCK_K), tl.float32)
-    for start in range(0, D, 2 * BLOCK_K):
-        x = load_tile(x_ptr, row, start + tl.arange(0, 2 * BLOCK_K), D, rows, depth).to(tl.float32)  # [BM, 2 BK]
-        squares += x * x
-    return tl.load(g_ptr) / tl.sqrt(tl.sum(squares, axis=1) / D + EPSILON)
+from gau.ops.kernels.norm_triton import row_scales
 
 
 @triton.jit
@@ -60,9 +46,10 @@ def _z_halves(
 @triton.jit
 def prefill_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr,
-    gate_w_ptr, gate_bias_ptr, old_before_ptr, length_ptr, activations_ptr, roles_ptr, before_ptr, logits_ptr,
+    gate_w_ptr, gate_bias_ptr, old_before_ptr, length_ptr, scales_ptr,
+    activations_ptr, roles_ptr, before_ptr, logits_ptr,
     R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr,
-    SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
@@ -75,7 +62,7 @@ def prefill_projections_kernel(
             BLOCK_K
     Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2];
             if SHIFTED, mix [S]; z of the token before the T of each sequence [R / T, S]; how many of these are its own
-            [R / T]; if GATED, w [D] and a bias
+            [R / T]; if GATED, w [D] and a bias; if SCALED factors of the norm [R]
     Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]; if SHIFTED, z of the last token of each
             sequence [R / T, S]; if GATED, logits [R]
     Bytes   x, 1.6 MB, and the weights, 4.9 MB; activations, 6.3 MB, and roles, 1.0 MB
@@ -87,7 +74,7 @@ def prefill_projections_kernel(
     depth: tl.constexpr = None if D % BLOCK_K == 0 else D
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Before the matmul, whose loads are pipelined for its factors alone.
-    scale = _norm_scale(x_ptr, g_ptr, row, R, D, EPSILON, BLOCK_M, BLOCK_K)[:, None]
+    scale = row_scales(x_ptr, g_ptr, scales_ptr, row, R, D, EPSILON, SCALED, BLOCK_M, BLOCK_K)[:, None]
     if tl.program_id(0) < tiles:
         cols: tl.constexpr = None if 2 * E % BLOCK_N == 0 else 2 * E
         col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,7 +100,7 @@ def prefill_projections_kernel(
         only = tl.arange(0, 1)
         if SHIFTED:
             row_before = tl.maximum(row - 1, 0)
-            scale = _norm_scale(x_ptr, g_ptr, row_before, R, D, EPSILON, BLOCK_M, BLOCK_K)[:, None]
+            scale = row_scales(x_ptr, g_ptr, scales_ptr, row_before, R, D, EPSILON, SCALED, BLOCK_M, BLOCK_K)[:, None]
             before1, before2 = _z_halves(
                 x_ptr, z_ptr, z_bias_ptr, row_before, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
             )

@@ -1,6 +1,7 @@
-"""Triton kernel of a long block of a prompt in a FLASH layer: the state that each chunk reads, and the one at its end.
+"""Triton kernels that only long blocks of a prompt have, beside `gau.ops.kernels.prefill_chunks_triton`: R = B G C.
 
-Beside those of `gau.ops.kernels.prefill_chunks_triton`, whose activations and roles it reads; R = B G C.
+The factors of the rows' norms, which there each tile would find again; the state that each chunk reads, and the one at
+the end, made of what the projections' kernel writes.
 """
 
 import triton
@@ -8,6 +9,32 @@ import triton.language as tl
 
 from gau.ops.kernels.decay_gate_triton import log_decays
 from gau.ops.kernels.load_store import load_tile, store_tile
+
+
+@triton.jit
+def prefill_scales_kernel(
+    x_ptr, g_ptr, gate_w_ptr, gate_bias_ptr, scales_ptr, logits_ptr,
+    R: tl.constexpr, D: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """scales = g / rms(x), the factors of ScaleNorm; and logits of the gate.
+
+    Grid    [R / BLOCK_M]
+    Tile    whole rows, [BLOCK_M, BLOCK_D]
+    Reads   x [R, D]; g; if GATED w [D] and a bias
+    Writes  scales [R]; if GATED logits [R]
+    Bytes   x, 25 MB of 16,384 tokens
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    x = load_tile(x_ptr, row, d, D, R, D).to(tl.float32)  # [BM, BD]
+    scale = tl.load(g_ptr) / tl.sqrt(tl.sum(x * x, axis=1) / D + EPSILON)
+    tl.store(scales_ptr + row, scale, mask=row < R)
+    if GATED:
+        # Rounded to the type of x, as `gate_logits` does.
+        w = tl.load(gate_w_ptr + d, mask=d < D, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
+        logits = tl.sum(x * w[None, :], axis=1) * scale + tl.load(gate_bias_ptr)
+        tl.store(logits_ptr + row, logits, mask=row < R)
 
 
 @triton.jit
