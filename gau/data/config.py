@@ -276,15 +276,15 @@ def _resolve_mlm(mlm: ConfigDict) -> None:
     check_name('data.mlm.masking', mlm.masking, MASKINGS)
     if not 0 < mlm.rate <= 1:
         raise UserError(f'data.mlm.rate={mlm.rate} must lie in 0..1, above 0')
-    if min(mlm.mask_share, mlm.random_share) < 0 or mlm.mask_share + mlm.random_share > 1:
+    if not (min(mlm.mask_share, mlm.random_share) >= 0 and mlm.mask_share + mlm.random_share <= 1):
         raise UserError(
             f'data.mlm.mask_share={mlm.mask_share} and data.mlm.random_share={mlm.random_share} must be shares of one'
         )
     if mlm.masking == 'span':
         mlm.span_mean = 5.0 if mlm.span_mean is None else mlm.span_mean
         mlm.span_max = 10 if mlm.span_max is None else mlm.span_max
-        if mlm.span_mean < 1 or mlm.span_max < 1:
-            raise UserError('data.mlm.span_mean and data.mlm.span_max must be at least 1')
+        if not 1 <= mlm.span_mean < float('inf') or mlm.span_max < 1:
+            raise UserError('data.mlm.span_mean and data.mlm.span_max must be at least 1, the mean finite')
     elif mlm.span_mean is not None or mlm.span_max is not None:
         raise UserError(f'data.mlm.span_* is for data.mlm.masking="span", which is "{mlm.masking}"')
 
@@ -311,7 +311,7 @@ def mixture(config: ConfigDict) -> list[tuple[float, str]]:
         raise UserError('data.source="mixture" needs data.mixture=((weight, source), ...)')
     for pair in pairs:
         well_formed = len(pair) == 2 and isinstance(pair[0], int | float) and isinstance(pair[1], str)
-        if not well_formed or pair[0] <= 0:
+        if not well_formed or not 0 < pair[0] < float('inf'):
             raise UserError(f'data.mixture: {pair!r} must be a pair (weight above 0, source)')
         if source_kind(pair[1], 'data.mixture') == 'mixture':
             raise UserError('data.mixture: a mixture cannot hold a mixture')

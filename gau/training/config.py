@@ -249,7 +249,7 @@ def _check_ranges(config: ConfigDict) -> None:
     for path, low, high in (
         ('seed', 0, 2**31 - 1),
         ('optimizer.final_fraction', 0, 1),
-        ('optimizer.weight_decay', 0, float('inf')),
+        ('optimizer.weight_decay', 0, 1e6),
     ):
         value = _field(config, path)
         if value is not None and not low <= value <= high:

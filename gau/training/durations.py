@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 
 UNITS = ('steps', 'tokens', 'epochs', 'percent')
+# No run is longer, and of infinity and NaN no number of steps can be made.
+_LONGEST = 1e18
 _UNIT_FIELD = re.compile(rf'(?P<stem>.*?)(?P<unit>{"|".join(UNITS)})')
 
 
@@ -26,6 +28,8 @@ def given_unit(section: ConfigDict, stem: str, *, where: str, units: tuple[str, 
     value = section[stem + given[0]]
     if value < 0:
         raise UserError(f'{where}{stem}{given[0]}={value}: a duration cannot be negative')
+    if not value < _LONGEST:
+        raise UserError(f'{where}{stem}{given[0]}={value}: want a number below {_LONGEST:g}')
     return given[0]
 
 

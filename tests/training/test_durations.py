@@ -17,9 +17,12 @@ def test_units_round_up():
     assert steps(percent=2.5, total_steps=1000) == 25
 
 
-@pytest.mark.parametrize('fields', [{}, {'steps': 3, 'tokens': 5}, {'steps': -1}])
-def test_exactly_one_and_not_negative(fields):
-    with pytest.raises(UserError, match=r'exactly one|negative'):
+OUT_OF_RANGE = [{'steps': -1}, {'epochs': float('nan')}, {'epochs': float('inf')}, {'epochs': 1e308}]
+
+
+@pytest.mark.parametrize('fields', [{}, {'steps': 3, 'tokens': 5}, *OUT_OF_RANGE], ids=str)
+def test_exactly_one_and_a_number_of_steps(fields):
+    with pytest.raises(UserError, match=r'exactly one|negative|want a number below'):
         steps(**fields)
 
 
