@@ -34,7 +34,7 @@ UNIT = {
 # Pages whose rows were measured with programs that are still here, and fields that are.
 PAGES = [
     *('branches', 'models', 'compression_recovered', 'compression_students', 'quality_base', 'quality_causes'),
-    *('quality_gate', 'quality_keys', 'quality_long', 'quality_muon'),
+    *('quality_gate', 'quality_keys', 'quality_long', 'quality_muon', 'expansion', 'gau_ablation'),
 ]
 
 
