@@ -180,7 +180,7 @@ def weights_gradient_kernel(
     B: tl.constexpr, n: tl.constexpr, m: tl.constexpr,
     S: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, KEYS: tl.constexpr,
     SOFTMAX: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    RECOMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """ds = dx score_scale, the gradient of q.k; db; and a.
@@ -189,10 +189,10 @@ def weights_gradient_kernel(
     A program has one tile and goes through a part of the batch, so that db stays in registers: the gradient of the
     bias, dx summed along the diagonals of the tile and over its part of the batch.
 
-    Grid    [m / BLOCK_N, n / BLOCK_M, PARTS of the batch]
+    Grid    [m / BLOCK_N, n / BLOCK_M, parts of the batch]
     Tile    ds [BLOCK_M, BLOCK_N], all of S at once; BLOCK_M is at most BLOCK_N
     Reads   what `weights_kernel` reads, da [B, n, m], and delta [B, N] if SOFTMAX
-    Writes  ds [B, n, m]; a [B, n, m] if RECOMPUTE; db [PARTS, n / BLOCK_M, m / BLOCK_N, 2 BLOCK_N] if BIAS: sums for
+    Writes  ds [B, n, m]; a [B, n, m] if RECOMPUTE; db [parts, n / BLOCK_M, m / BLOCK_N, 2 BLOCK_N] if BIAS: sums for
             the distances j - i inside the tile, from -BLOCK_N on
     Bytes   as large as a: da, ds and, if RECOMPUTE, a: 1.8 GB a layer, or 67 MB in chunks, which do not recompute
     """
@@ -202,13 +202,13 @@ def weights_gradient_kernel(
     WIDTH: tl.constexpr = None if S == BLOCK_S else S
     first_i, first_j = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_N
     i, j, s = first_i + tl.arange(0, BLOCK_M), first_j + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
-    part = tl.program_id(2).to(tl.int64)
+    part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     query, key = tl.load(firsts_ptr), tl.load(firsts_ptr + 1)
     offset = query - key
-    sequences = (B - part + PARTS - 1) // PARTS
+    sequences = (B - part + parts - 1) // parts
     if CAUSAL and first_j > first_i + BLOCK_M - 1 + offset:
         for number in range(0, sequences):
-            block, zeros = (part + number * PARTS) * n * m, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            block, zeros = (part + number * parts) * n * m, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if RECOMPUTE:
                 store_tile(a_ptr + block, zeros, i, j, m, ROWS, COLS)
             store_tile(ds_ptr + block, zeros, i, j, m, ROWS, COLS)
@@ -218,10 +218,10 @@ def weights_gradient_kernel(
     # A factor that is left out of dx until sums are done.
     FACTOR: tl.constexpr = 1 if SOFTMAX else 2
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # With a number of stages of its own a loop loads ahead whatever it reads, and not the factors of a matmul alone.
-    for number in tl.range(0, sequences, num_stages=STAGES):
-        b = part + number * PARTS
+    for number in range(0, sequences):
+        b = part + number * parts
         block = b * n * m
+        # Loaded before the matmul, which hides how long that takes.
         da = load_tile(da_ptr + block, i, j, m, ROWS, COLS)  # [BM, BN]
         scale = tl.load(score_scale_ptr + b * N + query + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
         q = load_tile(q_ptr + (b * Q + query - (N - Q)) * S, i, s, S, ROWS, WIDTH)  # [BM, BS]

@@ -284,8 +284,6 @@ def weights_and_gradient(
         'outputs': [like if recompute else missing, like, db],
         'grid': (across, down, parts),
         'causal': causal,
-        'PARTS': parts,
-        'STAGES': tiles.num_stages,
         'RECOMPUTE': recompute,
         'SOFTMAX': tokens.softmax,
     }

@@ -172,7 +172,7 @@ LOG_SUMS = {
     'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
 }
 WEIGHTS_GRADIENT = {
-    'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=8, num_stages=2, min_programs=264),
+    'bfloat16': WeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=3, min_programs=264),
     'float32': WeightsTiles(block_m=32, block_n=32, num_warps=4, num_stages=1, min_programs=528),
 }
 
