@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, EveryNSteps, LatestN
@@ -55,8 +56,17 @@ class Checkpoints:
                 'preservation_policy': AnyPreservationPolicy(policies),
                 'cleanup_tmp_directories': True,
             }
-        self._open = lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(**options))
+        self._options = options
         self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Orbax warns of every directory that is opened for reading that it cannot be written.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(verbosity if self._writable else min(verbosity, logging.ERROR))
+        try:
+            return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(**self._options))
+        finally:
+            logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""
