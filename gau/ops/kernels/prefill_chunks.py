@@ -3,12 +3,10 @@
 What `gau.ops.kernels.decode_chunks` does for a token, in three kernels for hundreds or thousands of them. Those of
 training are more, with the library's matmuls and the compiler's slices and casts between them, and a prompt would wait
 for their launches. In a short block attention is quadratic between chunks as well; a long one has a state for each
-chunk, and for it two or three more kernels.
+chunk (`prefill_long`).
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,8 @@ from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_stat
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.decode_chunks import PRECISION, Parameters
 from gau.ops.kernels.launch import launch
-from gau.ops.kernels.tile_sizes import cdiv, fit, power_of_two
+from gau.ops.kernels.prefill_long import LongBlock
+from gau.ops.kernels.tile_sizes import cdiv, power_of_two
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.norms import NORM_EPSILON
 from gau.ops.scores import Scoring
@@ -50,6 +49,7 @@ def prefill_gated_chunks(
       spec: causal, relu2, both branches.
     """
     from gau.ops.kernels import prefill_chunks_triton as kernels
+    from gau.ops.kernels import prefill_long_triton as long_kernels
 
     (batch, t, width), dtype = x_BTD.shape, x_BTD.dtype
     size, rows, groups = spec.chunk_size, batch * t, t // spec.chunk_size
@@ -65,72 +65,83 @@ def prefill_gated_chunks(
     shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
     # What is not there has a pointer all the same.
     old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count')}
-    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated, 'STATES': states}
-    # Of long blocks nobody takes all chunks at once.
+    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated}
+    # (Of long blocks nobody takes all chunks at once.)
     more |= {'BLOCK_G': 16 if states else power_of_two(groups), 'BLOCK_C': power_of_two(size)}
+    bias_P, new = parameters.bias_P, {}
+    score_scale, over_visible = _normaliser(spec.scoring, spec.window * size, inner)
+    scoring = {'BIAS': bias_P is not None, 'SCORE_SCALE': score_scale, 'OVER_VISIBLE': over_visible}
+    bias_P = state_scale_BG if bias_P is None else bias_P
 
     shift = (parameters.mix_S, state['before']) if shifted else (none, none)
     gate = (parameters.gate_D, parameters.gate_bias) if gated else (none, none)
-    scales, logits = _scales(x_BTD, parameters.norm, gate, gated=gated) if states else (none, None)
-    own_gate = gated and not states
-    # (Not in place: other programs read what was before.)
-    activations, roles, before, own_logits = launch(
-        kernels.prefill_projections_kernel,
-        *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), shift[0]),
-        *(*gate, shift[1], position.length_B, scales),
-        outputs=[
-            jax.ShapeDtypeStruct((rows, 2 * expanded), dtype),
-            jax.ShapeDtypeStruct((4, rows, inner), dtype),
-            jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-        ],
-        grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + own_gate, cdiv(rows, tiles.block_m)),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        T=t,
-        D=width,
-        ROPE=table is not None,
-        SHIFTED=shifted,
-        GATED=own_gate,
-        SCALED=states,
-        EPSILON=NORM_EPSILON,
-        BLOCK_M=tiles.block_m,
-        BLOCK_K=tiles.block_k,
-        BLOCK_N=tiles.block_n,
-        BLOCK_H=tiles.block_h,
-        **sizes,
-    )
-    logits = own_logits if logits is None else logits
-    read, new = state['sum'], {}
+    of_z = parameters.z_DS, parameters.z_bias_S, parameters.gamma_RS, parameters.beta_RS, *(table or (none, none))
+    z_fields = {
+        'T': t,
+        'D': width,
+        'ROPE': table is not None,
+        'SHIFTED': shifted,
+        'EPSILON': NORM_EPSILON,
+        'BLOCK_M': tiles.block_m,
+        'BLOCK_K': tiles.block_k,
+        'BLOCK_H': tiles.block_h,
+    }
+    # (Before is not written in place: other programs read what it was.)
+    like_roles = jax.ShapeDtypeStruct((4, rows, inner), dtype), jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype)
     if states:
-        inputs = activations, roles, before_B, position.length_B, state_scale_BG, logits
-        read, new = _states(inputs, old, spec, gated=gated, dtype=dtype)
-    bias_P = parameters.bias_P
-    score_scale, over_visible = _normaliser(spec.scoring, spec.window * size, inner)
-    block_e = min(tiles.block_e, power_of_two(expanded))
-    block_m = min(tiles.attention_m, power_of_two(size))
-    (o_RE,) = launch(
-        kernels.prefill_attention_kernel,
-        *(activations, roles, read, state_scale_BG if bias_P is None else bias_P, before_B, state_scale_BG),
-        *(logits, old['count'], old['k'], old['v']),
-        outputs=[jax.ShapeDtypeStruct((rows, expanded), dtype)],
-        grid=(cdiv(expanded, block_e), groups * cdiv(size, block_m), batch),
-        num_warps=tiles.attention_warps,
-        num_stages=tiles.attention_stages,
-        G=groups,
-        C=size,
-        BIAS=bias_P is not None,
-        SCORE_SCALE=score_scale,
-        OVER_VISIBLE=over_visible,
-        MEAN=spec.mean,
-        BLOCK_M=block_m,
-        BLOCK_N=min(tiles.attention_n, power_of_two(size)),
-        BLOCK_S=block_s,
-        BLOCK_E=block_e,
-        **sizes,
-        **more,
-    )
+        block = LongBlock(x_BTD, parameters, old, before_B, position.length_B, state_scale_BG, spec, gated)
+        scales, logits = block.scales(gate)
+        roles, before = launch(
+            long_kernels.prefill_roles_kernel,
+            *(x_BTD, parameters.norm, scales, *of_z, *shift, position.length_B),
+            outputs=like_roles,
+            grid=(cdiv(half, tiles.block_h), cdiv(rows, tiles.block_m)),
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            R=rows,
+            S=inner,
+            PRECISION=PRECISION,
+            **z_fields,
+        )
+        o_RE, activations, new = block.attention(scales, roles, logits, bias_P, scoring)
+    else:
+        activations, roles, before, logits = launch(
+            kernels.prefill_projections_kernel,
+            *(x_BTD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, *of_z, shift[0], *gate, shift[1]),
+            position.length_B,
+            outputs=[
+                jax.ShapeDtypeStruct((rows, 2 * expanded), dtype),
+                *like_roles,
+                jax.ShapeDtypeStruct((rows,), jnp.float32),
+            ],
+            grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + gated, cdiv(rows, tiles.block_m)),
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            GATED=gated,
+            BLOCK_N=tiles.block_n,
+            **z_fields,
+            **sizes,
+        )
+        block_e = min(tiles.block_e, power_of_two(expanded))
+        block_m = min(tiles.attention_m, power_of_two(size))
+        (o_RE,) = launch(
+            kernels.prefill_attention_kernel,
+            *(activations, roles, state['sum'], bias_P, before_B, state_scale_BG, logits, old['count']),
+            outputs=[jax.ShapeDtypeStruct((rows, expanded), dtype)],
+            grid=(cdiv(expanded, block_e), groups * cdiv(size, block_m), batch),
+            num_warps=tiles.attention_warps,
+            num_stages=tiles.attention_stages,
+            G=groups,
+            C=size,
+            MEAN=spec.mean,
+            BLOCK_M=block_m,
+            BLOCK_N=min(tiles.attention_n, power_of_two(size)),
+            BLOCK_S=block_s,
+            BLOCK_E=block_e,
+            **scoring,
+            **sizes,
+            **more,
+        )
     # What is made already is not written again.
     old |= dict.fromkeys(new, none)
     written = [name for name in old if name in state and name not in new]
@@ -149,6 +160,7 @@ def prefill_gated_chunks(
         C=size,
         D=width,
         DECAY=spec.global_decay,
+        STATES=states,
         BLOCK_M=tiles.output_m,
         BLOCK_K=tiles.output_k,
         BLOCK_N=tiles.block_out,
@@ -159,95 +171,6 @@ def prefill_gated_chunks(
     )
     new |= {name: x for name, x in zip(old, rest, strict=True) if name in written}
     return y_BTD, new | ({'before': before} if shifted else {})
-
-
-def _scales(x_BTD: Array, norm: Array, gate: tuple[Array, Array], *, gated: bool) -> list[Array]:
-    """Returns the factors of the norm of all rows and their logits of the gate, float32 [R]."""
-    from gau.ops.kernels.prefill_long_triton import prefill_scales_kernel
-
-    rows, width = x_BTD.shape[0] * x_BTD.shape[1], x_BTD.shape[2]
-    block_m = tile_sizes.rows_of(tile_sizes.NORM, power_of_two(width))
-    return launch(
-        prefill_scales_kernel,
-        *(x_BTD, norm, *gate),
-        outputs=[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 2,
-        grid=(cdiv(rows, block_m),),
-        num_warps=tile_sizes.NORM.num_warps,
-        num_stages=tile_sizes.NORM.num_stages,
-        R=rows,
-        D=width,
-        GATED=gated,
-        EPSILON=NORM_EPSILON,
-        BLOCK_M=block_m,
-        BLOCK_D=power_of_two(width),
-    )
-
-
-def _states(inputs: Sequence[Array], old: State, spec: ChunkSpec, *, gated: bool, dtype: Any) -> tuple[Array, State]:
-    """Returns the state that each chunk reads, scale included, [B, G, S, E], and the new sum, and count with a gate.
-
-    Args:
-      inputs: activations, roles, chunks before the block, its tokens, factors on states, logits of the gate.
-      old: the state; what a model does not have is any array.
-      spec: of the layer.
-      gated: whether there is a gate.
-      dtype: compute type.
-    """
-    from gau.ops.kernels.prefill_long_triton import prefill_states_kernel
-
-    (batch, groups), (_, inner, expanded) = inputs[4].shape, old['sum'].shape
-    size = spec.chunk_size
-    tiles = fit(tile_sizes.STATES[str(dtype)], block_c=size, block_e=expanded)
-    across = cdiv(expanded, tiles.block_e)
-    length = cdiv(groups, min(cdiv(tiles.min_warps, batch * across * tiles.num_warps), groups))
-    parts = cdiv(groups, length)
-    fields = {
-        'num_warps': tiles.num_warps,
-        'num_stages': tiles.num_stages,
-        'R': batch * groups * size,
-        'G': groups,
-        'C': size,
-        'S': inner,
-        'E': expanded,
-        'PARTS': parts,
-        'DECAY': spec.global_decay,
-        'NEAR': spec.window,
-        'GATED': gated,
-        'MEAN': spec.mean,
-        'PRECISION': PRECISION,
-        'BLOCK_C': tiles.block_c,
-        'BLOCK_S': power_of_two(inner),
-        'BLOCK_E': tiles.block_e,
-        'BLOCK_G': power_of_two(length),
-        'BLOCK_L': power_of_two(size),
-    }
-    inputs = *inputs, *(old[name] for name in ('sum', 'k_lin', 'v', 'gate', 'count'))
-    like_sum, nothing = jax.ShapeDtypeStruct(old['sum'].shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    like_ends = [
-        jax.ShapeDtypeStruct((batch, parts, inner, expanded), jnp.float32),
-        nothing,
-        jax.ShapeDtypeStruct((2, batch, parts), jnp.float32),
-    ]
-    # Where there is one part nobody reads them.
-    ends = factors = old['sum']
-    if parts > 1:
-        grid = across, parts - 1, batch
-        ends, _, factors = launch(
-            prefill_states_kernel, *inputs, ends, factors, outputs=like_ends, grid=grid, ENDS=True, **fields
-        )
-    m_BGSE, sum_BSE, count = launch(
-        prefill_states_kernel,
-        *(*inputs, ends, factors),
-        outputs=[
-            jax.ShapeDtypeStruct((batch, groups, inner, expanded), dtype),
-            like_sum,
-            jax.ShapeDtypeStruct(old['count'].shape, jnp.float32) if gated else nothing,
-        ],
-        grid=(across, parts, batch),
-        ENDS=False,
-        **fields,
-    )
-    return m_BGSE, {'sum': sum_BSE} | ({'count': count} if gated else {})
 
 
 def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:

@@ -2,8 +2,8 @@
 
 A short prompt is over before a CPU has launched the kernels of training: here there are three. Weights of the global
 branch are made of queries and keys, as those inside a chunk are, and no state of a chunk is written or read but the one
-that the block begins and ends with. With STATES, for long blocks, `prefill_long_triton` has written a state for each
-chunk, and the block may begin anywhere in a sequence. Rows are the tokens of all sequences, R = B G C.
+that the block begins and ends with. Long blocks have `prefill_long_triton` in the place of the first two, and STATES in
+the last. Rows are the tokens of all sequences, R = B G C.
 
 Bytes are of size base (D = 768, E = 1,536, S = 128, C = 256) with 1,024 tokens in bfloat16. All of them stay in the
 cache but for the weights, 7.3 MB a layer, and the state, 1.7 MB.
@@ -44,12 +44,73 @@ def _z_halves(
 
 
 @triton.jit
+def store_roles(
+    x_ptr, g_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr, old_before_ptr, length_ptr,
+    scales_ptr, roles_ptr, before_ptr, row, scale, tile,
+    R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr, SHIFTED: tl.constexpr,
+    SCALED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Stores the columns of a tile of z, [BLOCK_M, BLOCK_H] of either half, in q, k, q_lin and k_lin.
+
+    `scale` are the factors of the rows' norm, [BLOCK_M, 1]; if SCALED those of all rows are known. If SHIFTED the last
+    z of each sequence is stored too.
+    """
+    H: tl.constexpr = (S + 1) // 2
+    rows: tl.constexpr = None if R % BLOCK_M == 0 else R
+    half = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    z1, z2 = _z_halves(
+        x_ptr, z_ptr, z_bias_ptr, row, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
+    )  # [BM, BH] each
+    k1, k2 = z1, z2
+    only = tl.arange(0, 1)
+    if SHIFTED:
+        row_before = tl.maximum(row - 1, 0)
+        scale = row_scales(x_ptr, g_ptr, scales_ptr, row_before, R, D, EPSILON, SCALED, BLOCK_M, BLOCK_K)[:, None]
+        before1, before2 = _z_halves(
+            x_ptr, z_ptr, z_bias_ptr, row_before, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
+        )
+        sequence = tl.where(row < R, row // T, 0)
+        t = row % T
+        old1 = load_tile(old_before_ptr, sequence, half, S, None, H).to(tl.float32)
+        old2 = load_tile(old_before_ptr + H, sequence, half, S, None, S - H).to(tl.float32)
+        before1 = tl.where((t == 0)[:, None], old1, before1)
+        before2 = tl.where((t == 0)[:, None], old2, before2)
+        k1 += load_tile(mix_ptr, only, half, S, None, H).to(tl.float32) * (before1 - z1)
+        k2 += load_tile(mix_ptr + H, only, half, S, None, S - H).to(tl.float32) * (before2 - z2)
+        # A sequence without tokens goes on with what it had.
+        length = tl.load(length_ptr + sequence)
+        is_last = (t == tl.maximum(length - 1, 0)) & (row < R)
+        takes = (length > 0)[:, None]
+        at = before_ptr + sequence[:, None] * S + half[None, :]
+        last1 = tl.where(takes, z1, old1).to(before_ptr.dtype.element_ty)
+        last2 = tl.where(takes, z2, old2).to(before_ptr.dtype.element_ty)
+        tl.store(at, last1, mask=is_last[:, None] & (half < H)[None, :])
+        tl.store(at + H, last2, mask=is_last[:, None] & (half < S - H)[None, :])
+    if ROPE:
+        cos = load_tile(cos_ptr, row, half, H, rows, H)  # [BM, BH]
+        sin = load_tile(sin_ptr, row, half, H, rows, H)
+    for role in tl.static_range(4):
+        at = role * S
+        gamma1 = load_tile(gamma_ptr + at, only, half, S, None, H).to(tl.float32)
+        gamma2 = load_tile(gamma_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
+        # Every second role is one of keys.
+        y1 = (k1 if role % 2 else z1) * gamma1
+        y2 = (k2 if role % 2 else z2) * gamma2
+        y1 += load_tile(beta_ptr + at, only, half, S, None, H).to(tl.float32)
+        y2 += load_tile(beta_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
+        if ROPE:
+            y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
+        store_tile(roles_ptr + at * R, y1, row, half, S, rows, H)
+        store_tile(roles_ptr + at * R + H, y2, row, half, S, rows, S - H)
+
+
+@triton.jit
 def prefill_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr,
-    gate_w_ptr, gate_bias_ptr, old_before_ptr, length_ptr, scales_ptr,
-    activations_ptr, roles_ptr, before_ptr, logits_ptr,
+    gate_w_ptr, gate_bias_ptr, old_before_ptr, length_ptr, activations_ptr, roles_ptr, before_ptr, logits_ptr,
     R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, ROPE: tl.constexpr,
-    SHIFTED: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
@@ -62,7 +123,7 @@ def prefill_projections_kernel(
             BLOCK_K
     Reads   x [R, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [R, S / 2];
             if SHIFTED, mix [S]; z of the token before the T of each sequence [R / T, S]; how many of these are its own
-            [R / T]; if GATED, w [D] and a bias; if SCALED factors of the norm [R]
+            [R / T]; if GATED, w [D] and a bias
     Writes  activations u and v [R, 2 E]; roles q, k, q_lin, k_lin [4, R, S]; if SHIFTED, z of the last token of each
             sequence [R / T, S]; if GATED, logits [R]
     Bytes   x, 1.6 MB, and the weights, 4.9 MB; activations, 6.3 MB, and roles, 1.0 MB
@@ -74,7 +135,7 @@ def prefill_projections_kernel(
     depth: tl.constexpr = None if D % BLOCK_K == 0 else D
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Before the matmul, whose loads are pipelined for its factors alone.
-    scale = row_scales(x_ptr, g_ptr, scales_ptr, row, R, D, EPSILON, SCALED, BLOCK_M, BLOCK_K)[:, None]
+    scale = row_scales(x_ptr, g_ptr, g_ptr, row, R, D, EPSILON, False, BLOCK_M, BLOCK_K)[:, None]
     if tl.program_id(0) < tiles:
         cols: tl.constexpr = None if 2 * E % BLOCK_N == 0 else 2 * E
         col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,98 +153,19 @@ def prefill_projections_kernel(
             logits = gate_logits(x_ptr, g_ptr, gate_w_ptr, gate_bias_ptr, row, R, D, EPSILON, BLOCK_M, BLOCK_K)
             tl.store(logits_ptr + row, logits, mask=row < R)
     else:
-        half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-        z1, z2 = _z_halves(
-            x_ptr, z_ptr, z_bias_ptr, row, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
-        )  # [BM, BH] each
-        k1, k2 = z1, z2
-        only = tl.arange(0, 1)
-        if SHIFTED:
-            row_before = tl.maximum(row - 1, 0)
-            scale = row_scales(x_ptr, g_ptr, scales_ptr, row_before, R, D, EPSILON, SCALED, BLOCK_M, BLOCK_K)[:, None]
-            before1, before2 = _z_halves(
-                x_ptr, z_ptr, z_bias_ptr, row_before, half, scale, R, D, S, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H
-            )
-            sequence = tl.where(row < R, row // T, 0)
-            t = row % T
-            old1 = load_tile(old_before_ptr, sequence, half, S, None, H).to(tl.float32)
-            old2 = load_tile(old_before_ptr + H, sequence, half, S, None, S - H).to(tl.float32)
-            before1 = tl.where((t == 0)[:, None], old1, before1)
-            before2 = tl.where((t == 0)[:, None], old2, before2)
-            k1 += load_tile(mix_ptr, only, half, S, None, H).to(tl.float32) * (before1 - z1)
-            k2 += load_tile(mix_ptr + H, only, half, S, None, S - H).to(tl.float32) * (before2 - z2)
-            # A sequence without tokens goes on with what it had.
-            length = tl.load(length_ptr + sequence)
-            is_last = (t == tl.maximum(length - 1, 0)) & (row < R)
-            takes = (length > 0)[:, None]
-            at = before_ptr + sequence[:, None] * S + half[None, :]
-            last1 = tl.where(takes, z1, old1).to(before_ptr.dtype.element_ty)
-            last2 = tl.where(takes, z2, old2).to(before_ptr.dtype.element_ty)
-            tl.store(at, last1, mask=is_last[:, None] & (half < H)[None, :])
-            tl.store(at + H, last2, mask=is_last[:, None] & (half < S - H)[None, :])
-        if ROPE:
-            cos = load_tile(cos_ptr, row, half, H, rows, H)  # [BM, BH]
-            sin = load_tile(sin_ptr, row, half, H, rows, H)
-        for role in tl.static_range(4):
-            at = role * S
-            gamma1 = load_tile(gamma_ptr + at, only, half, S, None, H).to(tl.float32)
-            gamma2 = load_tile(gamma_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
-            # Every second role is one of keys.
-            y1 = (k1 if role % 2 else z1) * gamma1
-            y2 = (k2 if role % 2 else z2) * gamma2
-            y1 += load_tile(beta_ptr + at, only, half, S, None, H).to(tl.float32)
-            y2 += load_tile(beta_ptr + at + H, only, half, S, None, S - H).to(tl.float32)
-            if ROPE:
-                y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
-            store_tile(roles_ptr + at * R, y1, row, half, S, rows, H)
-            store_tile(roles_ptr + at * R + H, y2, row, half, S, rows, S - H)
-
-
-@triton.jit
-def _add_near(
-    mixed, q, k_ptr, v_ptr, bias_ptr, i, visible, begin, end,
-    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, V_STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    BIAS: tl.constexpr, SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, NEAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Returns mixed + a v over the keys from `begin` to `end` by their place in the queries' chunk, less than ROWS.
-
-    k [., S] and v [., E] in rows of V_STRIDE stand at the first key of that chunk; those of the chunk before before it.
-    """
-    width: tl.constexpr = None if S == BLOCK_S else S
-    cols: tl.constexpr = None if E % BLOCK_E == 0 else E
-    keys: tl.constexpr = None if C % BLOCK_N == 0 else ROWS
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    s = tl.arange(0, BLOCK_S)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, j, s, S, keys, width)  # [BN, BS]
-        v = load_tile(v_ptr, j, e, V_STRIDE, keys, cols)  # [BN, BE]
-        seen = (j[None, :] <= i[:, None]) & (i < C)[:, None]
-        if C % BLOCK_N != 0:
-            seen &= (j < ROWS)[None, :]
-        # [BM, BS] @ [BS, BN]
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCORE_SCALE
-        if OVER_VISIBLE == 1:
-            x /= visible
-        if BIAS:
-            x += tl.load(bias_ptr + j[None, :] - i[:, None] + NEAR * C - 1, mask=seen, other=0.0).to(tl.float32)
-        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        a = tl.where(seen, r * r, 0.0)
-        if OVER_VISIBLE == 2:
-            a /= visible
-        # [BM, BN] @ [BN, BE]
-        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
-    return mixed
+        store_roles(
+            x_ptr, g_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, mix_ptr, old_before_ptr, length_ptr,
+            g_ptr, roles_ptr, before_ptr, row, scale, tl.program_id(0) - tiles,
+            R, T, D, S, ROPE, SHIFTED, False, EPSILON, PRECISION, BLOCK_M, BLOCK_K, BLOCK_H,
+        )  # fmt: skip
 
 
 @triton.jit
 def prefill_attention_kernel(
-    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr,
-    old_k_ptr, old_v_ptr, o_ptr,
+    activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr, o_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
     SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr,
-    GATED: tl.constexpr, MEAN: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +179,7 @@ def prefill_attention_kernel(
     Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
     Reads   activations [R, 2 E]; roles [4, R, S]; sum [B, S, E], if there is anything in it; bias [2 NEAR C - 1], if
             BIAS; before [B], chunks before the block; state_scale [B, G]; if GATED logits [R] and count [B], the tokens
-            in sum by weight; if STATES m [B, G, S, E] for sum, and k [B, 2 C, S] and v [B, 2 C, E]
+            in sum by weight
     Writes  o [R, E]
     Bytes   activations, roles and o, 10 MB
     """
@@ -217,66 +199,62 @@ def prefill_attention_kernel(
     own = first + g * C
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
+    state_scale = tl.load(state_scale_ptr + b * G + g)
+    far = g - (NEAR - 1)
+    sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
+    chunk = tl.arange(0, BLOCK_G)
+    if GATED:
+        logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
+        kept = tl.exp2(tl.sum(logs, axis=0))
+        if MEAN:
+            count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
+            state_scale = 1.0 / tl.where(count > 0, count, 1.0)
+        sum_scale = kept * state_scale
     q_lin_ptr = roles_ptr + (2 * R + own) * S
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    chunks_before = tl.load(before_ptr + b)
-    if STATES:
-        reads = chunks_before + g > NEAR - 1
-        sum_ptr += (b * G + g) * S * E
-    else:
-        reads = chunks_before > 0
-        sum_ptr += b * S * E
-        state_scale = tl.load(state_scale_ptr + b * G + g)
-        far = g - (NEAR - 1)
-        sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
-        chunk = tl.arange(0, BLOCK_G)
-        if GATED:
-            logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
-            kept = tl.exp2(tl.sum(logs, axis=0))
-            if MEAN:
-                count = kept * tl.load(count_ptr + b) + C * tl.sum(weights, axis=0)
-                state_scale = 1.0 / tl.where(count > 0, count, 1.0)
-            sum_scale = kept * state_scale
-    if reads:
+    if tl.load(before_ptr + b) > 0:
         for start in range(0, S, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             q_lin = load_tile(q_lin_ptr, i, j, S, queries, S)  # [BM, BN]
-            m = load_tile(sum_ptr, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
+            m = load_tile(sum_ptr + b * S * E, j, e, E, S, cols).to(q_lin.dtype)  # [BN, BE]
             # [BM, BN] @ [BN, BE]
             mixed = tl.dot(q_lin, m, mixed, input_precision=PRECISION)
-    if not STATES:
         mixed *= sum_scale
-        q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
-        for step in range(0, far * blocks):
-            row = first + step // blocks * C
-            j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
-            v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
-            scale = state_scale
-            if GATED:
-                scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
-            elif LOG_DECAY < 0:
-                scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
-            # [BM, BS] @ [BS, BN]
-            w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
-            # [BM, BN] @ [BN, BE]
-            mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
+    q_lin = load_tile(q_lin_ptr, i, s, S, queries, width)  # [BM, BS]
+    for step in range(0, far * blocks):
+        row = first + step // blocks * C
+        j = (step % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BN, BS]
+        v = load_tile(activations_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
+        scale = state_scale
+        if GATED:
+            scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
+        elif LOG_DECAY < 0:
+            scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
+        # [BM, BS] @ [BS, BN]
+        w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
+        # [BM, BN] @ [BN, BE]
+        mixed = tl.dot(w.to(v.dtype), v, mixed, input_precision=PRECISION)
     q = load_tile(roles_ptr + own * S, i, s, S, queries, width)  # [BM, BS]
-    near = tl.minimum(g, NEAR - 1)
-    visible = (near * C + i + 1).to(tl.float32)[:, None]
-    if STATES and NEAR == 2:
-        visible = (tl.minimum(chunks_before + g, 1) * C + i + 1).to(tl.float32)[:, None]
-        if (g == 0) & (chunks_before > 0):
-            place = b * 2 * C + C
-            mixed = _add_near(
-                mixed, q, old_k_ptr + place * S, old_v_ptr + place * E, bias_ptr, i, visible, -C, 0,
-                C, S, E, E, 0, BIAS, SCORE_SCALE, OVER_VISIBLE, NEAR, PRECISION, BLOCK_N, BLOCK_S, BLOCK_E,
-            )  # fmt: skip
-    end = tl.minimum((number % tiles + 1) * BLOCK_M, C)
-    mixed = _add_near(
-        mixed, q, roles_ptr + (R + own) * S, activations_ptr + own * 2 * E + E, bias_ptr, i, visible, -near * C, end,
-        C, S, E, 2 * E, C, BIAS, SCORE_SCALE, OVER_VISIBLE, NEAR, PRECISION, BLOCK_N, BLOCK_S, BLOCK_E,
-    )  # fmt: skip
+    before = tl.minimum(g, NEAR - 1) * C
+    visible = (before + i + 1).to(tl.float32)[:, None]
+    for start in range(-before, tl.minimum((number % tiles + 1) * BLOCK_M, C), BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k = load_tile(roles_ptr + (R + own) * S, j, s, S, keys, width)  # [BN, BS]
+        v = load_tile(activations_ptr + own * 2 * E + E, j, e, 2 * E, keys, cols)  # [BN, BE]
+        seen = (j[None, :] <= i[:, None]) & (i < C)[:, None]
+        # [BM, BS] @ [BS, BN]
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCORE_SCALE
+        if OVER_VISIBLE == 1:
+            x /= visible
+        if BIAS:
+            x += tl.load(bias_ptr + j[None, :] - i[:, None] + NEAR * C - 1, mask=seen, other=0.0).to(tl.float32)
+        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        a = tl.where(seen, r * r, 0.0)
+        if OVER_VISIBLE == 2:
+            a /= visible
+        # [BM, BN] @ [BN, BE]
+        mixed = tl.dot(a.to(v.dtype), v, mixed, input_precision=PRECISION)
     store_tile(o_ptr + own * E, u.to(tl.float32) * mixed, i, e, E, queries, cols)
 
 
@@ -296,7 +274,8 @@ def prefill_output_kernel(
     sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
     are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
     its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With
-    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES no sum and count.
+    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES no sum and count,
+    and v [R, E] stands where activations do.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
     Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
@@ -307,6 +286,8 @@ def prefill_output_kernel(
     Bytes   o, 3.1 MB, v, k, k_lin, 3.7 MB, x and y, 3.1 MB, and the weights, 2.4 MB; the state, 1.7 MB
     """
     across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    # Of long blocks the values are alone.
+    v_stride: tl.constexpr = E if STATES else 2 * E
     across: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) - B * across_e
     if tile < 0:
@@ -358,7 +339,8 @@ def prefill_output_kernel(
                 row = first + token + j
                 to = b * places + j
                 mask_e = mask[:, None] & (e < E)[None, :]
-                v = tl.load(activations_ptr + row[:, None] * 2 * E + E + e[None, :], mask=mask_e, other=0.0)
+                v_at = activations_ptr + row[:, None] * v_stride + (v_stride - E)
+                v = tl.load(v_at + e[None, :], mask=mask_e, other=0.0)
                 tl.store(v_ptr + to[:, None] * E + e[None, :], v, mask=mask_e)
                 if across_state == 0:
                     mask_s = mask[:, None] & (s < S)[None, :]

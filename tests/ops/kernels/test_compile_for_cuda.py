@@ -20,7 +20,8 @@ from tests.conftest import ROOT
         (
             'prefill',
             [
-                *(f'prefill_{name}' for name in ('projections', 'states', 'attention', 'output')),
+                *(f'prefill_{name}' for name in ('projections', 'attention', 'output')),
+                *(f'prefill_{name}' for name in ('scales', 'roles', 'states', 'weights', 'mix')),
                 *('queries_keys', 'queries_keys_gradient'),
             ],
         ),
