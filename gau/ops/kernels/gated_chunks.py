@@ -23,17 +23,14 @@ from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, fit
-from gau.ops.recurrence import recurrence
 
 # The output that a kernel does not write.
 _NOTHING = jax.ShapeDtypeStruct((1,), jnp.float32)
-# What is multiplied by less is gone.
-_SMALLEST_CARRY = 1e-30
 # How the matrix units round the factors of a float32 matmul: not at all.
 PRECISION = 'ieee'
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def gated_chunk_matmul(
     p_BGCW: Array,
     bias_2E: Array,
@@ -43,7 +40,6 @@ def gated_chunk_matmul(
     carry_mask_BGK: Array,
     state_scale_BGJ: Array,
     causal: bool,
-    gated: bool = False,
 ) -> Array:
     """Returns silu(u) * (a silu(v) + q state_scale m) for [u, v] = p + bias, [B, G, C, E]; m are states of J scans.
 
@@ -61,16 +57,14 @@ def gated_chunk_matmul(
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
       carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
-        for each scan, K = J, or for each row of their states, K = F.
-      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0.
+        for each scan, K = J, or for each row of their states, K = F. If `causal` it has a gradient.
+      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. If `causal` it has a gradient.
       causal: lets tiles above the diagonal be left out.
-      gated: whether the last two have gradients, the carry mask where it is not 0; if `causal`.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, gated)[0]
+    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, gated):
-    del gated
+def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal):
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     if sizes.has_states:
         v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGK, state_scale_BGJ)
@@ -86,7 +80,7 @@ def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scal
     return o_BGCE, (*arrays, o_BGCE, v_BGCE, states)
 
 
-def _backward(causal, gated, residuals, do_BGCE):
+def _backward(causal, residuals, do_BGCE):
     p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     dp_of_gate, dbias_u_E, dmixed = gate_gradients(
@@ -103,11 +97,8 @@ def _backward(causal, gated, residuals, do_BGCE):
     else:
         read = states, v_BGCE, dmixed_BGCE, dmixed_BGCE
         results = [states if sizes.cross_chunk else _NOTHING, _NOTHING]
-    gated = gated and sizes.has_states
-    dp_BGCW, dbias_v, da_BGCM, dq, dk, *sums = _gradients(
-        *(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read, q_BGCF, k_BGCF, dp_of_gate), [a_BGCM, *results]),
-        causal=causal,
-        gated=gated,
+    dp_BGCW, dbias_v, da_BGCM, dq, dk = _gradients(
+        sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read, dp_of_gate), [a_BGCM, *results], causal=causal
     )
     if sizes.cross_chunk:
         dq, dk = gradients_of_queries_and_keys(q_BGCF, k_BGCF, state_scale_BGJ, dq)
@@ -115,8 +106,9 @@ def _backward(causal, gated, residuals, do_BGCE):
         dq, dk = jnp.zeros_like(q_BGCF), jnp.zeros_like(k_BGCF)
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
     dfactors = jnp.zeros_like(carry_mask_BGK), jnp.zeros_like(state_scale_BGJ)
-    if gated:
-        dfactors = _factor_gradients(*sums, carry_mask_BGK, state_scale_BGJ, sizes.window)
+    if causal and sizes.has_states:
+        fields = (q_BGCF, dq), state_scale_BGJ, sizes.window
+        dfactors = _factor_gradients(states, dkv_BGFE, carry_mask_BGK, *fields)
     return dp_BGCW, dbias_2E, da_BGCM, dq, dk, *dfactors
 
 
@@ -124,31 +116,33 @@ gated_chunk_matmul.defvjp(_forward, _backward)
 
 
 def _factor_gradients(
-    read_BGF: Array, added_BGF: Array, carry_mask_BGK: Array, state_scale_BG1: Array, window: int
+    states_BGFE: Array,
+    dkv_BGFE: Array,
+    carry_mask_BGK: Array,
+    queries: tuple[Array, Array],
+    state_scale_BG1: Array,
+    window: int,
 ) -> tuple[Array, Array]:
-    """Returns the gradients of the carry mask of a forward scan, 0 where that is 0, and of the scale; reads no state.
+    """Returns the gradients of the carry mask and of the scale of a forward scan.
 
-    What a chunk reads of an earlier one is linear in the factors on the way. So carry[g] times its gradient is a sum
-    over pairs of chunks with g between them: q dq of all that read behind g, less what they read of g and later chunks,
-    the k dk of those. A sum from the last chunk to the first, which begins anew where nothing is carried.
+    (By pairs of chunks carry[g] times its gradient is a difference of two sums over chunks, of q dq and of k dk, which
+    would need no state. But where a gate forgets it is small, and rounding is as large as the sums: LOG.md, L58.)
 
     Args:
-      read_BGF: sums of q dq over the tokens of each chunk. Chunk g reads m[g], or m[g - 1] in a window of two.
-      added_BGF: sums of k dk.
+      states_BGFE: state_scale m of each chunk.
+      dkv_BGFE: gradient of what each chunk adds, which is that of the state after it.
       carry_mask_BGK: factor on the state, or on each row of it.
+      queries: q and its gradient, [B, G, C, F]. Chunk g reads m[g], or m[g - 1] in a window of two.
       state_scale_BG1: factor on the state where it is read.
       window: 1 or 2.
     """
-    # By the state that is read; after the last chunk nobody reads.
-    read_BGF = jnp.pad(read_BGF[:, window - 1 :], ((0, 0), (0, window), (0, 0)))
-    read_of_BG1 = read_BGF.sum(-1, keepdims=True)
-    if carry_mask_BGK.shape[-1] == 1:
-        read_BGF, added_BGF = read_of_BG1, added_BGF.sum(-1, keepdims=True)
-    carried_BGK = carry_mask_BGK > _SMALLEST_CARRY
-    carried_later_BGK = jnp.pad(carried_BGK[:, 1:], ((0, 0), (0, 1), (0, 0))).astype(read_BGF.dtype)
-    total_BGK = recurrence(carried_later_BGK, read_BGF[:, 1:] - added_BGF, reverse=True)
-    dcarry_BGK = jnp.where(carried_BGK, total_BGK / jnp.where(carried_BGK, carry_mask_BGK, 1), 0)
-    return dcarry_BGK, read_of_BG1[:, :-1] / state_scale_BG1
+    rows = 'BGF' if carry_mask_BGK.shape[-1] > 1 else 'BG'
+    dtype = carry_mask_BGK.dtype
+    dcarry = jnp.einsum(f'BGFE,BGFE->{rows}', states_BGFE, dkv_BGFE, preferred_element_type=dtype)
+    read_BG = jnp.einsum('BGCF,BGCF->BG', *queries, preferred_element_type=dtype)
+    # By the state that is read.
+    read_BG = jnp.pad(read_BG[:, window - 1 :], ((0, 0), (0, window - 1)))
+    return dcarry.reshape(carry_mask_BGK.shape) / state_scale_BG1, read_BG[..., None] / state_scale_BG1
 
 
 def gated_chunk_matmul_from_state(
@@ -256,7 +250,7 @@ def _output(sizes: _Sizes, inputs: Sequence[Array], *, causal: bool) -> Array:
     )[0]
 
 
-def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, causal: bool, gated: bool) -> list[Array]:
+def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, causal: bool) -> list[Array]:
     """Launches `value_and_weight_gradient_kernel`.
 
     Args:
@@ -264,11 +258,9 @@ def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, cau
       inputs: the kernel's, of which the last has dU in its columns.
       results: arrays as large as the gradients of a, q and k.
       causal: whether weights above the diagonal are zero.
-      gated: whether sums of q dq and of k dk are wanted.
 
     Returns:
-      The last input with dV in its columns, sums of that over tokens [B G, tiles, E], and arrays like `results`. If
-      `gated` the sums of q dq and of k dk over the tokens of each chunk, float32 [B, G, F].
+      The last input with dV in its columns, sums of that over tokens [B G, tiles, E], and arrays like `results`.
     """
     from gau.ops.kernels.gated_chunks_triton import value_and_weight_gradient_kernel
 
@@ -283,11 +275,10 @@ def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, cau
     # da, dq and, for states, dk.
     squares = across * (across_a + across_f * (2 if sizes.has_states else 1))
     sums = jax.ShapeDtypeStruct((sizes.chunks, down, sizes.width), jnp.float32)
-    products = jax.ShapeDtypeStruct((sizes.chunks, across, sizes.read_width), jnp.float32) if gated else _NOTHING
-    *gradients, read, added = launch(
+    return launch(
         value_and_weight_gradient_kernel,
         *inputs,
-        outputs=[like(dp), sums, *map(like, results), products, products],
+        outputs=[like(dp), sums, *map(like, results)],
         grid=(squares + down * cdiv(sizes.width, tiles.block_e), sizes.chunks),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -297,9 +288,5 @@ def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, cau
         BLOCK_E=tiles.block_e,
         SIDE=tiles.side,
         INNER=tiles.inner,
-        GATED=gated,
         **sizes.constants(causal=causal),
     )
-    if not gated:
-        return gradients
-    return [*gradients, *(x.sum(1).reshape(-1, sizes.groups, sizes.read_width) for x in (read, added))]

@@ -211,10 +211,10 @@ def states_gradient_kernel(
 
 @triton.jit
 def value_and_weight_gradient_kernel(
-    p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, q_ptr, k_ptr, unused_ptr,
-    dp_ptr, dbias_ptr, da_ptr, dq_ptr, dk_ptr, read_ptr, added_ptr,
-    G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, unused_ptr,
+    dp_ptr, dbias_ptr, da_ptr, dq_ptr, dk_ptr,
+    G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the values and of all their weights; a program has one tile of one of them.
@@ -226,11 +226,10 @@ def value_and_weight_gradient_kernel(
     Tile    [SIDE, SIDE] of da, dq and dk, sums in steps of INNER; [BLOCK_M, BLOCK_E] of dV, sums in steps of BLOCK_K
     Reads   V, the columns from E to 2 E of p [B, G, C, W]; v and dmixed [B, G, C, E]; a [B, G, C, WINDOW C]; kt = k^T
             [B, G, F, C]; m and dkv [B, G, F, E]. With CROSS_CHUNK kt is x of the chunk that reads, m is v and dkv is
-            dmixed of that chunk. If GATED, q and k [B, G, C, F].
+            dmixed of that chunk.
     Writes  da [B, G, C, WINDOW C]; dq and dk [B, G, C, F]; with CROSS_CHUNK dq is dx and there is no dk. The columns
             from E on of dp [B, G, C, W]: dV, then zeros in those of others; dp holds dU already (it takes over the
-            buffer of `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile. If GATED,
-            read and added [B G, C / SIDE, F], those of q dq and of k dk.
+            buffer of `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
     Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp
     """
     across: tl.constexpr = (C + SIDE - 1) // SIDE
@@ -260,11 +259,9 @@ def value_and_weight_gradient_kernel(
         row, col = number // across_f, number % across_f
         reader, source, width = _what_is_read(chunk, G, F, WINDOW, CROSS_CHUNK)
         dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + source * F * E, dq_ptr + reader * C * F
-        if WINDOW == 2 or GATED:
+        if WINDOW == 2:
             end = tl.where(width > 0, E, 0)
-            dq = _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
-            if GATED:
-                _store_sums_of_products(q_ptr + chunk * C * F, dq, read_ptr, row, col, chunk * across, C, F, SIDE)
+            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
         # The first of two chunks may read nothing, and then has no place in dq.
         elif width > 0:
             _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
@@ -272,9 +269,7 @@ def value_and_weight_gradient_kernel(
         number -= across * (across_a + across_f)
         row, col = number // across_f, number % across_f
         v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        dk = _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
-        if GATED:
-            _store_sums_of_products(k_ptr + chunk * C * F, dk, added_ptr, row, col, chunk * across, C, F, SIDE)
+        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
     else:
         _store_value_gradient(
             p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
@@ -288,10 +283,7 @@ def _store_matmul(
     ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of z = x y^T, [ROWS, COLS] in rows of STRIDE, of x [ROWS, E] and y [COLS, E] up to column `end`.
-
-    Returns it, float32.
-    """
+    """Stores a tile of z = x y^T, [ROWS, COLS] in rows of STRIDE, of x [ROWS, E] and y [COLS, E] up to column `end`."""
     i = row * SIDE + tl.arange(0, SIDE)
     j = col * SIDE + tl.arange(0, SIDE)
     z = tl.zeros((SIDE, SIDE), tl.float32)
@@ -302,19 +294,6 @@ def _store_matmul(
         # [SIDE, INNER] @ [INNER, SIDE]
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
     store_tile(z_ptr, z, i, j, STRIDE, ROWS, COLS)
-    return z
-
-
-@triton.jit
-def _store_sums_of_products(
-    x_ptr, dx, sums_ptr, row, col, before, ROWS: tl.constexpr, COLS: tl.constexpr, SIDE: tl.constexpr
-):  # fmt: skip
-    """Stores the sums over the rows of a tile of x dx, for x [ROWS, COLS], after those of `before` rows of tiles."""
-    i = row * SIDE + tl.arange(0, SIDE)
-    j = col * SIDE + tl.arange(0, SIDE)
-    # Rows outside are zeros.
-    x = load_tile(x_ptr, i, j, COLS, ROWS, COLS).to(tl.float32)  # [SIDE, SIDE]
-    tl.store(sums_ptr + (before + row) * COLS + j, tl.sum(x * dx, axis=0), mask=j < COLS)
 
 
 @triton.jit

@@ -98,8 +98,7 @@ def gated_mixed_chunk(
         q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
         k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
     by_chunk = carry_mask_BGK, scans.state_scale_BGJ
-    more = (gate_BNL is not None,) if kernels == 'triton' else ()
-    more = more if scans.shards is None else (scans.shards, sequence_axis)
+    shards = () if scans.shards is None else (scans.shards, sequence_axis)
     o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
         bias_2E,
@@ -108,7 +107,7 @@ def gated_mixed_chunk(
         k_BGCF.astype(dtype),
         *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in by_chunk),
         causal,
-        *more,
+        *shards,
     )
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 

@@ -167,7 +167,9 @@ def test_a_window_of_two_chunks(constants, dtype, n, chunk, s, packed, min_progr
     constants(OPS['triton'], tile_sizes, **with_programs(min_programs))
     args, weights = inputs(0, batch=2, n=n, s=s, e=24, chunk=n if n <= chunk else 2 * chunk)
     if gate != 'none':
-        args.append(1 + jax.random.normal(jax.random.key(1), (2, n, s if gate == 'keys' else 1), jnp.float64))
+        # Chunks that keep their state, that forget it, and both one after the other.
+        kept_N1 = jnp.asarray([3.0, -6.0, 1.0, 2.0, -2.0])[jnp.arange(n) // chunk % 5, None]
+        args.append(kept_N1 + jax.random.normal(jax.random.key(1), (2, n, s if gate == 'keys' else 1), jnp.float64))
     fields = {'chunk_size': chunk, 'causal': True, 'window': 2} | fields
     expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
 
