@@ -81,6 +81,12 @@ class Evaluator:
         self.run, self.name = run, name
         self.entry = ConfigDict({**self.options, **entry})
 
+    def check_range(self, field: str, least: int, most: int = 2**31 - 1) -> None:
+        """Raises UserError unless the entry's field is a number from `least` to `most`."""
+        value = self.entry[field]
+        if not least <= value <= most:
+            raise UserError(f'evaluators.{self.name}.{field}={value}: want {least} to {most}')
+
     @property
     def figure_name(self) -> str:
         """The figure's file name for this entry, without suffix: `figure` for the entry `eval`, else NAME_`figure`."""

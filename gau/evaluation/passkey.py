@@ -55,9 +55,9 @@ class Passkey(BatchEvaluator):
         super().__init__(run, name, entry)
         if not isinstance(run.model, LanguageModel) or not run.model.causal:
             raise UserError(f'evaluators.{name}.type={entry.type} is for causal language models: a text is continued')
-        for field, least in (('texts', 1), ('depths', 2), ('digits', 1)):
-            if self.entry[field] < least:
-                raise UserError(f'evaluators.{name}.{field}={self.entry[field]}: want at least {least}')
+        self.check_range('texts', 1, 100_000)
+        self.check_range('depths', 2, 1000)
+        self.check_range('digits', 1, 18)  # as many as any number of 64 bits has
 
     def check(self) -> None:
         """See the base class; also whether a row holds what it must."""

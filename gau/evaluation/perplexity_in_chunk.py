@@ -33,9 +33,11 @@ class PerplexityInChunk(PerplexityByPosition):
         """Takes what every evaluator does.
 
         Raises:
-          UserError: see `Perplexity`; or a model without chunks, and no `chunk` given.
+          UserError: see `Perplexity`; a field below 0; or a model without chunks, and no `chunk` given.
         """
         super().__init__(run, name, entry)
+        self.check_range('chunk', 0)
+        self.check_range('skip', 0)
         self.chunk = self.entry.chunk or run.config.model.get('chunk_size')
         if not self.chunk:
             raise UserError(f'evaluators.{name}.chunk must be given: {run.config.model.name} has no chunks of its own')

@@ -34,9 +34,12 @@ class WholeDocuments(PerplexityByPosition):
         """Takes what every evaluator does.
 
         Raises:
-          UserError: see `Evaluator`; the model has no decoding state of constant size; or there are several processes.
+          UserError: see `Evaluator`; a field below 1; the model has no decoding state of constant size; or there are
+            several processes.
         """
         super().__init__(run, name, entry)
+        self.check_range('rows', 1)
+        self.check_range('block', 1)
         if not run.objective.causal:
             raise UserError(f'evaluators.{name}: whole documents are read by causal models, which this one is not')
         decoding.check(run.model)

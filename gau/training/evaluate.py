@@ -13,6 +13,7 @@ from gau.errors import UserError, did_you_mean
 from gau.evaluation.evaluator import Case, Evaluator, Metrics
 from gau.training import distributed
 from gau.training import workdir as files
+from gau.training.config import default_config
 from gau.training.load import load_run, with_changes
 
 Measured = dict[Evaluator, dict[Case, Metrics]]
@@ -90,19 +91,32 @@ def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> dict[str, d
             raise UserError(f'--evaluators: unknown "{name}"{did_you_mean(name, known)}; known: {", ".join(known)}')
         if name in told:
             raise UserError(f'--evaluators: "{name}" is there twice')
-        told[name] = dict(_field(given, field) for field in fields)
+        told[name] = _fields(given, fields, entries.get(name) or {'type': name})
     with config.unlocked():
         chosen = {name: {**(entries.get(name) or {'type': name}), **fields} for name, fields in told.items()}
         config.evaluators = ConfigDict(chosen)
     return told
 
 
-def _field(given: str, text: str) -> tuple[str, int]:
-    field, _, value = text.partition('=')
-    try:
-        return field, int(value)
-    except ValueError:
-        raise UserError(f'--evaluators={given}: want NAME:FIELD=NUMBER, as perplexity_in_chunk:chunk=128') from None
+def _fields(given: str, texts: Sequence[str], entry: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the fields that stand behind a name, `texts`; those that nobody knows the evaluator refuses."""
+    if not texts:
+        return {}
+    shared, own = default_config().eval, lookup.find('--evaluators', entry['type'], 'evaluation').options
+    kinds = {'type': str} | {field: shared.get_type(field) for field in shared}
+    kinds |= {field: type(default) for field, default in own.items()}
+    fields = {}
+    for text in texts:
+        field, _, value = text.partition('=')
+        if field in fields:
+            raise UserError(f'--evaluators={given}: "{field}" is there twice')
+        if kinds.get(field, int) is not int:
+            raise UserError(f'--evaluators={given}: "{field}" is not a whole number, as a field here must be')
+        try:
+            fields[field] = int(value)
+        except ValueError:
+            raise UserError(f'--evaluators={given}: want NAME:FIELD=NUMBER, as perplexity_in_chunk:chunk=128') from None
+    return fields
 
 
 def _write(
