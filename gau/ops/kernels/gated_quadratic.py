@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels.gates import gate_gradients, launch_over_spans, launch_over_tiles, values
+from gau.ops.kernels.gates import gate_gradients, launch_over_tiles, values
 from gau.ops.kernels.quadratic import attend, attention_gradients, groups
 from gau.ops.kernels.quadratic_weights import Tokens, no_gradient, tokens_of_sequences, with_log_sums
 from gau.ops.kernels.tile_sizes import GATES, cdiv
@@ -87,7 +87,7 @@ def _backward(causal, residuals, do_BNE):
         jax.ShapeDtypeStruct((batch * cdiv(n, GATES.span), bias_2E.shape[1]), jnp.float32),
     ]
     inputs, fields = (p_BNW, bias_2E, half_dp, *_pieces(dv)), {'overwrite': {2: 0}} | _grouping(n)
-    dp_BNW, dbias_v = launch_over_spans(kernels.value_gradient_kernel, *inputs, outputs=outputs, **fields)
+    dp_BNW, dbias_v = launch_over_tiles(kernels.value_gradient_kernel, *inputs, outputs=outputs, spans=True, **fields)
     dbias_2E = jnp.stack([dbias_u, dbias_v.sum(0)]).astype(bias_2E.dtype)
     return dp_BNW, dbias_2E, dq_BNS, dk_BNS, dbias_P, no_gradient(tokens)
 

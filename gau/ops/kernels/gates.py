@@ -18,57 +18,35 @@ def launch_over_tiles(
     *more: Array,
     outputs: Sequence[jax.ShapeDtypeStruct],
     overwrite: Mapping[int, int] | None = None,
+    spans: bool = False,
     **constants: Any,
 ) -> list[Array]:
-    """Runs kernel(p, bias, *more, *outputs), one tile of [N, E] a program, grid [E, N, B]; see `launch`."""
+    """Runs kernel(p, bias, *more, *outputs) on tiles of [N, E]; see `launch`.
+
+    A program has one tile, grid [E, N, B]; with `spans`, for kernels with sums over tokens, `GATES.span` tokens, grid
+    [E times N, B].
+    """
     batch, n, stride = p_BNW.shape
     width = bias_2E.shape[1]
+    across = cdiv(width, GATES.block_e)
+    if spans:
+        grid = across * cdiv(n, GATES.span), batch
+        constants |= {'SPAN': GATES.span, 'STAGES': GATES.num_stages}
+    else:
+        grid = across, cdiv(n, GATES.block_n), batch
     return launch(
         kernel,
         p_BNW,
         bias_2E,
         *more,
         outputs=outputs,
-        grid=(cdiv(width, GATES.block_e), cdiv(n, GATES.block_n), batch),
+        grid=grid,
         num_warps=GATES.num_warps,
         num_stages=GATES.num_stages,
         overwrite=overwrite,
         N=n,
         E=width,
         W=stride,
-        BLOCK_N=GATES.block_n,
-        BLOCK_E=GATES.block_e,
-        **constants,
-    )
-
-
-def launch_over_spans(
-    kernel: Any,
-    p_BNW: Array,
-    bias_2E: Array,
-    *more: Array,
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    overwrite: Mapping[int, int] | None = None,
-    **constants: Any,
-) -> list[Array]:
-    """The same for kernels with sums over tokens: a program has `GATES.span` of them, grid [E times N, B]."""
-    batch, n, stride = p_BNW.shape
-    width = bias_2E.shape[1]
-    return launch(
-        kernel,
-        p_BNW,
-        bias_2E,
-        *more,
-        outputs=outputs,
-        grid=(cdiv(width, GATES.block_e) * cdiv(n, GATES.span), batch),
-        num_warps=GATES.num_warps,
-        num_stages=GATES.num_stages,
-        overwrite=overwrite,
-        N=n,
-        E=width,
-        W=stride,
-        SPAN=GATES.span,
-        STAGES=GATES.num_stages,
         BLOCK_N=GATES.block_n,
         BLOCK_E=GATES.block_e,
         **constants,
@@ -107,7 +85,7 @@ def gate_gradients(
     batch, n, width = o_BNE.shape
     spans, across = cdiv(n, GATES.span), cdiv(width, GATES.block_e)
     shape = (n, batch, width) if tokens_first else o_BNE.shape
-    dp_BNW, dx, dbias, sums = launch_over_spans(
+    dp_BNW, dx, dbias, sums = launch_over_tiles(
         gate_gradient_kernel,
         p_BNW,
         bias_2E,
@@ -119,6 +97,7 @@ def gate_gradients(
             jax.ShapeDtypeStruct((batch * spans, width), jnp.float32),
             jax.ShapeDtypeStruct((across, batch, n) if row_sums else (1,), jnp.float32),
         ],
+        spans=True,
         B=batch,
         TOKENS_FIRST=tokens_first,
         ROW_SUMS=row_sums,
