@@ -66,9 +66,9 @@ def resolve(config: ConfigDict, *, causal: bool, context: int, given: Collection
 
 
 def _against(config: ConfigDict, given: Collection[str], *, causal: bool, context: int) -> list[str]:
-    """Returns the fewest fields, of those that are set and not given, without which a refused config is accepted.
+    """Returns fields, set and not given, without which a refused config is accepted, and of which none can be spared.
 
-    None, where the fault is in the given ones.
+    An empty list, where the fault is in the given ones.
     """
     own = [name for name in declared_fields() if config.get(name) is not None and f'model.{name}' not in given]
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
 
-# No number of a model is larger, and widths made of larger ones are no whole numbers.
-_LARGEST = 1e9
+# Numbers that are not counts are factors of a few units; a larger one is a slip, and infinity makes no width.
+_LARGEST_FACTOR = 1000
 
 
 class Field(NamedTuple):
@@ -35,8 +35,8 @@ class Field(NamedTuple):
             check_choice(f'model.{name}', value, self.choices)
         if self.wrong[0](value):
             raise UserError(f'model.{name} must be {self.wrong[1]}, not {value}')
-        if self.kind is float and not abs(value) < _LARGEST:
-            raise UserError(f'model.{name}={value} is too large')
+        if self.kind is float and not abs(value) <= _LARGEST_FACTOR:
+            raise UserError(f'model.{name}={value} is too large: want at most {_LARGEST_FACTOR}')
 
 
 def choice(doc: str, *choices: str, default: str | None = None) -> Field:

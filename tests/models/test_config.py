@@ -115,7 +115,8 @@ def test_heads_fall_with_depth():
     ({'chunk_size': 0}, 'model.chunk_size must be at least 1, not 0'),
     ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
     ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),
-    ({'expansion_factor': float('inf')}, 'model.expansion_factor=inf is too large'),
+    ({'expansion_factor': float('inf')}, 'model.expansion_factor=inf is too large: want at most 1000'),
+    ({'expansion_factor': 1e8}, 'model.expansion_factor=100000000.0 is too large'),
     ({'head_decay': float('inf')}, 'model.head_decay=inf is too large'),
     ({'expansion_factor': 0.0}, 'model.expansion_factor must be positive'),
     (
