@@ -26,7 +26,7 @@ def main() -> None:
     report = {}
     for name, objective, fields in (
         ('flash', 'mlm', {}),
-        ('flash', 'lm', {'local_window': 2, 'chunk_size': 3}),
+        ('flash', 'lm', {'local_window': 2, 'chunk_size': 3, 'decay_gate': 'scalar', 'key_input': 'shifted'}),
         ('flash_quad', 'lm', {'key_input': 'shifted'}),
     ):
         model, params = make(name, objective, impl='triton', dtype='float32', num_layers=1, **fields)
