@@ -1,4 +1,4 @@
-"""Linear recurrences over the chunks of a sequence, y[g] = factor[g] y[g - 1] + x[g], in few small matmuls.
+"""Linear recurrences over the chunks of a sequence, y[g] = factor[g] y[g - 1] + x[g], in a few small operations.
 
 `jax.lax.associative_scan` takes a dozen kernels and as many launches for the 64 numbers of a sequence, in every layer.
 """

@@ -57,8 +57,9 @@ def gated_chunk_matmul(
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
       carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
-        for each scan, K = J, or for each row of their states, K = F. If `causal` it has a gradient.
-      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. If `causal` it has a gradient.
+        for each scan, K = J, or for each row of their states, K = F. It has a gradient if `causal`, where
+        there are states.
+      state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. It has a gradient as the mask has.
       causal: lets tiles above the diagonal be left out.
     """
     return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]

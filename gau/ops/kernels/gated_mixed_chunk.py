@@ -71,16 +71,17 @@ def gated_mixed_chunk(
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels, sequence_axis)
-    fields = {'causal': causal, 'window': spec.window, 'sequence_axis': sequence_axis}
-    scans = _scans(ids_BGC, mean=spec.mean, decay=spec.global_decay, **fields)
-    if gate_BNL is not None:
-        scans = _scans(ids_BGC, mean=False, decay=1.0, **fields)
+    gated, fields = gate_BNL is not None, {'window': spec.window, 'sequence_axis': sequence_axis}
+    # A gate stands for a decay, and decides what a mean is over.
+    mean, decay = (False, 1.0) if gated else (spec.mean, spec.global_decay)
+    scans = _scans(ids_BGC, causal=causal, mean=mean, decay=decay, **fields)
+    if gated:
         log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
         # A state has one scale, and those of the Pallas kernels have no gradient.
-        fields = {'scale_queries': kernels == 'pallas' or not one_column, 'window': spec.window}
-        scans = _with_gate(scans, log_decay_BGL, mean=spec.mean, sequence_axis=sequence_axis, **fields)
+        scale_queries = kernels == 'pallas' or not one_column
+        scans = _with_gate(scans, log_decay_BGL, mean=spec.mean, scale_queries=scale_queries, **fields)
     carry_mask_BGK = scans.carry_mask_BGJ
-    if gate_BNL is not None and kernels == 'pallas':
+    if gated and kernels == 'pallas':
         # There only factors of rows have a gradient.
         carry_mask_BGK = jnp.broadcast_to(carry_mask_BGK, (*carry_mask_BGK.shape[:2], q_lin.shape[-1]))
     if scans.query_scale_BGCS is not None:

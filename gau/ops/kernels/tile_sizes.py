@@ -88,7 +88,7 @@ class ValueAndWeightGradientTiles(NamedTuple):
 # would cut such sequences into parts.
 _MIN_WARPS = 1536
 STATES = {
-    # The fastest of eleven on an H200, for chunks of 256 and for windows of two of 128 (LOG.md, L58).
+    # Within 1 % of the fastest of eleven on an H200, for chunks of 256 and for windows of two of 128 (LOG.md, L58).
     'bfloat16': ScanTiles(block_c=64, block_e=32, num_warps=4, num_stages=3, min_warps=_MIN_WARPS),
     'float32': ScanTiles(block_c=32, block_e=32, num_warps=4, num_stages=1, min_warps=_MIN_WARPS),
 }
