@@ -84,7 +84,8 @@ class QuadraticCore(AttentionCore):
                 return quadratic_kernels.quadratic_attention(*arrays, **fields)
             if self.impl == 'pallas':
                 return tpu_quadratic.quadratic_attention(*arrays, **fields, sequence_axis=sequence_axis)
-            return quadratic_attention(*arrays, **fields, impl=self.impl, sequence_axis=sequence_axis)
+            fields |= {'impl': self.impl, 'heads': self.num_heads, 'sequence_axis': sequence_axis}
+            return quadratic_attention(*arrays, **fields)
 
         return attention_over_mesh(
             attend,

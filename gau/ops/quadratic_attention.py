@@ -9,10 +9,13 @@ from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring
 from gau.ops.tracing import choose, traced_once
 
+# Queries of a block where a sequence is longer than two of them, and the most scores of all rows and heads that exist
+# at once: 0.5 GiB in float32. One head keeps all scores of 131,072 tokens in sequences of 1,024.
 QUERY_BLOCK = 512
+MAX_SCORES = 2**27
 
 
-@traced_once('scoring', 'causal', 'impl', 'sequence_axis')
+@traced_once('scoring', 'causal', 'impl', 'heads', 'sequence_axis')
 def quadratic_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -23,6 +26,7 @@ def quadratic_attention(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
     impl: str = 'xla',
+    heads: int = 1,
     sequence_axis: str | None = None,
 ) -> Array:
     """Returns A V for one head, A = f(q k^T / n + b) over the visible keys.
@@ -36,7 +40,9 @@ def quadratic_attention(
       segment_ids_BN: documents and padding, or None.
       bias_P: relative position bias by distance k - q, [2 N - 1] (`gau.ops.positions`), or None.
       impl: 'reference' holds the [B, N, N] matrix at once; 'xla' computes it a block of queries at a time and again in
-        the backward pass, so that memory grows with N and not with its square.
+        the backward pass, so that memory grows with N and not with its square. Short sequences are one block, which is
+        kept for the backward pass, unless rows and heads make it too large (`MAX_SCORES`).
+      heads: how many heads are computed together where this runs inside `jax.vmap`, at most.
       sequence_axis: mesh axis over whose devices the tokens are spread in order, where this runs inside
         `jax.shard_map`; N is then the tokens of one device, but for `bias_P`. Keys and values of all devices are
         gathered.
@@ -71,10 +77,11 @@ def quadratic_attention(
         a_BnM = scoring.activate(x_BnM, mask_BnM)
         return a_BnM.astype(v_BME.dtype) @ v_BME
 
-    if choose(impl, {'reference': True, 'xla': n <= 2 * QUERY_BLOCK}):
+    block = choose(impl, {'reference': n, 'xla': _queries_per_block(n, keys=q_BNS.shape[0] * heads * m)})
+    if block == n:
         o_BNE = attend(q_BNS, segment_ids_BN, length_BN1, 0)
     else:
-        o_BNE = _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1)
+        o_BNE = _by_query_blocks(attend, block, q_BNS, segment_ids_BN, length_BN1)
     return clear_padding(o_BNE, segment_ids_BN)
 
 
@@ -112,18 +119,26 @@ def gate_and_values(p_BNW: Array, bias_2E: Array) -> tuple[Array, Array]:
     return u_BNE, v_BNE
 
 
-def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):
-    """Runs `attend` over blocks of queries in a scan; what a block computes is recomputed in the backward pass."""
+def _queries_per_block(n: int, *, keys: int) -> int:
+    """Returns how many of n queries have their scores with the keys of all rows and heads computed at once."""
+    block = n if n <= 2 * QUERY_BLOCK else QUERY_BLOCK
+    while block > 1 and block * keys > MAX_SCORES:
+        block = -(-block // 2)
+    return block
+
+
+def _by_query_blocks(attend, block, q_BNS, segment_ids_BN, length_BN1):
+    """Runs `attend` over blocks of so many queries in a scan; what one computes is recomputed in the backward pass."""
     n = q_BNS.shape[1]
-    blocks = -(-n // QUERY_BLOCK)
+    blocks = -(-n // block)
 
     def split(x, axis):
         if x is None:
             return None
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, blocks * QUERY_BLOCK - n)
+        padding[axis] = (0, blocks * block - n)
         x = jnp.pad(x, padding)
-        x = x.reshape((*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :]))
+        x = x.reshape((*x.shape[:axis], blocks, block, *x.shape[axis + 1 :]))
         return jnp.moveaxis(x, axis, 0)
 
     def body(_, xs):
@@ -133,7 +148,7 @@ def _by_query_blocks(attend, q_BNS, segment_ids_BN, length_BN1):
         split(q_BNS, 1),
         split(segment_ids_BN, 1),
         split(length_BN1, 1),
-        jnp.arange(blocks) * QUERY_BLOCK,
+        jnp.arange(blocks) * block,
     )
     o_gBnE = jax.lax.scan(jax.checkpoint(body), None, xs)[1]
-    return jnp.moveaxis(o_gBnE, 0, 1).reshape(q_BNS.shape[0], blocks * QUERY_BLOCK, -1)[:, :n]
+    return jnp.moveaxis(o_gBnE, 0, 1).reshape(q_BNS.shape[0], blocks * block, -1)[:, :n]

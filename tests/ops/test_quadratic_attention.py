@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +69,15 @@ def test_gradients_are_the_formula(arrays, function, normalizer):
     )
 
 
-@pytest.mark.parametrize('ids', [None, LAYOUTS['holes']], ids=['one', 'holes'])
-@pytest.mark.parametrize('scoring', [Scoring('relu2', 'visible'), Scoring('relu2', 'paper'), Scoring('softmax', None)])
+@pytest.mark.parametrize(
+    ('scoring', 'ids'),
+    [
+        (Scoring('relu2', 'visible'), None),
+        (Scoring('relu2', 'paper'), LAYOUTS['holes']),
+        (Scoring('softmax', None), LAYOUTS['holes']),
+    ],
+    ids=['visible', 'paper', 'softmax'],
+)
 def test_blocks_of_queries_equal_the_reference(arrays, ids, scoring, constants):
     constants(quadratic_attention, module, QUERY_BLOCK=5)
     x, bias = arrays
@@ -108,3 +117,25 @@ def test_one_token():
     q, k, v = normal(0, 1, 1, S), normal(1, 1, 1, S), normal(2, 1, 1, E)
     y = quadratic_attention(q, k, v, scoring=Scoring('softmax', None), causal=True)
     np.testing.assert_allclose(y, v)
+
+
+def test_scores_of_several_heads_are_bounded_together(constants):
+    # Sequences short enough to be one block for one head.
+    b, heads, n = 2, 8, 128
+    operands = [normal(i, b, n, heads, width) for i, width in enumerate((S, S, E))]
+
+    def run(x, heads):
+        one = functools.partial(quadratic_attention, scoring=Scoring('relu2', 'fixed'), causal=True, heads=heads)
+        return (jax.vmap(one, 2, 2)(*x) ** 2).sum()
+
+    def compiled(heads):
+        return jax.jit(jax.value_and_grad(functools.partial(run, heads=heads))).lower(operands).compile()
+
+    scores = b * heads * n * n
+    constants(quadratic_attention, module, MAX_SCORES=scores // 16)
+    whole, blocks = compiled(1), compiled(heads)
+    memory = [program.memory_analysis().temp_size_in_bytes for program in (whole, blocks)]
+    size = operands[0].dtype.itemsize
+    assert memory[0] >= scores * size, 'of one head these are few'
+    assert memory[1] < scores * size / 2
+    assert max_error(blocks(operands), whole(operands)) < 1e-13
