@@ -8,13 +8,12 @@ without kernels. The rank is exp(entropy) of the singular values: k for k equal 
 `tokens` of them, and AV and UAV no more than `width`.
 """
 
-import json
 from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, strict_json
 from gau.errors import UserError
 
 _SEQUENCES = flags.DEFINE_integer('sequences', 8, 'Held-out sequences, over which ranks are averaged.', lower_bound=1)
@@ -48,7 +47,7 @@ def main(arguments: list[str]) -> None:
     print('\nMean over layers\n\n' + _table(means))
     print('\n' + '\n'.join(f'{name}: {meaning}' for name, meaning in attention_ranks.RANKS.items()))
     if _JSON.value:
-        Path(_JSON.value).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        Path(_JSON.value).write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
 
 
 def _table(rows: list[dict]) -> str:

@@ -7,13 +7,12 @@ Trains as train.py would, up to the last of the steps, and keeps nothing but the
 step. They are taken on the batch that the step is about to train on, with model.impl=xla.
 """
 
-import json
 from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, strict_json
 from gau.errors import UserError
 
 _STEPS = flags.DEFINE_list('steps', ['0', '10', '30', '100'], 'Steps at which to measure; 0 is before the first.')
@@ -38,7 +37,7 @@ def main() -> None:
         lines.append({'step': step, 'loss': loss, **{name: sizes[name].tolist() for name in sizes}})
     print('\n' + '\n'.join(f'{name}: {meaning}' for name, meaning in attention_sizes.SIZES.items()))
     if _JSON.value:
-        Path(_JSON.value).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        Path(_JSON.value).write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
 
 
 def _table(sizes: dict) -> str:

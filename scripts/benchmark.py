@@ -21,7 +21,6 @@ turn, over and over, and the median counts.
 
 import datetime
 import importlib.util
-import json
 import signal
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli, source
+from gau import cli, source, strict_json
 from gau.benchmarks import cells, processes, report
 from gau.errors import UserError
 
@@ -153,7 +152,7 @@ def _specs(models: list[str]) -> tuple[list[cells.Spec], dict[cells.Spec, list[i
 
 def _write(path: Path, rows: list[processes.Row]) -> None:
     aside = path.with_name(f'.{path.name}')
-    aside.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    aside.write_text(''.join(strict_json.dumps(row) + '\n' for row in rows))
     aside.replace(path)
 
 

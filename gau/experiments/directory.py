@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gau import strict_json
 from gau.errors import UserError
 from gau.experiments.cost import total_steps
 from gau.experiments.sweep import Point, Program
@@ -99,9 +100,8 @@ class SweepDirectory:
         workdir = self.workdir(name)
         row = next((row for row in _last_rows(workdir / files.METRICS) if row['split'] == 'train'), {})
         speed = row.get('tokens_per_second')
-        try:
-            final = files.read_json(workdir / files.FINAL)
-        except (OSError, ValueError):
+        final = files.read_final(workdir)
+        if final is None:
             return Progress(False, row.get('step', 0), total, row.get('loss'), speed)
         losses = [metrics['loss'] for metrics in final['eval'].values() if metrics.get('loss') is not None]
         return Progress(True, final['step'], final['step'], losses[0] if losses else row.get('loss'), speed)
@@ -178,7 +178,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         return []
     for line in reversed(lines):
         try:
-            rows.append(json.loads(line))
+            rows.append(strict_json.loads(line))
         except ValueError:
             # Cut at the front, or just being written.
             continue

@@ -230,13 +230,14 @@ def _groups(runs: Sequence[Run], options: Options) -> list[tuple[dict[str, Any],
 
 
 def _best(runs: list[Run], options: Options) -> list[Run]:
-    """Returns the runs with the value of `best` that has the least mean loss."""
+    """Returns the runs with the value of `best` that has the least mean loss; one that is not a number is the last."""
     if options.best is None:
         return runs
     by_value: dict[str, list[Run]] = {}
     for run in runs:
         by_value.setdefault(str(value_of(run, options.best)), []).append(run)
-    return min(by_value.values(), key=lambda own: float(np.mean([metric_of(run, options) for run in own])))
+    means = [float(np.mean([metric_of(run, options) for run in own])) for own in by_value.values()]
+    return list(by_value.values())[int(np.argmin(np.nan_to_num(means, nan=np.inf)))]
 
 
 def _order(value: Any) -> tuple[int, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from gau import strict_json
 from gau.data import config as data_config
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
@@ -112,9 +113,15 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def read(workdir: Path) -> Run:
-    """Returns the record of a finished run."""
+    """Returns the record of a finished run.
+
+    Raises:
+      UserError: there is none in the directory, or it has no result.
+    """
     config = files.read_config(workdir)
-    final = files.read_json(workdir / files.FINAL)
+    final = files.read_final(workdir)
+    if final is None:
+        raise UserError(f'{workdir} has no result: {files.FINAL} is missing or damaged')
     rows = pd.DataFrame(files.read_metrics(workdir / files.METRICS))
     point, attempts = _of_sweep(workdir)
     overrides = point.get('overrides', {})
@@ -159,7 +166,7 @@ def dump(runs: Sequence[Run], header: dict[str, Any]) -> str:
     for run in runs:
         own = {path: value for path, value in run.config.items() if path not in common}
         lines.append(run._replace(config=own)._asdict())
-    return ''.join(json.dumps(line) + '\n' for line in lines)
+    return ''.join(strict_json.dumps(line) + '\n' for line in lines)
 
 
 def load(path: Path) -> tuple[list[Run], dict[str, Any]]:
@@ -169,7 +176,7 @@ def load(path: Path) -> tuple[list[Run], dict[str, Any]]:
       UserError: it cannot be read.
     """
     try:
-        header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        header, *lines = [strict_json.loads(line) for line in path.read_text().splitlines()]
         common = header.pop('config')
         return [Run(**{**line, 'config': {**common, **line['config']}}) for line in lines], header
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -33,7 +33,11 @@ class Mean(NamedTuple):
         """Returns the same; with `sign` '+' positive values carry it."""
         if self.half is None:
             return f'{self.value:{sign}.4f} (n={self.n})'
-        digits = 4 if self.half == 0 else min(max(1 - math.floor(math.log10(self.half)), 3), 6)
+        digits = (
+            4
+            if self.half == 0 or not math.isfinite(self.half)
+            else min(max(1 - math.floor(math.log10(self.half)), 3), 6)
+        )
         return f'{self.value:{sign}.{digits}f} ± {self.half:.{digits}f} (n={self.n})'
 
 
@@ -78,8 +82,8 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def pooled_sigma(cells: Sequence[Sequence[float]]) -> Sigma:
-    """Returns the standard deviation between seeds, taken to be the same in every cell."""
-    several = [np.asarray(cell, float) for cell in cells if len(cell) > 1]
+    """Returns the standard deviation between seeds, taken to be the same in every cell with finite numbers."""
+    several = [np.asarray(cell, float) for cell in cells if len(cell) > 1 and np.isfinite(cell).all()]
     degrees = sum(len(cell) - 1 for cell in several)
     if not degrees:
         return Sigma(None, 0)
@@ -106,9 +110,9 @@ def paired(cell: Mapping[int, float], baseline: Mapping[int, float]) -> Paired |
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Returns p values corrected for being several, by Holm's method."""
+    """Returns p values corrected for being several, by Holm's method; one that is not a number stays so."""
     corrected, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(np.argsort(ps)):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = largest
+        corrected[index] = largest if math.isfinite(ps[index]) else ps[index]
     return corrected

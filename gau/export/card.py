@@ -81,9 +81,11 @@ def _identity(identity: dict[str, str]) -> str:
 def _losses(trained: Trained) -> dict[str, str]:
     """What was measured at this step; other steps say nothing about it."""
     rows = [row for row in files.read_metrics(trained.workdir / files.METRICS) if row['step'] == trained.step]
-    return {f'loss, {row["split"]}': f'{row["loss"]:.4f} nats per target token' for row in rows if 'loss' in row} or {
-        'loss': 'not measured at this step'
-    }
+    return {
+        f'loss, {row["split"]}': f'{row["loss"]:.4f} nats per target token'
+        for row in rows
+        if row.get('loss') is not None
+    } or {'loss': 'not measured at this step'}
 
 
 def _commit() -> str:

@@ -1,6 +1,5 @@
 """Evaluation of a work directory: any checkpoint, split, context length and text, with the evaluators of training."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gau import lookup
+from gau import lookup, strict_json
 from gau.errors import UserError, did_you_mean
 from gau.evaluation.evaluator import Case, Evaluator, Metrics
 from gau.training import distributed
@@ -134,7 +133,7 @@ def _write(
                 other = {**changed, **{f'evaluators.{evaluator.name}.{name}': x for name, x in fields.items()}}
                 for case, metrics in cases.items():
                     row = {'step': step, 'split': f'{evaluator.name}/{case.split}', **metrics}
-                    file.write(json.dumps(row | ({'config': other} if other else {})) + '\n')
+                    file.write(strict_json.dumps(row | ({'config': other} if other else {})) + '\n')
         written.append(path)
         for evaluator, cases in measured.items():
             if evaluator.figure:

@@ -1,7 +1,6 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard event files, and a progress bar or plain lines."""
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from gau import strict_json
 from gau.imports import without_pytorch
 from gau.training import workdir as files
 
@@ -26,7 +26,7 @@ class MetricsWriter:
 
     def write(self, step: int, split: str, metrics: dict[str, Any]) -> None:
         """Writes one line, on disk when this returns (a killed process loses nothing)."""
-        self._file.write(json.dumps({'step': step, 'split': split, **metrics}) + '\n')
+        self._file.write(strict_json.dumps({'step': step, 'split': split, **metrics}) + '\n')
         self._file.flush()
         scalars = {f'{split}/{name}': x for name, x in metrics.items() if isinstance(x, int | float)}
         self._board.write(step, scalars)

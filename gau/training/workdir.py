@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gau import strict_json
 from gau.data import places
 from gau.errors import UserError
 from gau.training.config import default_config, differences, drop_idle_fields, resolve, with_new_fields
@@ -236,8 +237,8 @@ def with_data_found(workdir: Path, config: ConfigDict) -> ConfigDict:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    _replace(path, json.dumps(tree, indent=2) + '\n')
+    """Writes a JSON file whole or not at all; numbers that are not finite as `gau.strict_json` says."""
+    _replace(path, strict_json.dumps(tree, indent=2) + '\n')
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def read_final(workdir: Path) -> dict[str, Any] | None:
 def _read_whole(path: Path, field: str) -> dict[str, Any] | None:
     """Returns a JSON object that can be made again, such as the result; None if it is missing or damaged."""
     try:
-        tree = json.loads(path.read_text())
+        tree = strict_json.loads(path.read_text())
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) and field in tree else None
@@ -314,7 +315,7 @@ def _metrics_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     lines = []
     for text in path.read_text(errors='backslashreplace').splitlines() if path.exists() else []:
         try:
-            row = json.loads(text)
+            row = strict_json.loads(text)
         except ValueError:
             row = None
         right = isinstance(row, dict) and isinstance(row.get('step'), int) and isinstance(row.get('split'), str)

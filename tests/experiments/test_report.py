@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
 
 from configs import quickstart
 from gau.errors import UserError
-from gau.experiments import evaluated, page, publish, report, runs
+from gau.experiments import evaluated, page, publish, report, runs, statistics
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
 from gau.training import workdir as files
@@ -201,6 +202,27 @@ def test_files_of_a_report(published):
     assert '| 128 ' in page
     assert 'baseline' in page
     assert 'Standard deviation between seeds: 0.0100' in page
+
+
+def test_a_run_whose_loss_is_not_a_number_is_shown_as_one_and_spoils_no_other(tmp_path):
+    found = [
+        made_up(size / 100 + seed / 10, seed=seed, model__chunk_size=size) for size in (1, 2, 3) for seed in (0, 1)
+    ]
+    found[2] = made_up(math.nan, seed=0, model__chunk_size=2)._replace(curves={'valid': []})
+    made = report.make(found, Options(against='3'))
+    one, broken, _ = made.rows
+    assert (str(one.mean), str(broken.mean)) == ('0.060 ± 0.635 (n=2)', 'nan ± nan (n=2)')
+    assert made.sigma.value == pytest.approx(0.1 / math.sqrt(2))
+    assert 'nan ± nan (n=2)' in publish.write(made, found, tmp_path / 'chunks')
+    assert (tmp_path / 'chunks.jsonl').read_text().count('"NaN"') == 2  # loss and perplexity
+    again, _ = runs.find([tmp_path / 'chunks.jsonl'])
+    assert math.isnan(again[2].metrics['valid']['loss'])
+    rows = report.make(again, Options(against='3')).rows
+    assert [str(row.mean) for row in rows] == [str(row.mean) for row in made.rows]
+    # A learning rate at which it broke is never the best one.
+    best = report.make(found, Options(by=('model.name',), best='model.chunk_size'))
+    assert [row.values['model.chunk_size'] for row in best.rows] == [1]
+    assert math.isnan(statistics.holm([0.5, math.nan])[1])
 
 
 def test_times_of_runs_that_shared_a_device_are_not_shown(tmp_path):

@@ -1,10 +1,14 @@
 import json
+import math
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from gau.errors import UserError
 from gau.training import workdir
 from gau.training.config import default_config, resolve
+from gau.training.metrics import MetricsWriter
 from tests.training.tiny import tiny_config
 
 CONFIG = resolve(tiny_config())
@@ -112,6 +116,44 @@ def test_unreadable_run_is_one_line(tmp_path):
     (tmp_path / 'config.json').write_text('{"seed": ')
     with pytest.raises(UserError, match='not valid JSON'):
         workdir.read_config(tmp_path)
+
+
+def strictly(text):
+    """What jq and JavaScript make of a line: words that are no JSON are refused."""
+
+    def refuse(word):
+        raise AssertionError(f'{word} is no JSON')
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_json_and_are_read_as_numbers(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    # As earlier versions wrote.
+    path.write_text('{"step": 1, "split": "eval/valid", "loss": NaN, "perplexity": Infinity}\n')
+    writer = MetricsWriter(tmp_path, first_step=1)
+    written = {
+        'loss': math.nan,
+        'perplexity': math.inf,
+        'logit': -math.inf,
+        'tokens': 3,
+        'mfu': None,
+        'all': [math.nan],
+    }
+    writer.write(2, 'eval/valid', written)
+    writer.close()
+    line = strictly(path.read_text().splitlines()[1])
+    assert [line[name] for name in ('loss', 'perplexity', 'logit', 'all')] == ['NaN', 'Infinity', '-Infinity', ['NaN']]
+    old, new = workdir.read_metrics(path)
+    assert math.isnan(old['loss'])
+    assert old['perplexity'] == math.inf
+    assert str(new) == str({'step': 2, 'split': 'eval/valid', **written})
+    table = pd.read_json(path.open(), lines=True)
+    assert np.isnan(table['loss'].iloc[1])
+    assert np.isinf(table['perplexity'].iloc[1])
+    workdir.write_json(tmp_path / 'final.json', {'step': 2, 'eval': {'valid': written}})
+    strictly((tmp_path / 'final.json').read_text())
+    assert str(workdir.read_final(tmp_path)['eval']['valid']) == str(written)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
