@@ -6,7 +6,6 @@ from typing import Any
 
 from gau.errors import UserError
 from gau.experiments.report import Report, Row
-from gau.experiments.statistics import Mean
 
 BEGIN = '<!-- made by scripts/report.py: do not edit between the marks -->'
 END = '<!-- end of what scripts/report.py made -->'
@@ -67,8 +66,7 @@ def _results(report: Report) -> str:
     for row in rows:
         line = [*(_value(value) for value in row.values.values()), _parameters(row), str(row.mean)]
         if compared:
-            difference = row.against and row.against.difference
-            line.append(_difference(difference, is_baseline=row.values in report.baselines))
+            line.append('baseline' if row.values in report.baselines else str(row.against or '-'))
             line += [_p(row.against and row.against.p), _p(row.holm)]
         line += ['-' if row.speed is None else f'{row.speed:,.0f}'] * timed
         if compared:
@@ -87,15 +85,17 @@ def _notes(report: Report) -> str:
         notes.append(
             f'Standard deviation between seeds: {sigma.value:.4f}, over all rows, {sigma.degrees} degrees of freedom.'
         )
-        chance = sigma.between_two()
-        if chance is not None and any(row.against and row.against.p is None for row in report.rows):
-            notes[-1] += f' By it, two single runs are up to {chance:.3f} apart by chance (95 %).'
     if report.baselines:
         notes.append(
             f'Differences are to the row {options.against}, seed by seed (the same seed sees the same batches in the '
             'same order), p by the two-sided paired t test; p (Holm) is corrected for all comparisons of the table. '
             f"Tokens{' and time' * timed} to the baseline's last loss are read between evaluations of one run whose "
             f'learning rate goes on falling{"; time is that of training steps alone" * timed}.'
+        )
+    if any(row.against and not row.against.paired for row in report.rows):
+        notes.append(
+            'Where n says two numbers, a row and its baseline share fewer than two seeds: their means are compared, '
+            'interval and p by the standard deviation between seeds over all rows, taken to be the same in these two.'
         )
     if not timed:
         notes.append(
@@ -170,12 +170,6 @@ def _value(value: Any) -> str:
 def _parameters(row: Row) -> str:
     found = sorted({run.facts['parameters'] for run in row.runs.values()})
     return ' '.join(f'{number / 1e6:.2f} M' for number in found)
-
-
-def _difference(difference: Mean | None, *, is_baseline: bool) -> str:
-    if is_baseline:
-        return 'baseline'
-    return '-' if difference is None else difference.format('+')
 
 
 def _p(p: float | None) -> str:

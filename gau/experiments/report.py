@@ -12,7 +12,7 @@ import pandas as pd
 from gau.errors import UserError, did_you_mean
 from gau.experiments import statistics
 from gau.experiments.runs import Run, differing
-from gau.experiments.statistics import Mean, Paired, Sigma
+from gau.experiments.statistics import Comparison, Mean, Sigma
 from gau.models.architectures import ARCHITECTURES
 
 # Without --by: more swept fields than these are asked for by name.
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     runs: dict[int, Run]
     mean: Mean
     speed: float | None
-    against: Paired | None = None
+    against: Comparison | None = None
     holm: float | None = None
     reached: tuple[float, float] | None = None
 
@@ -106,7 +106,7 @@ def make(runs: Sequence[Run], options: Options) -> Report:
     rows = [_row(values, own, options) for values, own in groups]
     sigma = statistics.pooled_sigma([_metrics(row, options) for row in rows])
     baselines = _find_baselines(rows, options)
-    rows = _compared(rows, baselines, options)
+    rows = _compared(rows, baselines, sigma, options)
     per_device = max(run.facts.get('per_device', 1) for run in runs)
     return Report(options, rows, sigma, [rows[index].values for index in sorted(set(baselines.values()))], per_device)
 
@@ -282,7 +282,7 @@ def _find_baselines(rows: Sequence[Row], options: Options) -> dict[int, int]:
     return found
 
 
-def _compared(rows: Sequence[Row], baselines: dict[int, int], options: Options) -> list[Row]:
+def _compared(rows: Sequence[Row], baselines: dict[int, int], sigma: Sigma, options: Options) -> list[Row]:
     compared = list(rows)
     for index, other in baselines.items():
         baseline = rows[other]
@@ -292,7 +292,7 @@ def _compared(rows: Sequence[Row], baselines: dict[int, int], options: Options) 
             cells = [
                 {seed: metric_of(run, options) for seed, run in row.runs.items()} for row in (rows[index], baseline)
             ]
-            against = statistics.paired(*cells)
+            against = statistics.compare(*cells, sigma)
         compared[index] = rows[index]._replace(against=against, reached=reached)
     tested = [index for index, row in enumerate(compared) if row.against and row.against.p is not None]
     for index, p in zip(tested, statistics.holm([compared[index].against.p for index in tested]), strict=True):

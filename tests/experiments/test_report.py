@@ -172,9 +172,14 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     # Beside rows with seeds, their spread says what a single run is worth.
     more = [*models(), made_up(3.5, model__name='performer')]
     made = report.make(more, Options(against='flash'))
-    assert f'up to {made.sigma.between_two():.3f} apart by chance' in page.table(made)
+    single = next(row for row in made.rows if row.values['model.name'] == 'performer')
+    assert single.against.difference.value == pytest.approx(3.5 - made.rows[0].mean.value)
+    assert f'{single.against}' in page.table(made)
+    assert '(n=1, 3)' in page.table(made)
+    assert 'share fewer than two seeds' in page.table(made)
+    assert single.holm >= single.against.p
     made = report.make(models(), Options(against='flash'))
-    assert 'by chance' not in page.table(made)
+    assert 'share fewer than two seeds' not in page.table(made)
 
 
 @pytest.fixture

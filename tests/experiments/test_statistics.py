@@ -6,6 +6,8 @@ from scipy import stats
 
 from gau.experiments import statistics
 
+UNKNOWN = statistics.Sigma(None, 0)
+
 
 def test_interval_is_the_textbook_one():
     found = statistics.mean([1.0, 2.0, 3.0])
@@ -26,21 +28,31 @@ def test_sigma_is_pooled_within_cells():
     assert statistics.pooled_sigma([[1.0], [2.0]]) == (None, 0)
 
 
-def test_two_single_runs_are_as_far_apart_as_their_table_says():
-    draws = np.random.default_rng(0).normal(3.0, 0.2, size=(2000, 9))
-    # Six degrees of freedom from three cells of three; then two runs that are in none of them.
-    apart = np.diff(np.random.default_rng(1).normal(3.0, 0.2, size=(2000, 2)))[:, 0]
-    sigmas = [statistics.pooled_sigma(draw.reshape(3, 3)) for draw in draws]
-    within = [abs(distance) <= sigma.between_two() for distance, sigma in zip(apart, sigmas, strict=True)]
+def test_a_single_run_is_compared_by_the_spread_of_its_table():
+    # Six degrees of freedom from three cells of three; a single run of none of them, and the first of them.
+    draws = np.random.default_rng(0).normal(3.0, 0.2, size=(2000, 10))
+    found = [
+        statistics.compare({0: draw[9]}, dict(enumerate(draw[:3])), statistics.pooled_sigma(draw[:9].reshape(3, 3)))
+        for draw in draws
+    ]
+    within = [abs(comparison.difference.value) <= comparison.difference.half for comparison in found]
     assert np.mean(within) == pytest.approx(0.95, abs=0.015)
-    assert statistics.pooled_sigma([[1.0, 2.0], [1.0, 2.0]]).between_two() is None
-    assert statistics.pooled_sigma([[1.0]]).between_two() is None
+    assert np.mean([comparison.p > 0.05 for comparison in found]) == np.mean(within)
+    assert str(found[0]).endswith('(n=1, 3)')
+
+
+def test_of_two_cells_the_means_are_compared_as_in_the_textbook():
+    cells = [[1.0, 1.2, 1.7], [2.0, 2.4, 2.5, 2.9]]
+    sigma = statistics.pooled_sigma(cells)
+    found = statistics.compare(dict(enumerate(cells[0])), {9 + i: x for i, x in enumerate(cells[1])}, sigma)
+    assert found.p == pytest.approx(stats.ttest_ind(*cells).pvalue)
+    assert not found.paired
 
 
 def test_pairs_are_matched_by_seed():
     baseline = {0: 3.0, 1: 3.5, 2: 4.0, 9: 1.0}
     cell = {2: 3.92, 0: 2.9, 1: 3.39, 7: 8.0}
-    found = statistics.paired(cell, baseline)
+    found = statistics.compare(cell, baseline, UNKNOWN)
     assert found.difference.value == pytest.approx(-0.29 / 3)
     assert found.difference.n == 3
     assert found.p == pytest.approx(stats.ttest_1samp([-0.1, -0.11, -0.08], 0).pvalue)
@@ -49,9 +61,12 @@ def test_pairs_are_matched_by_seed():
 
 
 def test_pairs_at_the_edge():
-    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
-    assert statistics.paired({0: 1.0}, {0: 2.0}).p is None
-    assert statistics.paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).p == 1.0
+    assert statistics.compare({0: 1.0}, {1: 1.0}, UNKNOWN) is None
+    assert statistics.compare({0: 1.0}, {0: 2.0}, UNKNOWN).p is None
+    assert statistics.compare({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, UNKNOWN).p == 1.0
+    assert statistics.compare({0: 1.0}, {0: 1.0}, statistics.Sigma(0.0, 4)).p == 1.0
+    assert statistics.compare({0: 1.0}, {0: 2.0}, statistics.Sigma(0.0, 4)).p == 0.0
+    assert statistics.compare({0: 1.0}, {0: 2.0}, statistics.Sigma(0.1, 3)).p is None
 
 
 def test_holm():
