@@ -1,17 +1,21 @@
-"""Where the border between chunks hurts: FLASH's loss by the place of a token in its chunk, small, 8,192.
+"""Where the border between chunks hurts, and what mends it: FLASH's loss by the place of a token in its chunk.
 
-    python scripts/sweep.py --config=configs/borders.py --sweep=chunks+remedies --workdir=runs/borders --per_device=4
+    python scripts/sweep.py --config=configs/borders.py --sweep=chunks+overlap --workdir=runs/borders --per_device=4
     python eval.py --workdir=runs/borders/chunk_256 --evaluators=borders     # the loss by place, of every run
+    python scripts/report.py runs/borders --by=point --against=chunk_256
 
-Question: a chunk's first tokens see the text before them through the state alone. How much does that cost for C of 64,
+Questions: a chunk's first tokens see the text before them through the state alone. How much does that cost for C of 64,
 256 and 1,024, and how much of it do a gate of the state and a window of two chunks give back? Transformer++, which has
-no borders, is measured at the same places (--config.evaluators.borders.chunk=64 for those of other chunks).
+no borders, is measured at the same places (--evaluators=borders:chunk=64 for those of other chunks). Is what a window
+costs better spent on more layers (`overlap`), and what do whole chunks from far away give (`far`)?
 
-Arguments: size, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `chunks`, `remedies`. The relative
-bias is a table for every C, so that it does not change with it.
+Arguments: model, size, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `chunks`, `overlap`, `far`,
+`remedies`. All have shifted keys, Muon at 4e-3 and no sinusoid, as configs/lm.py does; chunk_128_gate_window_2 is what
+it gives. The relative bias is a table for every C, so that it does not change with it.
 
-A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens. `border_loss` (the mean over that of the second half of the
-chunks) stands in metrics.jsonl. All targets but the first 1,024 of a row count, so those of every chunk are the same.
+A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens, `small`. `border_loss` (the mean over that of the second
+half of the chunks), and `new_loss` and `repeated_loss` of pairs of tokens, stand in metrics.jsonl. All targets but the
+first 1,024 of a row count for the first, so those of every chunk are the same.
 
 Result: not run yet.
 """
@@ -23,8 +27,9 @@ from ml_collections import ConfigDict
 from configs import common, quality
 from gau.experiments.sweep import Overrides
 
-CHUNKS = (64, 256, 1024)
-FLASH = {**quality.MEAN, 'model.relative_bias': 'toeplitz', quality.RATE: 3e-3}
+CHUNKS = (256, 64, 1024)
+FLASH = {**quality.MEAN, 'model.relative_bias': 'toeplitz', 'model.key_input': 'shifted'}
+GATE, WINDOW = {'model.decay_gate': 'scalar'}, {'model.local_window': 2}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -33,23 +38,39 @@ def get_config(arg: str | None = None) -> ConfigDict:
     words = [] if local else ['context=8192']
     config = quality.get_config(','.join([*words, *filter(None, [arg])]), checkpoint_steps=1000)
     config.steps = config.steps if local else 1000
+    config.model.absolute_position = 'none'
+    config.optimizer.name, config.optimizer.learning_rate = 'muon', 4e-3
     entry = {'type': 'perplexity_in_chunk', 'skip': 0 if local else max(CHUNKS), 'every_percent': 100}
     # A model without chunks is measured at the places of FLASH's.
     entry['chunk'] = 256 if 'transformer' in config.model.name else 0
     config.evaluators.borders = entry
+    config.evaluators.repeated = {'type': 'perplexity_by_repetition', 'every_percent': 100}
     return config
 
 
 def sweep_chunks() -> Iterator[Overrides]:
-    """Every C, and Transformer++."""
+    """Every C, with nothing that mends its borders, and Transformer++."""
     for chunk in CHUNKS:
         yield {'name': f'chunk_{chunk}', **FLASH, 'model.chunk_size': chunk}
-    yield {'name': 'transformer_plus_plus', **quality.TRANSFORMER, quality.RATE: 2e-3}
+    yield {'name': 'transformer_plus_plus', **quality.TRANSFORMER}
+
+
+def sweep_overlap() -> Iterator[Overrides]:
+    """With a gate: chunks of 256, the same with a window of two, 14 layers at its cost; and a window at that of 256."""
+    gated = {**FLASH, **GATE, 'model.chunk_size': 256}
+    yield {'name': 'chunk_256_gate', **gated}
+    yield {'name': 'chunk_256_gate_window_2', **gated, **WINDOW}
+    yield {'name': 'chunk_256_gate_14_layers', **gated, 'model.num_layers': 14}
+    yield {'name': 'chunk_128_gate_window_2', **gated, **WINDOW, 'model.chunk_size': 128}
+
+
+def sweep_far() -> Iterator[Overrides]:
+    """With a gate: each chunk of queries reads the chunk before and the three that fit best, exactly."""
+    yield {'name': 'chunk_256_gate_far_4', **FLASH, **GATE, 'model.chunk_size': 256, 'model.far_chunks': 4}
 
 
 def sweep_remedies() -> Iterator[Overrides]:
-    """Every C with a gate of the state, and with a window of two chunks."""
-    for chunk in (256, 64, 1024):
-        own = {**FLASH, 'model.chunk_size': chunk}
-        yield {'name': f'chunk_{chunk}_gate', **own, 'model.decay_gate': 'scalar'}
-        yield {'name': f'chunk_{chunk}_window_2', **own, 'model.local_window': 2}
+    """Gate and window for the other C, and the window alone."""
+    for chunk in CHUNKS[1:]:
+        yield {'name': f'chunk_{chunk}_gate_window_2', **FLASH, **GATE, **WINDOW, 'model.chunk_size': chunk}
+    yield {'name': 'chunk_256_window_2', **FLASH, **WINDOW, 'model.chunk_size': 256}

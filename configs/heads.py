@@ -7,7 +7,8 @@ Question: the paper says that a gate lets one head do what a Transformer needs e
 what the gate makes up for? One head has one matrix A for all values; U * (A V) need not have its rank.
 
 Arguments: those of configs/quality.py (context is 512 here). Sweeps: `heads`. Without the gate E is 3 D in place of
-2 D, which has as many parameters; heads divide E. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
+2 D, which has as many parameters; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of configs/lm.py
+has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
 
 Result: not run yet.
 """
@@ -28,17 +29,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.steps = config.steps if local else 1000
     # Eight heads have eight matrices of weights: two micro-batches, or six runs do not share a GPU.
     config.optimizer.accumulation_steps = 2
-    config.optimizer.learning_rate = 4.5e-3
+    config.optimizer.name, config.optimizer.learning_rate = 'muon', 4e-3
+    config.model.absolute_position, config.model.key_input = 'none', 'shifted'
     config.model.relative_bias, config.model.relative_bias_scale = 'toeplitz', 2.0
     return config
 
 
 def sweep_heads() -> Iterator[Overrides]:
-    """One head, eight, no gate, neither; then two, and eight that fall with depth to one."""
+    """One head, eight, no gate, neither; then eight that fall with depth to one, and two."""
     no_gate = {'model.gate': 'none', 'model.expansion_factor': 3.0}
     yield {'name': 'gau'}
     yield {'name': 'gau_8_heads', 'model.num_heads': 8}
     yield {'name': 'no_gate', **no_gate}
     yield {'name': 'no_gate_8_heads', **no_gate, 'model.num_heads': 8}
-    yield {'name': 'gau_2_heads', 'model.num_heads': 2}
     yield {'name': 'gau_falling_heads', 'model.num_heads': 8, 'model.head_decay': 1.0}
+    yield {'name': 'gau_2_heads', 'model.num_heads': 2}

@@ -3,6 +3,8 @@
     python train.py --config=configs/recall.py:model=flash,pairs=64 --workdir=runs/recall
     python scripts/sweep.py --config=configs/recall.py --sweep=pairs,models,seed:3 --workdir=runs/recalls --per_device=9
     python scripts/report.py runs/recalls --metric=accuracy --by=point --allow=data
+    python scripts/sweep.py --config=configs/recall.py:pairs=511,context=2048 --sweep=many --workdir=runs/many \
+      --config.data.batch_size=16
 
 Question: FLASH keeps two chunks and a state of S x E numbers a layer, Transformer++ every key and value. On text the
 loss is the same (docs/results/quality_shifted.md). What can FLASH not do? Here nothing but exact memory is asked: a row
@@ -11,7 +13,7 @@ begins with P pairs of a key and a value, and every key stands once more behind 
 
 Arguments: model, size, context, pairs, runlocal. Sweeps: `models` (FLASH as configs/lm.py gives it, shifted keys alone,
 the paper's unit, FLASH-Quad with shared and with shifted keys, Transformer++ and the same with a convolution over two
-tokens before its layers), `pairs`.
+tokens before its layers), `pairs`; `many` (for more pairs than a state has columns, in rows of 2,048 tokens).
 
 Recipe: 2,000 steps of 64 rows of 512 tokens, Muon at 4e-3 after 100 steps of warm-up, no sinusoid, 512 values. A guess
 among all is right once in 512 times. Who always names the row's most frequent value, as values are drawn and repeat, is
@@ -80,6 +82,14 @@ def sweep_models() -> Iterator[Overrides]:
     yield {'name': 'quad', ':model': 'flash_quad'}
     yield {'name': 'transformer_plus_plus_convolution', **TRANSFORMER, 'model.short_convolution': 2}
     yield {'name': 'transformer_plus_plus', **TRANSFORMER}
+
+
+def sweep_many() -> Iterator[Overrides]:
+    """States, windows, earlier chunks read exactly, and every token: all with shifted keys."""
+    models = {point['name']: point for point in sweep_models()}
+    yield from (models[name] for name in ('best', 'shifted', 'quad_shifted'))
+    yield {**models['shifted'], 'name': 'shifted_gate', 'model.decay_gate': 'scalar'}
+    yield {**models['shifted'], 'name': 'shifted_far_4', 'model.far_chunks': 4}
 
 
 def sweep_pairs() -> Iterator[Overrides]:
