@@ -1,13 +1,16 @@
 """Shows what a config feeds its model: sizes, lengths, packing, and decoded examples.
 
 python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --plot=lengths.png
+python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --chunks=128,256 --paragraphs=blank_line
+
+With --chunks: only what chunks that end with a paragraph would cost (docs/results/text_chunks.md).
 """
 
 import _root  # noqa: F401
 from absl import flags
 
 from gau import cli
-from gau.data import pipeline, report, sources, tokenizers
+from gau.data import paragraphs, pipeline, report, sources, tokenizers
 from gau.objectives import objective as objectives
 from gau.training import config as training_config
 
@@ -20,6 +23,8 @@ _PLOT = flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to writ
 _OVERLAP = flags.DEFINE_boolean(
     'overlap', True, 'Look for the held-out documents among the training documents, all of which are read for that'
 )
+_CHUNKS = flags.DEFINE_list('chunks', None, 'Sizes of chunks that end with a paragraph, to count their padding')
+_PARAGRAPHS = flags.DEFINE_enum('paragraphs', 'line', list(paragraphs.ENDS), 'What ends a paragraph of --chunks')
 _ROWS = 512
 
 
@@ -30,6 +35,12 @@ def main() -> None:
     tokenizer = tokenizers.load(data.tokenizer)
     print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
     print(f'tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}')
+    sizes = cli.parse_positive_integers('chunks', _CHUNKS.value)
+    if sizes:
+        fields = {'ends': _PARAGRAPHS.value, 'at_most': _DOCUMENTS.value}
+        found = paragraphs.survey(data, _SPLIT.value, tokenizer, **fields)
+        print(f'{_SPLIT.value}, {len(found):,} documents: {paragraphs.table(found, sizes)}')
+        return
     found = report.survey(data, _SPLIT.value, tokenizer, at_most=_DOCUMENTS.value)
     kept = len(found.lengths)
     scale = found.documents / max(found.surveyed, 1)
