@@ -41,6 +41,8 @@ MATMULS = 10
 def measure_train(cell: Cell, result: Result) -> None:
     """Puts times, memory and compile time of the full training step into `result`, each as soon as it is known.
 
+    Also the loss and the size of the gradient in the first step: how two ways of computing the same may be compared.
+
     Raises:
       UserError: a combination that the model or the loop refuses, or a loss that is not finite.
     """
@@ -49,14 +51,16 @@ def measure_train(cell: Cell, result: Result) -> None:
     with run.context():
         batches = _batches(cell, run)
         compiled = _compile(run.train_step(), state, batches[0], result=result)
-        batch, metrics = itertools.cycle(batches), {}
+        batch, metrics, first = itertools.cycle(batches), {}, {}
 
         def launch() -> jax.Array:
             nonlocal state, metrics
             state, metrics = compiled(state, next(batch))
+            first.update({f'first_{name}': metrics[name] for name in ('loss', 'grad_norm')} if not first else {})
             return metrics['loss']
 
         times = time_steps(launch, jax.block_until_ready, effort=cell.effort)
+        result.update({name: float(x) for name, x in first.items()})
         _finish(times, float(metrics['loss']), result)
         if cell.profile:
             result['profile'] = kernel_trace.profile(launch, steps=1)

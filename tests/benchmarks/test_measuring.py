@@ -81,6 +81,16 @@ def test_a_forward_pass_measured_in_this_process():
 
 
 @pytest.mark.slow
+def test_a_training_step_in_segments_begins_as_that_of_whole_rows():
+    found = []
+    for spec in (Spec('flash'), Spec('flash', segment_tokens=8)):
+        result = {}
+        training.measure_train(Cell('train', spec, **TINY), result)
+        found.append([result['first_loss'], result['first_grad_norm']])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_writing_and_reading_measured_in_this_process():
     measures = {'decode': decoding.measure_decode, 'prefill': decoding.measure_prefill}
     state_bytes = set()

@@ -26,6 +26,8 @@ SLOW = pytest.mark.slow
             'flash', 12, {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'short_convolution': 2}, marks=SLOW
         ),
         pytest.param('flash', 3, {'decay_gate': 'scalar', 'layer_stack': 'scan', 'remat': 'full'}, marks=SLOW),
+        # As configs/lm.py has it.
+        pytest.param('flash', 4, {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2}, marks=SLOW),
         pytest.param('mc_transformer_plus_plus', 8, {}, marks=SLOW),
         pytest.param('performer', 8, {}, marks=SLOW),
     ],
