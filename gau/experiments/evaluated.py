@@ -1,8 +1,9 @@
 """What eval.py measured of models, as the runs of a table: as trained, with other fields, and made smaller."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gau.errors import UserError
 from gau.experiments import runs
@@ -14,8 +15,8 @@ def find(workdirs: Sequence[Path]) -> list[Run]:
     """Returns a record for every directory of a run or of `scripts/compress.py`, and every setting it was measured in.
 
     A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each metric
-    counts, by whatever evaluator, of the newest checkpoint that was measured. The label is that of the run, or the
-    directory's name, with the setting.
+    counts, by whatever evaluator, of the newest checkpoint that was measured. Losses by ranges (`loss_by_place`) are
+    curves. The label is that of the run, or the directory's name, with the setting.
 
     Raises:
       UserError: a directory holds no measurement, or the model that one was made of is not beside it.
@@ -27,21 +28,27 @@ def find(workdirs: Sequence[Path]) -> list[Run]:
         if not rows:
             raise UserError(f'{workdir} holds no measurement: python eval.py --workdir={workdir}')
         step = max(row['step'] for row in rows)
-        settings: dict[str, tuple[dict, dict]] = {}
+        settings: dict[str, tuple[dict, dict, dict]] = {}
         for row in rows:
             changed = row.get('config', {})
             if row['step'] != step or row.get('context') != run.config['data.context']:
                 continue
             told = ' '.join(f'{field.rpartition(".")[2]}={value}' for field, value in changed.items())
-            metrics = settings.setdefault(told, (changed, {}))[1]
+            _, metrics, curves = settings.setdefault(told, (changed, {}, {}))
             split = row['split'].partition('/')[2]
             numbers = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
             metrics.setdefault(split, {}).update(numbers)
+            curves |= {name: _curve(x) for name, x in row.items() if name.startswith(runs.BY_RANGE)}
         found += [_measured(run, told, *setting) for told, setting in settings.items()]
     return found
 
 
-def _measured(run: Run, told: str, changed: dict, metrics: dict) -> Run:
+def _curve(ranges: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Returns rows (middle of a range, counted from 1; its targets; mean loss)."""
+    return [[(x['first'] + x['last']) / 2 + 1, x['tokens'], x['loss']] for x in ranges]
+
+
+def _measured(run: Run, told: str, changed: dict, metrics: dict, curves: dict) -> Run:
     arguments = [shlex.quote(f'--config.{field}={value}') for field, value in changed.items()]
     command = run.facts['command'] if not told else ' '.join(['python eval.py', *arguments])
     return run._replace(
@@ -49,7 +56,7 @@ def _measured(run: Run, told: str, changed: dict, metrics: dict) -> Run:
         swept=None,
         config={**run.config, **{field: runs.without_place(value) for field, value in changed.items()}},
         metrics=metrics,
-        curves={},
+        curves=curves,
         facts={**run.facts, 'command': command, 'tokens_per_second': None},
     )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gau.experiments.report import Report, mean_curve
+from gau.experiments.runs import BY_RANGE
 
 
 def draw(report: Report, stem: Path) -> list[Path]:
@@ -11,10 +12,13 @@ def draw(report: Report, stem: Path) -> list[Path]:
 
     STEM_tokens.png and STEM_time.png: held-out loss, mean and 95 % band; STEM_values.png: the last loss over the swept
     value, where one field is a number; STEM_speed.png: the last loss over tokens/s, better to the upper right. Those
-    over time and speed are left out where runs shared a device; what an earlier report drew of them is deleted.
+    over time and speed are left out where runs shared a device; what an earlier report drew of them is deleted. Of what
+    eval.py measured, STEM_by_place.png and the like: losses over where a target stands.
     """
     paths = []
+    names = sorted({name for row in report.rows for run in row.runs.values() for name in run.curves})
     for name, drawn in (
+        *((name.removeprefix('loss_'), _by_range(report, name)) for name in names if name.startswith(BY_RANGE)),
         ('tokens', _curves(report, column=0, label='tokens')),
         ('time', _curves(report, column=1, label='seconds of training') if report.timed else None),
         ('values', _values(report)),
@@ -51,6 +55,17 @@ def _curves(report: Report, *, column: int, label: str) -> Any:
     room = 0.05 * (max(early) - min(lowest)) or 0.1
     axes.set_ylim(min(lowest) - room, max(early) + room)
     axes.legend(fontsize=8, title=', '.join(report.rows[0].values), title_fontsize=8)
+    return figure
+
+
+def _by_range(report: Report, name: str) -> Any:
+    figure, axes = _figure(name.removeprefix(BY_RANGE), 'loss (nats per token)', report)
+    for row in report.rows:
+        curve = mean_curve(row, name)
+        if len(curve):
+            axes.plot(curve[:, 0], curve[:, 2], marker='.', label=_name(row.values))
+    axes.set_xscale('log', base=2)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -21,6 +21,8 @@ from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
 
 # Points of a curve that are kept of a run.
 CURVE_POINTS = 60
+# How the name of a curve begins that is not over tokens of training, but over where a target stands.
+BY_RANGE = 'loss_by_'
 # Ending of a file of kept runs.
 KEPT = '.jsonl'
 # What does not decide what a run computes: how it is stored, looked at, and spread over devices.
@@ -37,7 +39,8 @@ class Run(NamedTuple):
         arguments of the program, which are no fields.
       config: by dotted field.
       metrics: by split, as in final.json.
-      curves: by split ('train' and the evaluated ones), rows (tokens, seconds of training, loss).
+      curves: by split ('train' and the evaluated ones), rows (tokens, seconds of training, loss); of what eval.py
+        measured, by metric (`loss_by_place`), rows (middle of a range, its targets, loss).
       facts: command, commits, device, versions, data (what each source holds), tokenizer (fingerprint), tokens,
         parameters, flops_per_token, tokens_per_second, per_device (runs that shared its device, at most; not of runs
         kept before that was noted).

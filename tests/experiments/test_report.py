@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from gau.errors import UserError
-from gau.experiments import evaluated, page, publish, report, runs, statistics
+from gau.experiments import evaluated, figures, page, publish, report, runs, statistics
 from gau.experiments.report import Options
 from gau.experiments.runs import Run
 from gau.training import workdir as files
@@ -338,7 +338,9 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
             for step, loss, changed in measured
         ]
         # By another evaluator.
-        lines.insert(0, {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256})
+        ranges = [{'first': 0, 'last': 0, 'loss': 3.0, 'tokens': 4}, {'first': 2, 'last': 3, 'loss': 1.5, 'tokens': 8}]
+        row = {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256}
+        lines.insert(0, row | {'loss_by_distance': ranges})
         (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
     final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
     files.write_json(tmp_path / 'flash' / files.FINAL, final | {'eval': {}})
@@ -351,6 +353,8 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
     losses = {row.values['point']: row.mean.value for row in made.rows}
     assert losses == {'flash': 2.0, 'flash quantization=int8': 2.2, 'narrow': 2.5}
     assert [run.metrics['valid'].get('new_loss') for run in found] == [3.0, None, 3.0]
+    assert found[0].curves == {'loss_by_distance': [[1.0, 4, 3.0], [3.5, 8, 1.5]]}
+    assert tmp_path / 'table_by_distance.png' in figures.draw(made, tmp_path / 'table')
     narrow = found[-1].facts
     assert narrow['parameters'] == 6
     assert narrow['command'] == 'python scripts/compress.py --method=narrower --expansion_factor=1.5'
