@@ -8,8 +8,8 @@ no gate 17.45 / 4.58; multi-head attention 16.87 / 4.35, with relu^2 17.15 / 4.7
 4.43. Without the gate the unit has fewer parameters; heads divide the same E. At 1,024 tokens, where the two baselines
 are runs of docs/results/models.md, the unit's relative bias is rotary; `context=512` has the paper's table.
 
-Arguments: see configs/paper/budgets.py. Results: docs/results/gau_ablation.md, five of
-nine rows so far: no gate is 0.22 worse, softmax 0.12 better.
+Arguments: see configs/paper/budgets.py. Results: docs/results/gau_ablation.md, six of nine rows so far: no gate is 0.23
+worse, softmax 0.12 better.
 """
 
 from collections.abc import Iterator
