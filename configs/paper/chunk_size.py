@@ -7,7 +7,8 @@ gain little. Two confounds, shown by `scripts/sweep.py --dry_run`: above 512 the
 table, and with the chunk the unit's normaliser grows (n = C). At 1,024 of 1,024 there is no earlier chunk: that point
 is FLASH-Quad with FLASH's normaliser.
 
-Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet.
+Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet but C = 256 and 128, in
+docs/results/expansion.md (0.027 worse, one seed).
 """
 
 from collections.abc import Iterator
