@@ -19,8 +19,8 @@ BUDGETS = ('tiny', 'small', 'paper')
 RECIPES = ('mended', 'paper')
 # Of the budget `small`, from docs/results/quality.md: the best of those tried there (flash 3e-3 to 6e-3, Transformer++
 # 1e-3 to 3e-3). With recipe=paper flash wants 6e-3 (docs/results/relu2.md). None of the other models has been tuned:
-# FLASH-Quad takes flash's, Transformers that of Transformer++, but for MC-TFM++, which has been run at flash's and keeps
-# it until `python scripts/reproduce.py learning_rates` says what the models want.
+# FLASH-Quad takes flash's, Transformers that of Transformer++, but for MC-TFM++, which has been run at flash's and
+# keeps it until `python scripts/reproduce.py learning_rates` says what the models want.
 TRANSFORMERS = 'transformer_plus_plus', 'transformer_plus', 'transformer', 'performer', 'combiner', 'linformer'
 LEARNING_RATES = {'flash': 4.5e-3, **dict.fromkeys(TRANSFORMERS, 1.4e-3)}
 DATA = {'tiny': 'embedded', 'small': 'tokens:data/wiki_en', 'paper': ''}

@@ -2,9 +2,9 @@
 
     python scripts/reproduce.py models --budget=small
 
-Question: the paper's main table (Wiki-40B at 8,192, perplexity, recalled: FLASH 15.109, Transformer++ 15.254). FLASH and
-Transformer++ have learning rates that were looked for, the others take one of these (configs/paper/budgets.py). Sweep
-`contexts` sets the paper's five lengths beside each other.
+Question: the paper's main table (Wiki-40B at 8,192, perplexity, recalled: FLASH 15.109, Transformer++ 15.254). FLASH
+and Transformer++ have learning rates that were looked for, the others take one of these (configs/paper/budgets.py).
+Sweep `contexts` sets the paper's five lengths beside each other.
 
 Arguments: see configs/paper/budgets.py. Results: docs/results/models.md, four of them so far.
 """

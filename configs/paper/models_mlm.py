@@ -2,9 +2,9 @@
 
     python scripts/reproduce.py models_mlm --budget=small
 
-Question: the paper's main table (C4 at 8,192, perplexity, recalled: FLASH 3.897, Transformer++ 3.933). Learning rates are
-those of the language models, looked for with masked tokens for none (configs/paper/budgets.py). Sweep `contexts` sets the
-paper's five lengths beside each other.
+Question: the paper's main table (C4 at 8,192, perplexity, recalled: FLASH 3.897, Transformer++ 3.933). Learning rates
+are those of the language models, looked for with masked tokens for none (configs/paper/budgets.py). Sweep `contexts`
+sets the paper's five lengths beside each other.
 
 Arguments: see configs/paper/budgets.py. Results: docs/results/models_mlm.md, four of nine so far: FLASH is 0.28 ahead
 of Transformer++.
