@@ -13,7 +13,9 @@ from gau.models.architectures import ARCHITECTURES
 from gau.models.attentions.scored import ScoredAttention
 from gau.models.widths import expanded_dim
 
-CODE = Path(__file__).with_name('modeling_gau.py')
+# What an exported directory has of this one. `transformers` copies the files that modeling_gau.py imports by `from .`.
+_PARTS = ('modeling', 'blocks', 'attention', 'layers', 'configuration')
+CODE = tuple(Path(__file__).with_name(f'{part}_gau.py') for part in _PARTS)
 # Fields of `model` that GAUConfig has by the same name; the others only say how parameters start and what computes.
 FIELDS = (
     *('num_layers', 'model_dim', 'num_heads', 'head_decay', 'norm', 'norm_placement', 'absolute_position', 'rope'),
@@ -27,7 +29,7 @@ NOT_OF_THE_MODEL = {
     'temperature',  # a bool there: `transformers` takes the name for a field of sampling
     *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
 }
-# Fields of which modeling_gau.py has one value.
+# Fields of which the exported code has one value.
 AS_EVER = {'far_chunks': 0}
 
 USE = """\
@@ -39,8 +41,8 @@ model = {auto}.from_pretrained('DIRECTORY', trust_remote_code=True)
 {call}
 ```
 
-Needed are torch and transformers 5.24 or newer; the whole model is in `modeling_gau.py` beside this card. Documents in
-one row: `segment_ids`, 0 at padding, else the document's number.
+Needed are torch and transformers 5.24 or newer; the whole model is in `modeling_gau.py` and the files that it
+imports, beside this card. Documents in one row: `segment_ids`, 0 at padding, else the document's number.
 """
 CALLS = {
     True: "print(tokenizer.decode(model.generate(**tokenizer('It was', return_tensors='pt'), max_new_tokens=50)[0]))",
@@ -63,7 +65,8 @@ def write(trained: Trained, directory: Path) -> None:
     write_json(directory / CONFIG, config | special)
     if trained.causal:
         write_json(directory / 'generation_config.json', special | {'use_cache': has_state(config)})
-    shutil.copyfile(CODE, directory / CODE.name)
+    for path in CODE:
+        shutil.copyfile(path, directory / path.name)
     fast_tokenizer.write(tokenizer, directory, context=run.config.data.context, causal=trained.causal)
     auto = 'AutoModelForCausalLM' if trained.causal else 'AutoModelForMaskedLM'
     use = USE.format(auto=auto, call=CALLS[trained.causal])
@@ -92,18 +95,18 @@ def config_of(model: ConfigDict, *, vocab_size: int, causal: bool, context: int)
         held = [name for name, entry in ARCHITECTURES.items() if isinstance(entry.attention, ScoredAttention)]
         raise UserError(
             f'model.name={model.name} cannot be exported to PyTorch or ONNX: its attention is not written in '
-            f'gau/export/modeling_gau.py, which holds {", ".join(held)}; --format=safetensors has the weights alone'
+            f'gau/export/attention_gau.py, which holds {", ".join(held)}; --format=safetensors has the weights alone'
         )
     known = {*FIELDS, *NOT_OF_THE_MODEL}
     unknown = {name for name in model if name not in known and model[name] not in (None, AS_EVER.get(name))}
     if unknown:
         field = min(unknown)
         raise UserError(
-            f'model.{field}={model[field]} is not known to gau/export/modeling_gau.py: the model cannot be exported'
+            f'model.{field}={model[field]} is not known to gau/export/configuration_gau.py: it cannot be exported'
         )
     name = 'GAUForCausalLM' if causal else 'GAUForMaskedLM'
     auto = 'AutoModelForCausalLM' if causal else 'AutoModelForMaskedLM'
-    module = CODE.stem
+    module = CODE[0].stem
     return {
         'model_type': 'gau',
         'architectures': [name],

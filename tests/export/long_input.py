@@ -5,24 +5,26 @@
 The model is a bidirectional and then a causal FLASH of two layers, D = 64, E = 128, S = 32, C = 256, V = 260.
 """
 
-import importlib.util
+import importlib
 import json
 import resource
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
 
-CODE = Path(__file__).resolve().parents[2] / 'gau/export/modeling_gau.py'
+CODE = Path(__file__).resolve().parents[2] / 'gau/export'
 SIZES = {'num_layers': 2, 'model_dim': 64, 'expanded_dim': 128, 'query_key_dim': 32, 'vocab_size': 260}
 
 
 def main() -> None:
     tokens = int(sys.argv[1])
-    spec = importlib.util.spec_from_file_location('modeling_gau', CODE)
-    sys.modules['modeling_gau'] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # As a package of its own, as `transformers` makes one of an exported directory: without JAX.
+    sys.modules['exported'] = package = types.ModuleType('exported')
+    package.__path__ = [str(CODE)]
+    module = importlib.import_module('exported.modeling_gau')
     models = {
         'before': None,
         'masked': module.GAUForMaskedLM(module.GAUConfig(**SIZES, is_causal=False)).eval(),

@@ -1,8 +1,8 @@
-"""Parity where PyTorch is not installed: our logits against those that the exported PyTorch file computed.
+"""Parity where PyTorch is not installed: our logits against those that the exported PyTorch code computed.
 
     python -m tests.export.test_recorded_logits     records them anew; needs requirements-export.txt
 
-The record names the file that made it by its hash, so that the file cannot change without being compared again.
+The record names the code that made it by its hash, so that it cannot change without being compared again.
 (`test_modeling.py` compares the two directly, in every model and field.)
 """
 
@@ -55,10 +55,10 @@ def inputs():
 
 
 def digest():
-    return hashlib.sha256(CODE.read_bytes()).hexdigest()
+    return hashlib.sha256(b''.join(path.read_bytes() for path in CODE)).hexdigest()
 
 
-def test_the_record_is_of_the_file_as_it_is():
+def test_the_record_is_of_the_code_as_it_is():
     assert json.loads(RECORD.read_text())['code'] == digest(), 'python -m tests.export.test_recorded_logits'
 
 

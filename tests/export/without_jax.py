@@ -19,9 +19,13 @@ tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 model, info = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
 assert not any(info.values()), info
 model.eval()
+# What is saved again has all the files, too.
+model.save_pretrained('saved_again')
+again = AutoModelForCausalLM.from_pretrained('saved_again', trust_remote_code=True).eval()
 inputs = tokenizer(prompt, return_tensors='pt')
 with torch.no_grad():
     logits = model(**inputs).logits[0]
+    assert torch.equal(again(**inputs).logits[0], logits)
     written = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, inputs['input_ids'].shape[1] :]
 print(
     json.dumps(
