@@ -1,7 +1,8 @@
 """Effective rank of a trained model's attention A, of A V and of U * (A V), layer by layer, on held-out sequences."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from gau import plots, strict_json
 from gau.errors import UserError
 from gau.evaluation.evaluator import Run, on_device
 from gau.layers.core import AttentionCore
@@ -82,6 +84,37 @@ def effective_rank(x: np.ndarray) -> float:
     p = values / np.where(total > 0, total, 1)
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
     return float(np.mean(np.where(total[..., 0] > 0, np.exp(entropy), 0)))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines, one for each layer of a model, that `scripts/attention_ranks.py --json` wrote.
+
+    Raises:
+      UserError: it holds none.
+    """
+    try:
+        lines = [strict_json.loads(line) for line in path.read_text().splitlines()]
+        if not lines or any(name not in line for line in lines for name in ('workdir', 'layer', *RANKS)):
+            raise ValueError('lines without ranks')
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read as the ranks of layers: {error}') from error
+    return lines
+
+
+def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws each of `RANKS` over the layers, a curve for each model of such lines."""
+    canvas, axes = plots.figure('', f'rank of {next(iter(RANKS))}', 'effective rank', rows=len(RANKS))
+    panels = [axes]
+    for number, name in enumerate(list(RANKS)[1:], 2):
+        panels.append(canvas.add_subplot(len(RANKS), 1, number, ylabel=f'rank of {name}', sharex=axes))
+        panels[-1].grid(alpha=0.3)
+    panels[-1].set_xlabel('layer')
+    for model in dict.fromkeys(line['workdir'] for line in lines):
+        own = [line for line in lines if line['workdir'] == model]
+        for panel, name in zip(panels, RANKS, strict=True):
+            panel.plot([line['layer'] for line in own], [line[name] for line in own], marker='.', label=model)
+    panels[0].legend(fontsize=8)
+    plots.save(canvas, path)
 
 
 def matrices(model: nn.Module) -> Callable[[Any, Mapping[str, Array]], list[tuple[dict[str, Array], Array]]]:

@@ -75,7 +75,8 @@ def test_the_command(tmp_path):
     assert code == 0, err
     (line,) = [json.loads(line) for line in (tmp_path / 'ranks.jsonl').read_text().splitlines()]
     ranks = [line.pop(name) for name in ('A', 'AV', 'UAV')]
-    assert line == {'workdir': 'run', 'step': 6, 'tokens': 48, 'width': 64, 'sequences': 2, 'layer': 0, 'heads': 2}
+    about = {'workdir': 'run', 'step': 6, 'model': 'flash', 'gate': 'silu', 'tokens': 48, 'width': 64, 'sequences': 2}
+    assert line == about | {'layer': 0, 'heads': 2}
     assert all(1 < rank <= 48 for rank in ranks)
     assert len(set(ranks)) == 3
     assert 'gate silu' in out
@@ -83,6 +84,24 @@ def test_the_command(tmp_path):
     code, _, err = call('scripts/attention_ranks.py', f'{tmp_path}/run', '--sequences=100000')
     assert (code, err.count('\n')) == (2, 1), err
     assert 'of the 100000 asked for' in err
+
+
+def test_what_was_measured_is_read_again_and_drawn(tmp_path):
+    about = {'step': 6, 'model': 'flash_quad', 'gate': 'silu', 'tokens': 48, 'width': 64, 'sequences': 2, 'heads': 1}
+    lines = [
+        about | {'workdir': name, 'layer': layer, 'A': 5.0 + layer, 'AV': 3.0, 'UAV': 7.0}
+        for name in ('gau', 'other')
+        for layer in range(2)
+    ]
+    (tmp_path / 'ranks.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    code, out, err = call('scripts/attention_ranks.py', f'{tmp_path}/ranks.jsonl', f'--plot={tmp_path}/ranks.png')
+    assert code == 0, err
+    assert out.count('flash_quad, gate silu') == 2
+    assert ['gau', '5.5', '3.0', '7.0'] in [line.split() for line in out.splitlines()]
+    assert (tmp_path / 'ranks.png').stat().st_size > 1000
+    (tmp_path / 'ranks.jsonl').write_text('{"workdir": "gau"}\n')
+    code, _, err = call('scripts/attention_ranks.py', f'{tmp_path}/ranks.jsonl')
+    assert (code, err.count('\n')) == (2, 1), err
 
 
 def test_no_work_directory_is_one_line():
