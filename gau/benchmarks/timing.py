@@ -8,6 +8,8 @@ WARMUP = 3
 # At least so many samples, and more while they take less than so many seconds.
 SAMPLES = {'full': (12, 60), 'quick': (10, 10)}
 SECONDS = 4.0
+# Of steps that take seconds each, such as those of a million tokens, so many must do once so long has passed.
+FEWEST, LONG_SECONDS = 3, 24.0
 
 
 class Times(NamedTuple):
@@ -38,6 +40,8 @@ def time_steps(launch: Callable[[], Any], wait: Callable[[Any], None], *, effort
         wait(before)
     started = ended = time.perf_counter()
     while len(seconds) < least or (len(seconds) < most and ended - started < SECONDS):
+        if len(seconds) >= FEWEST and ended - started > LONG_SECONDS:
+            break
         launched = time.perf_counter()
         in_flight, before = launch(), in_flight
         launch_seconds.append(time.perf_counter() - launched)

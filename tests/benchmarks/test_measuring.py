@@ -29,6 +29,14 @@ def test_one_step_is_always_in_flight():
     assert len(times.seconds) == len(times.launch_seconds) == samples >= 10
 
 
+def test_steps_of_many_seconds_are_few(monkeypatch):
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: float(next(now)))
+    # The clock is read three times a sample.
+    times = timing.time_steps(lambda: None, lambda step: None, effort='full')
+    assert len(times.seconds) == timing.FEWEST
+
+
 def test_packed_batches_hold_documents_end_to_end():
     cell = Cell('train', Spec('flash'), **TINY | {'context': 4096, 'packed': True})
     batch = training.random_batch(cell, seed=1)
