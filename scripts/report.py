@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     if _EVALUATIONS.value:
         from gau.experiments import evaluated
 
-        found, unfinished = evaluated.find(paths), []
+        found, unfinished = evaluated.find(paths, split=_SPLIT.value), []
     else:
         found, unfinished = runs.find(paths)
     if not found:

@@ -11,7 +11,7 @@ from gau.experiments.runs import Run
 from gau.training import workdir as files
 
 
-def find(workdirs: Sequence[Path]) -> list[Run]:
+def find(workdirs: Sequence[Path], *, split: str = 'valid') -> list[Run]:
     """Returns a record for every directory of a run or of `scripts/compress.py`, and every setting it was measured in.
 
     A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each metric
@@ -35,11 +35,11 @@ def find(workdirs: Sequence[Path]) -> list[Run]:
                 continue
             told = ' '.join(f'{field.rpartition(".")[2]}={value}' for field, value in changed.items())
             _, metrics, curves = settings.setdefault(told, (changed, {}, {}))
-            split = row['split'].partition('/')[2]
+            own = row['split'].partition('/')[2]
             numbers = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
-            metrics.setdefault(split, {}).update(numbers)
+            metrics.setdefault(own, {}).update(numbers)
             curves |= {name: _curve(x) for name, x in row.items() if name.startswith(runs.BY_RANGE)}
-        found += [_measured(run, told, *setting) for told, setting in settings.items()]
+        found += [_measured(run, told, *setting) for told, setting in settings.items() if split in setting[1]]
     return found
 
 

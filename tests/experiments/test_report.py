@@ -341,6 +341,7 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
         ranges = [{'first': 0, 'last': 0, 'loss': 3.0, 'tokens': 4}, {'first': 2, 'last': 3, 'loss': 1.5, 'tokens': 8}]
         row = {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256}
         lines.insert(0, row | {'loss_by_distance': ranges})
+        lines.append(row | {'split': 'eval/train', 'config': {'data.source': 'jsonl:books.jsonl'}})
         (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
     final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
     files.write_json(tmp_path / 'flash' / files.FINAL, final | {'eval': {}})
