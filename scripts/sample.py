@@ -33,6 +33,9 @@ flags.DEFINE_integer('batch_size', 8, 'Of --prompts: how many are continued side
 flags.DEFINE_integer(
     'devices', 1, 'Spread what is side by side over so many devices, all parameters on each.', lower_bound=1
 )
+flags.DEFINE_integer(
+    'tensor', 1, 'Split every layer and its state over so many devices, without our kernels.', lower_bound=1
+)
 flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
 flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
@@ -58,7 +61,8 @@ def main() -> None:
     if flags.FLAGS.save_state:
         saved_states.check_new(flags.FLAGS.save_state)
     rows.check((flags.FLAGS.batch_size if flags.FLAGS.prompts else 1) * flags.FLAGS.num, flags.FLAGS.devices)
-    run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step)
+    rows.check_tensor(flags.FLAGS.tensor)
+    run, params, _ = load_run(flags.FLAGS.workdir, step=flags.FLAGS.step, tensor=flags.FLAGS.tensor)
     decoding.check(run.model)
     if run.config.quantization != 'none':
         raise UserError(
@@ -85,6 +89,8 @@ def _prompts() -> list[str]:
         raise UserError(f'give one of --{given[0]} and --{given[1]}')
     if flags.FLAGS.save_state and given[-1:] in (['prompts'], ['interactive']):
         raise UserError(f'--save_state is of one prompt, and --{given[0]} has several')
+    if flags.FLAGS.devices > 1 and flags.FLAGS.tensor > 1:
+        raise UserError('give one of --devices, which spreads sequences, and --tensor, which splits layers')
     if not flags.FLAGS.max_tokens and not flags.FLAGS.save_state:
         raise UserError('--max_tokens=0 writes nothing: it is of --save_state')
     if flags.FLAGS.prompts:
@@ -94,12 +100,13 @@ def _prompts() -> list[str]:
 
 def _prompts_of_lines(path: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(plain.read_text(path).splitlines(), 1):
+    # Not splitlines: JSON may have line separators of Unicode inside a string.
+    for number, line in enumerate(plain.read_text(path).split('\n'), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f'{path}:{number} is no JSON: {error}') from error
         if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
             raise UserError(f'{path}:{number} has no "prompt" that is a string')

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gau.errors import UserError
 from gau.models import decoding
@@ -99,6 +100,12 @@ def _in_compute_type(model: nn.Module, params: Any):
     return decoding.in_compute_type(model, params)
 
 
+def _whole_beside(params: Any) -> Sharding:
+    """Returns how arrays lie that are whole on every device that has parameters."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
 @functools.cache
 def _prefill(model: nn.Module, fresh: bool, devices: int):
     """Returns the jitted `decoding.prefill` of a model, (params, state, tokens_BN, length_B) -> (logits_BV, state)."""
@@ -169,7 +176,8 @@ def prefill(
         capacity = longest + max_tokens + int(start.state['position'].max())
         state = decoding.with_capacity(model, start.state, capacity)
         if not longest:
-            return start._replace(state=state)
+            # Where a program would leave it: else the loop was compiled a second time after its first block.
+            return jax.device_put(start._replace(state=state), _whole_beside(params))
     # Few different shapes, so that prompts of other lengths find their program compiled.
     width = decoding.PREFILL_BLOCK
     width = 2 ** math.ceil(math.log2(longest)) if longest <= width else -(-longest // width) * width

@@ -25,6 +25,12 @@ def check(rows: int, devices: int) -> None:
         raise UserError(f'a batch of {rows} does not divide over {devices} devices')
 
 
+def check_tensor(tensor: int) -> None:
+    """Raises UserError where layers cannot be split over so many devices."""
+    if jax.device_count() % tensor:
+        raise UserError(f'layers cannot be split over {tensor} devices: they must divide the {jax.device_count()} here')
+
+
 @functools.cache
 def mesh_of(devices: int) -> Mesh:
     """Returns the first so many devices in a row."""

@@ -20,7 +20,7 @@ from gau.models import decoding
 from gau.sampling.generation import Prefilled
 
 # Of the file and of the arrays in a state; another one when either changes.
-LAYOUT = 1
+LAYOUT = 2
 # Fields of a model's config that say how it is computed and not what.
 _HOW = ('impl', 'remat', 'vocab_loss_slice')
 
@@ -48,9 +48,11 @@ def save(path: str | Path, model: nn.Module, params: Any, prefilled: Prefilled) 
 
 
 def check_new(path: str | Path) -> None:
-    """Raises UserError where a state cannot be saved because something is there."""
+    """Raises UserError where a state cannot be saved: something is there already, or there is no such directory."""
     if Path(path).exists():
         raise UserError(f'{path} exists; give another name for the state')
+    if not Path(path).parent.is_dir():
+        raise UserError(f'{path} cannot be written: there is no directory {Path(path).parent}')
 
 
 def load(path: str | Path, model: nn.Module, params: Any) -> Prefilled:
@@ -63,19 +65,21 @@ def load(path: str | Path, model: nn.Module, params: Any) -> Prefilled:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         header = json.loads(str(arrays.pop('header')))
-        layout, tokens = header['layout'], header['tokens']
+        layout, made_by = header['layout'], header.get('model')
     except OSError as error:
         raise UserError(f'{path}: {error.strerror or "is no decoding state"}') from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{path} is no decoding state') from error
     if layout != LAYOUT:
         raise UserError(f'{path} has a state in layout {layout}, this is layout {LAYOUT}: read the text again')
+    tokens = header.get('tokens')
+    if not isinstance(made_by, dict) or not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f'{path} is no decoding state')
     maker = _maker(model, params)
     for field, value in maker['model'].items():
-        if header.get('model', {}).get(field, value) != value:
-            raise UserError(
-                f'{path} is the state of another model: {field}={header["model"][field]}, this one has {value}'
-            )
+        # A field that the file lacks is newer than it, and has its default in every run of that time.
+        if made_by.get(field, value) != value:
+            raise UserError(f'{path} is the state of another model: {field}={made_by[field]}, this one has {value}')
     if header.get('parameters') != maker['parameters']:
         raise UserError(f'{path} is the state of other parameters: of another run, or of another step of it')
     like = jax.eval_shape(
@@ -110,5 +114,8 @@ def _maker(model: nn.Module, params: Any) -> dict[str, Any]:
     """Returns what must be the same for a state to mean the same."""
     fields = {name: value for name, value in model.config.items() if name not in _HOW}
     fields |= {'vocab_size': model.vocab_size}
-    digest = hashlib.sha256(np.ascontiguousarray(np.asarray(params['embedding']['kernel'])).tobytes())
+    digest = hashlib.sha256()
+    # All of them: of two runs, or two steps of one, some may be alike (`optimizer.frozen`).
+    for leaf in jax.tree.leaves(params):
+        digest.update(_bytes(leaf).ravel())
     return {'model': json.loads(json.dumps(fields, default=str)), 'parameters': digest.hexdigest()}

@@ -29,13 +29,16 @@ _OF_THE_SOURCE = (
 )
 
 
-def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict | None = None) -> tuple[Run, Any, int]:
+def load_run(
+    workdir: str | Path, *, step: int | None = None, config: ConfigDict | None = None, tensor: int = 1
+) -> tuple[Run, Any, int]:
     """Opens a work directory for reading.
 
     Args:
       workdir: directory of a run.
       step: checkpoint to load; None means the newest.
       config: the run's config with other data, evaluators or implementation (`with_changes`); None means its own.
+      tensor: over how many devices each layer is split, in plain JAX, which the compiler splits; it divides them all.
 
     Returns:
       The run, the checkpoint's parameters and its step.
@@ -50,8 +53,10 @@ def load_run(workdir: str | Path, *, step: int | None = None, config: ConfigDict
     config = resolve(config)
     # Whatever mesh trained it, the parameters are divided over the devices at hand: over all, or over as many as their
     # width allows, and the others hold copies.
-    fsdp = math.gcd(jax.device_count(), config.model.model_dim)
-    config.mesh = ConfigDict({'data': -1, 'fsdp': fsdp, 'tensor': 1, 'sequence': 1})
+    fsdp = math.gcd(jax.device_count() // tensor, config.model.model_dim)
+    config.mesh = ConfigDict({'data': -1, 'fsdp': fsdp, 'tensor': tensor, 'sequence': 1})
+    if tensor > 1:
+        config.model.impl = 'xla'
     # Nor is it a reason not to read that the chosen implementation is not for the chip at hand.
     if lacks(config.model, Target.of_device(jax.devices()[0])):
         config.model.impl = 'auto'

@@ -67,11 +67,11 @@ def test_greedy_is_the_likeliest_token_after_the_whole_prefix(name):
     assert written == [whole_prefix(model, params, prompt, 13) for prompt in prompts]
 
 
-# Three programs over devices are compiled; nothing in a row knows of another.
+# Programs over devices are compiled; nothing in a row knows of another.
 @pytest.mark.slow
-def test_rows_spread_over_devices_write_the_same():
+def test_rows_spread_over_devices_and_layers_split_write_the_same():
     written = report('tests.sampling.on_four_devices')
-    assert written['4'] == written['1']
+    assert written['4'] == written['tensor'] == written['1']
     assert np.shape(written['4']) == (8, 9)
 
 

@@ -26,6 +26,9 @@ def trained(tmp_path_factory):
         (['scripts/sample.py', '--workdir=nowhere', '--prompt=a', '--interactive'], '--prompt and --interactive'),
         (['scripts/sample.py', '--workdir=nowhere', '--prompt_file=missing.txt'], 'missing.txt'),
         (['scripts/sample.py', '--workdir=nowhere', '--max_tokens=0'], '--max_tokens=0 writes nothing'),
+        (['scripts/sample.py', '--workdir=nowhere', '--save_state=nowhere/state'], 'there is no directory nowhere'),
+        (['scripts/sample.py', '--workdir=nowhere', '--tensor=4097'], 'split over 4097 devices'),
+        (['scripts/sample.py', '--workdir=nowhere', '--tensor=2', '--devices=2'], '--devices, which spreads'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -51,12 +54,12 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     assert err.startswith(f'read {len(prompt.encode()) + 1} tokens at ')
     # What was read is gone on from, in every line of a file.
     lines = tmp_path / 'prompts.jsonl'
-    lines.write_text('{"prompt": ""}\n\n{"prompt": "b"}\n{"prompt": ""}\n')
+    lines.write_text('{"prompt": ""}\n\n{"prompt": "b\u2028"}\n{"prompt": ""}\n', encoding='utf-8')
     ask = ['scripts/sample.py', f'--workdir={trained}', f'--state={tmp_path / "state"}', '--temperature=0']
     code, out, err = run(*ask, f'--prompts={lines}', '--batch_size=2', '--max_tokens=70')
     assert code == 0, err
-    asked = [json.loads(line) for line in out.splitlines()]
-    assert [record['prompt'] for record in asked] == ['', 'b', '']
+    asked = [json.loads(line) for line in out.strip().split('\n')]
+    assert [record['prompt'] for record in asked] == ['', 'b\u2028', '']
     assert asked[0]['text'] == asked[2]['text'] == first['text']
     lines.write_text('{"prompt": ""}\n{"text": "b"}\n')
     code, out, err = call('scripts/sample.py', f'--workdir={trained}', f'--prompts={lines}')

@@ -1,5 +1,7 @@
 """States in files: what goes on from one is what would have gone on, and a file of anything else is refused."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -40,10 +42,22 @@ def test_what_is_no_state_of_this_model_is_refused(tmp_path, monkeypatch):
     other, other_params = tiny.make('flash', dtype='float32', num_layers=1, chunk_size=4)
     with pytest.raises(UserError, match='another model: chunk_size=5, this one has 4'):
         saved_states.load(path, other, other_params)
+    # As another step of a run with a frozen embedding has them.
+    embedding = {'embedding': params['embedding']}
     with pytest.raises(UserError, match='other parameters'):
-        saved_states.load(path, model, jax.tree.map(lambda x: x + 1, params))
-    monkeypatch.setattr(saved_states, 'LAYOUT', 2)
-    with pytest.raises(UserError, match='layout 1, this is layout 2'):
+        saved_states.load(path, model, jax.tree.map(lambda x: x + 1, params) | embedding)
+    with pytest.raises(UserError, match='there is no directory'):
+        saved_states.check_new(tmp_path / 'nowhere' / 'state')
+    with np.load(path) as file:
+        arrays = dict(file)
+    for field, value in (('model', None), ('tokens', '2')):
+        header = json.loads(str(arrays['header'])) | {field: value}
+        with (tmp_path / 'other').open('wb') as file:
+            np.savez(file, **arrays | {'header': np.array(json.dumps(header))})
+        with pytest.raises(UserError, match='other is no decoding state'):
+            saved_states.load(tmp_path / 'other', model, params)
+    monkeypatch.setattr(saved_states, 'LAYOUT', 1)
+    with pytest.raises(UserError, match='layout 2, this is layout 1'):
         saved_states.load(path, model, params)
     with pytest.raises(UserError, match='No such file'):
         saved_states.load(tmp_path / 'nowhere', model, params)
