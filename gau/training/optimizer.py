@@ -1,5 +1,6 @@
 """The optimizers, with the schedule, the clipping, and the rules of weight decay and learning rate of the config."""
 
+import collections
 import math
 import re
 from typing import Any
@@ -60,7 +61,9 @@ def make_schedule(
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, params: Any, *, dtype: str = 'float32'
+) -> optax.GradientTransformation:
     """Clip, the named optimizer's direction, decoupled weight decay, learning rate.
 
     `adamw`; `lion`, which wants a third to a tenth of its learning rate and more decay; `muon` for the matrices of the
@@ -72,6 +75,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) ->
       config: the config's `optimizer` section, resolved.
       schedule: learning rate by step.
       params: the (abstract, unboxed) parameters, for their paths.
+      dtype: of muon's matmuls, the model's; its momentum has the parameters'.
 
     Raises:
       UserError: a rule of weight decay, learning rate or freezing that decides for no parameter, or all are frozen.
@@ -84,7 +88,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) ->
     direction = {
         'adamw': lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         'lion': lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
-        'muon': lambda: _scale_by_muon_or_adam(config),
+        'muon': lambda: _scale_by_muon_or_adam(config, dtype),
         'adafactor': _scale_by_adafactor,
     }[config.name]()
     decay = rule_factors('weight_decay_rules', config.weight_decay_rules, params, otherwise=0.0)
@@ -150,7 +154,7 @@ def rule_factors(field: str, rules: Any, params: Any, *, otherwise: float) -> An
     return factors
 
 
-def _scale_by_muon_or_adam(config: ConfigDict) -> optax.GradientTransformation:
+def _scale_by_muon_or_adam(config: ConfigDict, dtype: str) -> optax.GradientTransformation:
     def labels(params: Any) -> Any:
         def label(path: Any, leaf: Any) -> str:
             return 'adam' if matrix_axes(path_name(path), nn.unbox(leaf)) is None else 'muon'
@@ -159,23 +163,38 @@ def _scale_by_muon_or_adam(config: ConfigDict) -> optax.GradientTransformation:
         is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
         return jax.tree_util.tree_map_with_path(label, params, is_leaf=is_box)
 
-    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=_muon_axes), _scale_like_adam())
+    # Without an iteration it is momentum, of norm 1.
+    momentum = optax.contrib.scale_by_muon(ns_steps=0, weight_dimension_numbers=_muon_axes)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    return optax.partition({'muon': muon, 'adam': adam}, labels)
+    return optax.partition({'muon': optax.chain(momentum, _orthogonalize(dtype)), 'adam': adam}, labels)
 
 
-def _scale_like_adam() -> optax.GradientTransformation:
-    """Scales steps of singular values 1 to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982)."""
+def _orthogonalize(dtype: str) -> optax.GradientTransformation:
+    """Muon's steps of singular values near 1, scaled to the root mean square of AdamW's (Liu et al. 2025).
+
+    Kernels of one shape are one batch of matrices, whatever layer they are of: the fifteen matmuls of a single matrix
+    are too small to fill an accelerator.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-
-        def scaled(path: Any, update: jax.Array) -> jax.Array:
-            axes = matrix_axes(path_name(path), update)
-            sides = [math.prod(update.shape[axis] for axis in side) for side in axes]
-            return update * (MUON_RMS * math.sqrt(max(sides)))
-
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
+        paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        leaves = [leaf for _, leaf in paths_and_leaves]
+        alike = collections.defaultdict(list)
+        for index, (path, leaf) in enumerate(paths_and_leaves):
+            alike[leaf.shape, matrix_axes(path_name(path), leaf)].append(index)
+        steps = list(leaves)
+        for (shape, sides), indices in alike.items():
+            inputs, outputs = (tuple(axis + 1 for axis in side) for side in sides)
+            axes = optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+            # Without momentum it is Newton and Schulz' iteration.
+            muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
+            batch = jnp.stack([leaves[index].astype(dtype) for index in indices])
+            batch, _ = muon.update(batch, muon.init(batch))
+            scale = MUON_RMS * math.sqrt(max(math.prod(shape[axis] for axis in side) for side in sides))
+            for index, step in zip(indices, batch, strict=True):
+                steps[index] = step.astype(leaves[index].dtype) * scale
+        return jax.tree.unflatten(tree, steps), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -172,7 +172,8 @@ class Run:
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """Clipping, the optimizer and its schedule."""
-        return make_optimizer(self.config.optimizer, self.schedule, nn.unbox(self._boxed_params))
+        params = nn.unbox(self._boxed_params)
+        return make_optimizer(self.config.optimizer, self.schedule, params, dtype=self.config.model.dtype)
 
     @cached_property
     def _draw_params(self) -> Callable[[jax.Array | int], Any]:
