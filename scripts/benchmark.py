@@ -47,6 +47,7 @@ _PROFILE = flags.DEFINE_boolean('profile', False, 'Also the kernels of a GPU by 
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1, 8 and 64, or 4 with --quick.')
 _OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
+_OPTIMIZER = flags.DEFINE_string('optimizer', 'adamw', 'config.optimizer.name, for train.')
 _ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
 _QUICK = flags.DEFINE_boolean('quick', False, 'Tiny models, short sequences, float32, few samples: for a CPU.')
 _OUTPUT = flags.DEFINE_string('output', 'runs/benchmark/rows.jsonl', 'File of JSON lines; pictures lie beside it.')
@@ -61,7 +62,7 @@ _QUICK_CONTEXTS = dict.fromkeys(cells.KINDS, (512,))
 # Flags that would do nothing if none of these kinds is measured.
 _SPEAKS_TO = dict.fromkeys(
     ('impls', 'remat', 'layer_stack', 'tokens_per_step', 'objective', 'packed'), cells.PASSES
-) | {'batch_sizes': ('decode',)}
+) | {'batch_sizes': ('decode',), 'optimizer': ('train',)}
 
 
 def main() -> int:
@@ -117,6 +118,7 @@ def _plan() -> list[cells.Cell]:
         size=_SIZE.value or ('tiny' if quick else 'base'),
         objective=_OBJECTIVE.value,
         packed=_PACKED.value,
+        optimizer=_OPTIMIZER.value,
         dtype='float32' if quick else 'bfloat16',
         vocab_size=1000 if quick else 32_000,
         effort='quick' if quick else 'full',
@@ -161,6 +163,8 @@ def _title(rows: list[processes.Row]) -> str:
     versions = ''.join(f', {name} {" ".join(names[name])}' for name in ('jax', 'torch') if names[name])
     row = rows[0]
     what = f'{row["size"]}, {row["objective"]}{", packed" * row["packed"]}, {row["dtype"]}'
+    if row['optimizer'] != 'adamw':
+        what += f', {row["optimizer"]}'
     return f'{" ".join(names["device"]) or "no device"}{versions}, commit {row["commit"]}: {what}'
 
 

@@ -13,6 +13,7 @@ from gau.models import counts
 from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import declared_fields, default_config, resolve
 from gau.objectives import objective as objectives
+from gau.training.config import OPTIMIZERS
 
 # Kinds of measurement, and how many forward passes one step's matmuls amount to.
 PASSES = {'train': 3, 'forward': 1}
@@ -71,6 +72,7 @@ class Cell:
       batch_size: sequences side by side.
       objective: 'lm' or 'mlm'.
       packed: whether sequences are made of documents packed end to end that do not see each other.
+      optimizer: of training steps, `config.optimizer.name`.
       dtype: compute type.
       vocab_size: V.
       effort: 'full', or 'quick' for fewer and smaller samples.
@@ -84,6 +86,7 @@ class Cell:
     batch_size: int
     objective: str = 'lm'
     packed: bool = False
+    optimizer: str = 'adamw'
     dtype: str = 'bfloat16'
     vocab_size: int = 32_000
     effort: str = 'full'
@@ -241,6 +244,7 @@ def plan(
         _check_choice('--what', kind, KINDS)
     _check_choice('--size', common['size'], SIZES)
     _check_choice('--objective', common.get('objective', 'lm'), lookup.names('objectives'))
+    _check_choice('--optimizer', common.get('optimizer', 'adamw'), OPTIMIZERS)
     cells = []
     if not PASSES.keys().isdisjoint(kinds):
         cells.append(Cell(MATMUL, Spec(MATMUL), context=matmul_edge, batch_size=1, **common))

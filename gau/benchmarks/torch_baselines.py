@@ -38,10 +38,13 @@ def measure(cell: Cell, result: Result) -> None:
     """Puts times and memory of a training step or forward pass into `result`, each as soon as it is known.
 
     Raises:
-      UserError: packed documents, which neither baseline keeps apart, or a loss that is not finite.
+      UserError: packed documents, which neither baseline keeps apart, another optimizer than adamw, or a loss that is
+        not finite.
     """
     if cell.packed:
         raise UserError(f'{cell.spec.model} does not keep packed documents apart')
+    if cell.optimizer != 'adamw':
+        raise UserError(f'{cell.spec.model} is trained with adamw, not {cell.optimizer}')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     _choose_kernels(cell.spec.impl)
     model = _BUILDERS[cell.spec.model](cell.model_config(), cell).to(device)

@@ -116,6 +116,7 @@ def _run(cell: Cell, result: Result) -> Run:
     config = training_config.default_config()
     config.objective = cell.objective
     config.data.context, config.data.batch_size = cell.context, cell.batch_size
+    config.optimizer.name = cell.optimizer
     config.optimizer.accumulation_steps = cell.spec.accumulation_steps
     if cell.spec.segment_tokens:
         config.optimizer.segment_tokens = cell.spec.segment_tokens

@@ -18,6 +18,8 @@ from tests.training.test_commands import run
         (['--models=flash@'], '"" is no context'),
         (['--models=flash@64', '--contexts=32'], '--contexts is for models'),
         (['--what=decode', '--remat=full'], '--remat speaks to train and forward'),
+        (['--what=forward', '--optimizer=muon'], '--optimizer speaks to train'),
+        (['--optimizer=sgd'], '--optimizer: "sgd" does not exist'),
         (['--what=train', '--batch_sizes=2'], '--batch_sizes speaks to decode'),
     ],
 )
@@ -64,6 +66,7 @@ def test_rounds_settings_and_what_is_refused(tmp_path):
         '--contexts=64',
         '--objective=mlm',
         '--packed',
+        '--optimizer=muon',
         '--rounds=2',
         f'--output={output}',
     ]
@@ -71,6 +74,7 @@ def test_rounds_settings_and_what_is_refused(tmp_path):
     assert code == 0, err
     _, measured, refused = (json.loads(line) for line in output.read_text().splitlines())
     assert (measured['remat'], measured['accumulation_steps'], measured['packed']) == ('full', 2, True)
+    assert measured['optimizer'] == 'muon'
     assert (measured['rounds'], measured['samples'], refused['rounds']) == (2, 20, 1)
     assert 'does not exist for combiner' in refused['error']
     assert 'flash::full:scan:2' in out

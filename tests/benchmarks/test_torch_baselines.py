@@ -54,6 +54,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(*gradients)
 
 
-def test_packed_documents_are_refused():
+def test_packed_documents_and_muon_are_refused():
     with pytest.raises(UserError, match='packed'):
         torch_baselines.measure(cell(MODELS[0], packed=True), {})
+    with pytest.raises(UserError, match='trained with adamw, not muon'):
+        torch_baselines.measure(cell(MODELS[0], optimizer='muon'), {})
