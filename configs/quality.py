@@ -14,7 +14,8 @@ Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what
 with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
 `convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
 contexts), `shifted_forms` (other rates, and what goes with them), and `best` (what configs/lm.py took from all this,
-against Transformer++); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+against Transformer++), `books` (the same on books); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds
+seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -22,7 +23,7 @@ NVIDIA H200 that four runs share.
 Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p
 0.008) and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`,
 `causes`, `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`,
-`keys`: quality_keys.md. Not run yet: `far`, `base_best`, rates, softmax and FLASH-Quad of `shifted_forms`.
+`keys`: quality_keys.md. Not run yet: `far`, `books`, `base_best`, rates, softmax and FLASH-Quad of `shifted_forms`.
 """
 
 from collections.abc import Iterator
@@ -220,6 +221,12 @@ def sweep_best() -> Iterator[Overrides]:
     for context in (8192, 1024):
         for name, model in (('flash', {**MEAN, **flash}), ('transformer_plus_plus', TRANSFORMER)):
             yield {'name': f'{name}_{context}', ':context': context, **model, **BETTER}
+
+
+def sweep_books() -> Iterator[Overrides]:
+    """Whole books (`prepare_data.py --output=data/books`), 8,192 tokens of context: the models of `best`."""
+    for point in list(sweep_best())[:2]:
+        yield {**point, 'name': point['name'].replace('8192', 'books'), ':data': 'tokens:data/books'}
 
 
 def sweep_forms() -> Iterator[Overrides]:
