@@ -64,7 +64,7 @@ def prefill_gated_chunks(
     state_scale_BG = scale_of_state(chunks_BG, spec, jnp.float32)
     shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
     # What is not there has a pointer all the same.
-    old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count')}
+    old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count', 'before')}
     more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated}
     # (Of long blocks nobody takes all chunks at once.)
     more |= {'BLOCK_G': 16 if states else power_of_two(groups), 'BLOCK_C': power_of_two(size)}
@@ -86,7 +86,7 @@ def prefill_gated_chunks(
         'BLOCK_K': tiles.block_k,
         'BLOCK_H': tiles.block_h,
     }
-    # (Before is not written in place: other programs read what it was.)
+    # (Others read what `before` was; the last kernel writes over it.)
     like_roles = jax.ShapeDtypeStruct((4, rows, inner), dtype), jax.ShapeDtypeStruct(shift[1].shape, shift[1].dtype)
     if states:
         block = LongBlock(x_BTD, parameters, old, before_B, position.length_B, state_scale_BG, spec, gated)
@@ -142,10 +142,10 @@ def prefill_gated_chunks(
             **sizes,
             **more,
         )
-    # What is made already is not written again.
-    old |= dict.fromkeys(new, none)
-    written = [name for name in old if name in state and name not in new]
+    written = [name for name in old if name in state]
     inputs = o_RE, parameters.out_ED, parameters.out_bias_D, x_BTD, activations, roles, position.length_B, logits
+    new = new | ({'before': before} if shifted else {})
+    inputs = *inputs, *(new.get(name, none) for name in ('sum', 'count', 'before'))
     state_e = min(tiles.state_e, power_of_two(expanded))
     y_BTD, *rest = launch(
         kernels.prefill_output_kernel,
@@ -161,6 +161,7 @@ def prefill_gated_chunks(
         D=width,
         DECAY=spec.global_decay,
         STATES=states,
+        SHIFTED=shifted,
         BLOCK_M=tiles.output_m,
         BLOCK_K=tiles.output_k,
         BLOCK_N=tiles.block_out,
@@ -169,8 +170,7 @@ def prefill_gated_chunks(
         **sizes,
         **more,
     )
-    new |= {name: x for name, x in zip(old, rest, strict=True) if name in written}
-    return y_BTD, new | ({'before': before} if shifted else {})
+    return y_BTD, {name: x for name, x in zip(old, rest, strict=True) if name in written}
 
 
 def _normaliser(scoring: Scoring, size: int, width: int) -> tuple[float, int]:

@@ -261,11 +261,12 @@ def prefill_attention_kernel(
 @triton.jit
 def prefill_output_kernel(
     o_ptr, w_ptr, bias_ptr, x_ptr, activations_ptr, roles_ptr, length_ptr, logits_ptr,
-    old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr,
-    y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr,
+    new_sum_ptr, new_count_ptr, new_before_ptr,
+    old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr, old_before_ptr,
+    y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr, before_ptr,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    STATES: tl.constexpr, PRECISION: tl.constexpr,
+    STATES: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -274,15 +275,16 @@ def prefill_output_kernel(
     sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
     are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
     its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With
-    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES no sum and count,
-    and v [R, E] stands where activations do.
+    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES v [R, E] stands
+    where activations do. What is made already, sum and count if STATES and before if SHIFTED, gets its place in the
+    state here, where nobody reads what it was: else the compiler would copy each, in a launch of its own.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
     Tile    [S, BLOCK_E], sums over BLOCK_K tokens at a time; [BLOCK_M, BLOCK_N], sums in steps of BLOCK_K
     Reads   o [R, E], w [E, D], bias [D], x [R, D]; of activations [R, 2 E] v; of roles [4, R, S] k and k_lin; length
-            [B]; sum [B, S, E], float32; if GATED logits [R] and count [B]
-    Writes  y [R, D]; sum, k and k_lin [B, C, S], v [B, C, E], gate [B, C] and count, which take over the buffers of
-            `old_*`
+            [B]; sum [B, S, E], float32; if GATED logits [R] and count [B]; `new_*`
+    Writes  y [R, D]; sum, k and k_lin [B, C, S], v [B, C, E], gate [B, C], count and before [B, S], which take over the
+            buffers of `old_*`
     Bytes   o, 3.1 MB, v, k, k_lin, 3.7 MB, x and y, 3.1 MB, and the weights, 2.4 MB; the state, 1.7 MB
     """
     across_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -302,7 +304,15 @@ def prefill_output_kernel(
         length = tl.load(length_ptr + b)
         complete = length // C
         first = b * G * C
-        if not STATES:
+        if SHIFTED:
+            once = s < tl.where(across_state == 0, S, 0)
+            tl.store(before_ptr + b * S + s, tl.load(new_before_ptr + b * S + s, mask=once), mask=once)
+        if STATES:
+            new = load_tile(new_sum_ptr + b * S * E, s, e, E, S, cols)  # [BS, BE]
+            store_tile(sum_ptr + b * S * E, new, s, e, E, S, cols)
+            if GATED:
+                tl.store(count_ptr + b, tl.load(new_count_ptr + b), mask=across_state == 0)
+        else:
             total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
             far = tl.maximum(complete - (NEAR - 1), 0)
             kept = tl.exp2(LOG_DECAY * far.to(tl.float32))
