@@ -28,7 +28,8 @@ def check(rows: int, devices: int) -> None:
 def check_tensor(tensor: int) -> None:
     """Raises UserError where layers cannot be split over so many devices."""
     if jax.device_count() % tensor:
-        raise UserError(f'layers cannot be split over {tensor} devices: they must divide the {jax.device_count()} here')
+        count = jax.device_count()
+        raise UserError(f'layers cannot be split over {tensor} devices: {tensor} does not divide the {count} at hand')
 
 
 @functools.cache
