@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError, did_you_mean
 from gau.models import config as model_config
-from gau.models.architectures import ARCHITECTURES
+from gau.models.architectures import ARCHITECTURES, BEST_FLASH
 from gau.training import config as training_config
 
 # The paper's batch (as recalled): the same number of tokens at every context length.
@@ -21,9 +21,6 @@ TOKENS_PER_STEP = 2**18
 RECIPES = ('best', 'paper')
 # Of the language models of recipe=best, Transformer++ included: docs/results/quality_muon.md.
 BEST_OPTIMIZER = {'name': 'muon', 'learning_rate': 4e-3}
-# FLASH of recipe=best (docs/results/quality_shifted.md): keys that are found by the token before them, the chunk before
-# the own one read exactly, a state that forgets. The last two are of causal models with several chunks.
-BEST_FLASH = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
 
 # The config of the run that an export comes from, beside the export's own.
 TRAINING_CONFIG = 'training_config.json'

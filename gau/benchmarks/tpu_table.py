@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 
 from gau.benchmarks import chips
 from gau.benchmarks.compile_check import Row, check
+from gau.models.architectures import BEST_FLASH
 from gau.training.config import default_config
 
 TOPOLOGY = 'v4:4x4x4'
 VOCAB_SIZE = 32_000
 TOKENS_PER_STEP = 2**18
-# FLASH as configs/lm.py has it; the models by their names alone are the paper's.
-BEST_FLASH = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
-# Names and fields of the models. What says the most is compiled first: a call may be cut short.
+# Names and fields of the models, which by their names alone are the paper's. What says the most is compiled first: a
+# call may be cut short.
 MODELS = (('flash', BEST_FLASH), ('flash', {}), ('transformer_plus_plus', {}), ('flash_quad', {}))
 CONTEXTS = (512, 8192)
 STACKS = ('unrolled', 'scan')

@@ -113,6 +113,9 @@ class Evaluator:
         for split in self.entry.splits:
             self.run.objective.check_split(self.run.config.data, split)
 
+    def check_context(self, context: int) -> None:
+        """Raises UserError if rows of `context` tokens are too short for what is measured."""
+
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[str, Any]]:
@@ -205,6 +208,7 @@ class BatchEvaluator(Evaluator):
         super().check()
         config = self.run.config
         for context in {config.data.context, *self.entry.contexts}:
+            self.check_context(context)
             self.run.check_batch(self._batch_size(context), context)
             if context != config.data.context:
                 batch = {name: jax.ShapeDtypeStruct(*array) for name, array in self.arrays(context).items()}

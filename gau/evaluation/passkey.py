@@ -59,12 +59,6 @@ class Passkey(BatchEvaluator):
         self.check_range('depths', 2, 1000)
         self.check_range('digits', 1, 18)  # as many as any number of 64 bits has
 
-    def check(self) -> None:
-        """See the base class; also whether a row holds what it must."""
-        super().check()
-        for context in {self.run.config.data.context, *self.entry.contexts}:
-            self._check_length(context)
-
     def arrays(self, context: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Inputs, targets and weights [1, N]; only the last K places have weights."""
         dtypes = {'inputs': np.int32, 'targets': np.int32, 'weights': np.float32}
@@ -72,7 +66,7 @@ class Passkey(BatchEvaluator):
 
     def rows(self, case: Case, batch_size: int) -> Iterator[Batch]:
         """Yields batches of every text without a needle and with it at every depth, one after the other."""
-        self._check_length(case.context)
+        self.check_context(case.context)
         text_T, made = self._text(case.split), []
         count = self.entry.texts * (self.entry.depths + 1)
         # The last batch is filled up with the last row, without weight.
@@ -146,7 +140,8 @@ class Passkey(BatchEvaluator):
                 'keys': float((right | ~weights)[at].all(-1).mean()),
             }
 
-    def _check_length(self, context: int) -> None:
+    def check_context(self, context: int) -> None:
+        """See the base class: whether a row holds what it must."""
         if context < self._words.shortest:
             raise UserError(
                 f'evaluators.{self.name}: a pass key, its question and some text between them want at least '

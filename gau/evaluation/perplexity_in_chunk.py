@@ -43,14 +43,13 @@ class PerplexityInChunk(PerplexityByPosition):
             raise UserError(f'evaluators.{name}.chunk must be given: {run.config.model.name} has no chunks of its own')
         self.skip = self.entry.skip or self.chunk
 
-    def check(self) -> None:
-        """See the base class; also whether anything is left of a row."""
-        super().check()
-        for context in {self.run.config.data.context, *self.entry.contexts}:
-            if self.skip >= context:
-                raise UserError(
-                    f'evaluators.{self.name} leaves out the first {self.skip} tokens of a row: {context} has no more'
-                )
+    def check_context(self, context: int) -> None:
+        """See the base class: whether anything is left of a row."""
+        if self.skip >= context:
+            raise UserError(
+                f'evaluators.{self.name}: skip={self.skip} leaves nothing of rows of {context} tokens; want less than '
+                f'{context}, or longer ones'
+            )
 
     def measure(
         self, params: Any, case: Case, *, cancelled: Callable[[], bool] = lambda: False

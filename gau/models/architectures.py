@@ -70,6 +70,11 @@ class Size(NamedTuple):
     parameters: dict[str, int]
 
 
+# The FLASH that reached the lowest loss here, which recipe=best of configs/common.py gives and docs/tpu_v4_64.md
+# compiles (docs/results/quality_shifted.md): keys that are found by the token before them, the chunk before the own one
+# read exactly, a state that forgets. The last two are of causal models with several chunks. FLASH by its name alone is
+# the paper's.
+BEST_FLASH = MappingProxyType({'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'})
 SIZES = MappingProxyType(
     {
         'tiny': Size(192, 4, {'flash_quad': 7_134_470, 'flash': 7_137_538, 'transformer_plus_plus': 7_034_625}),

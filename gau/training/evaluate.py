@@ -45,7 +45,8 @@ def evaluate(
       changed: with `config`, the fields that were changed and their values, by path; also written into DIR/eval.jsonl.
 
     Raises:
-      UserError: see `load_run`, `with_changes` and the evaluators; an unknown evaluator or split.
+      UserError: see `load_run`, `with_changes` and the evaluators; an unknown evaluator or split, a context that one
+        of the evaluators cannot use.
     """
     workdir = Path(workdir)
     with distributed.together():
@@ -59,6 +60,8 @@ def evaluate(
         measured: Measured = {evaluator: {} for evaluator in run.evaluators()}
         for evaluator in measured:
             Evaluator.check(evaluator)
+            for context in contexts or [run.config.data.context]:
+                evaluator.check_context(context)
     first = distributed.is_first()
     if first:
         model, data = run.config.model, run.config.data

@@ -108,6 +108,8 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
         (['--evaluators=passkey:texts=100000000000'], 'texts=100000000000: want 1 to 100000'),
         (['--evaluators=perplexity_in_chunk:chunk=-3'], 'chunk=-3: want 0 to'),
         (['--evaluators=perplexity_in_chunk:skip=-5'], 'skip=-5: want 0 to'),
+        (['--evaluators=perplexity_in_chunk:skip=48'], 'skip=48 leaves nothing of rows of 48 tokens; want less than'),
+        (['--evaluators=eval,perplexity_in_chunk:skip=32', '--contexts=64,32'], 'of rows of 32 tokens'),
         (['--evaluators=whole_documents:rows=0'], 'rows=0: want 1 to'),
         (['--evaluators=passkey'], 'tokens of context, not 48'),
         (['--stream'], 'stream'),
