@@ -45,6 +45,17 @@ if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1':
 gc.set_threshold(100_000, 50, 100)
 
 
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+    """The directory of a finished run of `tests.training.tiny` with one layer: tests leave it as it is, or copy it."""
+    from gau.training import loop
+    from tests.training.tiny import tiny_config
+
+    path = tmp_path_factory.mktemp('runs') / 'tiny'
+    loop.train(tiny_config(model__num_layers=1), path)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _registered_models():
     """Lets a test register models that the next one does not find (`gau.models.architectures`)."""

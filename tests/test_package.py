@@ -12,9 +12,7 @@ import venv
 import pytest
 from packaging.requirements import Requirement
 
-from gau.training.loop import train
 from tests.conftest import ROOT
-from tests.training.tiny import tiny_config
 
 PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 
@@ -32,10 +30,10 @@ def readme_snippet():
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def folder(tiny_run, tmp_path_factory):
     """A folder with a trained run where README's lines expect it."""
     folder = tmp_path_factory.mktemp('notebook')
-    train(tiny_config(), folder / 'runs/first')
+    shutil.copytree(tiny_run, folder / 'runs/first')
     return folder
 
 

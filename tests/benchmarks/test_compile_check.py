@@ -12,6 +12,7 @@ from gau.benchmarks import chips, compile_check
 from gau.errors import UserError
 from gau.training.config import default_config, resolve
 from gau.training.mesh import make_mesh
+from tests.programs import call
 from tests.training.test_commands import run
 
 TINY = ['--config=configs/lm.py:runlocal', '--vocab_size=512', '--config.model.num_layers=2']
@@ -110,7 +111,7 @@ def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):
 
 @pytest.mark.skipif(has_libtpu, reason='the TPU compiler is installed')
 def test_a_missing_compiler_is_one_line():
-    code, out, err = run('scripts/compile_check.py', *TINY, '--topology=v4:2x2x1')
+    code, out, err = call('scripts/compile_check.py', *TINY, '--topology=v4:2x2x1')
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert 'pip install libtpu' in err
 

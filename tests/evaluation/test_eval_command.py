@@ -7,18 +7,15 @@ import types
 import pytest
 
 from gau.errors import UserError
-from gau.training import evaluate, loop, workdir
+from gau.training import evaluate, workdir
 from gau.training.load import load_run
 from tests.programs import call, report
-from tests.training.test_commands import run
-from tests.training.tiny import read_metrics, tiny_config
+from tests.training.tiny import read_metrics
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp('eval') / 'trained'
-    loop.train(tiny_config(model__num_layers=1), path)
-    return path
+def trained(tiny_run):
+    return tiny_run
 
 
 def rows(path):
@@ -79,7 +76,7 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
     (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     source = f'--config.data.source=jsonl:{tmp_path}/texts.jsonl'
     valid = f'--config.data.valid_source=jsonl:{tmp_path}/texts.jsonl'
-    code, out, err = run('eval.py', f'--workdir={path}', source, valid, '--contexts=16,24', '--max_tokens=500')
+    code, out, err = call('eval.py', f'--workdir={path}', source, valid, '--contexts=16,24', '--max_tokens=500')
     assert code == 0, err
     found = rows(path)
     assert [row['bytes'] for row in found] == [sum(len(text.encode()) for text in texts)] * 2

@@ -14,23 +14,19 @@ from gau.errors import UserError
 from gau.export import tokenizer_files
 from gau.export.exporting import FORMATS, export
 from gau.models.weights import restored
-from gau.training import loop
 from tests.conftest import ROOT
 from tests.programs import call
 from tests.test_package import requirements
-from tests.training.test_commands import run
-from tests.training.tiny import assert_trees_equal, tiny_config
+from tests.training.tiny import assert_trees_equal
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp('safetensors') / 'trained'
-    loop.train(tiny_config(), path)
-    return path
+def trained(tiny_run):
+    return tiny_run
 
 
 def test_the_command_writes_weights_config_and_card(trained, tmp_path):
-    code, out, err = run('scripts/export.py', f'--workdir={trained}', f'--output={tmp_path / "out"}')
+    code, out, err = call('scripts/export.py', f'--workdir={trained}', f'--output={tmp_path / "out"}')
     assert (code, err) == (0, '')
     files = {'README.md', 'config.json', 'model.safetensors', 'training_config.json'}
     assert {path.name for path in (tmp_path / 'out').iterdir()} == files

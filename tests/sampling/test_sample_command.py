@@ -5,17 +5,13 @@ import subprocess
 
 import pytest
 
-from gau.training import loop
 from tests.programs import call
 from tests.training.test_commands import TINY, run, start
-from tests.training.tiny import tiny_config
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp('text') / 'trained'
-    loop.train(tiny_config(), path)
-    return path
+def trained(tiny_run):
+    return tiny_run
 
 
 @pytest.mark.parametrize(
@@ -43,7 +39,7 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     (tmp_path / 'prompt.txt').write_text(prompt, encoding='utf-8')
     arguments = [f'--prompt_file={tmp_path / "prompt.txt"}', '--num=2', '--max_tokens=70', '--temperature=0', '--json']
     arguments.append(f'--save_state={tmp_path / "state"}')
-    code, out, err = run('scripts/sample.py', f'--workdir={trained}', *arguments)
+    code, out, err = call('scripts/sample.py', f'--workdir={trained}', *arguments)
     assert code == 0, err
     first, second = (json.loads(line) for line in out.splitlines())
     assert first == second
@@ -56,7 +52,7 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     lines = tmp_path / 'prompts.jsonl'
     lines.write_text('{"prompt": ""}\n\n{"prompt": "b\u2028"}\n{"prompt": ""}\n', encoding='utf-8')
     ask = ['scripts/sample.py', f'--workdir={trained}', f'--state={tmp_path / "state"}', '--temperature=0']
-    code, out, err = run(*ask, f'--prompts={lines}', '--batch_size=2', '--max_tokens=70')
+    code, out, err = call(*ask, f'--prompts={lines}', '--batch_size=2', '--max_tokens=70')
     assert code == 0, err
     asked = [json.loads(line) for line in out.strip().split('\n')]
     assert [record['prompt'] for record in asked] == ['', 'b\u2028', '']

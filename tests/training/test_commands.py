@@ -12,6 +12,7 @@ import pytest
 from gau.errors import UserError
 from gau.training import evaluate, loop, workdir
 from tests.conftest import ROOT
+from tests.programs import call
 from tests.training.processes import train_with
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state, tiny_config
 
@@ -44,7 +45,7 @@ def run(*arguments):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     path = tmp_path_factory.mktemp('commands') / 'undisturbed'
-    code, _, err = run('train.py', *TINY, f'--workdir={path}')
+    code, _, err = call('train.py', *TINY, f'--workdir={path}')
     assert code == 0, err
     return path
 
@@ -70,7 +71,7 @@ def test_killed_or_told_to_stop_at_any_moment_and_resumed_ends_the_same(undistur
         if signum != signal.SIGKILL:
             assert 'saved at step' in err
             assert 'Traceback' not in err
-    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path}')
+    code, _, err = call('train.py', *TINY, f'--workdir={tmp_path}')
     assert code == 0, err
     assert 'resumed at step' in err
     assert_trees_equal(read_state(tmp_path), read_state(undisturbed))
@@ -98,7 +99,7 @@ def test_killed_at_random_times(undisturbed, tmp_path):
 
 
 def test_eval_reads_the_work_directory_alone(undisturbed):
-    code, out, err = run('eval.py', f'--workdir={undisturbed}', '--contexts=64,128', '--step=20', '--max_tokens=500')
+    code, out, err = call('eval.py', f'--workdir={undisturbed}', '--contexts=64,128', '--step=20', '--max_tokens=500')
     assert code == 0, err
     assert (undisturbed / 'eval.jsonl').read_text().count('\n') == 2
     assert (undisturbed / 'plots' / 'loss_by_position_step_20.png').is_file()
@@ -126,7 +127,9 @@ BAD = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input_is_one_line_and_code_2(name, tmp_path):
     arguments, hint = BAD[name]
-    code, out, err = run('train.py', *arguments, f'--workdir={tmp_path / "run"}')
+    # Once as a user calls it.
+    start = run if name == 'unknown flag' else call
+    code, out, err = start('train.py', *arguments, f'--workdir={tmp_path / "run"}')
     assert code == 2, err
     assert hint in err
     assert err.count('\n') == 1
@@ -140,7 +143,7 @@ def test_unusable_work_directories_are_one_line(undisturbed, tmp_path):
     (tmp_path / 'file').write_text('precious')
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'notes.txt').write_text('precious')
-    code, _, err = run('train.py', *TINY, f'--workdir={tmp_path / "other"}')
+    code, _, err = call('train.py', *TINY, f'--workdir={tmp_path / "other"}')
     assert (code, err.count('\n')) == (2, 1), err
     assert 'not empty' in err
     with pytest.raises(UserError, match='not a directory'):

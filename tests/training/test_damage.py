@@ -21,10 +21,8 @@ CONFIG = {'model__num_layers': 1}
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    path = tmp_path_factory.mktemp('damage') / 'finished'
-    loop.train(tiny_config(**CONFIG), path)
-    return path
+def finished(tiny_run):
+    return tiny_run
 
 
 # A checkpoint without `meta` and torn metrics, which are most of it, are the fast test.
@@ -59,12 +57,12 @@ def test_a_run_goes_on_from_a_checkpoint_copied_without_meta_and_with_torn_metri
     assert read_metrics(path) == read_metrics(finished)
 
 
-@pytest.mark.parametrize('damaged', ['', '{"seed": ', '[]', '{"seed": 0, "model": 3}'])
-def test_a_damaged_config_is_one_line_that_says_where_a_copy_is(finished, tmp_path, damaged):
+def test_a_damaged_config_is_one_line_that_says_where_a_copy_is(finished, tmp_path):
     path = shutil.copytree(finished, tmp_path / 'run')
-    (path / 'config.json').write_text(damaged)
-    with pytest.raises(UserError, match=r'config.json is not .*; .*checkpoints/6/meta/metadata has it under "config"$'):
-        loop.train(tiny_config(**CONFIG), path)
+    for damaged in ('', '{"seed": ', '[]', '{"seed": 0, "model": 3}'):
+        (path / 'config.json').write_text(damaged)
+        with pytest.raises(UserError, match=r'config.json is not .*; .*points/6/meta/metadata has it under "config"$'):
+            loop.train(tiny_config(**CONFIG), path)
     copy = json.loads((path / 'checkpoints' / '6' / 'meta' / 'metadata').read_text())['config']
     workdir.write_json(path / 'config.json', copy)
     assert loop.train(tiny_config(**CONFIG), path)['step'] == 6

@@ -42,19 +42,19 @@ def test_the_divergence_and_its_gradient_are_those_of_the_formula():
 
 
 @pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp('distillation') / 'teacher'
-    loop.train(tiny_config(model__num_layers=3), path)
-    return path
+def teacher(tiny_run):
+    return tiny_run
 
 
 def config(teacher, **fields):
-    return tiny_config(distillation__teacher=str(teacher), distillation__weight=0.7, model__num_layers=1, **fields)
+    """Of a student that is narrower than its teacher."""
+    fields = {'model__num_layers': 1, 'model__query_key_dim': 8, **fields}
+    return tiny_config(distillation__teacher=str(teacher), distillation__weight=0.7, **fields)
 
 
 @pytest.mark.slow
 def test_a_student_that_is_its_teacher_has_no_loss_of_its_own(teacher):
-    run = Run.from_config(loop.resolve(tiny_config(model__num_layers=3)))
+    run = Run.from_config(loop.resolve(tiny_config(model__num_layers=1)))
     params = read_state(teacher).params
     batch = next(run.objective.train_batches(run.config.data, tokenizer=run.tokenizer, seed=0))
     distilled = Distilled(run.objective, run.model, params, 1.0, 2.0)
@@ -76,7 +76,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_of_its_own(teacher):
 @pytest.mark.slow
 def test_a_distilled_run_resumes_bitwise(teacher, tmp_path):
     loop.train(config(teacher), tmp_path / 'run')
-    plain = loop.train(tiny_config(model__num_layers=1), tmp_path / 'plain')
+    plain = loop.train(tiny_config(model__num_layers=1, model__query_key_dim=8), tmp_path / 'plain')
     assert plain['train']['loss'] != read_metrics(tmp_path / 'run')[-2]['loss']
     path = shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
     shutil.rmtree(path / 'checkpoints' / '6')

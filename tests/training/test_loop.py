@@ -20,11 +20,9 @@ tiny_config = functools.partial(tiny.tiny_config, model__num_layers=1)
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def finished(tiny_run):
     """A run of 6 steps that nothing disturbed."""
-    path = tmp_path_factory.mktemp('runs') / 'finished'
-    loop.train(tiny_config(), path)
-    return path
+    return tiny_run
 
 
 def copy_until(finished, path, step):

@@ -12,7 +12,7 @@ from gau.training import evaluate, loop
 from gau.training.quantization import quantised
 from tests.models.tiny import make, tokens
 from tests.numerics import max_error
-from tests.training.test_commands import run
+from tests.programs import call
 from tests.training.tiny import read_metrics, tiny_config
 
 pytest.importorskip('qwix', reason='requirements-compress.txt')
@@ -55,7 +55,7 @@ def test_activations_are_rounded_too_and_gradients_go_through():
 def test_a_run_trains_and_is_read_with_it(tmp_path):
     loop.train(tiny_config(quantization='int8', steps=5), tmp_path / 'run')
     evaluate.evaluate(tmp_path / 'run')
-    code, out, err = run('scripts/sample.py', f'--workdir={tmp_path / "run"}', '--prompt=x')
+    code, out, err = call('scripts/sample.py', f'--workdir={tmp_path / "run"}', '--prompt=x')
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert 'quantization=int8 is not decoded; scripts/compress.py --method=rounded' in err
     assert read_metrics(tmp_path / 'run')[-1]['loss'] < 5.7
