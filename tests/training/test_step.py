@@ -30,7 +30,9 @@ def batch():
     return {'inputs': jnp.array(tokens), 'targets': jnp.array(tokens), 'weights': jnp.array(weights)}
 
 
-@pytest.mark.parametrize(('objective', 'accumulation_steps'), [('lm', 2), ('mlm', 4)])
+@pytest.mark.parametrize(
+    ('objective', 'accumulation_steps'), [pytest.param('lm', 2, marks=pytest.mark.slow), ('mlm', 4)]
+)
 def test_micro_batches_add_up_to_the_batch(batch, objective, accumulation_steps):
     whole, params = metrics_and_params(1, batch, objective=objective)
     assert whole['tokens'] == batch['weights'].sum()
