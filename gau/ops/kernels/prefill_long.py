@@ -119,7 +119,7 @@ class LongBlock(NamedTuple):
         from gau.ops.kernels.prefill_long_triton import prefill_states_kernel
 
         (batch, groups), dtype, spec = self.state_scale_BG.shape, self.x_BTD.dtype, self.spec
-        tiles = fit(tile_sizes.STATES[str(dtype)], block_c=spec.chunk_size, block_e=expanded)
+        tiles = fit(tile_sizes.PREFILL_STATES[str(dtype)], block_c=spec.chunk_size, block_e=expanded)
         across = cdiv(expanded, tiles.block_e)
         length = cdiv(groups, min(cdiv(tiles.min_warps, batch * across * tiles.num_warps), groups))
         parts = cdiv(groups, length)

@@ -318,11 +318,17 @@ PREFILL = {
     'bfloat16': PrefillTiles(128, 256, 32, 64, 8, 3, 64, 64, 128, 4, 3, 64, 128, 64, 64, 4, 4),
     'float32': PrefillTiles(32, 32, 16, 32, 4, 1, 32, 32, 64, 4, 1, 32, 32, 32, 32, 4, 1),
 }
-# Of long blocks there are more rows for the output's tiles. Not timed with such tiles of z.
+# Of long blocks: more rows for the output's tiles, and tiles of z with all columns, each an SM's half, which are the
+# fastest of five (LOG.md, L67).
 PREFILL_LONG = {
-    'bfloat16': PREFILL['bfloat16']._replace(output_m=128, block_out=256, output_warps=8, output_stages=3),
+    'bfloat16': PREFILL['bfloat16']._replace(
+        block_m=64, block_h=64, num_warps=4, output_m=128, block_out=256, output_warps=8, output_stages=3
+    ),
     'float32': PREFILL['float32'],
 }
+# Their scan. All columns of keys are read again for each block_e of values: with the tiles of STATES both launches of
+# 16,384 tokens take 160 us, with these 126.
+PREFILL_STATES = {'bfloat16': STATES['bfloat16']._replace(block_e=64), 'float32': STATES['float32']}
 
 
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------

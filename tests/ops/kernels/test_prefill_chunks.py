@@ -43,8 +43,8 @@ def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
     case, _, more = case.partition('; ')
     shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
     # A long block is cut into parts of two chunks and one.
-    tiles = {name: tiles._replace(min_warps=120) for name, tiles in tile_sizes.STATES.items()}
-    monkeypatch.setattr(tile_sizes, 'STATES', tiles)
+    tiles = {name: tiles._replace(min_warps=120, block_e=32) for name, tiles in tile_sizes.PREFILL_STATES.items()}
+    monkeypatch.setattr(tile_sizes, 'PREFILL_STATES', tiles)
     spec, groups = SPECS[case]._replace(window=chunks), 3 if reader == 'short' else 5
     t = groups * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
