@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> None:
     lines, means = [], []
     for path in map(Path, arguments):
         found = attention_ranks.read(path) if path.suffix == '.jsonl' else _measure(path)
+        for name in {line['workdir'] for line in found} & {line['workdir'] for line in lines}:
+            raise UserError(f'two models are called {name}')
         lines += found
         for name, group in itertools.groupby(found, key=lambda line: line['workdir']):
             layers = list(group)

@@ -6,10 +6,10 @@
 A run is called by the last part of its directory's name. It may still be going on.
 """
 
-import statistics
 from pathlib import Path
 
 import _root  # noqa: F401
+import numpy as np
 from absl import flags
 
 from gau import cli, plots
@@ -36,7 +36,7 @@ def main() -> None:
     print(f'{"run":{width}} {"steps":>9} {"last loss":>10} {"mean difference":>16} {"largest":>9}   from the first')
     for name, curve in losses.items():
         differences = [abs(curve[step] - first[step]) for step in curve if step in first]
-        distance = f'{statistics.fmean(differences):16.4f} {max(differences):9.4f}' if differences else f'{"-":>16}'
+        distance = f'{np.mean(differences):16.4f} {np.max(differences):9.4f}' if differences else f'{"-":>16}'
         last = max(curve)
         print(f'{name:{width}} {last:9,} {curve[last]:10.4f} {distance}')
     print(f'written: {output}')

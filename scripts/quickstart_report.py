@@ -1,7 +1,6 @@
 """The end of the quickstart: a sample, and five lines: what was reached, against what, where it lies, what is next."""
 
 import bz2
-import json
 import lzma
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, strict_json
 
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 
@@ -24,8 +23,8 @@ def main() -> None:
 
     workdir = Path(flags.FLAGS.workdir)
     run, params, step = load_run(workdir)
-    result = json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
-    parameters = json.loads((workdir / 'final.json').read_text())['parameters']
+    result = strict_json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
+    parameters = strict_json.loads((workdir / 'final.json').read_text())['parameters']
     written = generation.sample(
         run.model,
         params,

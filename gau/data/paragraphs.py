@@ -74,11 +74,10 @@ def chunks(documents: Sequence[np.ndarray], size: int) -> Chunks:
     """Cuts documents into chunks of at most `size` tokens that end with a paragraph wherever one ends in them.
 
     A chunk takes whole paragraphs as long as they fit; one that is longer than a chunk is cut, and its rest begins the
-    next chunk. Where none is that long, no choice among the paragraphs' ends gives fewer chunks.
+    next chunk. Where none is that long, no choice among the paragraphs' ends gives fewer chunks. Some document has a
+    token.
     """
     lengths = np.array([length for document in documents for length in _cut(document, size)], np.float64)
-    if not lengths.size:
-        raise UserError('the texts have no tokens')
     total, sizes = lengths.sum(), np.array([size / 8, size / 4, size / 2, size])
     places = sizes[np.searchsorted(sizes, lengths)]
     return Chunks(
@@ -105,8 +104,14 @@ def _cut(paragraphs: np.ndarray, size: int) -> Iterator[int]:
 
 
 def table(documents: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
-    """Returns the lines of a table, a chunk size each, beside fixed chunks and windows of two of half the size."""
-    lengths = np.concatenate(documents)
+    """Returns the lines of a table, a chunk size each, beside fixed chunks and windows of two of half the size.
+
+    Raises:
+      UserError: the documents have no tokens.
+    """
+    lengths = np.concatenate([np.array([], np.int64), *documents])
+    if not lengths.size:
+        raise UserError('the texts have no tokens')
     quartiles = ', '.join(f'{x:,.0f}' for x in np.quantile(lengths, (0.25, 0.5, 0.75, 0.95)))
     lines = [
         f'{lengths.size:,} paragraphs of {lengths.mean():,.0f} tokens (quartiles and 95 %: {quartiles})',

@@ -25,6 +25,8 @@ RANKS = {
     'AV': 'what attention reads, all heads side by side',
     'UAV': 'the same after the gate, if there is one: what the output layer reads',
 }
+# What else a line has that is shown.
+_ABOUT = ('workdir', 'step', 'model', 'gate', 'tokens', 'width', 'layer', 'heads')
 # Name of a layer's output projection. How far A V may be from what attention gave, over its size.
 _OUT, _TOLERANCE = 'out', 1e-3
 
@@ -94,8 +96,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = [strict_json.loads(line) for line in path.read_text().splitlines()]
-        if not lines or any(name not in line for line in lines for name in ('workdir', 'layer', *RANKS)):
-            raise ValueError('lines without ranks')
+        if not lines or any(not isinstance(line, dict) for line in lines):
+            raise ValueError('want a JSON object for each layer')
+        missing = {name for line in lines for name in (*_ABOUT, *RANKS) if name not in line}
+        if missing:
+            raise ValueError(f'a line has no {", ".join(sorted(missing))}')
     except (OSError, ValueError) as error:
         raise UserError(f'{path} cannot be read as the ranks of layers: {error}') from error
     return lines

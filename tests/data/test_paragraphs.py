@@ -46,6 +46,8 @@ def test_paragraphs_of_texts(tmp_path):
     assert len(paragraphs.table([np.array([10, 7, 4])], [16, 32]).splitlines()) == 4
 
 
-def test_no_tokens():
+# Of no document, as of empty ones alone, and of a document without a paragraph.
+@pytest.mark.parametrize('documents', [[], [np.array([], np.int64)]], ids=['none', 'empty'])
+def test_no_tokens(documents):
     with pytest.raises(UserError, match='no tokens'):
-        paragraphs.chunks([np.array([], np.int64)], 8)
+        paragraphs.table(documents, [8])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gau.errors import UserError
-from gau.experiments.attention_ranks import effective_rank, matrices, readable
+from gau.experiments.attention_ranks import effective_rank, matrices, read, readable
 from gau.training import loop
 from gau.training.config import resolve
 from tests.models.tiny import compile_fast, make, tokens
@@ -99,9 +99,14 @@ def test_what_was_measured_is_read_again_and_drawn(tmp_path):
     assert out.count('flash_quad, gate silu') == 2
     assert ['gau', '5.5', '3.0', '7.0'] in [line.split() for line in out.splitlines()]
     assert (tmp_path / 'ranks.png').stat().st_size > 1000
-    (tmp_path / 'ranks.jsonl').write_text('{"workdir": "gau"}\n')
-    code, _, err = call('scripts/attention_ranks.py', f'{tmp_path}/ranks.jsonl')
+    code, _, err = call('scripts/attention_ranks.py', f'{tmp_path}/ranks.jsonl', f'{tmp_path}/ranks.jsonl')
     assert (code, err.count('\n')) == (2, 1), err
+    assert 'two models are called' in err
+    without_model = {name: value for name, value in lines[0].items() if name != 'model'}
+    for text in ('3', '[1]', '{"workdir": "gau"}', json.dumps(without_model), ''):
+        (tmp_path / 'ranks.jsonl').write_text(text + '\n')
+        with pytest.raises(UserError, match='cannot be read as the ranks of layers'):
+            read(tmp_path / 'ranks.jsonl')
 
 
 def test_no_work_directory_is_one_line():
