@@ -47,6 +47,8 @@ def gradient_of_added(
 ) -> Array:
     """Returns the gradient of k^T v, of what each chunk adds to the states, [B, G, F, E].
 
+    In a window of two it holds anything in the last two chunks, where it is zeros.
+
     Args:
       q_BGCF: queries of the states.
       dmixed_BGCE: gradient of q state_scale M.

@@ -139,7 +139,10 @@ def _factor_gradients(
     """
     rows = 'BGF' if carry_mask_BGK.shape[-1] > 1 else 'BG'
     dtype = carry_mask_BGK.dtype
-    dcarry = jnp.einsum(f'BGFE,BGFE->{rows}', states_BGFE, dkv_BGFE, preferred_element_type=dtype)
+    # The first chunk has zeros to carry on, and nobody reads what the last ones would.
+    both_BGFE = (x[:, 1 : x.shape[1] - window] for x in (states_BGFE, dkv_BGFE))
+    dcarry = jnp.einsum(f'BGFE,BGFE->{rows}', *both_BGFE, preferred_element_type=dtype)
+    dcarry = jnp.pad(dcarry, [(0, 0), (1, window)] + [(0, 0)] * (dcarry.ndim - 2))
     read_BG = jnp.einsum('BGCF,BGCF->BG', *queries, preferred_element_type=dtype)
     # By the state that is read.
     read_BG = jnp.pad(read_BG[:, window - 1 :], ((0, 0), (0, window - 1)))

@@ -18,7 +18,8 @@ A sequence of two chunks may do without states (`gau.ops.kernels.chunk_pairs`). 
 
 With WINDOW 2 weights a [C, 2 C] are on the chunk before and on the own one, and a chunk reads the state that the chunk
 before would read with WINDOW 1; those of the first chunk of a sequence on the chunk before are not read. Causal, and
-with CROSS_CHUNK 0: in the place of the state a sequence of two chunks then has nothing.
+with CROSS_CHUNK 0: in the place of the state a sequence of two chunks then has nothing. What chunks add that nobody
+reads, the last two, has no gradient, and dkv is not written there: of the four chunks of 512 tokens that is half of it.
 
 Bytes are of size base (E = 1,536, S = 128, C = 256), causal, with 65,536 tokens in bfloat16, every array counted once:
 one of [N, E] has 201 MB, the states m 101 MB, the weights a 34 MB, q, k and the other columns of p 17 MB each. A layer
@@ -188,17 +189,23 @@ def states_gradient_kernel(
     first = part * length
     count = tl.minimum(first + length, G) - first
     state_scale = 1.0
-    for i in range(0, count * blocks):
+    # In a window of two nobody reads the last state. What reads the first one, which is zeros, adds to no other.
+    begin = tl.where(part == PARTS - 1, (WINDOW - 1) * blocks, 0)
+    end = (count - 1) * blocks + tl.where(part == 0, 1, blocks)
+    for i in range(begin, end):
         step = first + count - 1 - i // blocks
         g = tl.where(direction == 0, step, G - 1 - step)
         chunk = (batch * G + g).to(tl.int64)
         row = (i % blocks) * BLOCK_C + c
+        is_read = True
         if WINDOW == 2:
             # The state that this chunk would read alone is read by the next one.
-            row = tl.where(g + 1 < G, row + C, 2 * C)
+            row += C
+            is_read = g < G - 2
         if i % blocks == 0:
             state *= state_scale
-            store_tile(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
+            if is_read:
+                store_tile(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
             state *= _load_carry(carry_mask_ptr, chunk * (F // S) + direction, s, L) / state_scale
         q = load_tile(q_ptr + chunk * C * F + direction * S, row, s, F, WINDOW * C, S)  # [BC, BS]
@@ -269,7 +276,10 @@ def value_and_weight_gradient_kernel(
         number -= across * (across_a + across_f)
         row, col = number // across_f, number % across_f
         v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
+        end = E
+        if WINDOW == 2:
+            end = tl.where(chunk % G < G - 2, E, 0)
+        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
     else:
         _store_value_gradient(
             p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
@@ -318,7 +328,9 @@ def _store_value_gradient(
         end = tl.where(chunk % G < G - 1, 2 * C, C)
     # What others made of these values, and what their own chunk made, in one loop.
     reader, source, width = chunk, chunk, F
-    if CROSS_CHUNK > 0:
+    if WINDOW == 2:
+        width = F * (chunk % G < G - 2).to(tl.int32)
+    elif CROSS_CHUNK > 0:
         source = chunk ^ 1
         reader, _, width = _what_is_read(source, G, F, WINDOW, CROSS_CHUNK)
     blocks = tl.cdiv(width, BLOCK_K)
