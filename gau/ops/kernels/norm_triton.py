@@ -63,23 +63,25 @@ def scale_norm_gradient_kernel(
     g = tl.load(g_ptr)
     dg = tl.zeros((BLOCK_R,), tl.float32)
     dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if BIAS:
+    if BIAS and not GATE:
         bias = load_tile(bias_ptr, tl.arange(0, 1), d, D, None, cols)  # [1, BD]
     dw = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if GATE:
-        w = load_tile(w_ptr, tl.arange(0, 1), d, D, None, cols).to(tl.float32)  # [1, BD]
     for start in range(tl.program_id(0) * BLOCK_R, ROWS, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         s = load_tile(x_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
         if BIAS:
-            s += bias
+            if GATE:
+                # From the cache for every tile, as w is: the sums of dw need the registers.
+                s += load_tile(bias_ptr, tl.arange(0, 1), d, D, None, cols)  # [1, BD]
+            else:
+                s += bias
         dh = load_tile(dh_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
         dresidual = load_tile(dresidual_ptr, row, d, D, rows, cols).to(tl.float32)  # [BR, BD]
         r = 1 / tl.sqrt(tl.sum(s * s, axis=1) / D + EPSILON)  # [BR]
         if GATE:
             dlogit = tl.load(dlogit_ptr + row, mask=row < ROWS, other=0.0)[:, None]  # [BR, 1]
             dw += dlogit * (s * (g * r)[:, None]).to(dh_ptr.dtype.element_ty).to(tl.float32)
-            dh += dlogit * w
+            dh += dlogit * load_tile(w_ptr, tl.arange(0, 1), d, D, None, cols).to(tl.float32)  # [1, BD]
         along = tl.sum(dh * s, axis=1)  # [BR]
         ds = (g * r)[:, None] * dh - (g * r * r * r * along / D)[:, None] * s
         dg += along * r

@@ -218,8 +218,8 @@ class RowSumTiles(NamedTuple):
 NORM = RowTiles(numbers=4096, num_warps=4, num_stages=1)
 # Five programs for each SM, as many as its registers hold at once at a width of 768 in bfloat16.
 NORM_GRADIENT = RowSumTiles(numbers=2048, num_warps=4, num_stages=1, max_programs=660)
-# With the logits of a gate 125 registers, so four programs.
-NORM_GRADIENT_GATE = RowSumTiles(numbers=2048, num_warps=4, num_stages=1, max_programs=528)
+# With the logits of a gate 64 registers, so eight programs. (2,048 numbers take 125, and four programs.)
+NORM_GRADIENT_GATE = RowSumTiles(numbers=1024, num_warps=4, num_stages=1, max_programs=1056)
 # The numbers of half a row: the kernels have a tile for each half.
 QUERIES_KEYS = RowTiles(numbers=2048, num_warps=4, num_stages=1)
 # A thread holds four numbers of each of 18 sums, 168 registers in all at four roles; with twice as many they spill.
