@@ -11,6 +11,8 @@ from jax import Array
 
 # Steps that are one matrix of products of factors.
 BLOCK = 64
+# Up to so many steps one follows the other: the compiler makes one operation of them and of what is around them.
+FEW = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -25,6 +27,11 @@ def recurrence(factor_BGL: Array, x_BGL: Array, reverse: bool = False) -> Array:
     if reverse:
         return jnp.flip(recurrence(*(jnp.flip(x, axis=1) for x in (factor_BGL, x_BGL))), axis=1)
     batch, groups, columns = x_BGL.shape
+    if groups <= FEW:
+        steps = [x_BGL[:, 0]]
+        for g in range(1, groups):
+            steps.append(factor_BGL[:, g] * steps[-1] + x_BGL[:, g])
+        return jnp.stack(steps, axis=1)
     size = min(groups, BLOCK)
     blocks = -(-groups // size)
     padding = ((0, 0), (0, blocks * size - groups), (0, 0))

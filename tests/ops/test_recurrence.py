@@ -9,11 +9,12 @@ from gau.ops import recurrence as module
 from gau.ops.recurrence import recurrence
 
 
-@pytest.mark.parametrize('groups', [1, 3, 4, 18])
+@pytest.mark.parametrize('groups', [1, 2, 3, 4, 18])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_values_and_gradients(groups, reverse, monkeypatch):
     # Blocks of blocks of blocks.
     monkeypatch.setattr(module, 'BLOCK', 4)
+    monkeypatch.setattr(module, 'FEW', 2)
     keys = jax.random.split(jax.random.key(groups), 3)
     factor, x, dy = (jax.random.normal(key, (2, groups, 3), jnp.float64) for key in keys)
     # Where it begins anew.
