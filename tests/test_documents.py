@@ -11,8 +11,9 @@ from tests.conftest import ROOT
 
 WRITTEN_BY_PROGRAMS = {'tpu_v4_64.md'}
 PAGES = [ROOT / 'README.md', ROOT / 'LOG.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
-# LOG.md speaks of files and commands as they were.
-CURRENT = [page for page in PAGES if page.name != 'LOG.md']
+# The log speaks of files and commands as they were.
+LOG = [ROOT / 'LOG.md', *sorted((ROOT / 'docs/log').glob('*.md'))]
+CURRENT = [page for page in PAGES if page not in LOG]
 COMMON_FLAGS = (ROOT / 'gau/cli.py').read_text()
 
 
@@ -32,11 +33,15 @@ def test_readme_is_one_page():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize('page', CURRENT, ids=name)
-def test_links_and_named_files_exist(page):
-    text = page.read_text()
-    for target in re.findall(r'\]\((?!https?:)([^)#]+)', text):
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)', page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('page', CURRENT, ids=name)
+def test_named_files_exist(page):
+    text = page.read_text()
     for path in re.findall(r'`((?:configs|gau|scripts|tests|docs)/[\w./*]+)`', text):
         assert list(ROOT.glob(path.replace('NAME', '*'))), path
 
@@ -62,6 +67,22 @@ def test_commands_have_the_flags_and_fields_that_exist(page):
                     field = field[part]
             else:
                 assert f"'{flag}'" in source or f"'{flag}'" in COMMON_FLAGS, f'{script} {word}'
+
+
+def test_entries_of_the_log_are_found_by_their_ids():
+    # Headings are `## L42 · date · question`; the index of LOG.md says of those elsewhere on which page they are.
+    entries = [(number, page) for page in LOG for number in re.findall(r'^## (L\d\d+) · ', page.read_text(), re.M)]
+    places = dict(entries)
+    assert len(places) == len(entries) >= 66
+    index = dict(re.findall(r'^- \[?(L\d\d+)(?:\]\((\S+)\))?, \d+ \w+: ', LOG[0].read_text(), re.M))
+    assert {number: name(page) for number, page in entries if page != LOG[0]} == {
+        number: page for number, page in index.items() if page
+    }
+    assert index.keys() == places.keys(), 'every entry has a line in the index of LOG.md'
+    # What is said to be in the log is there.
+    sources = [path for room in ('gau', 'configs', 'scripts', 'tests') for path in (ROOT / room).rglob('*.py')]
+    for path in [*PAGES, *sources]:
+        assert set(re.findall(r'\bL[0-6]\d\b(?!_)', path.read_text())) <= places.keys(), path
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
