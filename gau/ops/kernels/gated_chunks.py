@@ -24,8 +24,6 @@ from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, fit
 
-# The output that a kernel does not write.
-_NOTHING = jax.ShapeDtypeStruct((1,), jnp.float32)
 # How the matrix units round the factors of a float32 matmul: not at all.
 PRECISION = 'ieee'
 
@@ -97,7 +95,9 @@ def _backward(causal, residuals, do_BGCE):
         read, results = (kt_BGFC, states, dmixed_BGCE, dkv_BGFE), [q_BGCF, k_BGCF]
     else:
         read = states, v_BGCE, dmixed_BGCE, dmixed_BGCE
-        results = [states if sizes.cross_chunk else _NOTHING, _NOTHING]
+        # Of the type of the others: the kernel has one place where it stores da, dq and dk.
+        nothing = jax.ShapeDtypeStruct((1,), a_BGCM.dtype)
+        results = [states if sizes.cross_chunk else nothing, nothing]
     dp_BGCW, dbias_v, da_BGCM, dq, dk = _gradients(
         sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read, dp_of_gate), [a_BGCM, *results], causal=causal
     )

@@ -246,40 +246,39 @@ def value_and_weight_gradient_kernel(
     squares: tl.constexpr = across * (across_a + across_f * (2 if CROSS_CHUNK == 0 else 1))
     number = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
-    if number < across * across_a:
-        row, col = number // across_a, number % across_a
-        end = E
-        if CAUSAL:
-            # Above the diagonal are zeros.
-            end = tl.where(col <= row + (WINDOW - 1) * across, E, 0)
-        before = 0
-        if WINDOW == 2:
-            # As they are where there is no chunk before.
-            before = (col < across).to(tl.int32)
-            end = tl.where((before == 1) & (chunk % G == 0), 0, end)
-            col %= across
-        dmixed_ptr, v_ptr = dmixed_ptr + chunk * C * E, v_ptr + (chunk - before) * C * E
-        da_ptr += chunk * C * WINDOW * C + (WINDOW - 1 - before) * C
-        _store_matmul(dmixed_ptr, v_ptr, da_ptr, row, col, end, C, C, E, WINDOW * C, PRECISION, SIDE, INNER)
-    elif number < across * (across_a + across_f):
-        number -= across * across_a
-        row, col = number // across_f, number % across_f
-        reader, source, width = _what_is_read(chunk, G, F, WINDOW, CROSS_CHUNK)
-        dmixed_ptr, m_ptr, dq_ptr = dmixed_ptr + chunk * C * E, m_ptr + source * F * E, dq_ptr + reader * C * F
-        if WINDOW == 2:
-            end = tl.where(width > 0, E, 0)
-            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
-        # The first of two chunks may read nothing, and then has no place in dq.
-        elif width > 0:
-            _store_matmul(dmixed_ptr, m_ptr, dq_ptr, row, col, E, C, F, E, F, PRECISION, SIDE, INNER)
-    elif number < squares:
-        number -= across * (across_a + across_f)
-        row, col = number // across_f, number % across_f
-        v_ptr, dkv_ptr, dk_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E, dk_ptr + chunk * C * F
-        end = E
-        if WINDOW == 2:
-            end = tl.where(chunk % G < G - 2, E, 0)
-        _store_matmul(v_ptr, dkv_ptr, dk_ptr, row, col, end, C, F, E, F, PRECISION, SIDE, INNER)
+    if number < squares:
+        # One loop for the three of them: each of its own would have shared memory of its own.
+        x_ptr, y_ptr, end = dmixed_ptr + chunk * C * E, v_ptr + chunk * C * E, E
+        if number < across * across_a:
+            row, col = number // across_a, number % across_a
+            if CAUSAL:
+                # Above the diagonal are zeros.
+                end = tl.where(col <= row + (WINDOW - 1) * across, E, 0)
+            before = 0
+            if WINDOW == 2:
+                # As they are where there is no chunk before.
+                before = (col < across).to(tl.int32)
+                end = tl.where((before == 1) & (chunk % G == 0), 0, end)
+                col %= across
+            y_ptr = v_ptr + (chunk - before) * C * E
+            z_ptr, width, stride = da_ptr + chunk * C * WINDOW * C + (WINDOW - 1 - before) * C, C, WINDOW * C
+        elif number < across * (across_a + across_f):
+            number -= across * across_a
+            row, col = number // across_f, number % across_f
+            reader, source, read = _what_is_read(chunk, G, F, WINDOW, CROSS_CHUNK)
+            y_ptr, z_ptr, width, stride = m_ptr + source * F * E, dq_ptr + reader * C * F, F, F
+            end = tl.where(read > 0, E, 0)
+            if WINDOW == 1:
+                # The first of two chunks may read nothing, and then has no place in dq.
+                width = tl.where(read > 0, F, 0)
+        else:
+            number -= across * (across_a + across_f)
+            row, col = number // across_f, number % across_f
+            x_ptr, y_ptr = v_ptr + chunk * C * E, dkv_ptr + chunk * F * E
+            z_ptr, width, stride = dk_ptr + chunk * C * F, F, F
+            if WINDOW == 2:
+                end = tl.where(chunk % G < G - 2, E, 0)
+        _store_matmul(x_ptr, y_ptr, z_ptr, row, col, end, width, stride, C, E, PRECISION, SIDE, INNER)
     else:
         _store_value_gradient(
             p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
@@ -289,21 +288,23 @@ def value_and_weight_gradient_kernel(
 
 @triton.jit
 def _store_matmul(
-    x_ptr, y_ptr, z_ptr, row, col, end,
-    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
+    x_ptr, y_ptr, z_ptr, row, col, end, width, stride,
+    ROWS: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of z = x y^T, [ROWS, COLS] in rows of STRIDE, of x [ROWS, E] and y [COLS, E] up to column `end`."""
+    """Stores a tile of z = x y^T, [ROWS, width] in rows of `stride`, of x [ROWS, E] and y [width, E] up to `end`."""
     i = row * SIDE + tl.arange(0, SIDE)
     j = col * SIDE + tl.arange(0, SIDE)
+    is_row, is_col = i < ROWS, j < width
     z = tl.zeros((SIDE, SIDE), tl.float32)
     for start in range(0, end, INNER):
         e = start + tl.arange(0, INNER)
-        x = load_tile(x_ptr, i, e, E, ROWS, E)  # [SIDE, INNER]
-        y = load_tile(y_ptr, j, e, E, COLS, E)  # [SIDE, INNER]
+        is_e = (e < E)[None, :]
+        x = tl.load(x_ptr + i[:, None] * E + e[None, :], mask=is_row[:, None] & is_e, other=0.0)  # [SIDE, INNER]
+        y = tl.load(y_ptr + j[:, None] * E + e[None, :], mask=is_col[:, None] & is_e, other=0.0)  # [SIDE, INNER]
         # [SIDE, INNER] @ [INNER, SIDE]
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
-    store_tile(z_ptr, z, i, j, STRIDE, ROWS, COLS)
+    z_ptr += i[:, None] * stride + j[None, :]
+    tl.store(z_ptr, z.to(z_ptr.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
 
-    python -m tests.ops.kernels.compile_for_cuda decode|prefill|window|softmax
+    python -m tests.ops.kernels.compile_for_cuda decode|prefill|chunks|softmax
 
 Prints a line for each kernel: its name, the bytes of its machine code and those of its shared memory.
 """
@@ -130,18 +130,19 @@ def prompts():
         prefill_gated_chunks(zeros(1, 4 * C, D), found, table, state | more, position=position, spec=spec)
 
 
-def window_of_two_chunks():
-    """The kernels of FLASH's training at size base, with the changes for weights on two chunks."""
-    bias_P = zeros(4 * C - 1, dtype='float32')
-    queries_keys = [zeros(1, 4 * C, S)] * 4
-    p, bias_2E, gate = zeros(1, 4 * C, 2 * E + S), zeros(2, E, dtype='float32'), zeros(1, 4 * C, S, dtype='float32')
-
-    def attend(p, bias_2E, *queries_keys):
-        fields = {'spec': SPEC._replace(window=2), 'bias_P': bias_P, 'gate_BNL': gate}
-        return gated_mixed_chunk(p, bias_2E, *queries_keys, **fields)
-
-    o, pull = jax.vjp(attend, p, bias_2E, *queries_keys)
-    pull(o)
+def chunks():
+    """The kernels of FLASH's training at size base: with states, in two chunks without, and windows of two chunks."""
+    bias_2E, bias_P = zeros(2, E, dtype='float32'), zeros(4 * C - 1, dtype='float32')
+    two_ways = SPEC._replace(causal=False)
+    for n, spec, gated in (
+        *((4 * C, SPEC, False), (4 * C, two_ways, False), (2 * C, SPEC, False), (2 * C, two_ways, False)),
+        *((4 * C, SPEC._replace(window=2), True), (2 * C, SPEC._replace(window=2), False)),
+    ):
+        p, queries_keys = zeros(1, n, 2 * E + S), [zeros(1, n, S)] * 4
+        fields = {'spec': spec, 'bias_P': bias_P if spec.window == 2 else bias_P[: 2 * C - 1]}
+        fields['gate_BNL'] = zeros(1, n, S, dtype='float32') if gated else None
+        o, pull = jax.vjp(lambda *x, fields=fields: gated_mixed_chunk(*x, **fields), p, bias_2E, *queries_keys)
+        pull(o)
 
 
 def softmax():
@@ -160,5 +161,5 @@ if __name__ == '__main__':
     compat.triton_call = compile_only
     decode_row.streaming_multiprocessors = lambda: 132
     with jax.disable_jit():
-        what = {'decode': decode, 'prefill': prompts, 'window': window_of_two_chunks, 'softmax': softmax}
+        what = {'decode': decode, 'prefill': prompts, 'chunks': chunks, 'softmax': softmax}
         what[sys.argv[1]]()

@@ -26,7 +26,7 @@ from tests.conftest import ROOT
             ],
         ),
         (
-            'window',
+            'chunks',
             ['weights', 'states', 'output', 'states_gradient', 'value_and_weight_gradient', 'weights_gradient'],
         ),
         ('softmax', ['log_sums', 'weights', 'weights_gradient', 'gate_gradient']),
@@ -43,6 +43,9 @@ def test_kernels_compile_for_an_h100(what, wanted):
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    lines = [line.split() for line in done.stdout.splitlines()]
+    # What an H100 has; newer compilers gave branches of their own to loops that had shared it.
+    assert all(int(shared) <= 232_448 for _, _, shared in lines), done.stdout
+    compiled = {name for name, _, _ in lines}
     scans = {'add_parts_kernel', 'states_kernel', 'states_gradient_kernel'} if what == 'decode' else set()
     assert {f'{name}_kernel' for name in wanted} | scans <= compiled
