@@ -294,17 +294,14 @@ def _store_matmul(
     """Stores a tile of z = x y^T, [ROWS, width] in rows of `stride`, of x [ROWS, E] and y [width, E] up to `end`."""
     i = row * SIDE + tl.arange(0, SIDE)
     j = col * SIDE + tl.arange(0, SIDE)
-    is_row, is_col = i < ROWS, j < width
     z = tl.zeros((SIDE, SIDE), tl.float32)
     for start in range(0, end, INNER):
         e = start + tl.arange(0, INNER)
-        is_e = (e < E)[None, :]
-        x = tl.load(x_ptr + i[:, None] * E + e[None, :], mask=is_row[:, None] & is_e, other=0.0)  # [SIDE, INNER]
-        y = tl.load(y_ptr + j[:, None] * E + e[None, :], mask=is_col[:, None] & is_e, other=0.0)  # [SIDE, INNER]
+        x = load_tile(x_ptr, i, e, E, ROWS, E)  # [SIDE, INNER]
+        y = load_tile(y_ptr, j, e, E, width, E)  # [SIDE, INNER]
         # [SIDE, INNER] @ [INNER, SIDE]
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
-    z_ptr += i[:, None] * stride + j[None, :]
-    tl.store(z_ptr, z.to(z_ptr.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
+    store_tile(z_ptr, z, i, j, stride, ROWS, width)
 
 
 @triton.jit
