@@ -22,9 +22,10 @@ Result = dict[str, Any]
 
 # Of the device's memory, for the state: parameters and one step's arrays want the rest.
 STATE_SHARE = 0.75
-# Tokens written for one sample, and samples.
+# Tokens written for one sample; at least so many samples, and more while they take less than so many seconds.
 STEPS = {'full': 64, 'quick': 16}
-SAMPLES = {'full': 7, 'quick': 3}
+SAMPLES = {'full': (7, 25), 'quick': (3, 3)}
+SECONDS = 1.0
 # Copies of an array in one sample of the rate of memory.
 COPIES = 10
 # As large as parameters are at the start, so that activations stay finite.
@@ -84,7 +85,7 @@ def measure_memory(cell: Cell, result: Result) -> None:
     x = _random(jax.ShapeDtypeStruct((cell.context * 2**18,), 'float32'))
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     seconds = []
-    for sample in range(SAMPLES[cell.effort] + 1):
+    for sample in range(SAMPLES[cell.effort][0] + 1):
         jax.block_until_ready(x)
         started = time.perf_counter()
         for _ in range(COPIES):
@@ -130,7 +131,10 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
         raise UserError(f'out of memory: {needed / 2**30:.0f} GiB of state')
     state = jax.tree.map(_random, abstract)
     seconds, launch_seconds = [], []
-    for sample in range(SAMPLES[cell.effort] + 1):
+    least, most = SAMPLES[cell.effort]
+    for sample in range(most + 1):
+        if len(seconds) >= least and sum(seconds) > SECONDS:
+            break
         state['position'] = jnp.full_like(state['position'], position)
         jax.block_until_ready(state)
         started = time.perf_counter()

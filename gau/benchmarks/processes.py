@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gau.benchmarks.cells import MATMUL, MEMORY, PASSES, RATES, SHARED, Cell
 
 Result = dict[str, Any]
@@ -132,7 +134,8 @@ def merge(cell: Cell, results: Sequence[Result]) -> Row:
     tokens = row.pop('tokens')
     row['tokens_per_second'] = tokens / median
     stem, steps = ('step_ms', 1) if cell.benchmark in PASSES else ('ms_per_token', tokens / cell.batch_size)
-    for name, value in (('', median), ('_min', min(seconds)), ('_max', max(seconds))):
+    p10, p90 = np.quantile(seconds, (0.1, 0.9)).tolist()
+    for name, value in (('', median), ('_min', min(seconds)), ('_p10', p10), ('_p90', p90), ('_max', max(seconds))):
         row[stem + name] = 1000 * value / steps
     if 'bytes_per_step' in row:
         row['bytes_per_second'] = 1000 * row['bytes_per_step'] / row[stem]

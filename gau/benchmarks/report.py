@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gau.benchmarks.cells import MATMUL, PASSES, RATES, label
+from gau.benchmarks.cells import MATMUL, PASSES, RATES, SHARED, label
 
 Row = dict[str, Any]
 
@@ -26,10 +26,10 @@ _PICTURES = {
 }
 _HEADS = {
     'passes': 'context step ms     min-max k tok/s  MFU rate    GiB   plan comp s',
-    'decoding': 'context batch ms/token       min-max  k tok/s  state MiB  GB/s rate',
+    'decoding': 'context batch ms/token       p10-p90  k tok/s  state MiB  MB/step  GB/s rate',
 }
-_DECODING_LEGEND = """GB/s: bytes that a step must read, parameters and what its rows look back on, over its time; rate:
-over the rate of memory."""
+_DECODING_LEGEND = """p10-p90: all but the fastest and the slowest tenth of the samples. MB/step: bytes that a step must
+read, parameters and what its rows look back on; GB/s: over its time; rate: over the rate of memory."""
 _LEGEND = """k tok/s: thousand tokens a second. MFU: model FLOPs over the data sheet's peak; rate: over the
 matrix rate. GiB: peak of the device's memory; plan: what the compiler planned. comp s: compiling."""
 
@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
     blocks += [rate_line(row)[:WIDTH] for row in rows if row['benchmark'] in RATES]
     if any(row['benchmark'] in PASSES for row in rows):
         blocks.append(_LEGEND)
-    if any(row['benchmark'] == 'decode' for row in rows):
+    if any(row['benchmark'] in SHARED for row in rows):
         blocks.append(_DECODING_LEGEND)
     blocks += [_kernels(row) for row in rows if row.get('profile')]
     return '\n\n'.join(blocks)
@@ -109,11 +109,12 @@ def _decoding(row: Row) -> str:
         return f'{text}  {_cut(row["error"], 30):30} {state:>10}'
     # Reading is a thousand times as fast as writing.
     digits = 3 if row['ms_per_token'] >= 0.1 else 4
-    median, least, most = (f'{row["ms_per_token" + end]:.{digits}f}' for end in ('', '_min', '_max'))
+    median, least, most = (f'{row["ms_per_token" + end]:.{digits}f}' for end in ('', '_p10', '_p90'))
     speed = _short(row['tokens_per_second'] / 1000)
+    size = _or_dash(row.get('bytes_per_step') and row['bytes_per_step'] / 1e6, '.0f')
     memory = _or_dash(row.get('bytes_per_second') and row['bytes_per_second'] / 1e9, '.0f')
     share = _or_dash(row.get('share_of_memory_rate'), '.2f')
-    return f'{text} {median:>8} {f"{least}-{most}":>13} {speed:>8} {state:>10} {memory:>5} {share:>4}'
+    return f'{text} {median:>8} {f"{least}-{most}":>13} {speed:>8} {state:>10} {size:>8} {memory:>5} {share:>4}'
 
 
 _SHARES = (('mfu', 4), ('share_of_matrix_rate', 4))

@@ -44,6 +44,7 @@ def test_a_row_is_the_median_over_the_samples_of_all_rounds():
     )
     assert row['step_ms'] == pytest.approx(200)
     assert (row['step_ms_min'], row['step_ms_max']) == pytest.approx((100, 400))
+    assert (row['step_ms_p10'], row['step_ms_p90']) == pytest.approx((140, 360))
     assert row['tokens_per_second'] == pytest.approx(65_536 / 0.2)
     assert row['round_ms'] == pytest.approx([200, 300])
     assert (row['rounds'], row['samples'], row['peak_bytes'], row['host_ms']) == (2, 5, 7, 1.0)
