@@ -14,8 +14,8 @@ Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what
 with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
 `convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
 contexts), `shifted_forms` (other rates, and what goes with them), and `best` (what configs/lm.py took from all this,
-against Transformer++), `books` (the same on books); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds
-seeds to a table.
+against Transformer++), `books` (the same on books), `far_books` (books, 32,768 tokens of context: with chunks read
+exactly and without); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -23,7 +23,8 @@ NVIDIA H200 that four runs share.
 Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p
 0.008) and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`,
 `causes`, `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`,
-`keys`: quality_keys.md. Not run yet: `far`, `books`, `base_best`, rates, softmax and FLASH-Quad of `shifted_forms`.
+`keys`: quality_keys.md. Not run yet: `far`, `far_books`, `books`, `base_best`, rates, softmax and FLASH-Quad of
+`shifted_forms`.
 """
 
 from collections.abc import Iterator
@@ -227,6 +228,18 @@ def sweep_books() -> Iterator[Overrides]:
     """Whole books (`prepare_data.py --output=data/books`), 8,192 tokens of context: the models of `best`."""
     for point in list(sweep_best())[:2]:
         yield {**point, 'name': point['name'].replace('8192', 'books'), ':data': 'tokens:data/books'}
+
+
+def sweep_far_books() -> Iterator[Overrides]:
+    """Whole books, 32,768 tokens of context: FLASH of `best`, without RoPE between chunks, with chunks read exactly.
+
+    A mean of keys that are rotated by where they stand says less of what is in a chunk.
+    """
+    flash = {**next(sweep_best()), ':context': 32_768, ':data': 'tokens:data/books', 'name': 'flash'}
+    local = {**flash, 'model.rope': 'local'}
+    yield {**local, 'name': 'rope_local_far_4', 'model.far_chunks': 4}
+    yield flash
+    yield {**local, 'name': 'rope_local'}
 
 
 def sweep_forms() -> Iterator[Overrides]:
