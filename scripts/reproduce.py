@@ -3,9 +3,12 @@
     python scripts/reproduce.py branches --budget=tiny              minutes on two CPU cores: shows that it works
     python scripts/reproduce.py branches --budget=small --source='jsonl:wiki/*.jsonl.gz' --per_device=4
     python scripts/reproduce.py branches --budget=paper --dry_run   what it would run and cost
+    python scripts/reproduce.py branches --budget=small --kept=docs/results ...   what is kept there is not run again
+    python scripts/reproduce.py --missing --budget=small            which runs of all tables are not kept yet
 
 Tables are the programs in configs/paper, whose docstrings say what each asks. What is done is not done again: the same
-command goes on. The steps are commands of their own and are printed as they are run.
+command goes on. The steps are commands of their own and are printed as they are run. A table is made from nothing,
+unless --kept says where there are finished runs: those that fit, of whatever table, are taken, and only the others run.
 """
 
 import importlib
@@ -22,6 +25,7 @@ from gau.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / 'configs' / 'paper'
+RESULTS = ROOT / 'docs' / 'results'
 PIECES = 32_000
 
 _BUDGET = flags.DEFINE_enum(
@@ -34,29 +38,42 @@ _TOKENIZER = flags.DEFINE_string(
     'tokenizer', None, f'To prepare it with; default: a SentencePiece model of {PIECES:,} pieces, trained.'
 )
 _PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device, see scripts/sweep.py.', lower_bound=1)
+_KEPT = flags.DEFINE_list('kept', [], 'Where finished runs are kept that need not be made again, see scripts/sweep.py.')
+_MISSING = flags.DEFINE_boolean(
+    'missing', False, 'Print which runs of the tables given, or of all, are not in --kept (default: docs/results).'
+)
+_CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run and --missing estimate.')
+_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
 
 
 def main(arguments: list[str]) -> int:
-    """Makes one table."""
-    names = {path.stem for path in PROGRAMS.glob('*.py')} - {'__init__', 'budgets'}
+    """Makes one table, or says what is missing from all."""
+    names = sorted({path.stem for path in PROGRAMS.glob('*.py')} - {'__init__', 'budgets'})
+    for name in arguments:
+        if name not in names:
+            raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
+    if _MISSING.value:
+        return _missing(list(dict.fromkeys(arguments or names)))
     if len(arguments) != 1:
-        raise UserError(f'want one table: {", ".join(sorted(names))}')
+        raise UserError(f'want one table: {", ".join(names)}')
     (name,) = arguments
-    if name not in names:
-        raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
     module = importlib.import_module(f'configs.paper.{name}')
     table = module.TABLE
     budget = _BUDGET.value
     workdir = _WORKDIR.value or f'runs/{name}_{budget}'
     program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
     source = module.get_config(f'budget={budget}').data.source
+    if _KEPT.value:
+        program.append(f'--kept={",".join(_KEPT.value)}')
     if _DRY_RUN.value:
         if not _is_there(source):
+            if _KEPT.value:
+                return _missing([name])
             # Of the data the cost only knows the vocabulary: that which they would be prepared with.
             program[0] += ',data=embedded'
             program.append(f'--vocab_size={PIECES}')
-        return _run('sweep.py', *program, '--dry_run')
+        return _run('sweep.py', *program, '--dry_run', f'--chip={_CHIP.value}', f'--utilisation={_UTILISATION.value}')
     _prepare(source, budget)
     code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
     if code:
@@ -64,6 +81,27 @@ def main(arguments: list[str]) -> int:
     output = _OUTPUT.value or f'{workdir}/report'
     report = [f'--{flag}={value}' for flag, value in table.flags(budget).items()]
     return _run('report.py', workdir, f'--title={table.title}', f'--output={output}', *report)
+
+
+def _missing(names: list[str]) -> int:
+    """Prints the runs of tables that are not kept; needs no data."""
+    # Imported late: tables of runs bring pandas.
+    from gau.experiments import kept, plan
+    from gau.experiments.sweep import Program, find_points
+
+    budget, tables = _BUDGET.value, {}
+    source = importlib.import_module(f'configs.paper.{names[0]}').get_config(f'budget={budget}').data.source
+    is_there = _is_there(source)
+    for name in names:
+        table = importlib.import_module(f'configs.paper.{name}').TABLE
+        argument = f'budget={budget}' if is_there else f'budget={budget},data=embedded'
+        tables[name] = find_points(Program(str(PROGRAMS / f'{name}.py'), argument), table.sweep(budget))
+    found = kept.load([Path(path) for path in _KEPT.value] or [RESULTS])
+    missed, matches = kept.missing(tables, found, source=None if is_there else source)
+    how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': None if is_there else PIECES}
+    print(plan.missing(tables, missed, **how))
+    print(matches.told())
+    return 0
 
 
 def _prepare(source: str, budget: str) -> None:

@@ -4,6 +4,7 @@
     python scripts/sweep.py --config=FILE --sweep=NAME,seed --dry_run            what it would run and cost
     python scripts/sweep.py --config=FILE --sweep=NAME --compile_check=v4:2x2x1  whether each point fits
     python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --point=3   one point, for job arrays
+    python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --kept=docs/results   what is kept is not run again
     python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --executor=ray   on a Ray cluster
 
 A sweep is a generator `sweep_NAME` of the config program; `seed` is always there, and any field of the config is one:
@@ -15,7 +16,8 @@ stopped by SIGINT / SIGTERM.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import _root  # noqa: F401
@@ -28,12 +30,16 @@ from gau.experiments import plan
 from gau.experiments.sweep import Point, Program, find_points
 
 if TYPE_CHECKING:
+    from gau.experiments.kept import Matches
     from gau.experiments.runner import Runner
 
 _SWEEP = flags.DEFINE_string('sweep', None, 'Sweeps: "," product, "+" union; NAME:ARGUMENT, FIELD:VALUE:VALUE.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; each point has its own below it.')
 _PER_DEVICE = flags.DEFINE_integer('per_device', 1, 'Runs that share a device and its memory.', lower_bound=1)
 _POINT = flags.DEFINE_integer('point', None, 'Run this point alone, by its number from 0 (see --dry_run).')
+_KEPT = flags.DEFINE_list(
+    'kept', [], 'Files of kept runs, directories of them, sweeps: points that these hold count as finished.'
+)
 _EXECUTOR = flags.DEFINE_enum(
     'executor', 'local', ['local', 'ray'], 'This machine, or the Ray cluster of RAY_ADDRESS or of this machine.'
 )
@@ -63,16 +69,21 @@ def main() -> int:
         raise UserError(
             f'--sweep={_SWEEP.value}: every point is refused, the first ({points[0].name}) because {points[0].error}'
         )
-    print(plan.describe(program, points), flush=True)
+    matches = _matches(points)
+    answers = matches.points if matches else [None] * len(points)
+    kept = {point.name: found.path for point, found in zip(points, answers, strict=True) if found}
+    print(plan.describe(program, points, kept), flush=True)
+    if matches:
+        print(matches.told(), flush=True)
     if _DRY_RUN.value:
         how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': _VOCAB_SIZE.value}
-        print('\n' + plan.costs(points, **how))
+        print('\n' + plan.costs(points, **how, kept=kept))
         return 0
     if _COMPILE_CHECK.value is not None:
         return plan.compile_check(program, accepted, _COMPILE_CHECK.value, vocab_size=_VOCAB_SIZE.value)
     if _WORKDIR.value is None:
         raise UserError('--workdir=DIR must be given')
-    return _run(program, points)
+    return _run(program, points, matches, kept)
 
 
 def _program() -> Program:
@@ -81,7 +92,16 @@ def _program() -> Program:
     return Program(path, argument, dict(config_flags.get_override_values(flag)))
 
 
-def _run(program: Program, points: list[Point]) -> int:
+def _matches(points: list[Point]) -> 'Matches | None':
+    if not _KEPT.value:
+        return None
+    # Imported late: tables of runs bring pandas.
+    from gau.experiments import kept
+
+    return kept.match(points, kept.load([Path(path) for path in _KEPT.value]))
+
+
+def _run(program: Program, points: list[Point], matches: 'Matches | None', kept: Collection[str]) -> int:
     from gau.experiments.directory import SweepDirectory
     from gau.experiments.display import Display
 
@@ -89,9 +109,13 @@ def _run(program: Program, points: list[Point]) -> int:
     directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, accepted)
     make = _runner()
     directory.claim()
+    if matches:
+        from gau.experiments.kept import write
+
+        write(points, matches, directory.path)
     chosen = accepted if _POINT.value is None else [points[_POINT.value]]
     with Display(plan.weights(chosen)) as display:
-        runner = make(program, chosen, directory, tell=display.tell, show=display.show)
+        runner = make(program, chosen, directory, tell=display.tell, show=display.show, kept=kept)
         code = runner.run()
     refused = len(points) - len(accepted)
     print(plan.outcome(runner.tasks, refused=refused if _POINT.value is None else 0))

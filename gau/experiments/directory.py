@@ -4,6 +4,7 @@ DIR/sweep.json      the command and, for each point, its overrides and resolved 
 DIR/attempts.jsonl  a line for each time that a point was started: command, commit, device, how it ended
 DIR/POINT/          the work directory of a run (see gau.training.workdir)
 DIR/POINT.log       what it printed
+DIR/kept.jsonl      finished runs from elsewhere that count as points (see gau.experiments.kept)
 """
 
 import fcntl
@@ -23,6 +24,7 @@ from gau.training.config import differences
 
 SWEEP = 'sweep.json'
 ATTEMPTS = 'attempts.jsonl'
+KEPT_RUNS = 'kept.jsonl'
 # Of a metrics file only the end is read: it grows while it is looked at.
 _TAIL_BYTES = 2**16
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gau.experiments.directory import Progress
-from gau.experiments.runner import ELSEWHERE, FAILED, FINISHED, RUNNING, WAITING, Task
+from gau.experiments.runner import ELSEWHERE, FAILED, FINISHED, KEPT, RUNNING, WAITING, Task
 
-_COLOURS = {RUNNING: 'cyan', FINISHED: 'green', FAILED: 'red', WAITING: 'dim', ELSEWHERE: 'yellow'}
+_COLOURS = {RUNNING: 'cyan', FINISHED: 'green', KEPT: 'green', FAILED: 'red', WAITING: 'dim', ELSEWHERE: 'yellow'}
 # What is looked for first stands first when not all fits.
-_ORDER = (FAILED, RUNNING, ELSEWHERE, WAITING, FINISHED)
+_ORDER = (FAILED, RUNNING, ELSEWHERE, WAITING, FINISHED, KEPT)
 _PLAIN_SECONDS = 60.0
 # Lines of the terminal that are not rows of the table.
 _FRAME = 8
@@ -72,7 +72,7 @@ class Display:
         for task in tasks:
             if task.state == FAILED:
                 continue
-            share = 1.0 if task.state == FINISHED else _share(progress.get(task.name))
+            share = 1.0 if task.state in (FINISHED, KEPT) else _share(progress.get(task.name))
             done += share * self._weights[task.name]
             left += (1 - share) * self._weights[task.name]
         now = time.monotonic()

@@ -4,23 +4,34 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gau.errors import UserError, did_you_mean
-from gau.experiments.cost import cost
+from gau.experiments.cost import Cost, cost
 from gau.experiments.directory import ROOT
-from gau.experiments.runner import FAILED, FINISHED, Task
+from gau.experiments.runner import FAILED, FINISHED, KEPT, Task
 from gau.experiments.sweep import Point, Program, changes
 from gau.training.config import flatten
 
+if TYPE_CHECKING:
+    from gau.experiments.kept import Missing
 
-def describe(program: Program, points: Sequence[Point]) -> str:
-    """Returns the points by number: what each sets, what changes with it, and which ones the config refuses.
+
+def describe(program: Program, points: Sequence[Point], kept: Mapping[str, Path] | None = None) -> str:
+    """Returns the points by number: what each sets, what changes with it, which are kept and which ones are refused.
 
     Changes are told against the program's own config, or, if that one is refused, against the first accepted point.
     What a seed changes is told only where the seed is all that changes.
+
+    Args:
+      program: that the points are of.
+      points: all of them.
+      kept: where the finished run of a point is kept, by its name.
     """
+    kept = kept or {}
     try:
         base, against = program.config({}), 'the config without a sweep'
     except UserError:
@@ -30,7 +41,7 @@ def describe(program: Program, points: Sequence[Point]) -> str:
     lines = [f'{len(points)} points; changes against {against}:']
     told = set()
     for number, point in enumerate(points):
-        head = f'{number:>3}  {point.name}'
+        head = f'{number:>3}  {point.name}' + (f'  KEPT in {kept[point.name]}' if point.name in kept else '')
         if point.config is None:
             lines.append(f'{head}  REFUSED: {point.error}')
             continue
@@ -45,7 +56,14 @@ def describe(program: Program, points: Sequence[Point]) -> str:
     return '\n'.join(lines)
 
 
-def costs(points: Sequence[Point], *, chip: str, utilisation: float, vocab_size: int | None = None) -> str:
+def costs(
+    points: Sequence[Point],
+    *,
+    chip: str,
+    utilisation: float,
+    vocab_size: int | None = None,
+    kept: Mapping[str, Path] | None = None,
+) -> str:
     """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
 
     Args:
@@ -53,42 +71,92 @@ def costs(points: Sequence[Point], *, chip: str, utilisation: float, vocab_size:
       chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
       utilisation: share of the chip's peak that training is taken to reach.
       vocab_size: to count with; None: each point's tokenizer's.
+      kept: points of which a run is kept, by name: they cost nothing any more.
 
     Raises:
       UserError: an unknown chip.
     """
-    # Imported late: it imports JAX.
-    from gau.training.throughput import PEAK_FLOPS
-
-    aliases = {name.removeprefix('TPU ').replace(' lite', 'e'): name for name in PEAK_FLOPS}
-    name = aliases.get(chip, chip)
-    if name not in PEAK_FLOPS:
-        raise UserError(f'--chip={chip} is unknown{did_you_mean(chip, PEAK_FLOPS)}')
+    chip, peak = _chip(chip)
     rows = [['', 'point', 'parameters', 'steps', 'tokens', 'FLOPs', 'hours']]
     hours = []
     for number, point in enumerate(points):
         if point.config is None:
             continue
         found = cost(point.config, vocab_size=vocab_size)
-        hours.append(found.hours(PEAK_FLOPS[name], utilisation))
-        rows.append(
-            [
-                str(number),
-                point.name,
-                f'{found.parameters:,}',
-                _or_dash(found.steps, ',d'),
-                _or_dash(found.tokens, ',d'),
-                _or_dash(found.flops, '.3g'),
-                _or_dash(hours[-1], '.3g'),
-            ]
-        )
+        is_kept = kept is not None and point.name in kept
+        if not is_kept:
+            hours.append(found.hours(peak, utilisation))
+        last = 'kept' if is_kept else _or_dash(hours[-1], '.3g')
+        rows.append([str(number), point.name, f'{found.parameters:,}', *_size(found), last])
+    return f'{aligned(rows)}\n{"all" if not kept else "what is not kept"}: {_hours(hours, chip, peak, utilisation)}'
+
+
+def missing(
+    tables: Mapping[str, Sequence[Point]],
+    missed: Sequence['Missing'],
+    *,
+    chip: str,
+    utilisation: float,
+    vocab_size: int | None = None,
+) -> str:
+    """Returns the runs that are missing from tables with what they cost, and below them how many each table lacks.
+
+    A line is a point with its missing seeds: hours are of all of them, steps, tokens and FLOPs of one run.
+
+    Args:
+      tables: all their points, by name.
+      missed: what is not kept of them.
+      chip, utilisation, vocab_size: see `costs`.
+
+    Raises:
+      UserError: an unknown chip.
+    """
+    chip, peak = _chip(chip)
+    rows = [['table', 'point', 'seeds', 'steps', 'tokens', 'FLOPs', 'hours', 'also of']]
+    seeds: dict[tuple, list[Point]] = {}
+    for point, asking in missed:
+        seeds.setdefault((*asking, point.label), []).append(point)
+    hours = []
+    for (table, *others, label), own in seeds.items():
+        found = cost(own[0].config, vocab_size=vocab_size)
+        one = found.hours(peak, utilisation)
+        hours += [one] * len(own)
+        names = ' '.join(str(point.config.seed) for point in own)
+        rows.append([table, label, names, *_size(found), _or_dash(one and one * len(own), '.3g'), ', '.join(others)])
+    lacking = Counter(table for one in missed for table in one.tables)
+    sizes = {table: sum(point.config is not None for point in points) for table, points in tables.items()}
+    counts = [['table', 'points', 'kept', 'missing']]
+    counts += [[table, str(size), str(size - lacking[table]), str(lacking[table])] for table, size in sizes.items()]
+    if len(tables) > 1:
+        size, lack = sum(sizes.values()), sum(lacking.values())
+        counts.append(['all', str(size), str(size - lack), str(lack)])
+    total = f'{len(missed)} different runs are missing: {_hours(hours, chip, peak, utilisation)}'
+    listed = aligned(rows, left=(0, 1, 2, 7)) + '\n\n' if missed else ''
+    return f'{listed}{aligned(counts, left=(0,))}\n\n{total}'
+
+
+def _chip(name: str) -> tuple[str, float]:
+    """Returns the full name of a chip and its peak in FLOP/s."""
+    # Imported late: it imports JAX.
+    from gau.training.throughput import PEAK_FLOPS
+
+    aliases = {full.removeprefix('TPU ').replace(' lite', 'e'): full for full in PEAK_FLOPS}
+    full = aliases.get(name, name)
+    if full not in PEAK_FLOPS:
+        raise UserError(f'--chip={name} is unknown{did_you_mean(name, PEAK_FLOPS)}')
+    return full, PEAK_FLOPS[full]
+
+
+def _size(found: Cost) -> list[str]:
+    return [_or_dash(found.steps, ',d'), _or_dash(found.tokens, ',d'), _or_dash(found.flops, '.3g')]
+
+
+def _hours(hours: Sequence[float | None], chip: str, peak: float, utilisation: float) -> str:
     known = [value for value in hours if value is not None]
-    total = (
-        f'all: {sum(known):.3g} hours on one {name} at {utilisation:.0%} of its peak of {PEAK_FLOPS[name]:.3g} FLOP/s'
-    )
+    total = f'{sum(known):.3g} hours on one {chip} at {utilisation:.0%} of its peak of {peak:.3g} FLOP/s'
     if len(known) < len(hours):
         total += f', without {len(hours) - len(known)} points whose epochs only the data can count'
-    return f'{aligned(rows)}\n{total}; compiling, evaluating and saving are not in it'
+    return f'{total}; compiling, evaluating and saving are not in it'
 
 
 def weights(points: Sequence[Point]) -> dict[str, float]:
@@ -129,18 +197,20 @@ def compile_check(program: Program, points: Sequence[Point], topology: str, *, v
 
 def outcome(tasks: Sequence[Task], *, refused: int) -> str:
     """Returns what became of the points, in a line, and below it why some have failed."""
-    finished = sum(task.state == FINISHED for task in tasks)
-    lines = [f'{finished} of {len(tasks)} points are finished' + (f', {refused} were refused' if refused else '')]
+    finished = sum(task.state in (FINISHED, KEPT) for task in tasks)
+    kept = sum(task.state == KEPT for task in tasks)
+    line = f'{finished} of {len(tasks)} points are finished' + (f', {kept} of them kept runs' if kept else '')
+    lines = [line + (f', {refused} were refused' if refused else '')]
     lines += [f'{task.name} failed {task.attempts} times, {task.error}' for task in tasks if task.state == FAILED]
     return '\n'.join(lines)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells in columns: names to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (1,)) -> str:
+    """Returns rows of cells in columns: those of names (`left`) to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return '\n'.join(
         '  '.join(
-            cell.ljust(width) if column == 1 else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

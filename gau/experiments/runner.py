@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,8 @@ POLL_SECONDS = 0.3
 SAME_SIGNAL_SECONDS = 1.0
 
 WAITING, RUNNING, ELSEWHERE, FINISHED, FAILED = 'waiting', 'running', 'elsewhere', 'finished', 'failed'
+# A finished run of it was there before the sweep (`gau.experiments.kept`).
+KEPT = 'kept'
 
 
 @dataclasses.dataclass
@@ -25,7 +27,7 @@ class Task:
 
     Attributes:
       point: what to run.
-      state: one of the five above; `elsewhere`: another process trains in its work directory.
+      state: one of those above; `elsewhere`: another process trains in its work directory.
       attempts: times it was started by this command.
       place: of the last one.
       error: the last line of the last failure, or ''.
@@ -58,6 +60,7 @@ class Runner(abc.ABC):
         *,
         tell: Callable[[str], None],
         show: Callable[[Sequence[Task], dict[str, Progress]], None],
+        kept: Collection[str] = (),
     ):
         """Prepares; nothing is started yet.
 
@@ -67,10 +70,11 @@ class Runner(abc.ABC):
           directory: claimed.
           tell: is given a line when something has happened.
           show: is given all tasks, and how far each is, a few times a second.
+          kept: names of points that have a finished run elsewhere, and are not run.
         """
         self._program, self._directory = program, directory
         self._tell, self._show = tell, show
-        self.tasks = [Task(point) for point in points]
+        self.tasks = [Task(point, KEPT if point.name in kept else WAITING) for point in points]
         # Started seed by seed: a sweep that is stopped has something of every row, and other seeds than the first find
         # what that one has compiled.
         self._queue = sorted(self.tasks, key=lambda task: task.point.config.seed)
@@ -105,7 +109,7 @@ class Runner(abc.ABC):
                 signal.signal(number, handler)
         if self._signum:
             return 128 + self._signum
-        return 0 if all(task.state == FINISHED for task in self.tasks) else 1
+        return 0 if all(task.state in (FINISHED, KEPT) for task in self.tasks) else 1
 
     @abc.abstractmethod
     def _fill(self) -> None:
@@ -123,7 +127,7 @@ class Runner(abc.ABC):
         return [task for task in self.tasks if task.handle is not None]
 
     def _open(self, task: Task) -> bool:
-        return task.state not in (FINISHED, FAILED)
+        return task.state not in (FINISHED, KEPT, FAILED)
 
     def _look(self, task: Task) -> Progress:
         self._progress[task.name] = self._directory.progress(task.name)

@@ -15,7 +15,7 @@ from gau import strict_json
 from gau.data import config as data_config
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
-from gau.experiments.directory import SWEEP, read_starts
+from gau.experiments.directory import KEPT_RUNS, SWEEP, read_starts
 from gau.training import workdir as files
 from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
 
@@ -71,7 +71,8 @@ class Run(NamedTuple):
 def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Returns the finished runs in work directories, directories of sweeps and files of kept runs, and the unfinished.
 
-    Files may overlap, as those kept of a sweep that has grown since do: a run that several hold counts once.
+    Files may overlap, as those kept of a sweep that has grown since do: a run that several hold counts once, whatever
+    they call it. What a sweep took from elsewhere (its kept.jsonl) counts where it has not run the point itself.
 
     Raises:
       UserError: a directory holds neither a run nor a sweep, a file cannot be read, or one of them is given twice.
@@ -85,12 +86,16 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             workdirs = _workdirs(path)
             finished = [workdir for workdir in workdirs if files.read_final(workdir) is not None]
             own = [read(workdir) for workdir in finished]
-            unfinished += [workdir.name for workdir in workdirs if workdir not in finished]
+            done = {workdir.name for workdir in finished}
+            taken = [run for run in _taken(path) if run.name not in done]
+            own += taken
+            done |= {run.name for run in taken}
+            unfinished += [workdir.name for workdir in workdirs if workdir.name not in done]
         for workdir in workdirs:
             if workdir.resolve() in seen:
                 raise UserError(f'{workdir} is given twice')
             seen.add(workdir.resolve())
-        runs |= {json.dumps([run.name, run.config, run.metrics], sort_keys=True): run for run in own}
+        runs |= {json.dumps([run.config, run.metrics], sort_keys=True): run for run in own}
     return list(runs.values()), unfinished
 
 
@@ -103,6 +108,14 @@ def _workdirs(directory: Path) -> list[Path]:
     if not workdirs:
         raise UserError(f'{directory} holds neither a run nor a sweep')
     return workdirs
+
+
+def _taken(sweep: Path) -> list[Run]:
+    """Returns the runs that a sweep took from elsewhere."""
+    path = sweep / KEPT_RUNS
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    return [_renewed(run) for run in load(path)[0]]
 
 
 def _renewed(run: Run) -> Run:
@@ -128,7 +141,6 @@ def read(workdir: Path) -> Run:
     rows = pd.DataFrame(files.read_metrics(workdir / files.METRICS))
     point, attempts = _of_sweep(workdir)
     overrides = point.get('overrides', {})
-    fields = [path for path in overrides if path != 'seed']
     identities = dict(final.get('data') or _data_of_checkpoint(workdir))
     train = rows[rows['split'] == 'train']
     facts = {
@@ -147,12 +159,18 @@ def read(workdir: Path) -> Run:
     return Run(
         name=workdir.resolve().name,
         label=point.get('label', workdir.resolve().name),
-        swept=None if not point or any(path.startswith(':') for path in fields) else fields,
+        swept=swept_fields(overrides) if point else None,
         config=flat(config),
         metrics=final['eval'],
         curves=_curves(rows, tokens_per_step(config)),
         facts=facts,
     )
+
+
+def swept_fields(overrides: Iterable[str]) -> list[str] | None:
+    """Returns the fields that a sweep set, without the seed; None where it set arguments of the program."""
+    fields = [path for path in overrides if path != 'seed']
+    return None if any(path.startswith(':') for path in fields) else fields
 
 
 def dump(runs: Sequence[Run], header: dict[str, Any]) -> str:

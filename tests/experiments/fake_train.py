@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import flags
 
 from gau import cli
+from gau.data import tokenizers
 from gau.errors import UserError
 from gau.training import workdir as files
 
@@ -32,8 +33,7 @@ def main() -> int:
     if config.optimizer.learning_rate == 5:
         raise UserError('learning rate 5 is bad input')
     with files.claim(workdir, config):
-        if not (workdir / files.CONFIG).exists():
-            files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
+        files.keep_config(workdir, config)
         (workdir / '.pid').write_text(str(os.getpid()))
         rows = files.read_metrics(workdir / files.METRICS)
         starts = workdir / '.starts'
@@ -44,7 +44,8 @@ def main() -> int:
             raise RuntimeError('as it should')
         with (workdir / files.METRICS).open('a') as file:
             for step in range(len(rows) + 1, config.steps + 1):
-                row = {'step': step, 'split': 'train', 'loss': loss(config, step), 'tokens_per_second': 1000.0}
+                row = {'step': step, 'split': 'train', 'loss': loss(config, step)}
+                row |= {'tokens_per_second': 1000.0, 'step_seconds': 0.1}
                 file.write(json.dumps(row) + '\n')
                 file.flush()
                 while step == hold and not stopped and not (workdir.parent / 'release').exists():
@@ -53,6 +54,8 @@ def main() -> int:
                     print(f'saved at step {step}')
                     return 143
         final = {'step': config.steps, 'eval': {'valid': {'loss': loss(config, config.steps)}}}
+        final |= {'device': 'none', 'versions': {}, 'parameters': 1, 'flops_per_token': 1.0}
+        final |= {'data': {'tokenizer': tokenizers.load(config.data.tokenizer).fingerprint}}
         files.write_json(workdir / files.FINAL, final)
     return 0
 
