@@ -148,28 +148,31 @@ class LongBlock(NamedTuple):
         def like(*shape, dtype=jnp.float32):
             return jax.ShapeDtypeStruct(shape, dtype)
 
+        values = like(rows, expanded, dtype=dtype)
         # Where there is one part nobody reads them.
         ends = factors = self.old['sum']
+        made_v_RE = self.old['v']
         if parts > 1:
-            ends, _, factors, _ = launch(
+            ends, _, factors, made_v_RE = launch(
                 prefill_states_kernel,
-                *(*inputs, ends, factors),
-                outputs=[like(batch, parts, inner, expanded), like(1), like(2, batch, parts), like(1)],
-                grid=(across, parts - 1, batch),
+                *(*inputs, ends, factors, made_v_RE),
+                outputs=[like(batch, parts, inner, expanded), like(1), like(2, batch, parts), values],
+                grid=(across, parts, batch),
                 ENDS=True,
                 **fields,
             )
+            values = like(1, dtype=dtype)
         m_BGSE, sum_BSE, count, v_RE = launch(
             prefill_states_kernel,
-            *(*inputs, ends, factors),
+            *(*inputs, ends, factors, made_v_RE),
             outputs=[
                 like(batch, groups, inner, expanded, dtype=dtype),
                 like(*self.old['sum'].shape),
                 like(batch, 1) if self.gated else like(1),
-                like(rows, expanded, dtype=dtype),
+                values,
             ],
             grid=(across, parts, batch),
             ENDS=False,
             **fields,
         )
-        return m_BGSE, v_RE, {'sum': sum_BSE} | ({'count': count} if self.gated else {})
+        return m_BGSE, v_RE if parts == 1 else made_v_RE, {'sum': sum_BSE} | ({'count': count} if self.gated else {})

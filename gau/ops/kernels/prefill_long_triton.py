@@ -98,7 +98,7 @@ def _store_new(
 @triton.jit
 def prefill_states_kernel(
     p_ptr, scales_ptr, bias_ptr, roles_ptr, before_ptr, length_ptr, state_scale_ptr, logits_ptr,
-    old_sum_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr, ends_ptr, end_factors_ptr,
+    old_sum_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr, ends_ptr, end_factors_ptr, made_v_ptr,
     m_ptr, sum_ptr, count_ptr, v_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
     DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr, MEAN: tl.constexpr, ENDS: tl.constexpr,
@@ -111,19 +111,21 @@ def prefill_states_kernel(
     sum is M[n] for the n chunks that are complete. If GATED each chunk has a d of its own, and count goes as M does,
     with C for k_lin^T v; state_scale is 1 / count.
 
-    Chunks are cut into PARTS, which are scanned side by side. A first launch, ENDS, leaves M at the end of each part,
-    begun with zeros, where m is; the second one finds them at `ends` and begins with what they make together.
+    Chunks are cut into PARTS, which are scanned side by side. If there are several, a first launch, ENDS, makes v and
+    leaves M at the end of each part, begun with zeros, where m is; the second one finds v at `made_v`, and at `ends`
+    what it begins with when it is put together.
 
-    Grid    [E / BLOCK_E, PARTS, B]; if ENDS one part less
+    Grid    [E / BLOCK_E, PARTS, B]
     Tile    M [S, BLOCK_E] in registers, BLOCK_C tokens at a time
-    Reads   of p [R, 2 E] V, with scales [R] and bias [2 E]; of roles [4, R, S] k_lin; before and length [B], chunks
-            before the block and its tokens; state_scale [B, G]; if GATED logits [R]; sum [B, S, E], and with NEAR 2
-            k_lin [B, 2 C, S], v [B, 2 C, E], gate [B, 2 C]; count [B]; ends [B, PARTS, S, E] and factors [2, B, PARTS],
-            of a part's d the product, and count at its end
-    Writes  m [B, G, S, E], the new sum and count, and v = silu(V scale + bias) [R, E]; if ENDS, in their place
-            ends and, into `count`, factors
-    Bytes   16,384 tokens in chunks of 128: V and k_lin, 55 MB, v and m, 101 MB; if ENDS 48 MB and 6 MB
+    Reads   of p [R, 2 E] V, with scales [R] and bias [2 E], or v [R, E]; of roles [4, R, S] k_lin; before and length
+            [B], chunks before the block and its tokens; state_scale [B, G]; if GATED logits [R]; sum [B, S, E], and
+            with NEAR 2 k_lin [B, 2 C, S], v [B, 2 C, E], gate [B, 2 C]; count [B]; ends [B, PARTS, S, E] and factors
+            [2, B, PARTS], of a part's d the product, and count at its end
+    Writes  m [B, G, S, E], the new sum and count; if ENDS, in their place ends and, into `count`, factors; whoever
+            reads V v = silu(V scale + bias) [R, E]
+    Bytes   16,384 tokens in chunks of 128: k_lin and V or v, 55 MB; m, 50 MB, or v and ends, 63 MB
     """
+    makes_v: tl.constexpr = ENDS or PARTS == 1
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     keys: tl.constexpr = None if C % BLOCK_C == 0 else C
     width: tl.constexpr = None if S == BLOCK_S else S
@@ -153,10 +155,8 @@ def prefill_states_kernel(
                 count = count * factor + tl.load(end_factors_ptr + batch * PARTS + place)
     bias = load_tile(bias_ptr, tl.arange(0, 1), E + e, 2 * E, None, 2 * E).to(tl.float32)  # [1, BE]
     first = part * length
-    end = tl.minimum(first + length, G)
-    if not ENDS:
-        # With NEAR 2 the last chunk has no reader here, but values.
-        end += tl.where(part == PARTS - 1, NEAR - 1, 0)
+    # With NEAR 2 the last chunk has no reader here, but values.
+    end = tl.minimum(first + length, G) + tl.where(part == PARTS - 1, NEAR - 1, 0)
     if NEAR == 2:
         if part == 0:
             if not ENDS:
@@ -199,11 +199,13 @@ def prefill_states_kernel(
             product *= decay
         j = (i % blocks) * BLOCK_C + c
         k_lin = load_tile(roles_ptr + (3 * R + row) * S, j, s, S, keys, width)  # [BC, BS]
-        scale = tl.load(scales_ptr + row + j, mask=in_bounds(j, keys), other=0.0)
-        v = load_tile(p_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BC, BE]
-        v = silu(v.to(tl.float32) * scale[:, None] + bias).to(k_lin.dtype)
-        if not ENDS:
+        if makes_v:
+            scale = tl.load(scales_ptr + row + j, mask=in_bounds(j, keys), other=0.0)
+            v = load_tile(p_ptr + row * 2 * E + E, j, e, 2 * E, keys, cols)  # [BC, BE]
+            v = silu(v.to(tl.float32) * scale[:, None] + bias).to(k_lin.dtype)
             store_tile(v_ptr + row * E, v, j, e, E, keys, cols)
+        else:
+            v = load_tile(made_v_ptr + row * E, j, e, E, keys, cols)
         # [BS, BC] @ [BC, BE]
         state = tl.dot(tl.trans(k_lin), v, state, input_precision=PRECISION)
     if ENDS:

@@ -326,9 +326,12 @@ PREFILL_LONG = {
     ),
     'float32': PREFILL['float32'],
 }
-# Their scan. All columns of keys are read again for each block_e of values: with the tiles of STATES both launches of
-# 16,384 tokens take 160 us, with these 126.
-PREFILL_STATES = {'bfloat16': STATES['bfloat16']._replace(block_e=64), 'float32': STATES['float32']}
+# Their scan. All columns of keys are read again for each block_e of values. Two programs of 8 warps share an SM (97 and
+# 126 registers), so that 16,384 tokens of base width, cut into 11 parts, have as many programs as run at once.
+PREFILL_STATES = {
+    'bfloat16': STATES['bfloat16']._replace(block_e=64, num_warps=8, min_warps=2112),
+    'float32': STATES['float32'],
+}
 
 
 # --- decode_cache_triton: one token of each row, keys and values of all tokens ----------------------------------------

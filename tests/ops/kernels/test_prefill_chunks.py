@@ -42,8 +42,9 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
 def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
     case, _, more = case.partition('; ')
     shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
-    # A long block is cut into parts of two chunks and one.
-    tiles = {name: tiles._replace(min_warps=120, block_e=32) for name, tiles in tile_sizes.PREFILL_STATES.items()}
+    # A long block is cut into parts of two chunks and one, or not at all.
+    least = {'block_e': 32, 'num_warps': 4, 'min_warps': 1 if case == 'mean' else 120}
+    tiles = {name: tiles._replace(**least) for name, tiles in tile_sizes.PREFILL_STATES.items()}
     monkeypatch.setattr(tile_sizes, 'PREFILL_STATES', tiles)
     spec, groups = SPECS[case]._replace(window=chunks), 3 if reader == 'short' else 5
     t = groups * C
