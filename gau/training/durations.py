@@ -87,5 +87,10 @@ def in_steps(
     if unit == 'tokens':
         return math.ceil(value / tokens_per_step)
     if unit == 'epochs':
-        return math.ceil(value * tokens_per_epoch() / tokens_per_step)
-    return math.ceil(value / 100 * total_steps)
+        return _rounded_up(value * tokens_per_epoch() / tokens_per_step)
+    return _rounded_up(value / 100 * total_steps)
+
+
+def _rounded_up(steps: float) -> int:
+    # Not for what floats add: 7 / 100 * 100 is a little more than 7.
+    return math.ceil(round(steps, 6))

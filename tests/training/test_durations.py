@@ -15,6 +15,9 @@ def test_units_round_up():
     assert steps(tokens=101) == 2
     assert steps(epochs=2.0) == 21
     assert steps(percent=2.5, total_steps=1000) == 25
+    assert steps(percent=7.0, total_steps=100) == 7  # 7 / 100 * 100 is more than 7 in floats
+    assert steps(epochs=1.2) == 13  # 12.6, rounded up
+    assert steps(epochs=2.2) == 24  # 23.1
 
 
 OUT_OF_RANGE = [{'steps': -1}, {'epochs': float('nan')}, {'epochs': float('inf')}, {'epochs': 1e308}]
