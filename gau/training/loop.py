@@ -29,7 +29,7 @@ from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.lost_process import LostProcess
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
-from gau.training.start import claim, first_state, pin_fork
+from gau.training.start import claim, first_state, keep_origin, pin_fork
 from gau.training.step import TrainState
 from gau.training.throughput import Clock
 
@@ -90,10 +90,9 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
     first = distributed.is_first()
     with ExitStack() as stack:
-        if stack.enter_context(claim(workdir, run)):
-            # Where a run came from is settled when it begins.
-            stored = files.read_config(workdir)
-            config.fork, config.init_from = stored.fork, stored.init_from
+        resumed = stack.enter_context(claim(workdir, run))
+        if resumed:
+            keep_origin(config, files.read_config(workdir))
         else:
             config.fork = distributed.of_first(config.fork or '') or None
         if first:
@@ -101,8 +100,14 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         config_tree = files.config_to_dict(config)
         branch = run.stable_until if run.stable_until < total_steps else None
         saved = stack.enter_context(Checkpoints(workdir, config.checkpoint, keep_step=branch))
-        with distributed.together():
-            state, origin = first_state(run, saved, iterator)
+        try:
+            with distributed.together():
+                state, origin = first_state(run, saved, iterator)
+        except UserError:
+            if first and not resumed:
+                # Else the next command would be taken for one that resumes, and could not correct this one.
+                files.take_back(workdir)
+            raise
         first_step = int(state.step)
         reached = first_step >= total_steps
         final = json.loads(distributed.of_first(json.dumps(files.read_final(workdir)))) if reached else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gau.errors import UserError
+from gau.errors import UserError, warn
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training import workdir as files
@@ -92,6 +92,20 @@ def claim(workdir: Path, run: Run) -> Iterator[bool]:
             if not lock.is_file() or lock.read_text() != token:
                 raise UserError(f'--workdir={workdir} must lie on a file system that all processes share')
         yield token.endswith('1')
+
+
+def keep_origin(config: ConfigDict, stored: ConfigDict) -> None:
+    """Gives a run that has begun the `fork` and `init_from` that it began with, in place; says if others are asked for.
+
+    Places may be others than they were, in a project that has moved: work directories are told apart by their names.
+    """
+    for field in ('fork', 'init_from'):
+        asked, settled = config[field], stored[field]
+        if asked is not None and distributed.is_first():
+            names = [files.checkpoint_of(Path(place))[0].name for place in (asked, settled) if place is not None]
+            if len(names) == 1 or names[0] != names[1]:
+                warn(f'{field}={asked} does nothing: the run began from {settled or stored.fork or "nothing"}')
+        config[field] = settled
 
 
 def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:

@@ -226,6 +226,17 @@ def keep_config(workdir: Path, config: ConfigDict) -> None:
         write_json(workdir / DATA, places.record(config.data, workdir))
 
 
+def take_back(workdir: Path) -> None:
+    """Removes what `keep_config` wrote, so that a run which could not begin can be started in another way."""
+    try:
+        checkpoints_of(workdir).rmdir()
+    except OSError:
+        # It has begun after all.
+        return
+    for name in (CONFIG, DATA):
+        (workdir / name).unlink(missing_ok=True)
+
+
 def with_data_found(workdir: Path, config: ConfigDict) -> ConfigDict:
     """Returns the config of the run in `workdir` with its data where it is now, if the project has moved."""
     recorded = _read_whole(workdir / DATA, 'contents')

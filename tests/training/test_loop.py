@@ -260,6 +260,26 @@ def test_a_fork_that_fails_leaves_nothing_and_can_be_corrected(finished, tmp_pat
     assert not (tmp_path / 'fork').exists()
 
 
+def test_a_fork_of_what_cannot_be_read_can_be_corrected(finished, tmp_path, capsys):
+    parent = copy_until(finished, tmp_path / 'parent', 2)
+    shutil.rmtree(parent / 'checkpoints' / '2' / 'state')
+    with pytest.raises(UserError, match=r'\[2\] are damaged'):
+        loop.train(tiny_config(fork=str(parent / 'checkpoints' / '2')), tmp_path / 'fork')
+    assert {path.name for path in (tmp_path / 'fork').iterdir()} == {'.lock'}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, 'run_to', lambda self, total_steps: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(tiny_config(fork=str(finished / 'checkpoints' / '4')), tmp_path / 'fork')
+    assert (tmp_path / 'fork' / 'checkpoints' / '4').is_dir()
+    # Begun, it goes on from where it is, whatever the command says now.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, 'run_to', lambda self, total_steps: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(tiny_config(fork=str(parent)), tmp_path / 'fork')
+    assert 'warning: fork=' in capsys.readouterr().err
+    assert (tmp_path / 'fork' / 'checkpoints' / '4').is_dir()
+
+
 @pytest.mark.slow
 def test_a_fork_stays_at_the_checkpoint_it_began_from(finished, tmp_path):
     parent = copy_until(finished, tmp_path / 'parent', 2)
