@@ -39,6 +39,10 @@ def find(field: str, name: str, package: str) -> type:
         module = importlib.import_module(module if colon else f'gau.{package}.{name}')
         if not colon:
             attribute = next(own for own in vars(module) if own.lower() == name.replace('_', ''))
-        return getattr(module, attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(module, attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        # (ValueError: there is no name before the colon.)
         raise UserError(f'{field}="{name}" cannot be imported: {error}') from error
+    if not isinstance(found, type):
+        raise UserError(f'{field}="{name}" is no class, but {type(found).__name__}')
+    return found
