@@ -286,6 +286,29 @@ def _complain(error: object, *, code: int = 2) -> int:
     return code
 
 
+def output_file(flag: str) -> Path | None:
+    """Returns the file that a flag names, whose directory is made if there is none yet; None if it names none.
+
+    To be asked before the work whose result goes there.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    value = flags.FLAGS[flag].value
+    if not value:
+        return None
+    path = Path(value)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f'--{flag}={value} cannot be written: {error.strerror}') from error
+    return path
+
+
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:
     """Returns a list flag's values as positive integers; None stays None.
 

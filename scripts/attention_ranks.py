@@ -20,14 +20,15 @@ from gau.errors import UserError
 
 _SEQUENCES = flags.DEFINE_integer('sequences', 8, 'Held-out sequences, over which ranks are averaged.', lower_bound=1)
 _SPLIT = flags.DEFINE_string('split', 'valid', 'Data split.')
-_JSON = flags.DEFINE_string('json', None, 'File to write a JSON line for each layer to.')
-_PLOT = flags.DEFINE_string('plot', None, 'PNG to draw the ranks over the layers into.')
+flags.DEFINE_string('json', None, 'File to write a JSON line for each layer to.')
+flags.DEFINE_string('plot', None, 'PNG to draw the ranks over the layers into.')
 
 
 def main(arguments: list[str]) -> None:
     """Measures, or reads what was measured, and prints."""
     if not arguments:
         raise UserError('want work directories, or files that --json wrote: attention_ranks.py DIR [DIR...]')
+    json_file, plot = cli.output_file('json'), cli.output_file('plot')
     from gau.experiments import attention_ranks
 
     lines, means = [], []
@@ -45,10 +46,10 @@ def main(arguments: list[str]) -> None:
             means.append({'': name} | {x: sum(line[x] for line in layers) / len(layers) for x in attention_ranks.RANKS})
     print('\nMean over layers\n\n' + _table(means))
     print('\n' + '\n'.join(f'{name}: {meaning}' for name, meaning in attention_ranks.RANKS.items()))
-    if _JSON.value:
-        Path(_JSON.value).write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
-    if _PLOT.value:
-        attention_ranks.plot(lines, Path(_PLOT.value))
+    if json_file:
+        json_file.write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
+    if plot:
+        attention_ranks.plot(lines, plot)
 
 
 def _measure(workdir: Path) -> list[dict]:

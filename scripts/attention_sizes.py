@@ -7,8 +7,6 @@ Trains as train.py would, up to the last of the steps, and keeps nothing but the
 step. They are taken on the batch that the step is about to train on, with model.impl=xla.
 """
 
-from pathlib import Path
-
 import _root  # noqa: F401
 from absl import flags
 
@@ -16,14 +14,14 @@ from gau import cli, strict_json
 from gau.errors import UserError
 
 _STEPS = flags.DEFINE_list('steps', ['0', '10', '30', '100'], 'Steps at which to measure; 0 is before the first.')
-_JSON = flags.DEFINE_string('json', None, 'File to write a JSON line for each step to.')
+flags.DEFINE_string('json', None, 'File to write a JSON line for each step to.')
 
 
 def main() -> None:
     """Trains and prints."""
     if not all(step.isdecimal() for step in _STEPS.value) or not _STEPS.value:
         raise UserError(f'--steps={",".join(_STEPS.value)}: want whole numbers from 0 on')
-    config = cli.load_config()
+    output, config = cli.output_file('json'), cli.load_config()
     if config.model.impl == 'auto':
         config.model.impl = 'xla'
     from gau.experiments import attention_sizes
@@ -36,8 +34,8 @@ def main() -> None:
         print(f'\nstep {step}, loss {loss:.3f}\n\n{_table(sizes)}', flush=True)
         lines.append({'step': step, 'loss': loss, **{name: sizes[name].tolist() for name in sizes}})
     print('\n' + '\n'.join(f'{name}: {meaning}' for name, meaning in attention_sizes.SIZES.items()))
-    if _JSON.value:
-        Path(_JSON.value).write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
+    if output:
+        output.write_text(''.join(strict_json.dumps(line) + '\n' for line in lines))
 
 
 def _table(sizes: dict) -> str:

@@ -50,7 +50,7 @@ _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents pa
 _OPTIMIZER = flags.DEFINE_string('optimizer', 'adamw', 'config.optimizer.name, for train.')
 _ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
 _QUICK = flags.DEFINE_boolean('quick', False, 'Tiny models, short sequences, float32, few samples: for a CPU.')
-_OUTPUT = flags.DEFINE_string('output', 'runs/benchmark/rows.jsonl', 'File of JSON lines; pictures lie beside it.')
+flags.DEFINE_string('output', 'runs/benchmark/rows.jsonl', 'File of JSON lines; pictures lie beside it.')
 
 _FULL_CONTEXTS = {
     'train': (512, 8192, 65_536),
@@ -67,11 +67,12 @@ _SPEAKS_TO = dict.fromkeys(
 
 def main() -> int:
     """Measures, keeping the file up to date after every process; returns 1 if nothing could be measured."""
-    plan = _plan()
+    plan, output = _plan(), cli.output_file('output')
+    if output is None:
+        raise UserError('--output must name a file')
     # As an exception it ends the process that is measuring, too.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
-    output, about = Path(_OUTPUT.value), _about()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    about = _about()
     rounds = _ROUNDS.value or (1 if _QUICK.value else 2)
     results: dict[cells.Cell, list[processes.Result]] = {cell: [] for cell in plan}
     with (

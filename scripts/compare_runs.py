@@ -18,18 +18,20 @@ from gau.training.workdir import METRICS, read_metrics
 
 _WORKDIRS = flags.DEFINE_list('workdirs', None, 'Directories of the runs, comma separated.', required=True)
 _SPLIT = flags.DEFINE_string('split', 'train', 'train, or an evaluated split.')
-_OUTPUT = flags.DEFINE_string('output', None, 'The PNG to write.', required=True)
+flags.DEFINE_string('output', None, 'The PNG to write.', required=True)
 
 
 def main() -> None:
     """Prints the table and writes the picture."""
+    output = cli.output_file('output')
+    if not _WORKDIRS.value or output is None:
+        raise UserError('--workdirs and --output must name something')
     losses: dict[str, dict[int, float]] = {}
     for workdir in map(Path, _WORKDIRS.value):
         name = workdir.resolve().name
         if name in losses:
             raise UserError(f'--workdirs: two runs are called {name}')
         losses[name] = _losses(workdir / METRICS, _SPLIT.value)
-    output = Path(_OUTPUT.value)
     plots.plot_runs(losses, output, title=f'{_SPLIT.value} loss')
     first = next(iter(losses.values()))
     width = max(map(len, losses))

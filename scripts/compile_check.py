@@ -12,7 +12,6 @@ version that `jax[tpu]` asks for. `--config.model.layer_stack=scan` compiles sev
 """
 
 import json
-from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
@@ -26,8 +25,8 @@ _TOPOLOGY = flags.DEFINE_string(
 _SWEEP = flags.DEFINE_enum('sweep', None, ['batch', 'context'], 'Find the largest that fits.')
 _SHARDINGS = flags.DEFINE_boolean('shardings', False, 'Print how parameters and activations are sharded; no compiling.')
 _BREAKDOWN = flags.DEFINE_boolean('breakdown', False, 'Print where cycles and bytes go, by part and by operation.')
-_JSON = flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
-_TABLE = flags.DEFINE_string('table', None, 'Write the base-size models on 64 TPU v4 chips to this Markdown file.')
+flags.DEFINE_string('json', None, 'File to which every result is appended as a line of JSON.')
+flags.DEFINE_string('table', None, 'Write the base-size models on 64 TPU v4 chips to this Markdown file.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bound=1)
 
 
@@ -35,8 +34,12 @@ def main() -> None:
     """Compiles, once or in a sweep."""
     from gau.benchmarks import breakdown, chips, compile_check, tpu_table
 
-    if _TABLE.value is not None:
-        tpu_table.write(Path(_TABLE.value), report=lambda line: print(line, flush=True))
+    rows, whole_table = cli.output_file('json'), cli.output_file('table')
+    if whole_table:
+        for name in ('config', 'topology', 'sweep', 'shardings', 'breakdown', 'json', 'vocab_size'):
+            if flags.FLAGS[name].present:
+                raise UserError(f'--{name} does nothing with --table, which has its own configs and machine')
+        tpu_table.write(whole_table, report=lambda line: print(line, flush=True))
         return
     config = flags.FLAGS.config
     if _BREAKDOWN.value and (_SWEEP.value is not None or _SHARDINGS.value):
@@ -47,8 +50,8 @@ def main() -> None:
     target = chips.target(_TOPOLOGY.value)
 
     def keep(row: dict) -> None:
-        if _JSON.value:
-            with open(_JSON.value, 'a') as file:
+        if rows:
+            with rows.open('a') as file:
                 file.write(json.dumps(row) + '\n')
 
     if _SHARDINGS.value:

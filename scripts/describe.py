@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from gau import cli
+from gau.errors import UserError
 from gau.models import counts
 from gau.models.architectures import ARCHITECTURES
 from gau.models.config import default_config, resolve
@@ -38,10 +39,14 @@ def main() -> None:
     config = flags.FLAGS.config
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value) or [config.data.context]
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
+    if _FIELDS.value and _MODELS.present:
+        raise UserError("--fields is of the config's model: with --models it does nothing")
     if _FIELDS.value:
         print(explain(config.model.name))
-    elif _MODELS.value is None:
+    elif not _MODELS.present:
         print(describe(config.model, **options, given=[*cli.overrides(), 'data.context']))
+    elif not _MODELS.value:
+        raise UserError('--models names none')
     else:
         print(compare([_named(name, config.model.size) for name in _MODELS.value], **options))
 

@@ -19,7 +19,7 @@ _SPLIT = flags.DEFINE_string('split', 'train', 'Split to survey')
 _DOCUMENTS = flags.DEFINE_integer('documents', 2000, 'Documents to survey at most, spread evenly', lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer('examples', 2, 'Rows of the first batch to show', lower_bound=0)
 _CHARACTERS = flags.DEFINE_integer('characters', 1500, 'Of each example, at most', lower_bound=1)
-_PLOT = flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to write (empty: none)')
+flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to write (empty: none)')
 _OVERLAP = flags.DEFINE_boolean(
     'overlap', True, 'Look for the held-out documents among the training documents, all of which are read for that'
 )
@@ -30,7 +30,7 @@ _ROWS = 512
 
 def main() -> None:
     """Prints the report."""
-    config = training_config.resolve(cli.load_config())
+    plot, config = cli.output_file('plot'), training_config.resolve(cli.load_config())
     data, objective = config.data, objectives.load(config.objective).rows
     tokenizer = tokenizers.load(data.tokenizer)
     print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
@@ -61,9 +61,9 @@ def main() -> None:
         _print_overlaps(data)
     print('\ntokens a document')
     print('\n'.join(report.histogram(found.lengths)))
-    if _PLOT.value:
-        report.plot(found.lengths, data.context, _PLOT.value)
-        print(f'plot: {_PLOT.value}')
+    if plot:
+        report.plot(found.lengths, data.context, plot)
+        print(f'plot: {plot}')
     batches = _batches(config, tokenizer)
     packed = report.packing(batches)
     rows = sum(len(batch['inputs']) for batch in batches)

@@ -9,6 +9,7 @@ import _root  # noqa: F401
 from absl import flags
 
 from gau import cli, strict_json
+from gau.errors import UserError
 
 flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 
@@ -23,8 +24,12 @@ def main() -> None:
 
     workdir = Path(flags.FLAGS.workdir)
     run, params, step = load_run(workdir)
-    result = strict_json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
-    parameters = strict_json.loads((workdir / 'final.json').read_text())['parameters']
+    try:
+        result = strict_json.loads((workdir / 'eval.jsonl').read_text().splitlines()[-1])
+        parameters = strict_json.loads((workdir / 'final.json').read_text())['parameters']
+        ours, held_out = result['bits_per_byte'], result['bytes']
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f'--workdir={workdir} is no quickstart that was trained and evaluated: {error!r}') from error
     written = generation.sample(
         run.model,
         params,
@@ -43,9 +48,8 @@ def main() -> None:
         'xz -9': 8 * len(lzma.compress(together, preset=9)) / size,
         'bz2 -9 file by file': 8 * sum(len(bz2.compress(text, 9)) for text in texts) / size,
     }
-    ours = result['bits_per_byte']
     print(
-        f'1. Result: {parameters:,} parameters, {step} steps, {ours:.3f} bits per byte on {result["bytes"]:,} bytes '
+        f'1. Result: {parameters:,} parameters, {step} steps, {ours:.3f} bits per byte on {held_out:,} bytes '
         'of source that it never saw.'
     )
     print('2. Compared with: ' + ', '.join(f'{name} {value:.3f}' for name, value in bits.items()) + ' bits per byte.')

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from gau import plots
 from gau.data import examples, formats, sources
 from gau.data.documents import Document, Documents
 from gau.data.formats import RowFormat
@@ -132,21 +134,15 @@ def histogram(lengths: np.ndarray, *, width: int = 40) -> list[str]:
     return lines
 
 
-def plot(lengths: np.ndarray, context: int, path: str) -> None:
+def plot(lengths: np.ndarray, context: int, path: Path) -> None:
     """Writes the histogram of lengths as a PNG, with the context marked."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
+    canvas, axes = plots.figure('tokens in a document', 'documents', '')
     top = max(int(lengths.max(initial=1)), context, 2)
     axes.hist(np.maximum(lengths, 1), bins=np.geomspace(1, top + 1, 60), color='tab:blue')
     axes.axvline(context, color='tab:red', label=f'context {context:,}')
-    axes.set(xscale='log', xlabel='tokens in a document', ylabel='documents')
+    axes.set_xscale('log')
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches='tight')
-    plt.close(figure)
+    plots.save(canvas, path)
 
 
 @dataclasses.dataclass(frozen=True)

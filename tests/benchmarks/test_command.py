@@ -21,6 +21,8 @@ from tests.training.test_commands import run
         (['--what=forward', '--optimizer=muon'], '--optimizer speaks to train'),
         (['--optimizer=sgd'], '--optimizer: "sgd" does not exist'),
         (['--what=train', '--batch_sizes=2'], '--batch_sizes speaks to decode'),
+        (['--output=README.md/rows.jsonl'], '--output=README.md/rows.jsonl cannot be written: '),
+        (['--output='], '--output must name a file'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -109,6 +109,21 @@ def test_the_gradient_of_the_embedding_is_summed_over_devices_once(tmp_path):
     assert 1 <= row['collectives']['all-reduce']['bytes'] / (4 * (86_000 + 32_768)) < 1.05
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--table=TMP/table.md', '--sweep=batch'], '--sweep does nothing with --table'),
+        (['--table=TMP/table.md', *TINY], '--config does nothing with --table'),
+        (['--topology=cpu:1', *TINY, '--json=TMP'], 'cannot be written: Is a directory'),
+    ],
+)
+def test_what_would_do_nothing_is_refused_before_anything_is_compiled(tmp_path, arguments, message):
+    arguments = [argument.replace('TMP', str(tmp_path)) for argument in arguments]
+    code, out, err = call('scripts/compile_check.py', *arguments)
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert message in err
+
+
 @pytest.mark.skipif(has_libtpu, reason='the TPU compiler is installed')
 def test_a_missing_compiler_is_one_line():
     code, out, err = call('scripts/compile_check.py', *TINY, '--topology=v4:2x2x1')

@@ -28,7 +28,7 @@ def test_histogram_and_plot(tmp_path):
     lines = report.histogram(np.array([0, 1, 2, 3, 3, 1000]))
     assert sum(int(line.split()[3].replace(',', '')) for line in lines) == 6
     assert lines[-1].split()[:3] == ['512', '..', '1,023']
-    report.plot(np.array([0, 5, 700]), 512, str(tmp_path / 'x.png'))
+    report.plot(np.array([0, 5, 700]), 512, tmp_path / 'x.png')
     assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 

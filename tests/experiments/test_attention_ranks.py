@@ -109,6 +109,14 @@ def test_what_was_measured_is_read_again_and_drawn(tmp_path):
             read(tmp_path / 'ranks.jsonl')
 
 
+def test_a_file_that_cannot_be_written_is_said_before_measuring(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for flag in ('json', 'plot'):
+        code, out, err = call('scripts/attention_ranks.py', 'runs/nothing', f'--{flag}={tmp_path}/file/x')
+        assert (code, out, err.count('\n')) == (2, '', 1), err
+        assert f'--{flag}={tmp_path}/file/x cannot be written: ' in err
+
+
 def test_no_work_directory_is_one_line():
     code, _, err = call('scripts/attention_ranks.py')
     assert (code, err.count('\n')) == (2, 1), err

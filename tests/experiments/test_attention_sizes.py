@@ -83,3 +83,9 @@ def test_bad_steps_are_one_line_and_code_2():
     code, _, err = call('scripts/attention_sizes.py', '--config=configs/lm.py:runlocal', '--steps=0,x')
     assert (code, err.count('\n')) == (2, 1), err
     assert '--steps=0,x' in err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_training(tmp_path):
+    code, out, err = call('scripts/attention_sizes.py', '--config=configs/lm.py:runlocal', f'--json={tmp_path}')
+    assert (code, out, err.count('\n')) == (2, '', 1), err
+    assert 'cannot be written: Is a directory' in err

@@ -36,9 +36,13 @@ def test_fields_are_explained():
     ('--models=flsh', 'did you mean "flash"'),
     ('--models=linformer', 'cannot be a causal language model'),
     ('--contexts=0', 'is not a positive integer'),
+    ('--models=', '--models names none'),
+    ('--models=flash --fields', 'with --models it does nothing'),
+    ('--config.objective=os:path', 'objective="os:path" is no class, but module'),
+    ('--config.objective=:', 'objective=":" cannot be imported'),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line(argument, message):
-    code, _, err = call('scripts/describe.py', '--config=configs/lm.py', argument)
+    code, _, err = call('scripts/describe.py', '--config=configs/lm.py', *argument.split())
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1

@@ -197,3 +197,9 @@ cli.run(main)
 """
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, 'interrupted\n')
+
+
+def test_a_run_that_was_not_evaluated_is_no_quickstart(undisturbed):
+    code, _, err = call('scripts/quickstart_report.py', f'--workdir={undisturbed}')
+    assert (code, err.count('\n')) == (2, 1), err
+    assert 'is no quickstart that was trained and evaluated' in err

@@ -47,10 +47,13 @@ def test_a_line_that_a_run_is_just_writing_is_left_out(runs):
         (['--workdirs={0}/a,{0}/c'], '{0}/c/metrics.jsonl does not exist'),
         (['--workdirs={0}/a', '--split=test'], '--split=test: {0}/a/metrics.jsonl has train, valid'),
         (['--workdirs={0}/a,{0}/b/../a'], 'two runs are called a'),
+        (['--workdirs='], '--workdirs and --output must name something'),
+        (['--workdirs={0}/a', '--output={0}'], '--output={0} cannot be written: Is a directory'),
+        (['--workdirs={0}/a', '--output={0}/a/metrics.jsonl/x.png'], 'cannot be written: '),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(runs, arguments, message):
-    result = run(*(argument.format(runs) for argument in arguments), f'--output={runs}/x.png')
+    result = run(f'--output={runs}/x.png', *(argument.format(runs) for argument in arguments))
     assert result.returncode == 2
     assert message.format(runs) in result.stderr
     assert len(result.stderr.splitlines()) == 1
