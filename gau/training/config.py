@@ -34,6 +34,8 @@ ELEMENTWISE = ('adamw', 'lion')
 QUANTIZATIONS = ('none', 'int8_weights', 'int8')
 # Weight and temperature of the teacher.
 _DISTILLATION = (0.5, 1.0)
+# Places of a batch are counted in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Fields that say where, how fast and how loudly a run computes, not what: they may differ when a run is resumed.
@@ -189,6 +191,9 @@ def resolve(config: ConfigDict, *, given: Collection[str] = ()) -> ConfigDict:
     _check_every('checkpoint', config.checkpoint)
     _resolve_evaluators(config, objective.evaluator)
     config.data = objective.resolve_data(config.data)
+    tokens = config.data.batch_size * config.data.context
+    if tokens > _MOST_TOKENS:
+        raise UserError(f'data.batch_size * data.context is {tokens} tokens a step: want at most {_MOST_TOKENS}')
     if config.data.batch_size % optimizer.accumulation_steps:
         raise UserError(
             f'data.batch_size={config.data.batch_size} must be a multiple of '
@@ -321,7 +326,8 @@ def _resolve_evaluators(config: ConfigDict, default: str) -> None:
         for field in ('max_tokens', 'batch_size'):
             _check_positive(f'{where}.{field}', entry[field])
         for context in entry.contexts:
-            _check_positive(f'{where}.contexts', context)
+            if not isinstance(context, int) or not 0 < context <= _MOST_TOKENS:
+                raise UserError(f'{where}.contexts={entry.contexts}: {context!r} is no number of tokens')
         if not entry.splits:
             raise UserError(f'{where}.splits=() names no split to evaluate')
 
@@ -332,9 +338,7 @@ def _check_every(where: str, section: ConfigDict) -> None:
 
 
 def _field(config: ConfigDict, path: str) -> Any:
-    for name in path.split('.'):
-        config = config[name]
-    return config
+    return functools.reduce(lambda section, name: section[name], path.split('.'), config)
 
 
 def _check_positive(path: str, value: float | None) -> None:

@@ -299,6 +299,9 @@ def test_impossible_evaluations_are_refused_before_training(tmp_path):
     for fields, message in (
         ({'eval__splits': ('vald',)}, 'did you mean "valid"'),
         ({'eval__contexts': (-4,)}, 'eval.contexts'),
+        ({'eval__contexts': ('a',)}, "'a' is no number of tokens"),
+        ({'data__batch_size': 10**15}, 'tokens a step'),
+        ({'data__context': 10**15}, 'tokens a step'),
         ({'seed': -1}, 'seed=-1'),
         ({'seed': 2**70}, r'must lie in 0\.\.2147483647'),
         ({'steps': 0}, 'steps=0'),
