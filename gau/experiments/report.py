@@ -21,6 +21,8 @@ LABEL = 'point'
 # What rows may be made by beside a config's fields: the records that a model is made of, told by their files.
 RECORDS = ('family', 'attention')
 ALLOWED = ('data', 'tokens')
+# Of what evaluators measure; of all else, losses and what is made of them, less is better.
+MORE_IS_BETTER = ('accuracy', 'keys', 'macro_f1', 'matthews')
 # Held-out tokens of runs in one table may differ by so much: contexts cut the end of a text off differently.
 EVAL_TOLERANCE = 0.05
 
@@ -32,7 +34,7 @@ class Options:
     Attributes:
       by: fields whose values make the rows, or LABEL, or of RECORDS; empty: those that the sweeps set.
       against: the row that others are compared with: its value of the first field, or `field=value,...`.
-      best: a field of which each row keeps only the value with the least mean loss.
+      best: a field of which each row keeps only the value with the best mean of the metric.
       split, metric: of final.json.
       allow: of ALLOWED, what may differ between runs of one table.
       title: of the page.
@@ -230,14 +232,15 @@ def _groups(runs: Sequence[Run], options: Options) -> list[tuple[dict[str, Any],
 
 
 def _best(runs: list[Run], options: Options) -> list[Run]:
-    """Returns the runs with the value of `best` that has the least mean loss; one that is not a number is the last."""
+    """Returns the runs with the value of `best` whose mean of the metric is best; one that is not a number is last."""
     if options.best is None:
         return runs
     by_value: dict[str, list[Run]] = {}
     for run in runs:
         by_value.setdefault(str(value_of(run, options.best)), []).append(run)
     means = [float(np.mean([metric_of(run, options) for run in own])) for own in by_value.values()]
-    return list(by_value.values())[int(np.argmin(np.nan_to_num(means, nan=np.inf)))]
+    sign = -1 if options.metric in MORE_IS_BETTER else 1
+    return list(by_value.values())[int(np.argmin(np.nan_to_num(sign * np.asarray(means), nan=np.inf)))]
 
 
 def _order(value: Any) -> tuple[int, Any]:

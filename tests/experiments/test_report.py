@@ -133,6 +133,14 @@ def test_each_row_takes_its_best_learning_rate():
     assert [tuple(row.values.values()) for row in made.rows] == [('flash', 3e-3), ('performer', 1e-3)]
 
 
+def test_the_best_accuracy_is_the_largest():
+    found = [made_up(1.0, model__chunk_size=size) for size in (1, 2, 3, 4)]
+    for run, accuracy in zip(found, (0.5, math.nan, 0.9, 0.7), strict=True):
+        run.metrics['valid']['accuracy'] = accuracy
+    made = report.make(found, Options(by=('model.name',), best='model.chunk_size', metric='accuracy'))
+    assert [row.values['model.chunk_size'] for row in made.rows] == [3]
+
+
 REFUSED = {
     'no run': ([], Options(), 'no finished run to report'),
     'other data': (models() + models(data='other')[:1], Options(), '--allow=data'),
