@@ -46,20 +46,19 @@ class Matches(NamedTuple):
     Attributes:
       points: for each point the run that is kept of it, or None.
       other_seeds: runs of the points' settings with seeds that no point has, and one point of that setting.
-      other_data: names of the points of which a run is kept, but of other data.
+      other_data: runs that would be points' but for their data.
     """
 
     points: list[Kept | None]
     other_seeds: list[tuple[Kept, Point]]
-    other_data: list[str]
+    other_data: list[Kept]
 
     def told(self) -> str:
         """Returns in a line how many points are kept, of which data, and how many are of other data."""
-        facts = [kept.run.facts['data'] for kept in self.points if kept]
-        data = sorted({f'{name} ({held})' for each in facts for name, held in each.items()})
-        line = f'{len(facts)} of {len(self.points)} points are kept' + (f', of {", ".join(data)}' if data else '')
+        own = [kept for kept in self.points if kept]
+        line = f'{len(own)} of {len(self.points)} points are kept' + (f', of {_told(own)}' if own else '')
         if self.other_data:
-            line += f'; {len(self.other_data)} are kept of other data and do not count'
+            line += f'; {len(self.other_data)} are kept of other data, {_told(self.other_data)}, and do not count'
         return line
 
 
@@ -110,8 +109,8 @@ def match(points: Sequence[Point], found: Sequence[Kept], *, source: str | None 
         seed = point.config.seed if setting else None
         chosen.append(by_seed.get(seed))
         asked.add((setting, seed))
-        if chosen[-1] is None and seed in {kept.run.seed for kept in anyhow}:
-            other_data.append(point.name)
+        if chosen[-1] is None:
+            other_data += [kept for kept in anyhow if kept.run.seed == seed][:1]
         for other, kept in sorted(by_seed.items()):
             other_seeds.setdefault((setting, other), (kept, point))
     return Matches(chosen, [each for key, each in other_seeds.items() if key not in asked], other_data)
@@ -147,6 +146,12 @@ def missing(
             own = missed.setdefault(point.config.to_json(sort_keys=True), Missing(point, []))
             own.tables.append(table)
     return list(missed.values()), matches
+
+
+def _told(found: Sequence[Kept]) -> str:
+    """Returns what runs say of their data, `tokens:wiki_en (0e5995a3f8d56085)`."""
+    facts = [kept.run.facts['data'] for kept in found]
+    return ', '.join(sorted({f'{name} ({held})' for data in facts for name, held in data.items()}))
 
 
 def _stands_alone(point: Point) -> bool:

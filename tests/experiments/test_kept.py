@@ -82,7 +82,8 @@ def test_fields_that_configs_have_got_since_stand_at_their_defaults(tmp_path):
 def test_runs_of_other_data_are_told(tmp_path):
     old = written(tmp_path / 'old.jsonl', made(POINTS[0]), made(POINTS[1], data={'embedded': 'of another day'}))
     assert matches(old).told() == (
-        f'1 of 4 points are kept, of embedded ({HELD}); 1 are kept of other data and do not count'
+        f'1 of 4 points are kept, of embedded ({HELD}); '
+        '1 are kept of other data, embedded (of another day), and do not count'
     )
 
 
