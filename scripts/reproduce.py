@@ -5,6 +5,7 @@
     python scripts/reproduce.py branches --budget=paper --dry_run   what it would run and cost
     python scripts/reproduce.py branches --budget=small --kept=docs/results ...   what is kept there is not run again
     python scripts/reproduce.py --missing --budget=small            which runs of all tables are not kept yet
+    python scripts/reproduce.py branches --budget=small --kept=DIR,... --only_kept --output=PATH   the table so far
 
 Tables are the programs in configs/paper, whose docstrings say what each asks. What is done is not done again: the same
 command goes on. The steps are commands of their own and are printed as they are run. A table is made from nothing,
@@ -15,6 +16,7 @@ import importlib
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -22,6 +24,8 @@ from absl import flags
 
 from gau import cli
 from gau.errors import UserError, did_you_mean
+from gau.experiments.sweep import Point, Program, find_points
+from gau.experiments.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / 'configs' / 'paper'
@@ -42,6 +46,7 @@ _KEPT = flags.DEFINE_list('kept', [], 'Where finished runs are kept that need no
 _MISSING = flags.DEFINE_boolean(
     'missing', False, 'Print which runs of the tables given, or of all, are not in --kept (default: docs/results).'
 )
+_ONLY_KEPT = flags.DEFINE_boolean('only_kept', False, 'Run nothing: make the table of what is in --kept so far.')
 _CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run and --missing estimate.')
 _UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
@@ -64,6 +69,8 @@ def main(arguments: list[str]) -> int:
     workdir = _WORKDIR.value or f'runs/{name}_{budget}'
     program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
     source = module.get_config(f'budget={budget}').data.source
+    if _ONLY_KEPT.value:
+        return _only_kept(name)
     if _KEPT.value:
         program.append(f'--kept={",".join(_KEPT.value)}')
     if _DRY_RUN.value:
@@ -78,30 +85,54 @@ def main(arguments: list[str]) -> int:
     code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
     if code:
         return code
-    output = _OUTPUT.value or f'{workdir}/report'
-    report = [f'--{flag}={value}' for flag, value in table.flags(budget).items()]
-    return _run('report.py', workdir, f'--title={table.title}', f'--output={output}', *report)
+    return _report(table, workdir, _OUTPUT.value or f'{workdir}/report')
+
+
+def _report(table: Table, runs: str, output: str) -> int:
+    report = [f'--{flag}={value}' for flag, value in table.flags(_BUDGET.value).items()]
+    return _run('report.py', runs, f'--title={table.title}', f'--output={output}', *report)
 
 
 def _missing(names: list[str]) -> int:
     """Prints the runs of tables that are not kept; needs no data."""
     # Imported late: tables of runs bring pandas.
     from gau.experiments import kept, plan
-    from gau.experiments.sweep import Program, find_points
 
-    budget, tables = _BUDGET.value, {}
-    source = importlib.import_module(f'configs.paper.{names[0]}').get_config(f'budget={budget}').data.source
-    is_there = _is_there(source)
-    for name in names:
-        table = importlib.import_module(f'configs.paper.{name}').TABLE
-        argument = f'budget={budget}' if is_there else f'budget={budget},data=embedded'
-        tables[name] = find_points(Program(str(PROGRAMS / f'{name}.py'), argument), table.sweep(budget))
     found = kept.load([Path(path) for path in _KEPT.value] or [RESULTS])
-    missed, matches = kept.missing(tables, found, source=None if is_there else source)
-    how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': None if is_there else PIECES}
+    tables, absent = {}, None
+    for name in names:
+        tables[name], absent = _points(name)
+    missed, matches = kept.missing(tables, found, source=absent)
+    how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': PIECES if absent else None}
     print(plan.missing(tables, missed, **how))
     print(matches.told())
     return 0
+
+
+def _only_kept(name: str) -> int:
+    """Makes the table of the runs of its points that are kept; needs no data."""
+    from gau.experiments import kept
+
+    if not _KEPT.value or not _OUTPUT.value:
+        raise UserError('--only_kept needs --kept=FILE|DIR,... and --output=PATH')
+    points, absent = _points(name)
+    matches = kept.match(points, kept.load([Path(path) for path in _KEPT.value]), source=absent)
+    print(matches.told(), flush=True)
+    if not any(matches.points):
+        raise UserError(f'--only_kept: no run of {name} is in --kept={",".join(_KEPT.value)}')
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / 'kept.jsonl'
+        kept.write(points, matches, path, source=absent)
+        return _report(importlib.import_module(f'configs.paper.{name}').TABLE, str(path), _OUTPUT.value)
+
+
+def _points(name: str) -> tuple[list[Point], str | None]:
+    """Returns the points of a table, and the source of their data if it is not here: other text stands in for it."""
+    module, budget = importlib.import_module(f'configs.paper.{name}'), _BUDGET.value
+    source = module.get_config(f'budget={budget}').data.source
+    absent = None if _is_there(source) else source
+    program = Program(str(PROGRAMS / f'{name}.py'), f'budget={budget}' + (',data=embedded' if absent else ''))
+    return find_points(program, module.TABLE.sweep(budget)), absent
 
 
 def _prepare(source: str, budget: str) -> None:

@@ -102,7 +102,7 @@ def _matches(points: list[Point]) -> 'Matches | None':
 
 
 def _run(program: Program, points: list[Point], matches: 'Matches | None', kept: Collection[str]) -> int:
-    from gau.experiments.directory import SweepDirectory
+    from gau.experiments.directory import KEPT_RUNS, SweepDirectory
     from gau.experiments.display import Display
 
     accepted = [point for point in points if point.config is not None]
@@ -112,7 +112,7 @@ def _run(program: Program, points: list[Point], matches: 'Matches | None', kept:
     if matches:
         from gau.experiments.kept import write
 
-        write(points, matches, directory.path)
+        write(points, matches, directory.path / KEPT_RUNS)
     chosen = accepted if _POINT.value is None else [points[_POINT.value]]
     with Display(plan.weights(chosen)) as display:
         runner = make(program, chosen, directory, tell=display.tell, show=display.show, kept=kept)

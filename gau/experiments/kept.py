@@ -18,7 +18,7 @@ from gau.data import config as data_config
 from gau.data import places
 from gau.errors import UserError
 from gau.experiments import runs
-from gau.experiments.directory import KEPT_RUNS, SWEEP
+from gau.experiments.directory import SWEEP
 from gau.experiments.runs import Run
 from gau.experiments.sweep import Point
 from gau.objectives import objective as objectives
@@ -116,15 +116,16 @@ def match(points: Sequence[Point], found: Sequence[Kept], *, source: str | None 
     return Matches(chosen, [each for key, each in other_seeds.items() if key not in asked], other_data)
 
 
-def write(points: Sequence[Point], matches: Matches, sweep: Path) -> None:
-    """Keeps the matches in the directory of a sweep, named as its points, so that its report has them, too.
+def write(points: Sequence[Point], matches: Matches, path: Path, *, source: str | None = None) -> None:
+    """Writes the matches as kept runs that are named as the points, for a sweep's directory or a report.
 
-    Runs of other seeds than the sweep's are rows' as well. The names of the data are the points'.
+    Runs of other seeds than the points' are of their rows, too. The names of the data are the points', unless these
+    have another `source` (see `match`).
     """
     own = [(kept, point, point.name) for kept, point in zip(matches.points, points, strict=True) if kept]
     own += [(kept, point, f'{point.label}-seed_{kept.run.seed}') for kept, point in matches.other_seeds]
-    renamed = [_renamed(kept.run, point, name) for kept, point, name in own]
-    write_text(sweep / KEPT_RUNS, runs.dump(renamed, {'report': None}) if renamed else '')
+    renamed = [_renamed(kept.run, point, name, of_data=source is None) for kept, point, name in own]
+    write_text(path, runs.dump(renamed, {'report': None}) if renamed else '')
 
 
 def missing(
@@ -210,15 +211,15 @@ def _names(config: Mapping[str, Any], source: str | None = None) -> tuple[str | 
     return tuple(name and f'{name.partition(":")[0]}:{Path(name.partition(":")[2]).name}' for name in named)
 
 
-def _renamed(run: Run, point: Point, name: str) -> Run:
-    """Returns a kept run as one of the point's sweep."""
+def _renamed(run: Run, point: Point, name: str, *, of_data: bool) -> Run:
+    """Returns a kept run as one of the point's sweep, with the point's names of the data or its own."""
+    run = run._replace(name=name, label=point.label, swept=runs.swept_fields(point.overrides))
+    if not of_data:
+        return run
     today = runs.flat(point.config)
     sources = [*data_config.sources(point.config.data), point.config.data.valid_source, point.config.data.test_source]
     named = [runs.without_place(source) for source in sources if source]
     return run._replace(
-        name=name,
-        label=point.label,
-        swept=runs.swept_fields(point.overrides),
         config={**run.config, **{field: today[field] for field in _DATA}},
         facts={**run.facts, 'data': dict(zip(named, run.facts['data'].values(), strict=True))},
     )

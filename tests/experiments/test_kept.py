@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
 from gau.data import places, tokenizers
 from gau.errors import UserError
-from gau.experiments import kept, report, runs
+from gau.experiments import kept, page, report, runs
 from gau.experiments.report import Options
 from gau.experiments.sweep import Program, find_points
 from tests.conftest import ROOT
@@ -18,6 +19,7 @@ PROGRAM = Program(str(ROOT / 'tests' / 'experiments' / 'program.py'))
 POINTS = find_points(PROGRAM, 'chunk_size,seed:2')
 DATA = POINTS[0].config.data
 HELD = places.contents(DATA)[0].removeprefix('source ')
+without_data = pytest.mark.skipif((ROOT / 'data' / 'wiki_en').exists(), reason='of the data there, not of the kept')
 FINGERPRINT = tokenizers.load(DATA.tokenizer).fingerprint
 
 
@@ -190,9 +192,8 @@ def test_bad_places_are_one_line(tmp_path):
             assert hint in err
 
 
+@without_data
 def test_what_is_missing_from_the_papers_tables():
-    if (ROOT / 'data' / 'wiki_en').exists():
-        pytest.skip('the data are there: it is theirs that counts')
     code, out, err = call('scripts/reproduce.py', '--missing', 'branches', 'seeds', '--budget=small')
     assert code == 0, err
     # What is kept of a finished table is found, however the defaults of the day have changed.
@@ -234,3 +235,31 @@ def test_a_table_is_told_what_is_kept(monkeypatch, tmp_path):
 def test_a_directory_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match='no sweep'):
         kept.load([tmp_path])
+
+
+@without_data
+def test_the_table_so_far_is_made_without_data_or_runs(tmp_path):
+    results, stem = ROOT / 'docs' / 'results', tmp_path / 'gau_ablation'
+    # As a program: it starts another.
+    arguments = (f'--kept={results / "gau_ablation.jsonl"}', f'--output={stem}')
+    done = subprocess.run(
+        [sys.executable, 'scripts/reproduce.py', 'gau_ablation', '--budget=small', '--only_kept', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made_now, published = (path.read_text() for path in (stem.with_suffix('.md'), results / 'gau_ablation.md'))
+    assert made_now.partition(page.BEGIN)[2] == published.partition(page.BEGIN)[2]
+
+
+def test_the_table_so_far_needs_runs_and_a_place(tmp_path):
+    for arguments, hint in (
+        (['--kept=docs/results'], 'needs --kept=FILE|DIR,... and --output=PATH'),
+        ([f'--output={tmp_path / "table"}'], 'needs --kept=FILE|DIR,... and --output=PATH'),
+        ([f'--kept={written(tmp_path / "old.jsonl", made(POINTS[0]))}', f'--output={tmp_path / "table"}'], 'no run of'),
+    ):
+        code, _, err = call('scripts/reproduce.py', 'norms', '--only_kept', *arguments)
+        assert (code, err.count('\n')) == (2, 1), err
+        assert hint in err
