@@ -39,7 +39,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
 flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
-flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most; 0 with --save_state: only read.', lower_bound=0)
+flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most; 0: only read, for --save_state.', lower_bound=0)
 flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token each time.', lower_bound=0.0)
 flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens only; 0: from all.', lower_bound=0)
 flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens that have this probability together.')
@@ -160,7 +160,7 @@ def _write(run, params, prompts: list[str], start, sampling, speed: _Speed, *, f
 
     num, max_tokens = flags.FLAGS.num, flags.FLAGS.max_tokens
     as_json = flags.FLAGS.json or flags.FLAGS.prompts
-    live = num == len(prompts) == 1 and not as_json
+    live = num == len(prompts) == 1 and max_tokens and not as_json
     # The last batch is filled up with prompts whose texts nobody reads.
     devices, real = flags.FLAGS.devices, len(prompts)
     while len(prompts) * num % devices:
@@ -177,6 +177,8 @@ def _write(run, params, prompts: list[str], start, sampling, speed: _Speed, *, f
     speed.add('read', sum(map(len, tokens[:real])), started)
     if flags.FLAGS.save_state:
         saved_states.save(flags.FLAGS.save_state, run.model, params, prefilled)
+    if not max_tokens:
+        return
     texts = [
         Detokenizer(run.tokenizer, before=row if start else row[1:], stop=flags.FLAGS.stop)
         for row in tokens[:real]

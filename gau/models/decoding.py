@@ -325,7 +325,8 @@ def with_capacity(model: LanguageModel, state: State, capacity: int) -> State:
         return state
 
     def resized(path, leaf):
-        if path[-1].key == 'position':
+        # Not what a short convolution or shifted keys remember of the tokens before.
+        if path[-1].key not in ('k', 'v'):
             return leaf
         missing = max(0, capacity - leaf.shape[-2])
         return jnp.pad(leaf[..., :capacity, :], [(0, 0)] * (leaf.ndim - 2) + [(0, missing), (0, 0)])

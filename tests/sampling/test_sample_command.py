@@ -57,6 +57,10 @@ def test_the_likeliest_text_of_a_file_as_json(trained, tmp_path):
     asked = [json.loads(line) for line in out.strip().split('\n')]
     assert [record['prompt'] for record in asked] == ['', 'b\u2028', '']
     assert asked[0]['text'] == asked[2]['text'] == first['text']
+    read = ['scripts/sample.py', f'--workdir={trained}', '--prompt=long', '--max_tokens=0']
+    code, out, err = call(*read, f'--save_state={tmp_path / "long.state"}')
+    assert (code, out, err.count('\n')) == (0, '', 1), err
+    assert err.startswith('read 5 tokens at ')
     lines.write_text('{"prompt": ""}\n{"text": "b"}\n')
     code, out, err = call('scripts/sample.py', f'--workdir={trained}', f'--prompts={lines}')
     assert (code, out, err.count('\n')) == (2, '', 1), err

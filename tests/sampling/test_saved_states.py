@@ -18,9 +18,17 @@ def read(model, params, prompt, start=None):
     return generation.prefill(model, params, [np.asarray(prompt, np.int32)], max_tokens=6, start=start)
 
 
-@pytest.mark.parametrize('name', ['flash', pytest.param('transformer_plus_plus', marks=pytest.mark.slow)])
-def test_a_saved_state_goes_on_alike(name, tmp_path):
-    model, params = tiny.make(name, dtype='bfloat16', num_layers=1)
+@pytest.mark.parametrize(
+    ('name', 'fields'),
+    [
+        ('flash', {}),
+        # Keys and values grow with the text, what the convolution and shifted keys remember does not.
+        ('flash_quad', {'key_input': 'shifted', 'short_convolution': 3}),
+        pytest.param('transformer_plus_plus', {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_saved_state_goes_on_alike(name, fields, tmp_path):
+    model, params = tiny.make(name, dtype='bfloat16', num_layers=1, **fields)
     before = read(model, params, [1, 2, 3, 4, 5, 6, 7])
     saved_states.save(tmp_path / 'state', model, params, before)
     after = saved_states.load(tmp_path / 'state', model, params)
@@ -31,6 +39,8 @@ def test_a_saved_state_goes_on_alike(name, tmp_path):
         ways = [next(generation.decode(model, params, way.repeated(model, 1), **FIELDS)) for way in ways]
         np.testing.assert_array_equal(*ways)
         assert ways[0].shape == (1, 6)
+    at_once = read(model, params, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    np.testing.assert_allclose(at_once.logits_BV, read(model, params, [8, 9], before).logits_BV, rtol=0.05, atol=0.05)
 
 
 def test_what_is_no_state_of_this_model_is_refused(tmp_path, monkeypatch):
