@@ -138,6 +138,9 @@ def rule_factors(field: str, rules: Any, params: Any, *, otherwise: float) -> An
         compiled = [(re.compile(pattern), float(factor)) for pattern, factor in rules]
     except (re.error, TypeError, ValueError) as error:
         raise UserError(f'optimizer.{field}={rules}: want ((regex, factor), ...), {error}') from error
+    for pattern, factor in compiled:
+        if not 0 <= factor < math.inf:
+            raise UserError(f'optimizer.{field}: the factor {factor:g} of "{pattern.pattern}" is none from 0 on')
     used = [False] * len(compiled)
 
     def factor_of(path: Any, _: Any) -> float:

@@ -207,6 +207,10 @@ def test_learning_rate_rules_scale_whole_steps():
     config = optimizer_config(learning_rate_rules=(('no_such', 2.0),))
     with pytest.raises(UserError, match=r'learning_rate_rules: "no_such" decides for no parameter'):
         optimizer.make_optimizer(config, schedule, PARAMS)
+    for factor in (-1.0, float('nan')):
+        config = optimizer_config(learning_rate_rules=(('embedding', factor),))
+        with pytest.raises(UserError, match=r'learning_rate_rules: the factor .* of "embedding" is none from 0 on'):
+            optimizer.make_optimizer(config, schedule, PARAMS)
 
 
 IDLE = {
