@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gau import flag_values
+from gau import flag_values, outputs
 from gau.errors import RunFailed, UserError, chain, did_you_mean, is_no_space
 from gau.training import config as training_config
 from gau.training import durations, workdir
@@ -297,16 +297,8 @@ def output_file(flag: str) -> Path | None:
     value = flags.FLAGS[flag].value
     if not value:
         return None
-    path = Path(value)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f'--{flag}={value} cannot be written: {error.strerror}') from error
-    return path
+    outputs.check_file(Path(value), flag=flag)
+    return Path(value)
 
 
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:

@@ -7,7 +7,6 @@ that recovers what was lost starts from it (`--init_from`); with `optimizer.keep
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from gau import outputs
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.families.gated_unit import GatedUnit
@@ -66,8 +66,7 @@ def compress(
       UserError: there is something at `output`, there is no such checkpoint, or what the method says of the model.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f'--output={output} exists already: choose another directory')
+    outputs.check_directory(output)
     run, params, step = load_run(workdir, step=step)
     trained = run.config
     leaves = {path: np.asarray(x) for path, x in flax.traverse_util.flatten_dict(jax.device_get(params)).items()}
@@ -272,12 +271,7 @@ def _write(
         streams, identity = before.read_streams(report['step']), before.meta(report['step']).get('data', {})
     finally:
         before.close()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
-    except OSError as error:
-        raise UserError(f'--output={output} cannot be written: {error.strerror}') from error
-    try:
+    with outputs.directory(output) as aside:
         tree = files.config_to_dict(config)
         saved = Checkpoints(aside, config.checkpoint)
         iterator = SimpleNamespace(get_state=lambda: streams)
@@ -288,7 +282,3 @@ def _write(
             shutil.copyfile(source / files.DATA, aside / files.DATA)
         files.write_text(aside / files.PARAMETERS, run.parameter_table(state.params))
         (aside / files.COMPRESSION).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
-        aside.chmod(0o755)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gau import outputs
 from gau.data.documents import nested
 from gau.data.textfiles import TextFiles
 from gau.errors import UserError
@@ -53,8 +54,7 @@ def write(
       UserError: there is something at `output`; too few labels, or one that has too little text outside the held-out
         documents.
     """
-    if output.exists():
-        raise UserError(f'--output={output} exists already: choose another directory')
+    outputs.check_directory(output)
     documents = [*_read(source, label_field, text_field, False)]
     if held_out:
         documents += _read(held_out, label_field, text_field, True)
@@ -86,12 +86,12 @@ def write(
             taken = rng.choice(len(passages), wanted, replace=False)
             files[split] += [{'label': name, 'text': passages[i]} for i in sorted(taken.tolist())]
             report[name][split] = {'passages': wanted, 'documents': len(found)}
-    output.mkdir(parents=True)
-    for split, lines in files.items():
-        order = rng.permutation(len(lines))
-        text = ''.join(json.dumps(lines[i], ensure_ascii=False) + '\n' for i in order)
-        (output / f'{split}.jsonl').write_text(text, encoding='utf-8')
-    (output / 'report.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    with outputs.directory(output) as aside:
+        for split, lines in files.items():
+            order = rng.permutation(len(lines))
+            text = ''.join(json.dumps(lines[i], ensure_ascii=False) + '\n' for i in order)
+            (aside / f'{split}.jsonl').write_text(text, encoding='utf-8')
+        (aside / 'report.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return report
 
 

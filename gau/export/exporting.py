@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gau import outputs
 from gau.errors import UserError, check_name
 from gau.models.weights import named
 from gau.training import workdir as files
@@ -67,24 +66,12 @@ def export(workdir: str | Path, output: str | Path, *, format: str = 'safetensor
     if missing:
         raise UserError(f'--format={format} needs {", ".join(missing)}: pip install -r requirements-export.txt')
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f'--output={output} exists already: choose another directory')
+    outputs.check_directory(output)
     write = _writer(format)
     trained = _open(Path(workdir), step)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
-    except OSError as error:
-        raise UserError(f'--output={output} cannot be written: {error.strerror}') from error
-    try:
+    with outputs.directory(output) as aside:
         write_json(aside / TRAINING_CONFIG, files.config_to_dict(trained.run.config))
         write(trained, aside)
-        aside.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return output
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gau import outputs
 from gau.errors import UserError
 from gau.export.exporting import CARD, CONFIG, KIND, TRAINING_CONFIG, WEIGHTS, write_json
 
@@ -65,21 +66,20 @@ def convert(source: Path, output: Path, *, tokenizer: str) -> dict[str, Any]:
         from safetensors.numpy import save_file
     except ImportError as error:
         raise UserError('safetensors is missing: pip install -r requirements-export.txt') from error
-    if output.exists():
-        raise UserError(f'--output={output} exists already: choose another directory')
+    outputs.check_directory(output)
     config = _read_config(source)
     weights = _read_weights(source)
     model = model_of(config, where=str(source))
     named = parameters(weights, config, where=str(source))
     vocab_size = _check_tokenizer(tokenizer, named['embedding.weight'].shape[0])
-    output.mkdir(parents=True)
-    save_file(named, output / WEIGHTS, metadata={'format': 'pt'})
     context = config['max_position_embeddings']
     common = {'objective': 'mlm', 'causal': False, 'context': context, 'vocab_size': vocab_size, 'model': model}
-    write_json(output / CONFIG, {'format': KIND, **common})
     data = {'tokenizer': tokenizer, 'context': context}
-    write_json(output / TRAINING_CONFIG, {'objective': 'mlm', 'model': model, 'data': data})
-    (output / CARD).write_text(CARD_TEXT.format(source=source.name), encoding='utf-8')
+    with outputs.directory(output) as aside:
+        save_file(named, aside / WEIGHTS, metadata={'format': 'pt'})
+        write_json(aside / CONFIG, {'format': KIND, **common})
+        write_json(aside / TRAINING_CONFIG, {'objective': 'mlm', 'model': model, 'data': data})
+        (aside / CARD).write_text(CARD_TEXT.format(source=source.name), encoding='utf-8')
     return model
 
 
