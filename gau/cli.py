@@ -266,6 +266,8 @@ def _fault_of_machine(error: Exception) -> str | None:
                 f'out of memory ({said}): a smaller batch needs less; in training also '
                 'optimizer.accumulation_steps, which divides the batch, and model.remat=full'
             )
+        if isinstance(cause, MemoryError):
+            return f'out of memory ({cause})' if str(cause) else 'out of memory'
         if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return f'{file}{cause.strerror}'
         # JAX itself fails at an assertion where there is no plugin for a platform that it knows.
@@ -302,14 +304,16 @@ def output_file(flag: str) -> Path | None:
 
 
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:
-    """Returns a list flag's values as positive integers; None stays None.
+    """Returns a list flag's values as positive integers of 32 bits; None stays None.
 
     Raises:
-      UserError: a value that is none.
+      UserError: a value that is none, or no value at all.
     """
     if values is None:
         return None
+    if not values:
+        raise UserError(f'--{flag}= names none: leave it out, or give positive integers')
     for value in values:
-        if not value.strip().isdecimal() or int(value) == 0:
-            raise UserError(f'--{flag}={",".join(values)}: "{value}" is not a positive integer')
+        if not value.strip().isdecimal() or not 0 < int(value) < 2**31:
+            raise UserError(f'--{flag}={",".join(values)}: "{value}" is not a positive integer below 2**31')
     return [int(value) for value in values]

@@ -85,12 +85,13 @@ def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> dict[str, d
     """
     if evaluators is None:
         return {}
+    if not evaluators:
+        raise UserError('--evaluators= names none: leave it out for all of the config')
     entries, types, told = config.evaluators, lookup.names('evaluation'), {}
     for given in evaluators:
         name, *fields = given.split(':')
         if name not in entries and name not in types:
-            known = [*entries, *types]
-            raise UserError(f'--evaluators: unknown "{name}"{did_you_mean(name, known)}; known: {", ".join(known)}')
+            raise UserError(f'--evaluators: unknown "{name}"{did_you_mean(name, {*entries, *types})}')
         if name in told:
             raise UserError(f'--evaluators: "{name}" is there twice')
         told[name] = _fields(given, fields, entries.get(name) or {'type': name})
