@@ -107,7 +107,7 @@ def narrower(leaves: Leaves, model: ConfigDict, *, expansion_factor: float) -> C
     if not isinstance(ARCHITECTURES[model.name].family, GatedUnit):
         raise UserError(f'model.name={model.name} has no gated units, whose E is cut; flash and flash_quad have')
     before, wanted = expanded_dim(model), expansion_factor * model.model_dim
-    if abs(wanted - round(wanted)) > 1e-6 or not 0 < wanted < before:
+    if not 0 < wanted < before or abs(wanted - round(wanted)) > 1e-6:
         raise UserError(
             f'--expansion_factor={expansion_factor} times D = {model.model_dim} is {wanted:g}: want a whole number '
             f'below the {before} that E is now'

@@ -172,6 +172,7 @@ def test_a_narrower_model_is_a_run_like_any_other(trained, tmp_path):
         ([*flags[:1], f'--output={tmp_path}/x', '--method=narrower'], '--method=narrower needs --expansion_factor'),
         ([*flags[:1], f'--output={tmp_path}/x', '--method=rounded', '--pattern=2:4'], 'does nothing with --pattern'),
         ([*flags[:1], f'--output={tmp_path}/x', '--method=smaller'], 'did you mean'),
+        ([*flags[:1], f'--output={tmp_path}/x', '--method=narrower', '--expansion_factor=nan'], 'want a whole number'),
     ):
         code, out, err = call('scripts/compress.py', *words)
         assert (code, out, err.count('\n')) == (2, '', 1)
