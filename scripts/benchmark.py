@@ -96,6 +96,8 @@ def main() -> int:
 
 
 def _plan() -> list[cells.Cell]:
+    if not _WHAT.value:
+        raise UserError(f'--what= names no kind of measurement: {", ".join(cells.KINDS)}')
     for name, kinds in _SPEAKS_TO.items():
         if flags.FLAGS[name].present and set(kinds).isdisjoint(_WHAT.value):
             raise UserError(

@@ -21,7 +21,7 @@ _STEPS = flags.DEFINE_integer('steps', 20, 'Training steps over each.', lower_bo
 def main() -> None:
     """Prints a line for each mesh, then one of JSON."""
     config = cli.load_config()
-    shapes = [_shape(text) for text in _MESHES.value]
+    shapes = [_shape(text) for text in _MESHES.value or ['']]
     # Imported late, so that --help and a mistyped flag answer at once.
     from gau.benchmarks.meshes import train_over
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from absl import flags
 
-from gau import cli
+from gau import cli, outputs
 from gau.errors import UserError
 
 _BY = flags.DEFINE_list(
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         raise UserError('no directory is given: python scripts/report.py DIR...')
     from gau.experiments import publish, runs
-    from gau.experiments.report import Options, make
+    from gau.experiments.report import Options, kept_paths, make
 
     paths = [Path(argument) for argument in arguments]
     if not _OUTPUT.value and paths[0].suffix == runs.KEPT:
@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
     if unfinished:
         print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
     stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'
+    outputs.check_file(stem if stem.suffix == runs.KEPT else kept_paths(stem)['md'], flag='output')
     if stem.suffix == runs.KEPT:
         print(publish.keep(found, stem))
         return 0

@@ -9,6 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from gau.errors import UserError
+
 
 def streams_of(rows: Sequence[int], *, batch_size: int, streams: int) -> list[int]:
     """Returns the numbers of the streams that the rows of a batch come from, ascending."""
@@ -46,13 +48,21 @@ class Streams:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next batch's rows, in the order of `rows`; if that fails, the state is that before it."""
+        """Returns the next batch's rows, in the order of `rows`; if that fails, the state is that before it.
+
+        Raises:
+          UserError: a document cannot be taken, or a stream has none with any text.
+        """
         parts, before = [], self.get_state()
         for number, iterator in self._iterators.items():
             try:
                 batch = next(iterator)
-            except Exception:
+            except Exception as error:
                 self._before = before
+                if isinstance(error, StopIteration):
+                    # It goes round without end, but for what is left out.
+                    text = f'data.streams={self.streams}: all documents of stream {number} are blank or left out'
+                    raise UserError(text) from error
                 raise
             kept = self._kept[number]
             parts.append(batch if self._whole[number] else {key: x[kept] for key, x in batch.items()})

@@ -23,6 +23,7 @@ from tests.training.test_commands import run
         (['--what=train', '--batch_sizes=2'], '--batch_sizes speaks to decode'),
         (['--output=README.md/rows.jsonl'], '--output=README.md/rows.jsonl cannot be written: '),
         (['--output='], '--output must name a file'),
+        (['--what='], '--what= names no kind of measurement'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gau.data import pipeline, sources, tokenizers
+from gau.data.streams import Streams
 from gau.errors import UserError
 from tests.data.conftest import make_config, make_texts, write_jsonl
 
@@ -340,6 +341,19 @@ def test_mixture_holds_its_shares_and_never_mixes_in_a_row(tmp_path, by_bytes):
         for text in [documents[i].text for i in range(len(documents))]
     )
     assert pipeline.places_per_epoch(config, by_bytes) == total
+
+
+def test_a_stream_without_any_text_is_said():
+    class Ended:
+        def __next__(self):
+            raise StopIteration
+
+        def get_state(self):
+            return {}
+
+    streams = Streams({1: Ended()}, rows=(1,), batch_size=2, streams=2)
+    with pytest.raises(UserError, match=r'data\.streams=2: all documents of stream 1 are blank'):
+        next(streams)
 
 
 def test_what_cannot_be_fed_is_said(corpus, tmp_path):

@@ -15,6 +15,7 @@ from gau.experiments.runs import Run
 from gau.training import workdir as files
 from gau.training.config import default_config, flatten, resolve
 from gau.training.workdir import config_to_dict
+from tests.programs import call
 
 CONFIG = flatten(config_to_dict(resolve(default_config())))
 
@@ -236,6 +237,13 @@ def test_a_run_whose_loss_is_not_a_number_is_shown_as_one_and_spoils_no_other(tm
     best = report.make(found, Options(by=('model.name',), best='model.chunk_size'))
     assert [row.values['model.chunk_size'] for row in best.rows] == [1]
     assert math.isnan(statistics.holm([0.5, math.nan])[1])
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    publish.keep([run for run in models() if run.seed == 0], tmp_path / 'day.jsonl')
+    code, out, err = call('scripts/report.py', f'{tmp_path}/day.jsonl', f'--output={tmp_path}/day.jsonl/table')
+    assert (code, out, err.count('\n')) == (2, '', 1), err
+    assert f'--output={tmp_path}/day.jsonl/table.md cannot be written: Not a directory' in err
 
 
 def test_times_of_runs_that_shared_a_device_are_not_shown(tmp_path):
