@@ -65,8 +65,10 @@ def sweep_overlap() -> Iterator[Overrides]:
 
 
 def sweep_far() -> Iterator[Overrides]:
-    """With a gate: each chunk of queries reads the chunk before and the three that fit best, exactly."""
-    yield {'name': 'chunk_256_gate_far_4', **FLASH, **GATE, 'model.chunk_size': 256, 'model.far_chunks': 4}
+    """With a gate: each chunk of queries reads the chunk before and the three that fit best, exactly; and it alone."""
+    for count in (4, 1):
+        fields = {'model.chunk_size': 256, 'model.far_chunks': count}
+        yield {'name': f'chunk_256_gate_far_{count}', **FLASH, **GATE, **fields}
 
 
 def sweep_remedies() -> Iterator[Overrides]:

@@ -16,7 +16,7 @@ SWEEPS = [
     ('quality', 'shifted_forms', 7),
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
     ('compression', 'recovered:runs+quantised:runs', 6),
-    ('borders', 'chunks+overlap+far+remedies', 12),
+    ('borders', 'chunks+overlap+far+remedies', 13),
     ('heads', 'heads,seed:2', 12),
     ('recall', 'pairs,models', 21),
     ('recall', 'many', 5),
