@@ -16,6 +16,9 @@ from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
 
+# What a decay has left of a count when nobody reads it any more; float32's smallest normal number is 1e-38.
+LEAST_COUNT = 1e-30
+
 
 class Carried(NamedTuple):
     """What the tokens of a chunk find of earlier chunks.
@@ -112,6 +115,15 @@ def after_chunk(carry: tuple[Array, Array], factor_BL: Array, added: tuple[Array
     """Returns state [B, S, E] and count [B, L] after a chunk, given its factor on them and what it adds to both."""
     (state_BSE, count_BL), (kv_BSE, n_BL) = carry, added
     return factor_BL[..., None] * state_BSE + kv_BSE, factor_BL * count_BL + n_BL
+
+
+def one_over_count(count: Array) -> Array:
+    """Returns 1 / count, the factor that makes a mean of a sum; 1 where nothing, or next to nothing, is counted.
+
+    A query counts at least the newest tokens before it whole. What less is counted, only padding sees, long after the
+    last token: by then a decay is too small for float32, in which 1 over it is infinite, and 0 times that not 0.
+    """
+    return 1 / jnp.where(count > LEAST_COUNT, count, 1)
 
 
 def _open_before(last_BG: Array, sequence_axis: str | None) -> Array:

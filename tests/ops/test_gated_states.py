@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gau.ops.gated_states import one_over_count
 from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.scores import Scoring
@@ -115,3 +116,9 @@ def test_nothing_of_the_future_and_of_other_documents_reaches_a_token(window):
     assert (reach(20)[21:] == 0).all()
     assert (reach(20)[7:21] > 0).all()
     assert (reach(5)[6:] == 0).all()
+
+
+def test_what_is_left_of_a_count_after_much_padding_is_nothing():
+    # 1e-40 is no normal number of float32: on a GPU 1 over it is infinite, and was NaN in every later layer.
+    counts = jnp.asarray([0, 1e-40, 1e-35, 0.25, 128], jnp.float32)
+    np.testing.assert_array_equal(one_over_count(counts), np.float32([1, 1, 1, 4, 1 / 128]))

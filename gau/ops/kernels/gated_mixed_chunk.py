@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import first_and_last_document, into_chunks
-from gau.ops.gated_states import log_decays, previous_chunk
+from gau.ops.gated_states import log_decays, one_over_count, previous_chunk
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
 from gau.ops.kernels.quadratic_weights import FUNCTIONS, describe_tokens, whole_weights
 from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
@@ -210,7 +210,7 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
         if window > 1:
             open_BG = previous_chunk(open_BG)
         query_mask_BGC = (flip(ids_BGC) == open_BG[..., None]) & (flip(ids_BGC) > 0)
-        scale_BG = 1 / jnp.where(carried_BG > 0, carried_BG, 1) if causal and mean else jnp.ones_like(carried_BG)
+        scale_BG = one_over_count(carried_BG) if causal and mean else jnp.ones_like(carried_BG)
         state_scales.append(flip(scale_BG))
         counts_BGC.append(flip(query_mask_BGC * carried_BG[..., None]))
         query_masks.append(flip(query_mask_BGC))
@@ -261,7 +261,7 @@ def _with_gate(
     if not mean:
         return scans
     carried_BGL = jnp.pad(recurrence(*counts), ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    scale_BGL = 1 / jnp.where(carried_BGL > 0, carried_BGL, 1)
+    scale_BGL = one_over_count(carried_BGL)
     if scale_queries:
         return scans._replace(query_scale_BGCS=own(_as_scanned(scale_BGL, window))[:, :, None])
     return scans._replace(state_scale_BGJ=own(scale_BGL))

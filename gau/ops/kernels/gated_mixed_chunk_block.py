@@ -10,7 +10,7 @@ from jax import Array
 
 from gau.ops.chunk_states import into_chunks
 from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_state
-from gau.ops.gated_states import log_decays, previous_chunk
+from gau.ops.gated_states import log_decays, one_over_count, previous_chunk
 from gau.ops.kernels.gated_chunks import gated_chunk_matmul_from_state
 from gau.ops.kernels.gated_mixed_chunk import weights_in_chunks
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -71,7 +71,7 @@ def gated_mixed_chunk_block(
         chunks['gate'] = into_chunks(gate_BTL, size)
         log_BGL = log_decays(gate_BTL, None, size)
         scale_BGL = _scale_with_gate(log_BGL, begun['count'], size, mean=spec.mean)
-        found_scale_BL = 1 / jnp.where(found['count'] > 0, found['count'], 1)
+        found_scale_BL = one_over_count(found['count'])
         found_scale_BL = found_scale_BL if spec.mean else jnp.ones_like(found_scale_BL)
     # Of the first two chunks, on what is summed up before the block.
     begun_scales_B2L = jnp.stack([found_scale_BL, scale_BGL[:, 0]], axis=1)
@@ -159,4 +159,4 @@ def _scale_with_gate(log_decay_BGL: Array, count_BL: Array, size: int, *, mean: 
     added_BGL = jnp.full_like(decay_BGL, size).at[:, 0].add(decay_BGL[:, 0] * count_BL)
     after_BGL = recurrence(decay_BGL, added_BGL)
     before_BGL = jnp.concatenate([count_BL[:, None], after_BGL[:, :-1]], axis=1)
-    return 1 / jnp.where(before_BGL > 0, before_BGL, 1)
+    return one_over_count(before_BGL)
