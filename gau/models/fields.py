@@ -10,6 +10,8 @@ from gau.errors import UserError, did_you_mean
 
 # Numbers that are not counts are factors of a few units; a larger one is a slip, and infinity makes no width.
 _LARGEST_FACTOR = 1000
+# Counts are sizes of arrays.
+_LARGEST_COUNT = 2**31 - 1
 
 
 class Field(NamedTuple):
@@ -21,6 +23,7 @@ class Field(NamedTuple):
       default: None: it depends on other fields, and a record's `fill` says how.
       choices: the values of a str.
       wrong: returns whether a number is out of range, and the range in words.
+      most: of an int.
     """
 
     kind: type
@@ -28,6 +31,7 @@ class Field(NamedTuple):
     default: Any = None
     choices: tuple[str, ...] = ()
     wrong: tuple[Callable[[Any], bool], str] = (lambda value: False, '')
+    most: int = _LARGEST_COUNT
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError if the field `name` cannot have the value."""
@@ -35,8 +39,9 @@ class Field(NamedTuple):
             check_choice(f'model.{name}', value, self.choices)
         if self.wrong[0](value):
             raise UserError(f'model.{name} must be {self.wrong[1]}, not {value}')
-        if self.kind is float and not abs(value) <= _LARGEST_FACTOR:
-            raise UserError(f'model.{name}={value} is too large: want at most {_LARGEST_FACTOR}')
+        most = {float: _LARGEST_FACTOR, int: self.most}.get(self.kind)
+        if most is not None and not abs(value) <= most:
+            raise UserError(f'model.{name}={value} is too large: want at most {most}')
 
 
 def choice(doc: str, *choices: str, default: str | None = None) -> Field:
@@ -44,9 +49,9 @@ def choice(doc: str, *choices: str, default: str | None = None) -> Field:
     return Field(str, doc, default, choices)
 
 
-def count(doc: str, *, default: int | None = None) -> Field:
+def count(doc: str, *, default: int | None = None, most: int = _LARGEST_COUNT) -> Field:
     """Returns a field with a whole number from 1 on as value."""
-    return Field(int, doc, default, wrong=(lambda value: value < 1, 'at least 1'))
+    return Field(int, doc, default, wrong=(lambda value: value < 1, 'at least 1'), most=most)
 
 
 def number(doc: str, *, default: float, wrong: Callable[[float], bool], right: str) -> Field:
@@ -95,7 +100,10 @@ def check_choice(what: str, value: Any, choices: Any) -> None:
 
 # Fields of every model.
 COMMON = {
-    'num_layers': count('Blocks: GAUs, or pairs of attention and feed-forward; by default what `size` says.'),
+    # Layers are gone through one by one before anything is built.
+    'num_layers': count(
+        'Blocks: GAUs, or pairs of attention and feed-forward; by default what `size` says.', most=10_000
+    ),
     'model_dim': count('D; by default what `size` says.'),
     'norm': choice('Norm of the layers and before the head.', 'scale_norm', 'layer_norm', 'rms_norm'),
     'norm_placement': choice(

@@ -113,6 +113,8 @@ def test_heads_fall_with_depth():
     ({'name': 'performer', 'num_features': 9}, 'it is the number of random features of feature_map=favor'),
     ({'name': 'combiner', 'impl': 'xla'}, 'model.impl=xla does not exist for combiner; choose from auto, reference'),
     ({'chunk_size': 0}, 'model.chunk_size must be at least 1, not 0'),
+    ({'chunk_size': 2**31}, 'model.chunk_size=2147483648 is too large: want at most 2147483647'),
+    ({'num_layers': 10**12}, 'model.num_layers=1000000000000 is too large: want at most 10000'),
     ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
     ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),
     ({'expansion_factor': float('inf')}, 'model.expansion_factor=inf is too large: want at most 1000'),
