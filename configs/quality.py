@@ -13,9 +13,10 @@ of the tokens before its chunk), `variants` (how it may remember and read them),
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
 with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
 `convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
-contexts), `shifted_forms` (other rates, and what goes with them), and `best` (what configs/lm.py took from all this,
-against Transformer++), `books` (the same on books), `far_books` (books, 32,768 tokens of context: with chunks read
-exactly and without); `base` and `base_best` (112 M parameters). `seed:N:FIRST` adds seeds to a table.
+contexts), `shifted_forms` (other rates, and what goes with them), `exact` (softmax in the window or beside it), and
+`best` (what configs/lm.py took from all this, against Transformer++), `books` (the same on books), `far_books` (books,
+32,768 tokens of context: with chunks read exactly and without); `base` and `base_best` (112 M parameters).
+`seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
@@ -23,7 +24,7 @@ NVIDIA H200 that four runs share.
 Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p
 0.008) and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`,
 `causes`, `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`,
-`keys`: quality_keys.md. Not run yet: `far`, `far_books`, `books`, `base_best`, rates, softmax and FLASH-Quad of
+`keys`: quality_keys.md. Not run yet: `far`, `exact`, `books`, `base_best`, rates, softmax and FLASH-Quad of
 `shifted_forms`.
 """
 
@@ -209,11 +210,18 @@ def sweep_shifted_forms() -> Iterator[Overrides]:
     yield {**shifted, 'name': 'shifted_no_gate', 'model.decay_gate': 'none'}
     for size in (128, 256):
         yield {**shifted, 'name': f'shifted_window_2_chunk_{size}', 'model.chunk_size': size, 'model.local_window': 2}
-    # Softmax has no use for relu2's start of the bias.
-    bare = {path: value for path, value in shifted.items() if not path.startswith('model.relative_bias')}
-    yield {**bare, 'name': 'shifted_softmax', 'model.attention_function': 'softmax'}
+    yield {**_softmax(shifted), 'name': 'shifted_softmax'}
     exact = {path: value for path, value in shifted.items() if path != 'model.decay_gate'}
     yield {**exact, 'name': 'shifted_quad', ':model': 'flash_quad'}
+
+
+def sweep_exact() -> Iterator[Overrides]:
+    """FLASH of `best` with softmax in its window; and a chunk by itself, with softmax over whole ones before it."""
+    shifted, best = next(sweep_shifted()), next(sweep_best())
+    yield {**_softmax(best), 'name': 'window_2_softmax'}
+    for context in (8192, 1024):
+        for count in (1, 4) if context == 8192 else (1,):
+            yield {**shifted, 'name': f'exact_{count}_{context}', ':context': context, 'model.far_chunks': count}
 
 
 def sweep_best() -> Iterator[Overrides]:
@@ -262,3 +270,9 @@ def sweep_base_best() -> Iterator[Overrides]:
     """112 M parameters, 8,192 tokens of context, 300 M tokens: the models of `best`, for the time to a quality."""
     for point in list(sweep_best())[:2]:
         yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': 4578}
+
+
+def _softmax(point: Overrides) -> Overrides:
+    """Returns a point of FLASH with softmax, which has no use for relu^2's start of the bias."""
+    bare = {path: value for path, value in point.items() if not path.startswith('model.relative_bias')}
+    return {**bare, 'model.attention_function': 'softmax'}

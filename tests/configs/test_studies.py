@@ -12,8 +12,7 @@ SWEEPS = [
     ('quality', 'models,seed:5:3', 15),
     ('quality', 'rates+long+memory+far+base', 22),
     ('quality', 'best+base_best', 6),
-    ('quality', 'far_books', 3),
-    ('quality', 'shifted_forms', 7),
+    ('quality', 'shifted_forms+exact', 11),
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
     ('compression', 'recovered:runs+quantised:runs', 6),
     ('borders', 'chunks+overlap+far+remedies', 13),
@@ -28,3 +27,9 @@ def test_every_point_is_accepted(study, sweep, points):
     argument = '' if study == 'recall' else 'data=embedded'
     found = find_points(Program(str(ROOT / 'configs' / f'{study}.py'), argument), sweep)
     assert [point.error for point in found] == [''] * points
+
+
+def test_sweeps_on_books_lack_nothing_but_books():
+    found = find_points(Program(str(ROOT / 'configs' / 'quality.py'), ''), 'books+far_books')
+    assert len(found) == 5
+    assert {point.error for point in found} <= {'', f'tokens:{ROOT}/data/books: no such directory'}
