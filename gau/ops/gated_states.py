@@ -6,6 +6,9 @@ d[g] is one number for a state [S, E], or one for each of its rows, the columns 
 M[g - 1] where it sees the chunk before otherwise. M begins with zeros in every document, and a gate's logits reach no
 other one: a chunk with tokens of two documents hands nothing on from before it. `gau.ops.chunk_states` has the same
 without a gate as a matmul over all chunks, which a factor for each row would make large.
+
+Padding has no logits: a chunk of nothing else keeps the state, d[g] = 1. Were it less, the count of tokens in the state
+of a row that ends with many such chunks would be no normal number of float32 any more, nor a gradient by it a number.
 """
 
 from typing import NamedTuple
@@ -35,12 +38,12 @@ class Carried(NamedTuple):
 
 
 def log_decays(logits_BNL: Array, segment_ids_BN: Array | None, chunk_size: int) -> Array:
-    """Returns log d of every chunk, [B, G, L], from the logits of its tokens; padding has none."""
+    """Returns log d of every chunk, [B, G, L], from the logits of its tokens; 0 where all of them are padding."""
     logits_BGCL = into_chunks(logits_BNL, chunk_size)
     ids_BN = jnp.ones(logits_BNL.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
     real_BGC1 = into_chunks(ids_BN, chunk_size)[..., None] > 0
-    total_BGL = jnp.where(real_BGC1, logits_BGCL, 0).sum(2)
-    return jax.nn.log_sigmoid(total_BGL / jnp.maximum(real_BGC1.sum(2), 1))
+    total_BGL, number_BG1 = jnp.where(real_BGC1, logits_BGCL, 0).sum(2), real_BGC1.sum(2)
+    return jnp.where(number_BG1 > 0, jax.nn.log_sigmoid(total_BGL / jnp.maximum(number_BG1, 1)), 0)
 
 
 def previous_chunk(x_BG: Array, sequence_axis: str | None = None) -> Array:

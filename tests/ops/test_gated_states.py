@@ -33,7 +33,7 @@ def by_hand(q, k, q_lin, k_lin, v, logits, ids, bias, spec):
     kept = []
     for g in range(chunk[-1] + 1):
         real = (chunk == g) & (ids > 0)
-        kept.append(sigmoid(logits[real].mean(0)) if real.any() else np.full(S, 0.5))
+        kept.append(sigmoid(logits[real].mean(0)) if real.any() else np.ones(S))
     local, far = np.zeros((n, E)), np.zeros((n, E))
     for i in range(n):
         seen = [j for j in range(i + 1) if ids[i] == ids[j] > 0]

@@ -21,6 +21,8 @@ LAYOUTS = {
     'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
     # Chunks of nothing else, within a document, before one, and at the end.
     'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
+    # The last row of a split: so many chunks of padding that halves of halves over them are no float32 any more.
+    'mostly padding': lambda n: jnp.where(jnp.arange(n) < jnp.asarray([[20], [9]]), 1, 0),
 }
 OPS = {'reference': reference.gated_mixed_chunk, 'triton': gated_mixed_chunk.gated_mixed_chunk}
 REDUCTIONS = {
@@ -140,6 +142,8 @@ WINDOWS = [
     (40, 6, 12, 'documents', 7, 'keys', {}),
     # Two chunks have no states, and a chunk alone has no other.
     (23, 12, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'paper')}),
+    (480, 3, 4, 'mostly padding', 4, 'scalar', {}),
+    (480, 3, 4, 'mostly padding', 4, 'none', {'global_decay': 0.5}),
 ]
 SLOW_WINDOWS = [
     (60, 8, 12, 'documents', 8, 'keys', {}),
