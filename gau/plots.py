@@ -1,5 +1,6 @@
 """The pictures of runs, drawn from their own files."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,17 @@ def figure(xlabel: str, ylabel: str, title: str, *, rows: int = 1) -> tuple[Any,
 
 
 def save(canvas: Any, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
+    """Writes a PNG whole or not at all; the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name}')
-    canvas.savefig(aside, dpi=120, format='png')
+    for axes in canvas.axes:
+        legend = axes.get_legend()
+        named = [legend.get_title(), *legend.get_texts()] if legend else []
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *named):
+            # Names of files and runs may hold dollar signs, which are no formulas.
+            text.set_parse_math(False)
+    with warnings.catch_warnings():
+        # A letter that the font does not have is drawn as a box.
+        warnings.filterwarnings('ignore', message='Glyph ')
+        canvas.savefig(aside, dpi=120, format='png', metadata={'Software': None})
     aside.replace(path)

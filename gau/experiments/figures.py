@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from gau.experiments.report import Report, mean_curve
+from gau import plots
+from gau.experiments.report import MORE_IS_BETTER, Report, mean_curve
 from gau.experiments.runs import BY_RANGE
 
 
@@ -29,8 +30,7 @@ def draw(report: Report, stem: Path) -> list[Path]:
             path.unlink(missing_ok=True)
         else:
             paths.append(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.savefig(path, dpi=120, format='png', metadata={'Software': None})
+            plots.save(drawn, path)
     return paths
 
 
@@ -39,7 +39,7 @@ def _curves(report: Report, *, column: int, label: str) -> Any:
     split = report.options.split
     if all(len(mean_curve(row, split)) < 3 for row in report.rows):
         split = 'train'
-    figure, axes = _figure(label, f'{split} loss (nats per token)', report)
+    figure, axes = plots.figure(label, f'{split} loss (nats per token)', report.options.title)
     lowest, early = [], []
     for row in report.rows:
         curve = mean_curve(row, split)
@@ -59,7 +59,7 @@ def _curves(report: Report, *, column: int, label: str) -> Any:
 
 
 def _by_range(report: Report, name: str) -> Any:
-    figure, axes = _figure(name.removeprefix(BY_RANGE), 'loss (nats per token)', report)
+    figure, axes = plots.figure(name.removeprefix(BY_RANGE), 'loss (nats per token)', report.options.title)
     for row in report.rows:
         curve = mean_curve(row, name)
         if len(curve):
@@ -79,7 +79,7 @@ def _values(report: Report) -> Any:
     if not numeric:
         return None
     field = max(numeric, key=lambda name: len({row.values[name] for row in report.rows}))
-    figure, axes = _figure(field, _metric(report), report)
+    figure, axes = plots.figure(field, _metric(report), report.options.title)
     lines: dict[str, list] = {}
     for row in report.rows:
         rest = {name: value for name, value in row.values.items() if name != field}
@@ -101,14 +101,15 @@ def _speed(report: Report) -> Any:
     rows = [row for row in report.rows if row.speed]
     if len(rows) < 2:
         return None
-    figure, axes = _figure('tokens/s', f'{_metric(report)}, better upwards', report)
+    figure, axes = plots.figure('tokens/s', f'{_metric(report)}, better upwards', report.options.title)
     for row in rows:
         axes.errorbar(row.speed, row.mean.value, yerr=row.mean.half or 0.0, marker='o', capsize=3)
         axes.annotate(
             _name(row.values), (row.speed, row.mean.value), xytext=(6, 3), textcoords='offset points', fontsize=8
         )
     axes.set_xlim(0, 1.25 * max(row.speed for row in rows))
-    axes.invert_yaxis()
+    if report.options.metric not in MORE_IS_BETTER:
+        axes.invert_yaxis()
     return figure
 
 
@@ -119,13 +120,3 @@ def _metric(report: Report) -> str:
 
 def _name(values: dict[str, Any]) -> str:
     return ', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values.values())
-
-
-def _figure(xlabel: str, ylabel: str, report: Report) -> tuple[Any, Any]:
-    # The object interface draws without a display and without pyplot's global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.add_subplot(1, 1, 1, xlabel=xlabel, ylabel=ylabel, title=report.options.title)
-    axes.grid(alpha=0.3)
-    return figure, axes
