@@ -18,10 +18,22 @@ def check_file(path: Path, *, flag: str) -> None:
       UserError: the file cannot be written.
     """
     with _told(path, flag):
-        _make(path.parent)
         if path.is_dir():
             raise _os_error(errno.EISDIR)
-        _check_writable(path if path.exists() else path.parent)
+        if path.exists():
+            _check_access(path)
+        else:
+            check_writable_directory(path.parent)
+
+
+def check_writable_directory(path: Path) -> None:
+    """Makes a directory to write files into, if there is none yet. Raises OSError if it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        # It exists, and so is no directory.
+        raise _os_error(errno.ENOTDIR) from None
+    _check_access(path)
 
 
 def check_directory(path: Path, *, flag: str = 'output') -> None:
@@ -33,8 +45,7 @@ def check_directory(path: Path, *, flag: str = 'output') -> None:
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f'--{flag}={path} exists already: choose another directory')
     with _told(path, flag):
-        _make(path.parent)
-        _check_writable(path.parent)
+        check_writable_directory(path.parent)
 
 
 @contextmanager
@@ -65,15 +76,7 @@ def _told(path: Path, flag: str) -> Iterator[None]:
         raise UserError(f'--{flag}={path} cannot be written: {error.strerror}') from error
 
 
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        # It exists, and so is no directory.
-        raise _os_error(errno.ENOTDIR) from None
-
-
-def _check_writable(path: Path) -> None:
+def _check_access(path: Path) -> None:
     if not os.access(path, os.W_OK):
         raise _os_error(errno.EACCES)
 

@@ -16,8 +16,8 @@ from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gau import lookup
-from gau.errors import UserError
+from gau import lookup, outputs
+from gau.errors import UserError, warn
 from gau.evaluation.evaluator import Evaluator
 from gau.models.target import Target
 from gau.objectives import objective as objectives
@@ -38,11 +38,19 @@ CACHE_VARIABLE = 'GAU_COMPILATION_CACHE'
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ~/.cache/gau/xla, or where GAU_COMPILATION_CACHE says ("" for nowhere).
 
-    JAX_COMPILATION_CACHE_DIR, if set, is left to JAX.
+    JAX_COMPILATION_CACHE_DIR, if set, is left to JAX. Where nothing can be written nothing is kept, which is said once;
+    JAX would say it of every program.
     """
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return
     directory = os.environ.get(CACHE_VARIABLE, str(Path.home() / '.cache' / 'gau' / 'xla'))
+    # (JAX knows directories elsewhere, such as gs://...)
+    if directory and '://' not in directory:
+        try:
+            outputs.check_writable_directory(Path(directory))
+        except OSError as error:
+            warn(f'{directory} cannot be written ({error.strerror}): compiled programs are not kept')
+            return
     if directory:
         jax.config.update('jax_compilation_cache_dir', directory)
 

@@ -16,7 +16,7 @@ from gau.objectives.text import TextObjective
 from gau.ops import mixed_chunk_attention
 from gau.ops.kernels import gated_mixed_chunk, queries_keys
 from gau.training.config import resolve
-from gau.training.setup import Run
+from gau.training.setup import Run, use_compilation_cache
 from tests.training.tiny import assert_trees_equal, tiny_config
 
 
@@ -109,3 +109,19 @@ def test_pytorch_that_is_there_stays(monkeypatch):
 
         assert torch is module
     assert sys.modules['torch'] is module
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_not_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').write_text('')
+    used = {}
+    monkeypatch.setattr(jax.config, 'update', used.__setitem__)
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    for directory in ('file/cache', 'file/cache', 'cache', 'gs://bucket/cache'):
+        where = directory if '://' in directory else f'{tmp_path}/{directory}'
+        used.clear()
+        monkeypatch.setenv('GAU_COMPILATION_CACHE', where)
+        use_compilation_cache()
+        assert used == ({} if 'file' in directory else {'jax_compilation_cache_dir': where})
+    told = f'warning: {tmp_path}/file/cache cannot be written (Not a directory): compiled programs are not kept\n'
+    assert capsys.readouterr().err == told
+    assert (tmp_path / 'cache').is_dir()
