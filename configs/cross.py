@@ -18,7 +18,9 @@ A run is 1,000 steps of 65,536 places, half of them targets at most. Titles: 512
 of which every tenth is held out. A Cross-GAU has E = D and nine tenths of the parameters of multi-head cross-attention.
 All with Muon at 4e-3 and no sinusoid, FLASH with shifted keys within its sequences.
 
-Result: not run yet. `:runlocal` predicts halves of the embedded corpus for 20 steps, and shows that everything works.
+Result (docs/results/cross.md, halves, 500 steps, one seed): one, two, four heads and multi-head attention are within
+0.011, where the source is worth 0.045; Transformer++ has not learnt to read it. Titles are not run yet. `:runlocal`
+predicts halves of the embedded corpus for 20 steps, and shows that everything works.
 """
 
 from collections.abc import Iterator

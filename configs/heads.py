@@ -10,7 +10,8 @@ Arguments: those of configs/quality.py (context is 512 here). Sweeps: `heads`. W
 2 D, which has as many parameters; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of configs/lm.py
 has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
 
-Result: not run yet.
+Result (docs/results/heads.md, 500 steps, one seed): two heads are 0.019 worse than one, eight 0.053; the gate is worth
+0.149 and takes the rank from 160 to 299, where eight heads take it to 189.
 """
 
 from collections.abc import Iterator

@@ -21,11 +21,11 @@ contexts), `shifted_forms` (other rates, and what goes with them), `exact` (soft
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
 NVIDIA H200 that four runs share.
 
-Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p
-0.008) and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`,
-`causes`, `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`,
-`keys`: quality_keys.md. Not run yet: `far`, `exact`, `books`, `base_best`, rates, softmax and FLASH-Quad of
-`shifted_forms`.
+Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p 0.008)
+and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`, `causes`,
+`muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`:
+quality_keys.md; `far_books` (500 steps): far_memory.md. Not run yet: `far`, `exact`, `books`, `base_best`, rates,
+softmax and FLASH-Quad of `shifted_forms`.
 """
 
 from collections.abc import Iterator
