@@ -72,6 +72,18 @@ class Checkpoints:
         """Returns the steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def chosen(self, step: int | None, *, where: str) -> int:
+        """Returns `step`, or the newest that has a checkpoint.
+
+        Raises:
+          UserError: there is none; it begins with `where`.
+        """
+        steps = self.steps()
+        found = max(steps, default=None) if step is None else step
+        if found not in steps:
+            raise UserError(f'{where}: no such checkpoint, {self.directory.parent} has {steps or "none"}')
+        return found
+
     def save(
         self,
         step: int,

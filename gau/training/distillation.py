@@ -91,10 +91,7 @@ def teacher_of(run: 'Run') -> tuple[Any, Any]:
     teacher = replace(run, config=config, model=model)
     saved = Checkpoints(workdir)
     try:
-        steps = saved.steps()
-        chosen = max(steps, default=None) if step is None else step
-        if chosen not in steps:
-            raise UserError(f'{where}: no such checkpoint, {workdir} has {steps or "none"}')
+        chosen = saved.chosen(step, where=where)
         check_tokenizer(run.tokenizer, trained.data.tokenizer, saved.meta(chosen).get('data', {}).get('tokenizer'))
         return model, saved.restore_params(teacher.abstract_params, step=chosen)
     finally:

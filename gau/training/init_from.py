@@ -75,10 +75,7 @@ def _checkpointed(source: Path, tokenizer: Tokenizer | None) -> dict[str, np.nda
     trained = files.read_config(workdir)
     saved = Checkpoints(workdir)
     try:
-        steps = saved.steps()
-        chosen = max(steps, default=None) if step is None else step
-        if chosen not in steps:
-            raise UserError(f'init_from={source}: no such checkpoint, {workdir} has {steps or "none"}')
+        chosen = saved.chosen(step, where=f'init_from={source}')
         if tokenizer is not None:
             check_tokenizer(tokenizer, trained.data.tokenizer, saved.meta(chosen).get('data', {}).get('tokenizer'))
         params = saved.read_params(chosen)

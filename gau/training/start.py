@@ -32,10 +32,7 @@ def pin_fork(run: Run, fork: Path) -> Path:
     files.read_config(workdir)
     parent = Checkpoints(workdir)
     try:
-        steps = parent.steps()
-        step = max(steps, default=None) if step is None else step
-        if step not in steps:
-            raise UserError(f'fork={fork}: no such checkpoint, {workdir} has {steps or "none"}')
+        step = parent.chosen(step, where=f'fork={fork}')
         parent.check_architecture(run.abstract_params, step)
     finally:
         parent.close()
