@@ -59,6 +59,9 @@ class TextFiles:
         self._lock = threading.Lock()
         if not len(self):
             raise UserError(f'{globs}: no document in {len(self._names)} files, all of them are empty')
+        for name, path in zip(self._names, self._paths, strict=True):
+            if not path.stat().st_size:
+                warn(f'{name}: the file is empty')
         # A misnamed field shows in the first documents: say so now, not in the middle of an epoch.
         for first in [0, *self._ends[:-1]][:100]:
             if first < len(self):
@@ -136,7 +139,6 @@ class TextFiles:
         try:
             size = path.stat().st_size
             if size == 0:
-                warn(f'{name}: the file is empty')
                 return np.zeros((0, 2), np.int64)
             plain.check_text(name, path)
             if size < _LARGE:

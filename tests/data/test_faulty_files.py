@@ -199,6 +199,9 @@ def test_an_empty_file_among_many_is_no_matter(tmp_path, capsys):
         (tmp_path / f'{name}.txt').write_text(text)
     assert read(tmp_path / '?.txt', tmp_path)[0] == ['one', 'two']
     assert capsys.readouterr().err == f'warning: {tmp_path}/b.txt: the file is empty\n'
+    with pytest.raises(UserError, match='all of them are empty'):
+        read(tmp_path / 'b.txt', tmp_path)
+    assert capsys.readouterr().err == ''
 
 
 def test_skipped_documents_are_said(tmp_path, capsys):
