@@ -11,6 +11,7 @@ from absl import flags
 
 from gau import cli
 from gau.data import paragraphs, pipeline, report, sources, tokenizers
+from gau.errors import UserError
 from gau.objectives import objective as objectives
 from gau.training import config as training_config
 
@@ -30,12 +31,14 @@ _ROWS = 512
 
 def main() -> None:
     """Prints the report."""
+    sizes = cli.parse_positive_integers('chunks', _CHUNKS.value)
+    if _PARAGRAPHS.present and sizes is None:
+        raise UserError('--paragraphs says what chunks end with: it is of --chunks')
     plot, config = cli.output_file('plot'), training_config.resolve(cli.load_config())
     data, objective = config.data, objectives.load(config.objective).rows
     tokenizer = tokenizers.load(data.tokenizer)
     print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
     print(f'tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}')
-    sizes = cli.parse_positive_integers('chunks', _CHUNKS.value)
     if sizes:
         fields = {'ends': _PARAGRAPHS.value, 'at_most': _DOCUMENTS.value}
         found = paragraphs.survey(data, _SPLIT.value, tokenizer, **fields)

@@ -9,6 +9,7 @@ import pytest
 from gau.data import report
 from tests.data.conftest import make_config
 from tests.data.test_pipeline import evaluation
+from tests.programs import call
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -65,3 +66,9 @@ def test_the_scripts_run(corpus, tmp_path):
     benchmark = [sys.executable, 'scripts/benchmark_data.py', *common, '--seconds=0.3']
     result = subprocess.run(benchmark, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert json.loads(result.splitlines()[-1])['tokens_per_second'] > 0
+
+
+def test_what_would_do_nothing_is_one_line():
+    code, out, err = call('scripts/inspect_data.py', '--config=configs/lm.py:runlocal', '--paragraphs=blank_line')
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert 'it is of --chunks' in err

@@ -114,6 +114,7 @@ BAD = {
     'no directory': ([], 'no directory is given'),
     'nothing there': (['no_such_directory'], 'holds neither a run nor a sweep'),
     'unknown flag': (['x', '--agianst=y'], 'agianst'),
+    'a check with flags': (['--check', '--by=model.name'], '--by does nothing with --check'),
 }
 
 
