@@ -1,6 +1,7 @@
 """The commands as a user calls them: exit codes, one-line errors, and death by signal at any moment."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,7 +200,8 @@ cli.run(main)
     assert (done.returncode, done.stderr) == (130, 'interrupted\n')
 
 
-def test_a_run_that_was_not_evaluated_is_no_quickstart(undisturbed):
-    code, _, err = call('scripts/quickstart_report.py', f'--workdir={undisturbed}')
+def test_a_run_that_was_not_evaluated_is_no_quickstart(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / 'run', ignore=shutil.ignore_patterns('eval.jsonl'))
+    code, _, err = call('scripts/quickstart_report.py', f'--workdir={tmp_path}/run')
     assert (code, err.count('\n')) == (2, 1), err
     assert 'is no quickstart that was trained and evaluated' in err
