@@ -175,9 +175,9 @@ def test_muon_takes_kernels_of_one_shape_at_once():
     kernels = {f'blocks_{layer}': {'out': {'kernel': draw((48, 32), layer)}} for layer in range(5)}
     chosen = plain('muon', kernels, 'bfloat16')
     text = jax.jit(chosen.update).lower(kernels, chosen.init(kernels), kernels).as_text()
-    # An iteration's three matmuls stand in one function that is called five times, and nothing multiplies beside it.
+    # Five iterations of three matmuls, and nothing multiplies beside them. JAX 0.10 writes one iteration and calls it.
     matmuls = [line for line in text.splitlines() if 'stablehlo.dot_general' in line]
-    assert len(matmuls) == 3
+    assert len(matmuls) == (3 if jax.__version_info__ < (0, 11) else 5 * 3)
     assert all('(tensor<5x32x' in line and 'bf16' in line for line in matmuls), matmuls
     exact, rounded = (steps(plain('muon', kernels, dtype), kernels, number=1) for dtype in ('float32', 'bfloat16'))
     for name, kernel in kernels.items():
