@@ -215,17 +215,7 @@ def test_what_is_missing_from_the_papers_tables():
     assert '0 different runs are missing' in dry
 
 
-def test_a_table_is_told_what_is_kept(monkeypatch, tmp_path):
-    started = []
-
-    class Process:
-        def __init__(self, arguments):
-            started.append(arguments)
-
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr(subprocess, 'Popen', Process)
+def test_a_table_is_told_what_is_kept(started, tmp_path):
     code, _, err = call('scripts/reproduce.py', 'branches', f'--kept={tmp_path},docs/results')
     assert code == 0, err
     sweep, _ = started

@@ -132,18 +132,8 @@ def test_bad_input_is_one_line_and_code_2(name):
     assert hint in err
 
 
-def test_a_dry_run_needs_no_data(monkeypatch):
-    started = []
-
-    class Process:
-        def __init__(self, arguments):
-            started.append(arguments)
-
-        def wait(self):
-            return 0
-
+def test_a_dry_run_needs_no_data(monkeypatch, started):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(subprocess, 'Popen', Process)
     code, _, err = call('scripts/reproduce.py', 'branches', '--budget=paper', '--dry_run')
     assert code == 0, err
     (sweep,) = started
