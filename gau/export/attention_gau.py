@@ -221,7 +221,9 @@ class Attention(nn.Module):
         if x.gate is None:
             return None
         real = (ids_BGC > 0)[..., None]
-        logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / real.sum(2).clamp(min=1))
+        tokens = real.sum(2)
+        # A chunk of padding alone keeps the state.
+        logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / tokens.clamp(min=1)).masked_fill(tokens == 0, 0)
         return F.pad(logs_BGL.transpose(1, 2).cumsum(2), (1, 0))
 
     def other_chunks(self, k_lin, v, ids_BGC, kept_BLG) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:

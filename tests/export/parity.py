@@ -7,6 +7,14 @@ import numpy as np
 from gau.export.huggingface import config_of
 from gau.models.weights import named
 from tests.models.tiny import CONTEXT, VOCAB, make
+from tests.numerics import LAYOUTS as OF_MODELS
+
+# Also rows with whole chunks of padding (the tiny models' have 5 tokens): within a document, before and after one.
+LAYOUTS = {name: ids for name, ids in OF_MODELS.items() if name != 'empty'} | {
+    'a chunk of padding': [1] * 4 + [0] * 7 + [1] * 13,
+    'chunks of padding first': [0] * 11 + [2] * 13,
+    'chunks of padding last': [3] * 8 + [0] * 16,
+}
 
 
 @functools.cache

@@ -6,9 +6,9 @@ import pytest
 
 from gau.models.architectures import ARCHITECTURES
 from gau.models.attentions.scored import ScoredAttention
-from tests.export.parity import both
+from tests.export.parity import LAYOUTS, both
 from tests.models.tiny import CASES, apply, positions_of, tokens
-from tests.numerics import LAYOUTS, float64, max_error
+from tests.numerics import float64, max_error
 
 torch = pytest.importorskip('torch', reason='exports are opened with torch, which is no requirement of training')
 pytest.importorskip('transformers', minversion='5.24', reason='requirements-export.txt')
@@ -90,8 +90,8 @@ def expect_equal(theirs, expected, real=None):
 def test_logits_with_documents_and_padding(case):
     name, objective, fields = case
     model, params, theirs = both(name, objective, **fields)
-    layouts = [layout for layout, ids in LAYOUTS.items() if layout != 'empty']
-    ids_BN = np.array([LAYOUTS[layout] for layout in layouts])
+    layouts = list(LAYOUTS)
+    ids_BN = np.array(list(LAYOUTS.values()))
     tokens_BN, positions_BN = np.asarray(tokens(len(layouts))), np.asarray(positions_of(ids_BN))
     expected = apply(model, params, jnp.asarray(tokens_BN), jnp.asarray(ids_BN), jnp.asarray(positions_BN))
     as_torch = [torch.tensor(x) for x in (tokens_BN, positions_BN, ids_BN)]
@@ -116,7 +116,7 @@ def test_logits_with_documents_and_padding(case):
 def test_float32_logits_with_documents_and_padding_are_equal_to_1e_5(case):
     name, objective, fields = case
     model, params, theirs = both(name, objective, dtype='float32', **fields)
-    ids_BN = np.array([LAYOUTS[layout] for layout in LAYOUTS if layout != 'empty'])
+    ids_BN = np.array(list(LAYOUTS.values()))
     tokens_BN, positions_BN = np.asarray(tokens(len(ids_BN))), np.asarray(positions_of(ids_BN))
     expected = apply(model, params, jnp.asarray(tokens_BN), jnp.asarray(ids_BN), jnp.asarray(positions_BN))
     as_torch = [torch.tensor(x) for x in (tokens_BN, positions_BN, ids_BN)]

@@ -10,9 +10,9 @@ import pytest
 import gau
 from gau.export.exporting import export
 from gau.training import loop
-from tests.export.parity import both
+from tests.export.parity import LAYOUTS, both
 from tests.models.tiny import apply, positions_of, tokens
-from tests.numerics import LAYOUTS, float64, max_error
+from tests.numerics import float64, max_error
 from tests.training.tiny import tiny_config
 
 torch = pytest.importorskip('torch', reason='requirements-export.txt')
@@ -49,7 +49,7 @@ def test_graphs_compute_what_the_model_does(name, objective, fields, tmp_path):
         model, params, theirs = both(name, objective, **fields)
         shapes = write_graphs(theirs.float(), tmp_path)
         theirs.double()
-        ids_BN = np.array([layout for name, layout in LAYOUTS.items() if name != 'empty'])
+        ids_BN = np.array(list(LAYOUTS.values()))
         tokens_BN, positions_BN = np.asarray(tokens(len(ids_BN))), np.asarray(positions_of(ids_BN))
         forward = opened(tmp_path, 'model.onnx')
         for rows, n in ((len(ids_BN), 24), (3, 17), (1, 1), (2, 5)):

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from gau.export.huggingface import CODE
+from tests.export.parity import LAYOUTS
 from tests.models.tiny import apply, make, positions_of, tokens
-from tests.numerics import LAYOUTS
 
 RECORD = Path(__file__).with_name('recorded_logits.json')
 CASES = {
@@ -30,7 +30,7 @@ CASES = {
     'transformer_plus_plus': ('transformer_plus_plus', 'lm', {'short_convolution': 3}),
 }
 # Documents and padding.
-IDS_BN = np.array([LAYOUTS[layout] for layout in ('packed', 'holes')])
+IDS_BN = np.array([LAYOUTS[layout] for layout in ('packed', 'holes', 'a chunk of padding')])
 # Two layers of a kind say no more than one.
 FIELDS = {'dtype': 'float32', 'num_layers': 1}
 
