@@ -12,6 +12,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.model_dim = 32
     config.model.query_key_dim = 16
     config.model.chunk_size = 16
+    # A chunk may be as long as the context here, where a window of the quickstart's would be refused.
+    config.model.local_window = None
     config.data.context = arg.context
     config.data.batch_size = 2
     config.steps = arg.steps
