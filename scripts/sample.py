@@ -38,7 +38,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
 flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
-flags.DEFINE_integer('num', 1, 'How many continuations to write.', lower_bound=1)
+flags.DEFINE_integer('num', 1, 'How many continuations to write, side by side.', lower_bound=1, upper_bound=2**16)
 flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most; 0: only read, for --save_state.', lower_bound=0)
 flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token each time.', lower_bound=0.0)
 flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens only; 0: from all.', lower_bound=0)
