@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/quickstart.py:arg`."""
     arg = common.parse_arg(arg, model='flash')
     config = training_config.default_config()
-    config.steps = 2400
+    config.steps = 4200
     config.model.name = arg.model
     config.model.size = 'tiny'
     config.model.dtype = 'float32'
