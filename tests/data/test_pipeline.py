@@ -377,30 +377,24 @@ def test_the_places_of_an_epoch_hold_its_padding_too(corpus, by_bytes, source, o
     fields = {'holdout_every': 10} if source == 'jsonl' else {}
     texts = texts_of(make_config(source=corpus['jsonl'], holdout_every=10), 'train')
     lengths = [len(text.encode()) + {'lm': 1, 'mlm': 2}[objective] for text in texts]
-    for packing, context in (
-        ('concat', 32),
-        ('document', 32),
-        ('document', 512),
-        ('first_fit', 32),
-        ('first_fit', 512),
-    ):
+    for packing, n in (('concat', 32), ('document', 32), ('document', 512), ('first_fit', 32), ('first_fit', 512)):
         config = make_config(
-            objective, source=corpus[source], packing=packing, context=context, shuffle='documents', **fields
+            objective, source=corpus[source], packing=packing, context=n, shuffle='documents', **fields
         )
         # What is counted does not depend on it; a batch costs more than its rows.
-        config.batch_size = 6 * 512 // context
+        config.batch_size = 6 * 512 // n
         found = pipeline.places_per_epoch(config, by_bytes, objective)
         if packing == 'concat':
             assert found == sum(lengths)
         elif packing == 'document':
-            assert found == sum(-(-length // context) * context for length in lengths)
+            assert found == sum(-(-length // n) * n for length in lengths)
         else:
             # Of what training really feeds: EOS once a document, over some epochs.
             iterator, ended, rows = stream(config, objective=objective), 0, 0
-            while rows * context < 64_000:
+            while rows * n < 64_000:
                 batch = next(iterator)
                 rows += len(batch['targets'])
                 ended += (batch['targets'] == by_bytes.eos_id).sum()
             iterator.close()
             assert found > sum(lengths)
-            assert ended / len(texts) == pytest.approx(rows * context / found, rel=0.04)
+            assert ended / len(texts) == pytest.approx(rows * n / found, rel=0.04)
