@@ -303,6 +303,13 @@ def output_file(flag: str) -> Path | None:
     return Path(value)
 
 
+def refuse(*names: str, beside: str, because: str) -> None:
+    """Raises UserError if one of these flags was given, which would do nothing beside another, `--beside`."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise UserError(f'--{name} does nothing with --{beside}: {because}')
+
+
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:
     """Returns a list flag's values as positive integers of 32 bits; None stays None.
 

@@ -36,9 +36,12 @@ def main() -> None:
 
     rows, whole_table = cli.output_file('json'), cli.output_file('table')
     if whole_table:
-        for name in ('config', 'topology', 'sweep', 'shardings', 'breakdown', 'json', 'vocab_size'):
-            if flags.FLAGS[name].present:
-                raise UserError(f'--{name} does nothing with --table, which has its own configs and machine')
+        own = 'it has its own configs and machine'
+        cli.refuse(
+            *('config', 'topology', 'sweep', 'shardings', 'breakdown', 'json', 'vocab_size'),
+            beside='table',
+            because=own,
+        )
         tpu_table.write(whole_table, report=lambda line: print(line, flush=True))
         return
     config = flags.FLAGS.config

@@ -47,9 +47,11 @@ RESULTS = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 def main(arguments: list[str]) -> int:
     """Reports, or checks."""
     if _CHECK.value:
-        for name in ('by', 'against', 'best', 'split', 'metric', 'allow', 'title', 'output', 'evaluations'):
-            if flags.FLAGS[name].present:
-                raise UserError(f'--{name} does nothing with --check: a kept table knows how it was made')
+        cli.refuse(
+            *('by', 'against', 'best', 'split', 'metric', 'allow', 'title', 'output', 'evaluations'),
+            beside='check',
+            because='a kept table knows how it was made',
+        )
         return _check([Path(argument) for argument in arguments])
     if not arguments:
         raise UserError('no directory is given: python scripts/report.py DIR...')

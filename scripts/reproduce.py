@@ -59,6 +59,11 @@ def main(arguments: list[str]) -> int:
         if name not in names:
             raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
     if _MISSING.value:
+        cli.refuse(
+            *('workdir', 'output', 'source', 'tokenizer', 'per_device', 'only_kept', 'dry_run'),
+            beside='missing',
+            because='it runs nothing, and prints',
+        )
         return _missing(list(dict.fromkeys(arguments or names)))
     if len(arguments) != 1:
         raise UserError(f'want one table: {", ".join(names)}')
@@ -70,6 +75,9 @@ def main(arguments: list[str]) -> int:
     program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
     source = module.get_config(f'budget={budget}').data.source
     if _ONLY_KEPT.value:
+        cli.refuse(
+            *('workdir', 'source', 'tokenizer', 'per_device', 'dry_run'), beside='only_kept', because='it runs nothing'
+        )
         return _only_kept(name)
     if _KEPT.value:
         program.append(f'--kept={",".join(_KEPT.value)}')

@@ -118,6 +118,11 @@ BAD = {
     'no table': ([], 'want one table: branches, chunk_size'),
     'unknown table': (['branchs'], 'did you mean "branches"'),
     'unknown budget': (['branches', '--budget=large'], 'large'),
+    'missing with an output': (['--missing', '--output=x'], '--output does nothing with --missing'),
+    'kept runs with a source': (
+        ['branches', '--only_kept', '--source=text:x'],
+        '--source does nothing with --only_kept',
+    ),
     'no data': (['branches', '--budget=small'], '--source=jsonl:GLOB'),
 }
 
