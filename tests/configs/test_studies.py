@@ -12,7 +12,7 @@ SWEEPS = [
     ('quality', 'models,seed:5:3', 15),
     ('quality', 'rates+long+memory+far+base', 22),
     ('quality', 'best+base_best', 6),
-    ('quality', 'shifted_forms+exact', 11),
+    ('quality', 'shifted_forms+exact+softmax', 12),
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
     ('compression', 'recovered:runs+quantised:runs', 6),
     ('borders', 'chunks+overlap+far+remedies', 13),
