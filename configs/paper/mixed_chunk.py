@@ -7,8 +7,9 @@ MC-TFM++ loses much against Transformer++. Each family has its own baseline in t
 FLASH-Quad's relative bias is rotary and FLASH's a table; causal FLASH-Quad divides by a fixed 512, FLASH by its chunk.
 
 Arguments: see configs/paper/budgets.py. Results: docs/results/mixed_chunk.md. FLASH loses nothing against FLASH-Quad
-(3.658 against 3.711; with softmax FLASH-Quad has 3.588), MC-TFM++ loses (3.831 against 3.677). With the paper's start
-of the bias one seed each had 3.866 (FLASH-Quad), 3.776 (FLASH), 3.646 (Transformer++), 3.754 (MC-TFM++).
+(3.658 against 3.711; with softmax FLASH-Quad has 3.588), MC-TFM++ loses (3.831 against 3.677; 3.776 at Transformer++'s
+rate, one seed). With the paper's start of the bias one seed each had 3.866 (FLASH-Quad), 3.776 (FLASH), 3.646
+(Transformer++), 3.754 (MC-TFM++).
 """
 
 from collections.abc import Iterator
