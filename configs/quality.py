@@ -11,12 +11,12 @@ Arguments: model, size, context, data (any source; by default tokens:data/wiki_e
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
 of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
 Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
-with the gate), `muon` (with what helps both), and with it `forms` (other memories), `far` (chunks read exactly),
-`convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
-contexts), `shifted_forms` (other rates, and what goes with them), `exact` (softmax beside a chunk), `best` (what
-configs/lm.py took from all this, against Transformer++), `softmax` (the same FLASH with softmax), `books` (`best` on
-books), `far_books` (books, 32,768 tokens of context: with chunks read exactly and without); `base` and `base_best` (112
-M parameters).
+with the gate), `muon` (with what helps both), and with it `forms` (other memories), `convolution` (before every layer
+of either model), `keys` (that are found by the token before), `shifted` (these at two contexts), `shifted_forms`
+(other rates, and what goes with them), `exact` (whole chunks before it read by softmax), `reach` (more of these, and
+other forms), `best` (what configs/lm.py took from all this, against Transformer++), `softmax` (the same FLASH with
+softmax), `books` (`best` on books), `far_books` (books, 32,768 tokens of context: with chunks read exactly and
+without); `base` and `base_best` (112 M parameters).
 `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
@@ -27,7 +27,7 @@ and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/
 `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`:
 quality_keys.md; `far_books` (500 steps): far_memory.md. `softmax` and `exact`: quality_softmax.md: softmax in the
 window brings nothing, four whole chunks 0.045 (one seed). `base_best`: 300 M tokens are too many for 47 M tokens of
-text, which FLASH learns by heart (quality.md). `books` was cut at three quarters (LOG.md, L65). Not run yet: `far`,
+text, which FLASH learns by heart (quality.md). `books` was cut at three quarters (LOG.md, L65). Not run yet: `reach`,
 rates, softmax and FLASH-Quad of `shifted_forms`.
 """
 
@@ -174,14 +174,6 @@ def sweep_muon() -> Iterator[Overrides]:
             yield {'name': f'{name}_muon_lr_{rate:g}', **model, **BETTER, RATE: rate}
 
 
-def sweep_far() -> Iterator[Overrides]:
-    """8,192 tokens of context, Muon and no sinusoid: `gated` with a few earlier chunks read exactly."""
-    far = {**GATED, **BETTER, 'model.far_chunks': 4}
-    yield {'name': 'far_keys_shifted_rope_local', **far, 'model.rope': 'local', 'model.key_input': 'shifted'}
-    yield {'name': 'far_rope_local', **far, 'model.rope': 'local'}
-    yield {'name': 'far', **far}
-
-
 def sweep_convolution() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: each model without and with a convolution before its layers."""
     for name, model in (('gated', GATED), ('transformer_plus_plus', {':context': 8192, **TRANSFORMER})):
@@ -224,6 +216,16 @@ def sweep_exact() -> Iterator[Overrides]:
     for context in (8192, 1024):
         for count in (1, 4) if context == 8192 else (1,):
             yield {**shifted, 'name': f'exact_{count}_{context}', ':context': context, 'model.far_chunks': count}
+
+
+def sweep_reach() -> Iterator[Overrides]:
+    """8,192 tokens of context: more whole chunks, smaller ones, without RoPE between chunks, without a gate."""
+    shifted = next(sweep_shifted())
+    for size, count in ((256, 2), (256, 8), (128, 4), (128, 8)):
+        yield {**shifted, 'name': f'chunk_{size}_far_{count}', 'model.chunk_size': size, 'model.far_chunks': count}
+    four = {**shifted, 'model.far_chunks': 4}
+    yield {**four, 'name': 'chunk_256_far_4_rope_local', 'model.rope': 'local'}
+    yield {**four, 'name': 'chunk_256_far_4_no_gate', 'model.decay_gate': 'none'}
 
 
 def sweep_best() -> Iterator[Overrides]:
