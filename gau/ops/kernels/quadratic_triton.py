@@ -185,7 +185,7 @@ def weights_gradient_kernel(
 ):  # fmt: skip
     """ds = dx score_scale, the gradient of q.k; db; and a.
 
-    dx is da 2 relu(x) normaliser, and of softmax a (da - delta), delta being the sum of a da over a query's keys.
+    dx is da 2 relu(x) normaliser, and of softmax a (da - delta), delta being a query's mean of da weighted by a.
     A program has one tile and goes through a part of the batch, so that db stays in registers: the gradient of the
     bias, dx summed along the diagonals of the tile and over its part of the batch.
 

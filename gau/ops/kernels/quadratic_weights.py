@@ -127,7 +127,11 @@ def scores_gradient(residuals: tuple, da_BQN: Array, *, causal: bool) -> tuple[A
     q_BQS, k_BNS, bias_P, tokens, a_BQN = residuals
     first, delta_BN = tokens.score_scale_BN.shape[1] - q_BQS.shape[1], None
     if tokens.softmax:
-        delta_BN = _of_last_tokens(jnp.sum(a_BQN.astype(jnp.float32) * da_BQN.astype(jnp.float32), -1), first)
+        # Rounded weights do not sum to 1: a number that all of da have in common cancels against their mean alone.
+        a_BQM = a_BQN.astype(jnp.float32)
+        total_BQ = a_BQM.sum(-1)
+        mean_BQ = jnp.sum(a_BQM * da_BQN.astype(jnp.float32), -1) / jnp.where(total_BQ > 0, total_BQ, 1)
+        delta_BN = _of_last_tokens(mean_BQ, first)
     operands, fields = (tokens, (first, 0), da_BQN, delta_BN), {'causal': causal, 'recompute': False}
     _, ds_BQN, dbias_P = weights_and_gradient(q_BQS, k_BNS, bias_P, *operands, **fields)
     if first and bias_P is not None:
@@ -267,7 +271,7 @@ def weights_and_gradient(
     Args:
       q: and k, bias_P, tokens, firsts, causal: see `weights`.
       da: gradient of the weights of the block.
-      delta_BN: of a softmax, the sum of a da over all keys of a query, float32; else None.
+      delta_BN: of a softmax, the mean of da over all keys of a query, weighted by a, float32; else None.
       recompute: whether the weights are returned as well.
     """
     from gau.ops.kernels.quadratic_triton import weights_gradient_kernel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gau.ops import gated_mixed_chunk as reference
-from gau.ops.kernels import chunk_pairs, gated_mixed_chunk, tile_sizes
+from gau.ops.kernels import chunk_pairs, gated_mixed_chunk, quadratic_weights, tile_sizes
 from gau.ops.kernels import gated_chunks as host
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
@@ -135,6 +135,22 @@ def expect_the_reference(dtype, args, weights, ids, **fields):
         if name == 'p':
             a, b = a[valid], b[valid]
         assert max_error(a, b) < TOLERANCE[dtype], name
+
+
+def test_what_all_gradients_of_a_softmax_have_in_common_cancels():
+    """Its gradient is that of differences, in bfloat16 as well, where rounded weights do not sum to 1."""
+    n, width = 40, 8
+    generator = np.random.default_rng(0)
+    q, k = (jnp.asarray(generator.standard_normal((2, n, width)), 'bfloat16') for _ in range(2))
+    bias_P = jnp.asarray(generator.standard_normal(2 * n - 1), 'float32')
+    # Eighths, which bfloat16 has up to 32.
+    da = jnp.asarray(generator.integers(-8, 9, (2, n, n)) / 8, 'bfloat16')
+    fields = {'scoring': SCORINGS['softmax'], 'causal': True, 'sequence_length': n, 'width': width}
+    tokens = quadratic_weights.describe_tokens(None, (2, n), **fields)
+    weights = jax.jit(lambda q, k, bias_P: quadratic_weights.whole_weights(q, k, bias_P, tokens, True))
+    pull = jax.vjp(weights, q, k, bias_P)[1]
+    for a, b, tolerance in zip(pull(da + 20), pull(da), (2e-2, 2e-2, 1e-4), strict=True):
+        assert max_error(np.asarray(a, np.float64), np.asarray(b, np.float64)) < tolerance
 
 
 WINDOWS = [
