@@ -1,5 +1,7 @@
 """FLASH's layer for one token, and its attention for a block of a prompt, in kernels, against the reference."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,19 @@ from gau.ops.scores import Scoring
 from tests.numerics import max_error, normal
 from tests.ops.kernels.conftest import BOTH_DTYPES, TOLERANCE
 
-C, S, E, D, WINDOW = 12, 8, 40, 24, 7
+
+class Sizes(NamedTuple):
+    """Of a layer: C, S, E and D."""
+
+    chunk: int
+    inner: int
+    expanded: int
+    width: int
+
+
+SMALL = Sizes(12, 8, 40, 24)
+C, S, E, D = SMALL
+WINDOW = 7
 SPECS = {
     'mean': ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0),
     'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
@@ -29,13 +43,14 @@ OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49]
 B = len(OPENED_B)
 
 
-def before(dtype):
-    return normal(8, B, S).astype(dtype)
+def before(dtype, sizes=SMALL):
+    return normal(8, B, sizes.inner).astype(dtype)
 
 
-def state_of(dtype, chunks=1):
-    places = chunks * C
-    parts = {'k': (places, S), 'k_lin': (places, S), 'v': (places, E), 'sum': (S, E)}
+def state_of(dtype, chunks=1, sizes=SMALL):
+    size, inner, expanded, _ = sizes
+    places = chunks * size
+    parts = {'k': (places, inner), 'k_lin': (places, inner), 'v': (places, expanded), 'sum': (inner, expanded)}
     state = {name: normal(i, B, *shape) for i, (name, shape) in enumerate(parts.items())}
     return {name: x.astype(dtype if name != 'sum' or dtype == 'float64' else 'float32') for name, x in state.items()}
 

@@ -13,7 +13,10 @@ from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from tests.numerics import normal
 from tests.ops.kernels.conftest import BOTH_DTYPES
-from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, expect_close, state_of
+from tests.ops.kernels.test_decode_chunks import SMALL, SPECS, B, Sizes, before, expect_close, state_of
+
+# As wide as the tiles of a GPU are: with parameters of this size none is cut.
+LARGE = Sizes(128, 128, 256, 256)
 
 
 @pytest.mark.parametrize('dtype', BOTH_DTYPES)
@@ -40,26 +43,41 @@ from tests.ops.kernels.test_decode_chunks import SPECS, B, C, D, E, S, before, e
     ],
 )
 def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
-    case, _, more = case.partition('; ')
-    shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
     # A long block is cut into parts of two chunks and one, or not at all.
-    least = {'block_e': 32, 'num_warps': 4, 'min_warps': 1 if case == 'mean' else 120}
+    least = {'block_e': 32, 'num_warps': 4, 'min_warps': 1 if case.split('; ')[0] == 'mean' else 120}
     tiles = {name: tiles._replace(**least) for name, tiles in tile_sizes.PREFILL_STATES.items()}
     monkeypatch.setattr(tile_sizes, 'PREFILL_STATES', tiles)
-    spec, groups = SPECS[case]._replace(window=chunks), 3 if reader == 'short' else 5
+    expect_the_reference(case, reader, dtype, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('reader', ['short', 'long'])
+def test_a_block_of_the_default_in_tiles_as_on_a_gpu(reader):
+    expect_the_reference('mean, decay, visible; shifted gated two', reader, 'bfloat16', LARGE)
+
+
+def expect_the_reference(case, reader, dtype, sizes):
+    case, _, more = case.partition('; ')
+    shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
+    C, S, E, D = sizes
+    spec, groups = SPECS[case]._replace(chunk_size=C, window=chunks), 3 if reader == 'short' else 5
     t = groups * C
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
-    start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.array([5, 24, t, 0, 17])
+    start_B, length_B = jnp.array([0, C, 3 * C, 5, 2 * C]), jnp.array([5, 2 * C, t, 0, C + 5])
     if chunks == 2 and reader == 'short':
         start_B = jnp.where(length_B > 0, 0, start_B)
     position = DecodePosition(start_B, length_B, reader=reader)
     shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
+    # So that sums over more columns are as large.
+    less = (SMALL.width / D) ** 0.5
+    matrices = {name: less * getattr(parameters, name) for name in ('uv_D2E', 'z_DS', 'out_ED')}
+    parameters = parameters._replace(**matrices)
     if case == 'mean':
         parameters = parameters._replace(bias_P=None)
     table = rope_table(position.positions_BT(t), S) if case != 'mean' else None
     x_BTD = normal(40, B, t, D)
-    old = state_of('float64', chunks)
+    old = state_of('float64', chunks, sizes)
     # A sequence that begins has a state of zeros.
     old = {name: jnp.where((start_B > 0)[:, None, None], x, 0) for name, x in old.items()}
     in_sum_B = start_B >= chunks * C
@@ -71,7 +89,7 @@ def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
     keys_BTS = z_BTS
     if shifted:
         parameters = parameters._replace(mix_S=normal(41, S))
-        old['before'] = jnp.where((start_B > 0)[:, None], before('float64'), 0)
+        old['before'] = jnp.where((start_B > 0)[:, None], before('float64', sizes), 0)
         before_BTS = jnp.concatenate([old['before'][:, None], z_BTS[:, :-1]], axis=1)
         keys_BTS = z_BTS + parameters.mix_S * (before_BTS - z_BTS)
     scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
@@ -80,7 +98,7 @@ def test_a_block_of_a_layer(case, reader, dtype, monkeypatch):
     bias_CC = None if parameters.bias_P is None else bias_matrix(parameters.bias_P, chunks * C, chunks * C)
     gate_BTL = None
     if gated:
-        parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
+        parameters = parameters._replace(gate_D=less * normal(42, D), gate_bias=normal(43, 1))
         gate_BTL = (h_BTD @ parameters.gate_D + parameters.gate_bias)[..., None]
         old |= {'gate': normal(44, B, chunks * C, 1), 'count': jnp.where(in_sum_B, 9.5 + start_B, 0)[:, None]}
     fields = {'position': position, 'spec': spec, 'gate_BTL': gate_BTL, 'bias_CC': bias_CC}
