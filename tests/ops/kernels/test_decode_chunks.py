@@ -31,6 +31,8 @@ class Sizes(NamedTuple):
 
 
 SMALL = Sizes(12, 8, 40, 24)
+# As wide as the tiles of a GPU are: with parameters of this size none is cut.
+LARGE = Sizes(128, 128, 256, 256)
 C, S, E, D = SMALL
 WINDOW = 7
 SPECS = {
@@ -38,9 +40,7 @@ SPECS = {
     'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
     'mean, decay, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True, 'both', 'mean', 0.7),
 }
-# Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
-OPENED_B, START_B = jnp.array([0, 5, 23, 30, 46]), jnp.array([0, 11, 24, 35, 49])
-B = len(OPENED_B)
+B = 5
 
 
 def before(dtype, sizes=SMALL):
@@ -55,9 +55,9 @@ def state_of(dtype, chunks=1, sizes=SMALL):
     return {name: x.astype(dtype if name != 'sum' or dtype == 'float64' else 'float32') for name, x in state.items()}
 
 
-def window_of(dtype, chunks=1):
+def window_of(dtype, chunks=1, sizes=SMALL):
     """A window with something at all its places."""
-    window, old = open_window(state_of(dtype, chunks), WINDOW), chunks * C
+    window, old = open_window(state_of(dtype, chunks, sizes), WINDOW), chunks * sizes.chunk
     return {
         name: x if name in ('sum', 'arrivals') else x.at[:, old:].set(normal(9, *x[:, old:].shape).astype(dtype))
         for name, x in window.items()
@@ -94,13 +94,32 @@ def expect_close(found, wanted, dtype, name):
     ],
 )
 def test_one_token_of_a_layer(case, rows, dtype):
+    expect_the_token_of_the_reference(case, rows, dtype, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rows', [slice(None), slice(4, 5)], ids=str)
+def test_one_token_of_the_default_in_tiles_as_on_a_gpu(rows):
+    expect_the_token_of_the_reference('mean, decay, visible; shifted gated two', rows, 'bfloat16', LARGE)
+
+
+def expect_the_token_of_the_reference(case, rows, dtype, sizes):
     case, _, more = case.partition('; ')
     shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
+    C, S, E, D = sizes
+    # Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
+    all_opened_B = jnp.array([0, C - 7, 2 * C - 1, 3 * C - 6, 4 * C - 2])
+    all_start_B = jnp.array([0, C - 1, 2 * C, 3 * C - 1, 4 * C + 1])
     # (In a window of two chunks, the second row beyond the border of the sequence's first chunk.)
-    start_B, opened_B = (START_B if chunks == 1 else START_B.at[1].set(C))[rows], OPENED_B[rows]
-    spec, position = SPECS[case]._replace(window=chunks), DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
+    start_B, opened_B = (all_start_B if chunks == 1 else all_start_B.at[1].set(C))[rows], all_opened_B[rows]
+    spec = SPECS[case]._replace(chunk_size=C, window=chunks)
+    position = DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
     shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
+    # So that sums over more columns are as large.
+    less = (SMALL.width / D) ** 0.5
+    matrices = {name: less * getattr(parameters, name) for name in ('uv_D2E', 'z_DS', 'out_ED')}
+    parameters = parameters._replace(**matrices)
     if case == 'mean':
         parameters = parameters._replace(bias_P=None)
     table = rope_table(start_B[:, None], S) if case != 'mean' else None
@@ -113,7 +132,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
     keys_B1S = z_B1S
     if shifted:
         parameters = parameters._replace(mix_S=normal(41, S))
-        keys_B1S = z_B1S + parameters.mix_S * (before('float64')[rows][:, None] - z_B1S)
+        keys_B1S = z_B1S + parameters.mix_S * (before('float64', sizes)[rows][:, None] - z_B1S)
     scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
     roles = [(keys_B1S if i % 2 else z_B1S) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
     q, k, q_lin, k_lin = roles if table is None else (apply_rope(x, table) for x in roles)
@@ -123,14 +142,14 @@ def test_one_token_of_a_layer(case, rows, dtype):
     gate_B1L, gate = None, {}
     if gated:
         # As a gate takes the decay's place: what is a spec with one decays as the gate says.
-        parameters = parameters._replace(gate_D=normal(42, D), gate_bias=normal(43, 1))
+        parameters = parameters._replace(gate_D=less * normal(42, D), gate_bias=normal(43, 1))
         gate_B1L = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
         # Nothing before the first chunk.
-        count_B1 = jnp.where(chunks * C > OPENED_B, 0, 9.5 + OPENED_B)[:, None]
+        count_B1 = jnp.where(chunks * C > all_opened_B, 0, 9.5 + all_opened_B)[:, None]
         gate = {'gate': normal(44, B, chunks * C + WINDOW, 1), 'count': count_B1}
     fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1M': bias_B1M}
     av_B1E, wanted = window_token(
-        *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64', chunks) | gate, rows), **fields
+        *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64', chunks, sizes) | gate, rows), **fields
     )
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
@@ -139,7 +158,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
         for name, x in parameters._asdict().items()
     }
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
-    window = window_of(dtype, chunks) | ({'before': before(dtype)} if shifted else {})
+    window = window_of(dtype, chunks, sizes) | ({'before': before(dtype, sizes)} if shifted else {})
     window |= {name: x.astype('float32') for name, x in gate.items()}
     found_BD, found = decode_gated_chunks(
         x_BD.astype(dtype), Parameters(**narrow), table, cut(window, rows), position=position, spec=spec

@@ -13,10 +13,7 @@ from gau.ops.positions import apply_rope, bias_matrix, rope_table
 from gau.ops.quadratic_attention import gate_and_values
 from tests.numerics import normal
 from tests.ops.kernels.conftest import BOTH_DTYPES
-from tests.ops.kernels.test_decode_chunks import SMALL, SPECS, B, Sizes, before, expect_close, state_of
-
-# As wide as the tiles of a GPU are: with parameters of this size none is cut.
-LARGE = Sizes(128, 128, 256, 256)
+from tests.ops.kernels.test_decode_chunks import LARGE, SMALL, SPECS, B, before, expect_close, state_of
 
 
 @pytest.mark.parametrize('dtype', BOTH_DTYPES)
