@@ -8,14 +8,15 @@ from gau.layers.common import TokenInfo
 from gau.layers.mixed_chunk import MixedChunkCore
 from gau.layers.sharding import attention_over_mesh
 from gau.ops.far_chunks import far_chunks
+from gau.ops.kernels import far_chunks as kernels
 from gau.ops.quadratic_attention import gate_and_values
 
 
 class FarChunksCore(MixedChunkCore):
     """A `MixedChunkCore` whose `pairs` end with one more, 'far', and the sum of both attentions.
 
-    The second has no kernels: beside those of the first it is the compiler's. Where devices share the tokens of a
-    sequence, each computes all of it.
+    Where the first is in kernels the second is as well. Where devices share the tokens of a sequence, each computes all
+    of it.
 
     Attributes:
       far_chunks: how many chunks the queries of a chunk read.
@@ -49,9 +50,10 @@ class FarChunksCore(MixedChunkCore):
 
     def read(self, q_BNS: Array, k_BNS: Array, v_BNE: Array, segment_ids_BN: Array | None) -> Array:
         """Returns what one head reads of the earlier chunks, [B, N, E]."""
-        impl = 'reference' if self.impl == 'reference' else 'xla'
         fields = {'chunk_size': self.chunk_size, 'chunks': self.far_chunks, 'segment_ids_BN': segment_ids_BN}
-        return far_chunks(q_BNS, k_BNS, v_BNE, **fields, impl=impl)
+        if self.impl == 'triton':
+            return kernels.far_chunks(q_BNS, k_BNS, v_BNE, **fields)
+        return far_chunks(q_BNS, k_BNS, v_BNE, **fields, impl=self.impl)
 
     def gated(
         self, p_BNW: Array, bias_2E: Array, *queries_keys: Array, segment_ids_BN: Array | None, **fields

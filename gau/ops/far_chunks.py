@@ -10,7 +10,7 @@ choice has no gradient; the mean key stands in the weight as well, and gets one 
 query read nothing. Of every chunk only the tokens of the query's document count, in means as in sums.
 
 Work and memory grow with N, but for two small terms: r, and the gradients of what was taken, a matmul that is G / C of
-the attention's.
+the attention's. `gau.ops.kernels.far_chunks` is the fast path.
 """
 
 import jax
@@ -93,6 +93,33 @@ def _chunked(q, k, v, ids_BN, size, chunks):
 
 def _attend(q_BGCS, k_BGCS, v_BGCE, ids_BGC, chunks):
     """Returns what the queries of every chunk read, [B, G, C, E]."""
+    dtype = jnp.promote_types(q_BGCS.dtype, jnp.float32)
+    k_BGCS, index_BGi, found_BGi = choose_chunks(q_BGCS, k_BGCS, ids_BGC, chunks)
+
+    def taken(x_BICS):
+        x_BGiCS = _take(x_BICS, index_BGi)
+        return x_BGiCS.reshape(*x_BGiCS.shape[:2], -1, *x_BGiCS.shape[4:])
+
+    k_BGMS = taken(k_BGCS)
+    ids_BGM = jnp.where(jnp.repeat(found_BGi, ids_BGC.shape[-1], axis=-1), taken(ids_BGC), 0)
+    mask_BGCM = visibility_mask(ids_BGC, ids_BGM, n=ids_BGC.shape[-1], m=ids_BGM.shape[-1], causal=False)
+    scores_BGCM = jnp.einsum('BGCS,BGMS->BGCM', q_BGCS, k_BGMS, preferred_element_type=dtype)
+    return _weights(scores_BGCM, mask_BGCM, q_BGCS.shape[-1]).astype(v_BGCE.dtype) @ taken(v_BGCE)
+
+
+def choose_chunks(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> tuple[Array, Array, Array]:
+    """Returns k[s] + mean(k of its chunk), which chunks each chunk reads, and in which of these places there is one.
+
+    Args:
+      q_BGCS: queries, 0 at padding.
+      k_BGCS: keys, 0 at padding.
+      ids_BGC: segment ids, of documents that are contiguous.
+      chunks: i, how many chunks are read, at most G.
+
+    Returns:
+      Keys [B, G, C, S] in the type of k, which have a gradient; index [B, G, i], int32, and found [B, G, i], bool, of
+      each chunk the places where it is true first.
+    """
     dtype, groups = jnp.promote_types(q_BGCS.dtype, jnp.float32), q_BGCS.shape[1]
     first_BG, last_BG = first_and_last_document(ids_BGC)
     # Later chunks can only go on with the document that is open at a chunk's end.
@@ -107,17 +134,8 @@ def _attend(q_BGCS, k_BGCS, v_BGCE, ids_BGC, chunks):
     fit_BGI = jnp.einsum('BGS,BIS->BGI', query_BGS, k_BIS)
     before_G1 = group_I[:, None] - 1
     same_BGI = (first_BG[:, :, None] == last_BG[:, None]) & (last_BG > 0)[:, None]
-    index_BGi, found_BGi = _choose(fit_BGI, group_I == before_G1, (group_I <= before_G1) & same_BGI, chunks)
-
-    def taken(x_BICS):
-        x_BGiCS = _take(x_BICS, index_BGi)
-        return x_BGiCS.reshape(*x_BGiCS.shape[:2], -1, *x_BGiCS.shape[4:])
-
-    k_BGMS = taken((k_BGCS + k_BIS[:, :, None]).astype(k_BGCS.dtype))
-    ids_BGM = jnp.where(jnp.repeat(found_BGi, ids_BGC.shape[-1], axis=-1), taken(ids_BGC), 0)
-    mask_BGCM = visibility_mask(ids_BGC, ids_BGM, n=ids_BGC.shape[-1], m=ids_BGM.shape[-1], causal=False)
-    scores_BGCM = jnp.einsum('BGCS,BGMS->BGCM', q_BGCS, k_BGMS, preferred_element_type=dtype)
-    return _weights(scores_BGCM, mask_BGCM, q_BGCS.shape[-1]).astype(v_BGCE.dtype) @ taken(v_BGCE)
+    places = _choose(fit_BGI, group_I == before_G1, (group_I <= before_G1) & same_BGI, chunks)
+    return (k_BGCS + k_BIS[:, :, None]).astype(k_BGCS.dtype), *places
 
 
 def _choose(fit: Array, before: Array, candidate: Array, chunks: int) -> tuple[Array, Array]:

@@ -178,6 +178,39 @@ WEIGHTS_GRADIENT = {
 }
 
 
+# --- far_chunks_triton: not timed ------------------------------------------------------------------------------------
+
+
+class PairScoresTiles(NamedTuple):
+    """A tile of the weights of a pair of chunks is a square of `side`; sums over E run in steps of `inner`."""
+
+    side: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+FAR_WEIGHTS = {
+    'bfloat16': PairWeightsTiles(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    'float32': PAIR_WEIGHTS['float32'],
+}
+FAR_SCORES_GRADIENT = {
+    'bfloat16': PairScoresTiles(side=128, inner=64, num_warps=8, num_stages=3),
+    'float32': PairScoresTiles(side=32, inner=32, num_warps=4, num_stages=1),
+}
+
+
+def far_sum_tiles(width: int, dtype: str) -> OutputTiles:
+    """Returns the tiles of sums of values, or of queries and keys, so many columns wide.
+
+    What is multiplied comes from the cache, which is fast enough for large tiles alone. Queries and keys have too few
+    columns for those.
+    """
+    if dtype == 'float32' or width <= 256:
+        return OUTPUT[dtype]
+    return OutputTiles(block_m=128, block_k=64, block_e=256, num_warps=8, num_stages=3)
+
+
 # --- cross_entropy_triton: a whole row of logits ----------------------------------------------------------------------
 
 

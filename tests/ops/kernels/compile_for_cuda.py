@@ -1,12 +1,17 @@
 """Run by a test, without Triton's interpreter: compiles kernels for an H100, as they are launched, without a GPU.
 
-    python -m tests.ops.kernels.compile_for_cuda decode|prefill|chunks|softmax
+    python -m tests.ops.kernels.compile_for_cuda decode|prefill|chunks|softmax|far
 
-Prints a line for each kernel: its name, the bytes of its machine code and those of its shared memory.
+Prints a line for each kernel: its name, the bytes of its machine code and those of its shared memory, the registers of
+a thread and the bytes of its stack, which is where registers are spilled to.
 """
 
 import functools
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +25,7 @@ from gau.ops.kernels import compat, decode_row
 from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
+from gau.ops.kernels.far_chunks import far_chunks
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 from gau.ops.kernels.gated_quadratic import gated_quadratic_attention
@@ -49,8 +55,18 @@ def compile_only(kernel, inputs, outputs, *, grid, num_warps, num_stages, overwr
         {places[name]: [['tt.divisibility', 16]] for name in pointers},
     )
     compiled = triton.compile(source, target=H100, options={'num_warps': num_warps, 'num_stages': num_stages})
-    print(kernel.__name__, len(compiled.asm['cubin']), compiled.metadata.shared)
+    code = compiled.asm['cubin']
+    print(kernel.__name__, len(code), compiled.metadata.shared, *registers_and_stack(code))
     return [jnp.zeros(output.shape, output.dtype) for output in outputs]
+
+
+def registers_and_stack(code):
+    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(code)
+        file.flush()
+        usage = subprocess.run([tool, '-res-usage', file.name], capture_output=True, text=True, check=True).stdout
+    return re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
 
 
 def zeros(*shape, dtype=DTYPE):
@@ -157,9 +173,18 @@ def softmax():
         pull(o)
 
 
+def far():
+    """Every kernel of far chunks at size base, in chunks of 256 and of 128, and at size small."""
+    for size, width in ((C, E), (C // 2, E), (C, E // 2)):
+        n, ids = 8 * size, jnp.ones((1, 8 * size), jnp.int32)
+        op = functools.partial(far_chunks, chunk_size=size, chunks=4, segment_ids_BN=ids)
+        o, pull = jax.vjp(op, zeros(1, n, S), zeros(1, n, S), zeros(1, n, width))
+        pull(o)
+
+
 if __name__ == '__main__':
     compat.triton_call = compile_only
     decode_row.streaming_multiprocessors = lambda: 132
     with jax.disable_jit():
-        what = {'decode': decode, 'prefill': prompts, 'chunks': chunks, 'softmax': softmax}
+        what = {'decode': decode, 'prefill': prompts, 'chunks': chunks, 'softmax': softmax, 'far': far}
         what[sys.argv[1]]()

@@ -1,0 +1,147 @@
+"""The kernels of attention to chosen earlier chunks against the reference in float64, values and all gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gau.ops import far_chunks as reference
+from gau.ops.kernels import far_chunks as host
+from tests.numerics import max_error
+from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
+
+LAYOUTS = {
+    'none': lambda n: None,
+    'documents': documents,
+    'one row': lambda n: documents(n)[1:],
+    # Of one and of two tokens.
+    'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
+    # Chunks of nothing else, within a document, before one, and at the end.
+    'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
+    'nothing': lambda n: jnp.zeros((2, n), jnp.int32),
+}
+OPS = {
+    'reference': lambda *x, **fields: reference.far_chunks(*x, **fields, impl='reference'),
+    'triton': host.far_chunks,
+}
+
+
+def inputs(*, n, s, e):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (2, n, width), jnp.float64) for key, width in zip(keys, (s, s, e, e), strict=True)]
+
+
+def value_and_gradients(impl, arrays, weights, **fields):
+    def loss(arrays):
+        o = OPS[impl](*arrays, **fields)
+        return jnp.sum(o.astype(weights.dtype) * weights), o
+
+    (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return o, *gradients
+
+
+def expect_the_reference(dtype, n, s, e, chunk, chunks, packed):
+    ids, fields = LAYOUTS[packed](n), {'chunk_size': chunk, 'chunks': chunks}
+    # Rounded to begin with, so that both compute the same.
+    *arrays, weights = (x.astype(dtype) for x in inputs(n=n, s=s, e=e))
+    if ids is not None:
+        # What stands at padding reaches nothing.
+        arrays = [jnp.where((ids == 0)[..., None], jnp.nan, x) for x in arrays]
+    exact = [x.astype('float64') for x in (*arrays, weights)]
+    wanted = value_and_gradients('reference', exact[:-1], exact[-1], segment_ids_BN=ids, **fields)
+    found = value_and_gradients('triton', arrays, weights, segment_ids_BN=ids, **fields)
+    for name, a, b in zip(('o', 'q', 'k', 'v'), found, wanted, strict=True):
+        assert a.dtype == dtype
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE[dtype], name
+
+
+CASES = [
+    # What sticks out of a tile of C, S and E; the last chunk has fewer tokens.
+    (30, 8, 24, 8, 2, 'documents'),
+    (37, 17, 33, 3, 4, 'one row'),
+    (40, 8, 24, 5, 3, 'padding'),
+    # All chunks before, of which there are fewer than asked for.
+    (28, 8, 24, 8, 100, 'none'),
+    # A single chunk has none before it.
+    (10, 8, 24, 16, 2, 'none'),
+    (24, 4, 16, 6, 2, 'nothing'),
+    # Several tiles of C.
+    (150, 12, 72, 40, 2, 'documents'),
+]
+SLOW = [
+    (150, 12, 72, 40, 2, 'none'),
+    (96, 16, 64, 16, 3, 'none'),
+    (90, 70, 20, 70, 1, 'short'),
+    (90, 16, 40, 16, 1, 'one row'),
+    (160, 8, 24, 5, 6, 'padding'),
+]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    ('n', 's', 'e', 'chunk', 'chunks', 'packed'),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_values_and_all_gradients(dtype, n, s, e, chunk, chunks, packed):
+    expect_the_reference(dtype, n, s, e, chunk, chunks, packed)
+
+
+@pytest.mark.parametrize('packed', ['documents', 'none'])
+def test_bfloat16_in_the_interpreter_too(packed):
+    expect_the_reference('bfloat16', 37, 17, 33, 12, 2, packed)
+
+
+def dense(q, k, v, ids, chosen_BGI):
+    """Attention with a 1 in the sum to what stands in the chosen chunks; all of it one matrix of weights."""
+    seen = chosen_BGI[:, :, None, :, None] & (ids[:, :, :, None, None] == ids[:, None, None]) & (ids > 0)[:, None, None]
+    weights = jnp.where(seen, jnp.exp(jnp.einsum('BGCS,BIDS->BGCID', q, k) * q.shape[-1] ** -0.5), 0)
+    weights /= 1 + weights.sum((3, 4), keepdims=True)
+    return jnp.einsum('BGCID,BIDE->BGCE', weights, v)
+
+
+def test_chunks_that_all_others_read_or_none():
+    size, keys = 6, jax.random.split(jax.random.key(1), 4)
+    q, k, v, do = (jax.random.normal(key, (2, 5, size, 12), 'float32') for key in keys)
+    ids = jnp.ones((2, 5, size), jnp.int32).at[0, 2, 3:].set(2).at[1, 1, :2].set(0)
+    # Behind the places that count stand chunks that are not read.
+    index = jnp.asarray([[[4, 4], [0, 3], [0, 1], [0, 2], [0, 3]], [[0, 0], [0, 0], [1, 1], [2, 1], [3, 1]]], jnp.int32)
+    count = jnp.asarray([[0, 1, 2, 2, 1], [0, 1, 0, 2, 2]], jnp.int32)
+    read = jnp.arange(2) < count[..., None]
+    chosen = (jax.nn.one_hot(index, 5, dtype=bool) & read[..., None]).any(2)
+    exact = [x.astype('float64') for x in (q, k, v, do)]
+    wanted, pull = jax.vjp(lambda *x: dense(*x, ids, chosen), *exact[:3])
+    found, pull_found = jax.vjp(lambda *x: host.attend(*x, ids, index, count), q, k, v)
+    for a, b in zip((found, *pull_found(do)), (wanted, *pull(exact[3])), strict=True):
+        assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE['float32']
+
+    order, starts = (np.asarray(x) for x in host.readers_of_chunks(index, count))
+    readers = [[[*map(int, order[b, starts[b, i] : starts[b, i + 1]])] for i in range(5)] for b in range(2)]
+    assert readers == [[[2, 4, 6, 8], [5], [7], [], []], [[2], [7, 9], [6], [8], []]]
+
+
+def test_what_all_gradients_of_a_query_have_in_common_cancels():
+    """In bfloat16 as well, where rounded weights have another sum: else errors are four times as large."""
+    q, k, v, weights = inputs(n=64, s=8, e=250)
+    # Values that are much alike, and a gradient with a direction of its own.
+    alike_E = jax.random.uniform(jax.random.key(2), 250, jnp.float64, 0.5, 1.5)
+    arrays = [x.astype('bfloat16') for x in (3 * q, k, alike_E + 0.3 * v, 0.1 + 0.1 * weights)]
+    exact, fields = [x.astype('float64') for x in arrays], {'chunk_size': 16, 'chunks': 3}
+    wanted = value_and_gradients('reference', exact[:3], exact[3], **fields)
+    found = value_and_gradients('triton', arrays[:3], arrays[3], **fields)
+    for a, b in zip(found[1:3], wanted[1:3], strict=True):
+        difference = np.asarray(a, np.float64) - np.asarray(b)
+        assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(b)
+
+
+def test_scores_of_any_size_have_finite_gradients():
+    q, k, v, weights = (x.astype('float32') for x in inputs(n=30, s=8, e=24))
+    for factor in (1e4, -1e4):
+        found = value_and_gradients('triton', [factor * q, jnp.abs(k), v], weights, chunk_size=8, chunks=2)
+        assert all(np.isfinite(x).all() for x in found)
+
+
+def test_queries_that_are_no_numbers_are_not_hidden():
+    q, k, v, _ = (x.astype('float32') for x in inputs(n=30, s=8, e=24))
+    o = host.far_chunks(q.at[0, 20].set(jnp.nan), k, v, chunk_size=8, chunks=2)
+    assert np.isnan(o[0, 20]).all()
+    assert np.isfinite(np.delete(o, 20, axis=1)[:, :24]).all()
