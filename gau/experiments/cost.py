@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from gau.data.passes import Passes
 from gau.models import counts
 from gau.objectives import objective as objectives
 
@@ -16,12 +17,14 @@ class Cost(NamedTuple):
       parameters: trained numbers.
       steps, tokens: of the whole run; None where it is given in epochs, which only the data know.
       flops_per_token: of one training step: three times the forward pass.
+      passes: over the source that is passed over most often; None where no manifest says how large one is.
     """
 
     parameters: int
     steps: int | None
     tokens: int | None
     flops_per_token: float
+    passes: Passes | None = None
 
     @property
     def flops(self) -> float | None:
@@ -49,7 +52,9 @@ def cost(config: ConfigDict, *, vocab_size: int | None = None) -> Cost:
     forward = objective.flops_per_token(config.model, context=context, tokenizer=vocabulary)
     steps = total_steps(config)
     tokens = None if steps is None else steps * tokens_per_step(config)
-    return Cost(counts.parameters(config.model, vocab_size=vocab_size), steps, tokens, 3 * forward)
+    passes = {} if tokens is None else objective.passes(config.data, tokens)
+    most = max(passes.values(), key=lambda each: each.times, default=None)
+    return Cost(counts.parameters(config.model, vocab_size=vocab_size), steps, tokens, 3 * forward, most)
 
 
 def tokens_per_step(config: ConfigDict) -> int:

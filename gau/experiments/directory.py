@@ -19,6 +19,7 @@ from gau import strict_json
 from gau.errors import UserError
 from gau.experiments.cost import total_steps
 from gau.experiments.sweep import Point, Program
+from gau.training import lowest
 from gau.training import workdir as files
 from gau.training.config import differences
 
@@ -107,6 +108,13 @@ class SweepDirectory:
             return Progress(False, row.get('step', 0), total, row.get('loss'), speed)
         losses = [metrics['loss'] for metrics in final['eval'].values() if metrics.get('loss') is not None]
         return Progress(True, final['step'], final['step'], losses[0] if losses else row.get('loss'), speed)
+
+    def lowest(self, name: str) -> lowest.Risen | None:
+        """Returns when the loss that `progress` has of a finished point was lowest, if it is worse at the end."""
+        final = files.read_final(self.workdir(name)) or {'eval': {}}
+        shown = next((split for split, metrics in final['eval'].items() if metrics.get('loss') is not None), None)
+        risen = lowest.risen(files.read_metrics(self.workdir(name) / files.METRICS))
+        return next((found for found in risen if found.split == shown), None)
 
     def is_held(self, name: str) -> bool:
         """Returns whether some process trains in the point's work directory right now."""

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from gau.errors import UserError
-from gau.experiments.report import Report, Row
+from gau.experiments.report import Report, Row, risen
+from gau.experiments.runs import Run
+from gau.training.lowest import WORSE
 
 BEGIN = '<!-- made by scripts/report.py: do not edit between the marks -->'
 END = '<!-- end of what scripts/report.py made -->'
+# Rows that a note names.
+MOST_TOLD = 5
 
 
 def table(report: Report) -> str:
@@ -105,6 +109,17 @@ def _notes(report: Report) -> str:
         notes.append(
             f'{options.best} is the best of those tried, by the same {options.split} {options.metric} that is shown.'
         )
+    found = risen(report)
+    if found:
+        shown = [
+            f'{", ".join(_value(value) for value in row.values.values())} ({lowest:.3f} at {_tokens(tokens)} tokens, '
+            f'{last:.3f} at the end)'
+            for row, tokens, lowest, last in found[:MOST_TOLD]
+        ]
+        more = f' and {len(found) - MOST_TOLD} more' if len(found) > MOST_TOLD else ''
+        notes.append(
+            f'The {options.split} loss was lower before the end, by {WORSE} nats or more, in {"; ".join(shown)}{more}.'
+        )
     if options.allow:
         notes.append(f'The runs differ in {" and ".join(options.allow)}.')
     return '\n'.join(notes)
@@ -140,10 +155,16 @@ def _origin(row: Row) -> dict[str, str]:
         'config': ' '.join(dict.fromkeys(run.config_hash() for run in runs)),
         'commit': ' '.join(commits) or 'not kept',
         'device': '; '.join(dict.fromkeys(run.facts['device'] for run in runs)),
-        'tokens': ' '.join(dict.fromkeys(f'{run.facts["tokens"]:,}' for run in runs)),
+        'tokens': ' '.join(dict.fromkeys(_trained_on(run) for run in runs)),
         'tokenizer': ' '.join(dict.fromkeys(str(run.facts['tokenizer']) for run in runs)),
         'data': ', '.join(data),
     }
+
+
+def _trained_on(run: Run) -> str:
+    """Returns the tokens of training, and where that is known how often these passed over the text."""
+    passes = ' and '.join(run.facts.get('passes', {}).values())
+    return f'{run.facts["tokens"]:,}' + (f' ({passes} passes over the text)' if passes else '')
 
 
 def markdown(rows: Sequence[Sequence[str]], *, numbers: int) -> str:

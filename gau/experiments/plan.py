@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gau.experiments.kept import Missing
 
 
+# The columns of `_size`. Passes are over the training text, of a mixture over the source that is read most often.
+_SIZE = ('steps', 'tokens', 'passes', 'FLOPs')
+
+
 def describe(program: Program, points: Sequence[Point], kept: Mapping[str, Path] | None = None) -> str:
     """Returns the points by number: what each sets, what changes with it, which are kept and which ones are refused.
 
@@ -66,6 +70,8 @@ def costs(
 ) -> str:
     """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
 
+    How often the training text is passed over stands beside the tokens where the data are prepared.
+
     Args:
       points: all of the sweep, for their numbers; those that are refused are left out.
       chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
@@ -77,7 +83,7 @@ def costs(
       UserError: an unknown chip.
     """
     chip, peak = _chip(chip)
-    rows = [['', 'point', 'parameters', 'steps', 'tokens', 'FLOPs', 'hours']]
+    rows = [['', 'point', 'parameters', *_SIZE, 'hours']]
     hours = []
     for number, point in enumerate(points):
         if point.config is None:
@@ -88,7 +94,8 @@ def costs(
             hours.append(found.hours(peak, utilisation))
         last = 'kept' if is_kept else _or_dash(hours[-1], '.3g')
         rows.append([str(number), point.name, f'{found.parameters:,}', *_size(found), last])
-    return f'{aligned(rows)}\n{"all" if not kept else "what is not kept"}: {_hours(hours, chip, peak, utilisation)}'
+    total = f'{"all" if not kept else "what is not kept"}: {_hours(hours, chip, peak, utilisation)}'
+    return f'{aligned(_without_idle(rows))}\n{total}'
 
 
 def missing(
@@ -112,7 +119,7 @@ def missing(
       UserError: an unknown chip.
     """
     chip, peak = _chip(chip)
-    rows = [['table', 'point', 'seeds', 'steps', 'tokens', 'FLOPs', 'hours', 'also of']]
+    rows = [['table', 'point', 'seeds', *_SIZE, 'hours', 'also of']]
     seeds: dict[tuple, list[Point]] = {}
     for point, asking in missed:
         seeds.setdefault((*asking, point.label), []).append(point)
@@ -131,7 +138,8 @@ def missing(
         size, lack = sum(sizes.values()), sum(lacking.values())
         counts.append(['all', str(size), str(size - lack), str(lack)])
     total = f'{len(missed)} different runs are missing: {_hours(hours, chip, peak, utilisation)}'
-    listed = aligned(rows, left=(0, 1, 2, 7)) + '\n\n' if missed else ''
+    rows = _without_idle(rows)
+    listed = aligned(rows, left=(0, 1, 2, len(rows[0]) - 1)) + '\n\n' if missed else ''
     return f'{listed}{aligned(counts, left=(0,))}\n\n{total}'
 
 
@@ -148,7 +156,16 @@ def _chip(name: str) -> tuple[str, float]:
 
 
 def _size(found: Cost) -> list[str]:
-    return [_or_dash(found.steps, ',d'), _or_dash(found.tokens, ',d'), _or_dash(found.flops, '.3g')]
+    passes = str(found.passes or '-')
+    return [_or_dash(found.steps, ',d'), _or_dash(found.tokens, ',d'), passes, _or_dash(found.flops, '.3g')]
+
+
+def _without_idle(rows: list[list[str]]) -> list[list[str]]:
+    """Returns a table, with its head, without the column `passes` where it is known of no row."""
+    column = rows[0].index('passes')
+    if any(row[column] != '-' for row in rows[1:]):
+        return rows
+    return [row[:column] + row[column + 1 :] for row in rows]
 
 
 def _hours(hours: Sequence[float | None], chip: str, peak: float, utilisation: float) -> str:

@@ -14,6 +14,7 @@ from gau.experiments import statistics
 from gau.experiments.runs import Run, differing
 from gau.experiments.statistics import Comparison, Mean, Sigma
 from gau.models.architectures import ARCHITECTURES
+from gau.training.lowest import is_worse
 
 # Without --by: more swept fields than these are asked for by name.
 MAX_FIELDS = 4
@@ -333,6 +334,21 @@ def _reached(row: Row, baseline: Row, options: Options) -> tuple[float, float] |
     share = (losses[first - 1] - last) / (losses[first - 1] - losses[first])
     tokens, seconds = curve[first - 1, :2] + share * (curve[first, :2] - curve[first - 1, :2])
     return float(tokens), float(seconds)
+
+
+def risen(report: Report) -> list[tuple[Row, float, float, float]]:
+    """Returns the rows whose mean held-out loss was lower before the end, by more than chance.
+
+    With each the tokens at which it was lowest, how low, and the last one. A kept run has its curve of training, and
+    one of what eval.py measured has none.
+    """
+    found = []
+    for row in report.rows:
+        curve = mean_curve(row, report.options.split)
+        if len(curve) and is_worse(curve[-1, 2], curve[:, 2].min()):
+            best = int(np.argmin(curve[:, 2]))
+            found.append((row, float(curve[best, 0]), float(curve[best, 2]), float(curve[-1, 2])))
+    return found
 
 
 def kept_paths(stem: Path) -> dict[str, Path]:

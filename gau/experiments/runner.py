@@ -140,7 +140,9 @@ class Runner(abc.ABC):
     def _finish(self, task: Task) -> None:
         task.state = FINISHED
         loss = self._look(task).loss
-        self._tell(f'{task.name}: finished' + (f', loss {loss:.4f}' if loss is not None else ''))
+        lowest = self._directory.lowest(task.name)
+        before = f' (lowest {lowest.lowest:.4f} at step {lowest.step:,})' if lowest else ''
+        self._tell(f'{task.name}: finished' + (f', loss {loss:.4f}{before}' if loss is not None else ''))
 
     def _interrupted(self, task: Task) -> None:
         task.state = WAITING

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from gau import strict_json
 from gau.data import config as data_config
+from gau.data.passes import Passes
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
 from gau.experiments.directory import KEPT_RUNS, SWEEP, read_starts
@@ -43,7 +44,8 @@ class Run(NamedTuple):
         measured, by metric (`loss_by_place`), rows (middle of a range, its targets, loss).
       facts: command, commits, device, versions, data (what each source holds), tokenizer (fingerprint), tokens,
         parameters, flops_per_token, tokens_per_second, per_device (runs that shared its device, at most; not of runs
-        kept before that was noted).
+        kept before that was noted), passes (how often training passed over each source, as text; only where a manifest
+        says how large it is, and not of runs before that was noted).
     """
 
     name: str
@@ -156,6 +158,8 @@ def read(workdir: Path) -> Run:
         'tokens_per_second': _median(train.get('tokens_per_second')),
         'per_device': max((attempt.get('per_device', 1) for attempt in attempts), default=1),
     }
+    if final.get('passes'):
+        facts['passes'] = {without_place(source): str(Passes(**found)) for source, found in final['passes'].items()}
     return Run(
         name=workdir.resolve().name,
         label=point.get('label', workdir.resolve().name),

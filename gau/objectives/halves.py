@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gau.data.passes import Passes
 from gau.models.families import cross
 from gau.objectives.text import TextObjective
 
@@ -44,6 +45,11 @@ class Halves(TextObjective):
             lengths = counting.lengths(documents, tokenizer, range(len(documents)))
             total += sum(-(-(length + 1) // config.context) for length in lengths if length)
         return total * config.context
+
+    def passes(self, config: ConfigDict, places: int) -> dict[str, Passes]:
+        """Nothing is known: how many rows the passages of a document fill, its manifest does not say."""
+        del config, places
+        return {}
 
     def build(self, config: ConfigDict, *, data: ConfigDict, tokenizer: Any, target: Any) -> Any:
         """Returns an encoder-decoder, or for a model without cross-attention a language model."""

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import lookup
+from gau.data.passes import Passes
 
 Batch = dict[str, np.ndarray]
 
@@ -75,6 +76,11 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def places_per_epoch(self, config: ConfigDict, tokenizer: Any) -> int:
         """Returns how many places of rows, of `config.context` each, one pass over the training data takes."""
+
+    def passes(self, config: ConfigDict, places: int) -> dict[str, Passes]:
+        """Returns how often so many places of training pass over each source whose size is known without reading it."""
+        del config, places
+        return {}
 
     @abc.abstractmethod
     def train_batches(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
+from gau.data.passes import Passes
 from gau.objectives.objective import Batch, Objective, TrainBatches
 
 
@@ -48,6 +49,12 @@ class TextObjective(Objective):
         from gau.data import pipeline
 
         return pipeline.places_per_epoch(config, tokenizer, self.rows)
+
+    def passes(self, config: ConfigDict, places: int) -> dict[str, Passes]:
+        """See `gau.data.passes`."""
+        from gau.data import formats, passes
+
+        return passes.passes(config, places, frame=formats.get(self.rows).frame)
 
     def train_batches(
         self, config: ConfigDict, *, tokenizer: Any, seed: int, rows: Sequence[int] | None = None

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
+from gau.data.passes import Passes
 from gau.errors import NoSpace, RunFailed, UserError, chain, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
-from gau.training import distributed, lost_process
+from gau.training import distributed, lost_process, lowest, start
 from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.ahead import Ahead
@@ -114,6 +115,8 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if final is not None:
             if first:
                 print(f'finished at step {first_step}: {workdir / files.FINAL} has the result')
+                for split in lowest.risen(files.read_metrics(workdir / files.METRICS)):
+                    print(split)
             return final
         # The last step is saved before it is evaluated: a run killed in between evaluates again.
         kept = {'first_step': first_step, 'keep_evaluations': first_step < total_steps}
@@ -127,6 +130,9 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             f'{run.devices}, attention: {run.model.implementation.attention}, '
             f'{"" if config.quantization == "none" else config.quantization + " by qwix, "}{origin}'
         )
+        passes = start.passes(run)
+        if passes:
+            progress.say(f'{total_steps * run.tokens_per_step:,} tokens, {start.told(passes)}')
         if iterator.rows_read > len(iterator.rows):
             progress.say(
                 f'each process reads {iterator.rows_read} rows of a batch for the {len(iterator.rows)} that it needs; '
@@ -143,7 +149,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         stack.enter_context(run.context())
         loop = _Loop(run, state, iterator, saved, writer, progress, stop, config_tree)
         loop.run_to(total_steps)
-        return loop.finish(workdir)
+        return loop.finish(workdir, passes)
 
 
 class _Loop:
@@ -171,6 +177,12 @@ class _Loop:
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = Clock(self.step)
         self.last_metrics: dict[str, Any] = {}
+        # Of every split the lowest loss and its step.
+        self.lowest: dict[str, tuple[float, int]] = {}
+        for row in writer.kept:
+            if row['split'] != 'train' and row.get('loss') is not None:
+                least = (row['loss'], row['step'])
+                self.lowest[row['split']] = min(least, self.lowest.get(row['split'], least))
         self.reported = {(row['step'], row['split']) for row in writer.kept if row['split'] != 'train'}
 
     def run_to(self, total_steps: int) -> None:
@@ -292,8 +304,8 @@ class _Loop:
                 measured[evaluator][case] = metrics
         return measured
 
-    def finish(self, workdir: Path) -> dict[str, Any]:
-        """Evaluates the last state at every context, and writes final.json and the plots."""
+    def finish(self, workdir: Path, passes: Mapping[str, Passes]) -> dict[str, Any]:
+        """Evaluates the last state at every context, and writes final.json, with these passes, and the plots."""
         self.settle()
         measured = self.evaluate([evaluator for evaluator, _ in self.evaluators], final=True)
         if self.stop:
@@ -313,6 +325,7 @@ class _Loop:
             'flops_per_token': self.run.flops_per_token,
             'device': self.run.devices,
             'data': self.run.data_identity,
+            'passes': {source: each._asdict() for source, each in passes.items()},
             'versions': library_versions(),
         }
         if distributed.is_first():
@@ -322,13 +335,32 @@ class _Loop:
                 if evaluator.figure and cases:
                     evaluator.draw(cases, workdir / 'plots' / f'{evaluator.figure_name}.png', title=title)
             files.write_json(workdir / files.FINAL, final)
+        for split in lowest.risen(rows):
+            self.progress.say(f'{split}: {self._advice(split, passes)}')
         return final
+
+    def _advice(self, split: lowest.Risen, passes: Mapping[str, Passes]) -> str:
+        """Says why a loss may have risen, and where the best checkpoint is, or what would have kept it."""
+        again = [each.words for each in passes.values() if each.times > 1]
+        why = f'after {" and ".join(again)} passes over the same text, more of them' if again else 'more steps'
+        if split.step in self.saved.steps():
+            way = f'the checkpoint of step {split.step} is kept, for --step={split.step} of eval.py and sample.py'
+        else:
+            every = max(self.run.steps('checkpoint', 'every_'), 1)
+            saves = '' if split.step % every == 0 else f'--config.checkpoint.every_steps={split.step} '
+            way = f'a run with {saves}--config.checkpoint.keep_every={split.step} keeps the best checkpoint'
+        return f'{why} no longer help; {way}'
 
     def _report(self, name: str, metrics: Metrics, headline: Sequence[str]) -> None:
         self.reported.add((self.step, name))
         self.writer.write(self.step, name, _scalars(metrics))
         values = {metric.replace('_', ' '): metrics.get(metric) for metric in headline}
         said = [f'{metric} {value:.4f}' for metric, value in values.items() if value is not None]
+        loss, before = metrics.get('loss'), self.lowest.get(name)
+        if loss is not None and before is not None and lowest.is_worse(loss, before[0]):
+            said.append(f'lowest {before[0]:.4f} at step {before[1]}')
+        if loss is not None:
+            self.lowest[name] = min((loss, self.step), before or (loss, self.step))
         if said:
             self.progress.say(f'step {self.step}  {name}  {", ".join(said)}')
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gau import lookup, outputs
+from gau.data.passes import Passes
 from gau.errors import UserError, warn
 from gau.evaluation.evaluator import Evaluator
 from gau.models.target import Target
@@ -130,6 +131,10 @@ class Run:
     @cached_property
     def _tokens_per_epoch(self) -> int:
         return self.objective.places_per_epoch(self.config.data, self.tokenizer)
+
+    def passes(self, steps: int) -> dict[str, Passes]:
+        """Returns how often so many steps pass over each source whose size is known without reading it."""
+        return self.objective.passes(self.config.data, steps * self.tokens_per_step)
 
     def steps(self, section: str = '', stem: str = '') -> int:
         """Returns a duration of the config in steps: the run's own, or e.g. `steps('optimizer', 'warmup_')`."""

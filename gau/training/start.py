@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from gau.data.passes import Passes
 from gau.errors import UserError, warn
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
@@ -118,10 +119,7 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
         return run.init_state(), 'new run'
     checkpoint = Path(run.config.fork)
     parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
-    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
-    # The iterator's position means something only in the same data in the same order.
-    changed = [line for line in changed if line.startswith(('data.', 'seed:', 'objective:'))]
-    same_data = not changed or files.only_moved(parent_workdir, run.config, changed)
+    same_data = _goes_on_in_data(run, parent_workdir)
     parent = Checkpoints(parent_workdir)
     try:
         state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)
@@ -130,6 +128,36 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
     # At once a checkpoint of its own: the parent may go on and drop the one that this run stands on.
     saved.save(step, state, iterator, config=files.config_to_dict(run.config), data=run.data_identity)
     return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
+
+
+def _goes_on_in_data(run: Run, parent_workdir: Path) -> bool:
+    """Returns whether the parent's position in the data means something here: the same data in the same order."""
+    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
+    changed = [line for line in changed if line.startswith(('data.', 'seed:', 'objective:'))]
+    return not changed or files.only_moved(parent_workdir, run.config, changed)
+
+
+def passes(run: Run) -> dict[str, Passes]:
+    """Returns how often the whole run passes over each source of known size; a fork's begins in the run before it."""
+    steps = run.total_steps
+    if run.config.fork is not None:
+        checkpoint = Path(run.config.fork)
+        # Where the parent is gone, nobody knows any more what it had read.
+        if not (checkpoint.parent.parent / files.CONFIG).is_file():
+            return {}
+        try:
+            if not _goes_on_in_data(run, checkpoint.parent.parent):
+                steps -= int(checkpoint.name)
+        except UserError:
+            return {}
+    return run.passes(steps)
+
+
+def told(passes: Mapping[str, Passes]) -> str:
+    """Returns in words how often which text is passed over; nothing where nothing is known."""
+    return ', '.join(
+        f'{each.words} times over the {each.tokens:,} training tokens of {source}' for source, each in passes.items()
+    )
 
 
 def _state_from_weights(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:

@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from gau.data import embedded, manifest, pipeline, prepare, shards, sources, tokenizers
+from gau.data import embedded, manifest, passes, pipeline, prepare, shards, sources, tokenizers
 from gau.errors import UserError
+from gau.objectives import objective as objectives
 from tests.data.conftest import make_config, make_texts, write_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,6 +105,27 @@ def test_the_manifest_counts_what_is_there(corpus, by_bytes):
         assert total['tokens'] == total['bytes'] == sum(len(texts[i].text.encode()) for i in range(len(texts)))
         assert total['words'] == sum(len(texts[i].text.split()) for i in range(len(texts)))
     assert pipeline.places_per_epoch(config, by_bytes) == pipeline.places_per_epoch(from_text, by_bytes)
+
+
+def test_how_often_a_run_passes_over_prepared_tokens_is_read_off_their_manifest(corpus, by_bytes):
+    source, places = corpus['tokens'], 100_000
+    for objective, packing in (('lm', 'concat'), ('mlm', 'concat'), ('mlm', 'first_fit'), ('lm', 'document')):
+        config = make_config(objective, source=source, packing=packing)
+        (found,) = objectives.load(objective).passes(config, places).values()
+        times = places / pipeline.places_per_epoch(config, by_bytes, objective)
+        assert found.exact == (packing == 'concat')
+        # How much padding there is, nobody has counted.
+        assert found.times == pytest.approx(times) if found.exact else times <= found.times < 2 * times
+    mixture = ((3, source), (1, corpus['jsonl']), (4, source))
+    mixed = passes.passes(make_config(source='mixture', mixture=mixture), places, frame=1)
+    (alone,) = passes.passes(make_config(source=source), places, frame=1).values()
+    assert mixed.keys() == {source}
+    assert mixed[source].times == pytest.approx(7 / 8 * alone.times)
+    assert passes.passes(make_config(source=corpus['jsonl']), places, frame=1) == {}
+    assert objectives.load('halves').passes(make_config(source=source), places) == {}
+    written = [str(passes.Passes(times, 9, exact)) for times, exact in ((6.61, True), (0.051, True), (23.4, False))]
+    assert written == ['6.6', '0.051', '<= 23']
+    assert passes.Passes(23.4, 9, exact=False).words == 'at most 23'
 
 
 def test_large_vocabularies_are_stored_whole(tmp_path):

@@ -69,6 +69,16 @@ def test_rows_are_settings_over_their_seeds():
     assert made.sigma.degrees == 4
 
 
+def test_a_row_whose_loss_was_lower_before_is_named_below_the_table():
+    note = 'The valid loss was lower before the end, by 0.01 nats or more, in '
+    for lower, told in ((0.03, f'{note}flash (3.020 at 600 tokens, 3.050 at the end).'), (0.005, None)):
+        found = models()
+        for run in found[:3]:
+            run.curves['valid'][2][2] = run.metrics['valid']['loss'] - lower
+        text = page.table(report.make(found, Options()))
+        assert told in text if told else note not in text
+
+
 def test_when_a_row_came_to_the_baselines_loss():
     made = report.make(models(), Options(against='transformer_plus_plus'))
     # 0.1967 nats lower at the end, and 0.1 nats a 100 tokens or half a second.
@@ -325,7 +335,8 @@ def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
         config.data.source, config.data.valid_source = f'tokens:/{place}/wiki', f'jsonl:/{place}/held.jsonl'
         data = {config.data.source: plan, 'tokenizer': 'f00d'}
         files.write_json(workdir / files.CONFIG, files.config_to_dict(config))
-        files.write_json(workdir / files.FINAL, final | {'data': data})
+        passes = {config.data.source: {'times': 6.6, 'tokens': 9, 'exact': False}}
+        files.write_json(workdir / files.FINAL, final | {'data': data, 'passes': passes})
         files.write_json(
             workdir / files.DATA, {'contents': ['source abc', 'valid_source def', 'tokenizer f00d'], 'directories': []}
         )
@@ -333,6 +344,7 @@ def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
         (workdir / files.METRICS).write_text(json.dumps(row) + '\n')
         facts = runs.read(workdir).facts
         assert (facts['data'], facts['tokenizer']) == ({'tokens:wiki': 'abc', 'jsonl:held.jsonl': 'def'}, 'f00d')
+        assert facts['passes'] == {'tokens:wiki': '<= 6.6'}
         # A run of an older version has no such record.
         (workdir / files.DATA).unlink()
         assert runs.read(workdir).facts['data'] == {'tokens:wiki': plan}

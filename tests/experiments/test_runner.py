@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from gau.experiments.directory import SweepDirectory
+from gau.experiments.runner import Runner
+from gau.experiments.sweep import Program, find_points
 from gau.training import workdir as files
 from tests.conftest import ROOT
 from tests.programs import call
@@ -46,6 +50,21 @@ def run(*arguments, **environment):
 def say(*arguments):
     """What the command says before it runs anything."""
     return call('scripts/sweep.py', CONFIG, *arguments)
+
+
+def test_a_point_that_ends_above_its_lowest_loss_says_so(tmp_path):
+    directory = SweepDirectory(tmp_path, None, '', find_points(Program(str(ROOT / CONFIG.partition('=')[2])), 'seed:1'))
+    workdir = directory.workdir('seed_0')
+    workdir.mkdir()
+    files.write_json(workdir / files.FINAL, {'step': 9, 'eval': {'valid': {'loss': 3.5}}})
+    rows = [{'step': step, 'split': 'eval/valid', 'loss': loss} for step, loss in ((3, 3.6), (6, 3.25), (9, 3.5))]
+    told = []
+    runner = SimpleNamespace(_directory=directory, _look=lambda task: directory.progress(task.name), _tell=told.append)
+    for kept in (rows, rows[:1] + rows[2:]):
+        (workdir / files.METRICS).write_text(''.join(json.dumps(row) + '\n' for row in kept))
+        Runner._finish(runner, SimpleNamespace(name='seed_0'))
+    lines = ['seed_0: finished, loss 3.5000 (lowest 3.2500 at step 6)', 'seed_0: finished, loss 3.5000']
+    assert told == lines
 
 
 def losses(directory):

@@ -1,9 +1,12 @@
+import json
 import sys
 
 import pytest
 
+from gau.data import manifest
 from gau.errors import UserError
 from gau.experiments import plan
+from gau.experiments.kept import Missing
 from gau.experiments.sweep import Program, find_points
 from gau.training import workdir
 from gau.training.config import flatten
@@ -91,6 +94,20 @@ def test_costs_are_those_of_the_closed_form():
     assert 'TPU v4' in table
     with pytest.raises(UserError, match='did you mean "H100"'):
         plan.costs([point], chip='H1000', utilisation=0.5)
+
+
+def test_passes_stand_beside_the_tokens_where_the_data_are_prepared(tmp_path):
+    contents = {'format': manifest.FORMAT, 'tokenizer': {'spec': 'bytes'}}
+    contents['splits'] = {'train': {'documents': 68, 'tokens': 12 * 2 * 64 // 4 - 68}}
+    (tmp_path / manifest.FILE).write_text(json.dumps(contents))
+    points = find_points(Program(PATH, '', {'data.source': f'tokens:{tmp_path}'}), 'rate:1e-3+expansion')
+    head, *rows, _ = plan.costs(points, chip='H100', utilisation=0.5).splitlines()
+    assert head.split() == ['point', 'parameters', 'steps', 'tokens', 'passes', 'FLOPs', 'hours']
+    assert [row.split()[5] for row in rows] == ['4'] * 3
+    assert max(map(len, [head, *rows])) <= 100
+    missing = plan.missing({'t': points}, [Missing(points[0], ['t'])], chip='H100', utilisation=0.5)
+    assert missing.splitlines()[1].split()[2:6] == ['0', '12', '1,536', '4']
+    assert 'passes' not in plan.costs(find_points(PROGRAM, 'rate:1e-3'), chip='H100', utilisation=0.5)
 
 
 BAD = {

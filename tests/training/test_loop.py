@@ -8,11 +8,13 @@ import signal
 import numpy as np
 import pytest
 
+from gau.data.passes import Passes
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.attentions.record import Needs
 from gau.training import loop, workdir
 from gau.training.load import load_run
+from gau.training.setup import Run
 from tests.training import tiny
 from tests.training.tiny import assert_trees_equal, read_metrics, read_state
 
@@ -73,6 +75,30 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
     assert final == json.loads((finished / 'final.json').read_text())
     assert 'finished at step 6' in capsys.readouterr().out
     assert (finished / 'metrics.jsonl').read_bytes() == before
+
+
+def with_lower_loss_at(path, step, loss):
+    """Changes what a run's metrics.jsonl says of one evaluation."""
+    rows = workdir.read_metrics(path / 'metrics.jsonl')
+    own = [row | {'loss': loss} if (row['step'], row['split']) == (step, 'eval/valid') else row for row in rows]
+    (path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in own))
+
+
+def test_a_run_says_how_often_it_reads_its_text_and_that_its_loss_has_risen(finished, tmp_path, capsys, monkeypatch):
+    path = copy_until(finished, tmp_path / 'run', 6)
+    with_lower_loss_at(path, 4, 1.0)
+    monkeypatch.setattr(Run, 'passes', lambda run, steps: {'tokens:a': Passes(1.1 * steps, 99)})
+    final = loop.train(tiny_config(), path)
+    said, last = capsys.readouterr().err.splitlines(), final['eval']['valid']['loss']
+    assert '576 tokens, 6.6 times over the 99 training tokens of tokens:a' in said
+    assert said[-2].endswith(', lowest 1.0000 at step 4')
+    assert said[-1] == (
+        f'held-out loss (valid) was lowest at step 4 (1.000) and is {last:.3f} now: after 6.6 passes over the same '
+        'text, more of them no longer help; the checkpoint of step 4 is kept, for --step=4 of eval.py and sample.py'
+    )
+    assert final['passes']['tokens:a']['tokens'] == 99
+    loop.train(tiny_config(), path)
+    assert f'lowest at step 4 (1.000) and is {last:.3f} now\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('step', [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)])
