@@ -38,7 +38,7 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
       **defaults: the names that the config knows, with their defaults; a value takes the default's type.
 
     Raises:
-      UserError: an unknown name or a value of the wrong type.
+      UserError: an unknown name, one that is given twice, or a value of the wrong type.
 
     Returns:
       The values by name, and in `given` the names that were given.
@@ -50,6 +50,8 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
             continue
         if name not in values:
             raise UserError(f'unknown config argument "{name}"{did_you_mean(name, values)}')
+        if name in given:
+            raise UserError(f'config argument {name} is given twice')
         values[name] = _convert(name, text if equals else 'True', type(values[name]))
         given.append(name)
     return ConfigDict({**values, 'given': tuple(given)})

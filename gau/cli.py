@@ -3,6 +3,7 @@
 import errno
 import functools
 import io
+import math
 import os
 import re
 import signal
@@ -71,12 +72,14 @@ def processes() -> AbstractContextManager[None]:
     """Returns the context in which the processes of the run are joined, by the flags of `define_processes`.
 
     Raises:
-      UserError: on entering: the flags do not fit together, or the processes did not find each other.
+      UserError: the flags do not fit together, or, on entering, the processes did not find each other.
     """
     # Imported late: this imports JAX.
     from gau.training import distributed
 
     values = flags.FLAGS
+    if values.distributed == 'off':
+        refuse('heartbeat_seconds', beside='distributed=off', because='one process waits for no other')
     return distributed.processes(
         coordinator_address=values.coordinator_address,
         num_processes=values.num_processes,
@@ -147,6 +150,8 @@ def _unraisable(unraisable: Any) -> None:
 def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
     stored = None
     try:
+        if sum(re.match(r'--?config(=|$)', argument) is not None for argument in argv) > 1:
+            raise UserError('--config is given twice: of two config programs one would do nothing')
         if stored_config:
             stored = _stored_config(argv)
             flag_values.register()
@@ -156,11 +161,22 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
             # A config file that is not there is reported only when its fields are asked for.
             flags.FLAGS['config'].value.to_dict()
             _check_nones()
+        _check_given()
         return rest
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         sys.exit(_complain(_explain(error, argv, stored)))
+
+
+def _check_given() -> None:
+    """Raises UserError if a flag is given twice, where the last one would count, or as a number that is none."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+            raise UserError(f'--{name} is given twice: the first would do nothing')
+        if flag.present and isinstance(flag.value, float) and math.isnan(flag.value):
+            raise UserError(f'--{name}={flag.value} is not a number')
 
 
 def _check_nones() -> None:
@@ -308,6 +324,15 @@ def refuse(*names: str, beside: str, because: str) -> None:
     for name in names:
         if flags.FLAGS[name].present:
             raise UserError(f'--{name} does nothing with --{beside}: {because}')
+
+
+def refuse_without(*names: str, beside: Sequence[str]) -> None:
+    """Raises UserError if one of these flags was given and none of those `beside` which alone it does something."""
+    if any(flags.FLAGS[name].value for name in beside):
+        return
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise UserError(f'--{name} does nothing without {" or ".join(f"--{other}" for other in beside)}')
 
 
 def parse_positive_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:

@@ -28,6 +28,9 @@ def main(arguments: list[str]) -> None:
     """Measures, or reads what was measured, and prints."""
     if not arguments:
         raise UserError('want work directories, or files that --json wrote: attention_ranks.py DIR [DIR...]')
+    for name in ('sequences', 'split'):
+        if flags.FLAGS[name].present and all(argument.endswith('.jsonl') for argument in arguments):
+            raise UserError(f'--{name} does nothing without a work directory: files say what was measured')
     json_file, plot = cli.output_file('json'), cli.output_file('plot')
     from gau.experiments import attention_ranks
 

@@ -108,6 +108,9 @@ def _plan() -> list[cells.Cell]:
     specs, own_contexts = _specs(models)
     if _CONTEXTS.present and not specs:
         raise UserError('--contexts is for models without contexts of their own, and --models names none')
+    for name, part in (('impls', 'impl'), ('remat', 'remat'), ('layer_stack', 'layer_stack')):
+        if flags.FLAGS[name].present and all(cells.names(model.partition('@')[0], part) for model in models):
+            raise UserError(f'--{name} is for models that name none, and all of --models do')
     contexts = cli.parse_positive_integers('contexts', _CONTEXTS.value)
     plan = cells.plan(
         specs,

@@ -20,6 +20,10 @@ _STEPS = flags.DEFINE_integer('steps', 20, 'Training steps over each.', lower_bo
 
 def main() -> None:
     """Prints a line for each mesh, then one of JSON."""
+    for field in cli.overrides():
+        if field.startswith('mesh.') or field in ('fork', 'init_from'):
+            does = '--meshes says which' if field.startswith('mesh.') else 'parameters are drawn'
+            raise UserError(f'--config.{field} does nothing here: {does}')
     config = cli.load_config()
     shapes = [_shape(text) for text in _MESHES.value or ['']]
     # Imported late, so that --help and a mistyped flag answer at once.

@@ -47,6 +47,8 @@ def main() -> None:
     config = flags.FLAGS.config
     if _BREAKDOWN.value and (_SWEEP.value is not None or _SHARDINGS.value):
         raise UserError('--breakdown goes with one compilation, not with --sweep or --shardings')
+    if _SHARDINGS.value:
+        cli.refuse('sweep', 'json', beside='shardings', because='nothing is compiled')
     if config is None:
         raise UserError('--config=FILE[:name=value,...] must be given, or --table=FILE')
     compile_check.without_data(config)

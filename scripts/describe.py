@@ -41,7 +41,11 @@ def main() -> None:
     options = {'objective': config.objective, 'vocab_size': _VOCAB_SIZE.value, 'contexts': contexts}
     if _FIELDS.value and _MODELS.present:
         raise UserError("--fields is of the config's model: with --models it does nothing")
+    own = [path for path in cli.overrides() if path.startswith('model.') and path != 'model.size']
+    if own and _MODELS.present:
+        raise UserError(f'--config.{own[0]} does nothing with --models: each of them has its own defaults')
     if _FIELDS.value:
+        cli.refuse('contexts', 'vocab_size', beside='fields', because='it counts nothing')
         print(explain(config.model.name))
     elif not _MODELS.present:
         print(describe(config.model, **options, given=[*cli.overrides(), 'data.context']))

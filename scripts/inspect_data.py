@@ -34,6 +34,10 @@ def main() -> None:
     sizes = cli.parse_positive_integers('chunks', _CHUNKS.value)
     if _PARAGRAPHS.present and sizes is None:
         raise UserError('--paragraphs says what chunks end with: it is of --chunks')
+    if sizes:
+        cli.refuse('examples', 'characters', 'plot', 'overlap', beside='chunks', because='only padding is counted')
+    if not _EXAMPLES.value:
+        cli.refuse('characters', beside='examples=0', because='no example is shown')
     plot, config = cli.output_file('plot'), training_config.resolve(cli.load_config())
     data, objective = config.data, objectives.load(config.objective).rows
     tokenizer = tokenizers.load(data.tokenizer)

@@ -23,7 +23,9 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', None, 'bytes, sentencepiece:MODEL_
 _TRAIN = flags.DEFINE_integer(
     'train_tokenizer', None, 'Train a SentencePiece model of this vocabulary on the source', lower_bound=260
 )
-_SAMPLE = flags.DEFINE_float('tokenizer_sample_mb', 32.0, 'MB of text to train it on', lower_bound=0.001)
+_SAMPLE = flags.DEFINE_float(
+    'tokenizer_sample_mb', 32.0, 'MB of text to train it on', lower_bound=0.001, upper_bound=1e6
+)
 _SPLITS = flags.DEFINE_list('splits', None, 'Splits to write (default: all the source has)')
 _WORKERS = flags.DEFINE_integer('workers', None, 'Processes (default: one a core)', lower_bound=1)
 # The fields of the data config that speak to sources of text, under their own names.
@@ -42,6 +44,9 @@ def main() -> int | None:
         config[field] = flags.FLAGS[field].value
     if (_TOKENIZER.value is None) == (_TRAIN.value is None):
         raise UserError('give one of --tokenizer and --train_tokenizer')
+    cli.refuse_without('tokenizer_sample_mb', beside=('train_tokenizer',))
+    if _SPLITS.value == []:
+        raise UserError('--splits= names none: leave it out for all that the source has')
     config = data_config.resolve(config, objective='lm')
     for split in _SPLITS.value or []:
         if split not in sources.splits(config):

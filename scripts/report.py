@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> int:
     stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'
     outputs.check_file(stem if stem.suffix == runs.KEPT else kept_paths(stem)['md'], flag='output')
     if stem.suffix == runs.KEPT:
+        own = ('by', 'against', 'best', 'metric', 'allow', 'title', *(() if _EVALUATIONS.value else ('split',)))
+        cli.refuse(*own, beside=f'output={stem}', because='runs are kept without a table')
         print(publish.keep(found, stem))
         return 0
     title = _TITLE.value or (stem.name if _OUTPUT.value else paths[0].resolve().name)

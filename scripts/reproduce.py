@@ -48,7 +48,7 @@ _MISSING = flags.DEFINE_boolean(
 )
 _ONLY_KEPT = flags.DEFINE_boolean('only_kept', False, 'Run nothing: make the table of what is in --kept so far.')
 _CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run and --missing estimate.')
-_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
+_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 1e-3, 1)
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
 
 
@@ -58,6 +58,9 @@ def main(arguments: list[str]) -> int:
     for name in arguments:
         if name not in names:
             raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
+    if _KEPT.present and not _KEPT.value:
+        raise UserError('--kept= names nothing: leave it out, or say where finished runs are kept')
+    cli.refuse_without('chip', 'utilisation', beside=('dry_run', 'missing'))
     if _MISSING.value:
         cli.refuse(
             *('workdir', 'output', 'source', 'tokenizer', 'per_device', 'only_kept', 'dry_run'),
@@ -79,6 +82,9 @@ def main(arguments: list[str]) -> int:
             *('workdir', 'source', 'tokenizer', 'per_device', 'dry_run'), beside='only_kept', because='it runs nothing'
         )
         return _only_kept(name)
+    if not _is_prepared(source):
+        cli.refuse('source', 'tokenizer', beside=f'budget={budget}', because=f'its data are {source}')
+    cli.refuse_without('tokenizer', beside=('source',))
     if _KEPT.value:
         program.append(f'--kept={",".join(_KEPT.value)}')
     if _DRY_RUN.value:
@@ -164,8 +170,11 @@ def _prepare(source: str, budget: str) -> None:
 
 
 def _is_there(source: str) -> bool:
-    kind, _, directory = source.partition(':')
-    return kind != 'tokens' or (Path(directory) / 'manifest.json').is_file()
+    return not _is_prepared(source) or (Path(source.partition(':')[2]) / 'manifest.json').is_file()
+
+
+def _is_prepared(source: str) -> bool:
+    return source.startswith('tokens:')
 
 
 def _run(script: str, *arguments: str) -> int:

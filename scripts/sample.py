@@ -93,6 +93,15 @@ def _prompts() -> list[str]:
         raise UserError('give one of --devices, which spreads sequences, and --tensor, which splits layers')
     if not flags.FLAGS.max_tokens and not flags.FLAGS.save_state:
         raise UserError('--max_tokens=0 writes nothing: it is of --save_state')
+    cli.refuse_without('batch_size', beside=('prompts',))
+    if '' in flags.FLAGS.stop:
+        raise UserError('--stop= names no text')
+    drawn = ('top_k', 'top_p', 'seed')
+    if not flags.FLAGS.max_tokens:
+        nothing = 'nothing is written'
+        cli.refuse(*('temperature', *drawn, 'num', 'stop', 'json'), beside='max_tokens=0', because=nothing)
+    if not flags.FLAGS.temperature:
+        cli.refuse(*drawn, beside='temperature=0', because='the likeliest token is taken each time')
     if flags.FLAGS.prompts:
         return _prompts_of_lines(flags.FLAGS.prompts)
     return [plain.read_text(flags.FLAGS.prompt_file) if flags.FLAGS.prompt_file else flags.FLAGS.prompt or '']

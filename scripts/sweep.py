@@ -45,7 +45,7 @@ _EXECUTOR = flags.DEFINE_enum(
 )
 _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what they cost; run nothing.')
 _CHIP = flags.DEFINE_string('chip', 'H100', 'Chip whose hours --dry_run estimates.')
-_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 0, 1)
+_UTILISATION = flags.DEFINE_float('utilisation', 0.4, "Share of the chip's peak that is taken to be reached.", 1e-3, 1)
 _COMPILE_CHECK = flags.DEFINE_string('compile_check', None, 'Compile each point for this topology; run nothing.')
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', None, "Vocabulary of --dry_run and --compile_check; default: the tokenizer's.", lower_bound=1
@@ -56,6 +56,11 @@ def main() -> int:
     """Runs the sweep, or says what it would be."""
     if _SWEEP.value is None:
         raise UserError('--sweep=NAME must be given, for example --sweep=model.chunk_size:64:128,seed:3')
+    # Those that say how the sweep would run (--workdir, --per_device, --executor) may stay when --dry_run is added.
+    cli.refuse_without('chip', 'utilisation', beside=('dry_run',))
+    cli.refuse_without('vocab_size', beside=('dry_run', 'compile_check'))
+    if _DRY_RUN.value:
+        cli.refuse('compile_check', beside='dry_run', because='it compiles nothing')
     program = _program()
     points = find_points(program, _SWEEP.value)
     if _POINT.value is not None:
@@ -77,10 +82,11 @@ def main() -> int:
         print(matches.told(), flush=True)
     if _DRY_RUN.value:
         how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': _VOCAB_SIZE.value}
-        print('\n' + plan.costs(points, **how, kept=kept))
+        print('\n' + plan.costs(points, **how, kept=kept, only=_POINT.value))
         return 0
     if _COMPILE_CHECK.value is not None:
-        return plan.compile_check(program, accepted, _COMPILE_CHECK.value, vocab_size=_VOCAB_SIZE.value)
+        chosen = accepted if _POINT.value is None else [points[_POINT.value]]
+        return plan.compile_check(program, chosen, _COMPILE_CHECK.value, vocab_size=_VOCAB_SIZE.value)
     if _WORKDIR.value is None:
         raise UserError('--workdir=DIR must be given')
     return _run(program, points, matches, kept)
@@ -94,6 +100,8 @@ def _program() -> Program:
 
 def _matches(points: list[Point]) -> 'Matches | None':
     if not _KEPT.value:
+        if _KEPT.present:
+            raise UserError('--kept= names nothing: leave it out, or say where finished runs are kept')
         return None
     # Imported late: tables of runs bring pandas.
     from gau.experiments import kept

@@ -39,6 +39,8 @@ _SCENES = flags.DEFINE_list('scenes', None, f'Which scenes, of: {", ".join(campa
 
 def main() -> int:
     """Prints the table; returns the exit code."""
+    if _SCENES.value == [] or not _MINUTES.value:
+        raise UserError(f'{"--scenes= names none" if _MINUTES.value else "--minutes=0 begins none"}: nothing is tried')
     scenes = _SCENES.value or campaign.NAMES
     for scene in scenes:
         if scene not in campaign.NAMES:

@@ -51,8 +51,8 @@ def write(
       What report.json holds: of each label the passages and the documents of both files.
 
     Raises:
-      UserError: there is something at `output`; too few labels, or one that has too little text outside the held-out
-        documents.
+      UserError: there is something at `output`; a label to leave out that no document has; too few labels, or one that
+        has too little text outside the held-out documents.
     """
     outputs.check_directory(output)
     documents = [*_read(source, label_field, text_field, False)]
@@ -62,7 +62,8 @@ def write(
     for document in documents:
         by_label.setdefault(_folded(document['label']), []).append(document)
     for label in left_out:
-        by_label.pop(_folded(label), None)
+        if by_label.pop(_folded(label), None) is None:
+            raise UserError(f'--left_out: no document has "{label}" in "{label_field}"')
     sizes = {label: sum(len(document['text']) for document in found) for label, found in by_label.items()}
     chosen = sorted(sizes, key=sizes.get, reverse=True)[:classes]
     if len(chosen) < classes:

@@ -39,6 +39,9 @@ _NORM, _UNIT, _QUERY_KEY, _BIAS = 'norm', 'gau', 'query_key', 'relative_bias'
 
 def check(config: Any) -> None:
     """Raises UserError if a resolved config has no gated units that can be looked into."""
+    for field in ('fork', 'init_from'):
+        if config[field] is not None:
+            raise UserError(f'{field}={config[field]} does nothing here: layers are looked into from the first step on')
     model = config.model
     family, attention, _ = ARCHITECTURES[model.name]
     if not isinstance(family, GatedUnit):

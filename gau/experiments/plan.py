@@ -67,6 +67,7 @@ def costs(
     utilisation: float,
     vocab_size: int | None = None,
     kept: Mapping[str, Path] | None = None,
+    only: int | None = None,
 ) -> str:
     """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
 
@@ -78,6 +79,7 @@ def costs(
       utilisation: share of the chip's peak that training is taken to reach.
       vocab_size: to count with; None: each point's tokenizer's.
       kept: points of which a run is kept, by name: they cost nothing any more.
+      only: the number of the one point that the table is about; None: all.
 
     Raises:
       UserError: an unknown chip.
@@ -86,7 +88,7 @@ def costs(
     rows = [['', 'point', 'parameters', *_SIZE, 'hours']]
     hours = []
     for number, point in enumerate(points):
-        if point.config is None:
+        if point.config is None or only not in (None, number):
             continue
         found = cost(point.config, vocab_size=vocab_size)
         is_kept = kept is not None and point.name in kept
@@ -94,7 +96,8 @@ def costs(
             hours.append(found.hours(peak, utilisation))
         last = 'kept' if is_kept else _or_dash(hours[-1], '.3g')
         rows.append([str(number), point.name, f'{found.parameters:,}', *_size(found), last])
-    total = f'{"all" if not kept else "what is not kept"}: {_hours(hours, chip, peak, utilisation)}'
+    what = f'point {only}' if only is not None else 'what is not kept' if kept else 'all'
+    total = f'{what}: {_hours(hours, chip, peak, utilisation)}'
     return f'{aligned(_without_idle(rows))}\n{total}'
 
 

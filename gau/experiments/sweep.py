@@ -34,7 +34,9 @@ MAX_NAME = 100
 
 
 def sweep_seed(n: int = 3, first: int = 0) -> Iterator[Overrides]:
-    """The sweep `seed` of every config program: n seeds from `first` on."""
+    """The sweep `seed` of every config program: n seeds from `first` on. Raises ValueError if that is none."""
+    if n < 1:
+        raise ValueError('want one seed at least')
     yield from ({'seed': seed} for seed in range(first, first + n))
 
 
@@ -120,8 +122,8 @@ def find_points(program: Program, expression: str) -> list[Point]:
     `optimizer.learning_rate:1e-3:3e-3`.
 
     Raises:
-      UserError: an unknown sweep, a generator that yields something else, a field that is set twice, a point given
-        twice under one name or two.
+      UserError: an unknown sweep, a generator that yields something else or nothing, a field that is set twice, a point
+        given twice under one name or two.
     """
     factors = [
         [point for term in factor.split('+') for point in _generate(program, term.strip(), expression)]
@@ -142,6 +144,8 @@ def find_points(program: Program, expression: str) -> list[Point]:
         seen[name] = overrides
         label = '-'.join(name for name, own in parts if own.keys() != {'seed'})
         points.append(_resolve(program, name, overrides, label or 'base'))
+    if not points:
+        raise UserError(f'--sweep={expression} has no point')
     _check_distinct(points, expression)
     return points
 

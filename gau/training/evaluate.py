@@ -51,7 +51,13 @@ def evaluate(
     workdir = Path(workdir)
     with distributed.together():
         config = with_changes(files.read_config(workdir) if config is None else config, changed or {})
+        for field, value in (('splits', splits), ('max_tokens', max_tokens)):
+            if value is not None and f'eval.{field}' in (changed or {}):
+                raise UserError(f'--{field} and --config.eval.{field} are the same: give one of them')
         told = _choose(config, evaluators)
+        for path in changed or ():
+            if path.startswith('evaluators.') and path.split('.')[1] not in config.evaluators:
+                raise UserError(f'--config.{path} does nothing: --evaluators={",".join(evaluators)} leaves it out')
         for section in (config.eval, *config.evaluators.values()):
             for field, value in (('splits', splits), ('max_tokens', max_tokens)):
                 if value is not None and (section is config.eval or field in section):

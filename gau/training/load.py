@@ -27,6 +27,8 @@ _OF_THE_SOURCE = (
     *('source', 'text_field', 'text_unit', 'bad_lines', 'special_in_text', 'valid_source', 'test_source'),
     *('holdout_every', 'tfds_dir', 'mixture'),
 )
+# Fields of `data` that decide in which order training reads.
+_OF_TRAINING = ('data.shuffle', 'data.shuffle_window', 'data.streams')
 
 
 def load_run(
@@ -86,7 +88,7 @@ def with_changes(config: ConfigDict, changed: Collection[str]) -> ConfigDict:
       changed: paths of the changed fields, such as `data.source`.
 
     Raises:
-      UserError: a field that decides how the run was trained.
+      UserError: a field that decides how the run was trained, or when it was evaluated.
     """
     for path in sorted(changed):
         if not path.startswith(READABLE):
@@ -94,6 +96,11 @@ def with_changes(config: ConfigDict, changed: Collection[str]) -> ConfigDict:
                 f'--config.{path}: a run is read with the model and the training that it has; '
                 'what can be changed is data, eval, evaluators, model.impl and quantization'
             )
+        field = path.rpartition('.')[2]
+        if path.startswith(('eval.', 'evaluators.')) and (field == 'contexts' or field.startswith('every_')):
+            raise UserError(f'--config.{path} says what training does: it does nothing here, contexts are --contexts')
+        if path in _OF_TRAINING:
+            raise UserError(f'--config.{path} is of the order in training: a split is read from its beginning')
     config = config.copy_and_resolve_references()
     defaults = data_config.default_config()
     if 'data.source' in changed:

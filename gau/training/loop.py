@@ -1,6 +1,7 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -133,6 +134,12 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         passes = start.passes(run)
         if passes:
             progress.say(f'{total_steps * run.tokens_per_step:,} tokens, {start.told(passes)}')
+        every, kept = run.save_every, config.checkpoint.keep_every
+        if kept and kept % every:
+            both = math.lcm(kept, every)
+            progress.say(
+                f'checkpoint.keep_every={kept} keeps every {both}th step only: a run saves every {every} steps'
+            )
         if iterator.rows_read > len(iterator.rows):
             progress.say(
                 f'each process reads {iterator.rows_read} rows of a batch for the {len(iterator.rows)} that it needs; '
@@ -186,7 +193,7 @@ class _Loop:
         self.reported = {(row['step'], row['split']) for row in writer.kept if row['split'] != 'train'}
 
     def run_to(self, total_steps: int) -> None:
-        save_every = max(self.run.steps('checkpoint', 'every_'), 1)
+        save_every = self.run.save_every
         if 0 < self.step < total_steps:
             # A signal may have cut short the evaluation of the step that it saved.
             self.evaluate(self.due())
@@ -346,8 +353,7 @@ class _Loop:
         if split.step in self.saved.steps():
             way = f'the checkpoint of step {split.step} is kept, for --step={split.step} of eval.py and sample.py'
         else:
-            every = max(self.run.steps('checkpoint', 'every_'), 1)
-            saves = '' if split.step % every == 0 else f'--config.checkpoint.every_steps={split.step} '
+            saves = '' if split.step % self.run.save_every == 0 else f'--config.checkpoint.every_steps={split.step} '
             way = f'a run with {saves}--config.checkpoint.keep_every={split.step} keeps the best checkpoint'
         return f'{why} no longer help; {way}'
 

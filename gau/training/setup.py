@@ -140,6 +140,11 @@ class Run:
         """Returns a duration of the config in steps: the run's own, or e.g. `steps('optimizer', 'warmup_')`."""
         return self._in_steps(self.config[section] if section else self.config, stem, section)
 
+    @property
+    def save_every(self) -> int:
+        """How many steps lie between two checkpoints."""
+        return max(self.steps('checkpoint', 'every_'), 1)
+
     def evaluated_every(self, evaluator: Evaluator) -> int:
         """Returns how many steps lie between two of its evaluations."""
         return max(self._in_steps(evaluator.entry, 'every_', f'evaluators.{evaluator.name}'), 1)

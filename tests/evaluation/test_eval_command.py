@@ -113,6 +113,11 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
         (['--evaluators=whole_documents:rows=0'], 'rows=0: want 1 to'),
         (['--evaluators=passkey'], 'tokens of context, not 48'),
         (['--stream'], 'stream'),
+        (['--config.eval.contexts=16,'], '--config.eval.contexts says what training does'),
+        (['--config.eval.every_steps=2'], '--config.eval.every_steps says what training does'),
+        (['--config.data.shuffle=none'], '--config.data.shuffle is of the order in training'),
+        (['--config.eval.max_tokens=9', '--max_tokens=8'], '--max_tokens and --config.eval.max_tokens are the same'),
+        (['--evaluators=perplexity', '--config.evaluators.eval.type=perplexity'], 'does nothing: --evaluators='),
     ],
 )
 def test_bad_input_is_one_line(trained, arguments, message):

@@ -69,16 +69,6 @@ def test_rows_are_settings_over_their_seeds():
     assert made.sigma.degrees == 4
 
 
-def test_a_row_whose_loss_was_lower_before_is_named_below_the_table():
-    note = 'The valid loss was lower before the end, by 0.01 nats or more, in '
-    for lower, told in ((0.03, f'{note}flash (3.020 at 600 tokens, 3.050 at the end).'), (0.005, None)):
-        found = models()
-        for run in found[:3]:
-            run.curves['valid'][2][2] = run.metrics['valid']['loss'] - lower
-        text = page.table(report.make(found, Options()))
-        assert told in text if told else note not in text
-
-
 def test_when_a_row_came_to_the_baselines_loss():
     made = report.make(models(), Options(against='transformer_plus_plus'))
     # 0.1967 nats lower at the end, and 0.1 nats a 100 tokens or half a second.
@@ -251,6 +241,9 @@ def test_a_run_whose_loss_is_not_a_number_is_shown_as_one_and_spoils_no_other(tm
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     publish.keep([run for run in models() if run.seed == 0], tmp_path / 'day.jsonl')
+    code, out, err = call('scripts/report.py', f'{tmp_path}/day.jsonl', '--by=seed', f'--output={tmp_path}/more.jsonl')
+    assert (code, out) == (2, '')
+    assert '--by does nothing with --output=' in err
     code, out, err = call('scripts/report.py', f'{tmp_path}/day.jsonl', f'--output={tmp_path}/day.jsonl/table')
     assert (code, out, err.count('\n')) == (2, '', 1), err
     assert f'--output={tmp_path}/day.jsonl/table.md cannot be written: Not a directory' in err

@@ -53,9 +53,7 @@ def test_the_command_line_of_a_point_gives_the_same_config(monkeypatch):
 
     from gau import cli
 
-    program = Program(
-        PATH, 'context=128', {'optimizer.weight_decay_rules': (('kernel', 0.5),), 'data.tokenizer': 'bytes'}
-    )
+    program = Program(PATH, 'steps=9', {'optimizer.weight_decay_rules': (('kernel', 0.5),), 'data.tokenizer': 'bytes'})
     for point in find_points(program, 'long+rate:1e-05,seed:2'):
         values = flags.FlagValues()
         config_flags.DEFINE_config_file('config', None, '', lock_config=True, flag_values=values)

@@ -253,6 +253,8 @@ def test_passages_hold_whole_documents_out(tmp_path):
     assert not found['train'] & found['valid']
     with pytest.raises(UserError, match='exists already'):
         passages.write(tmp_path / 'out', **options)
+    with pytest.raises(UserError, match='--left_out: no document has "Variuos" in "author"'):
+        passages.write(tmp_path / 'more', **{**options, 'left_out': ['Variuos']})
     with pytest.raises(UserError, match='passages of 100 characters for train, 2000 are asked'):
         passages.write(tmp_path / 'more', **{**options, 'train': 2000})
     with pytest.raises(UserError, match='3 different labels in "author", 5 are asked for'):

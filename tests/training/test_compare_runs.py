@@ -53,7 +53,9 @@ def test_a_line_that_a_run_is_just_writing_is_left_out(runs):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(runs, arguments, message):
-    result = run(f'--output={runs}/x.png', *(argument.format(runs) for argument in arguments))
+    given = [argument.format(runs) for argument in arguments]
+    output = [] if given[-1].startswith('--output') else [f'--output={runs}/x.png']
+    result = run(*output, *given)
     assert result.returncode == 2
     assert message.format(runs) in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -7,7 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from gau.data.passes import Passes
+from gau.experiments import page, report
+from gau.experiments.report import Options
 from gau.training import loop, lowest, start
+from tests.experiments.test_report import models
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,7 @@ from gau.training import loop, lowest, start
     ],
 )
 def test_the_best_checkpoint_is_named_or_what_would_have_kept_it(step, times, advice):
-    stub = SimpleNamespace(saved=SimpleNamespace(steps=lambda: [6]), run=SimpleNamespace(steps=lambda *_: 4))
+    stub = SimpleNamespace(saved=SimpleNamespace(steps=lambda: [6]), run=SimpleNamespace(save_every=4))
     risen = lowest.Risen('valid', step, 1.0, 2.0)
     assert advice in loop._Loop._advice(stub, risen, {'tokens:a': Passes(times, 9)})
 
@@ -44,3 +47,13 @@ def test_a_fork_counts_what_its_parent_has_read_of_the_same_data(tmp_path, monke
         assert start.passes(run) == steps
     config.fork = str(tmp_path / 'gone' / 'checkpoints' / '6')
     assert start.passes(run) == {}
+
+
+def test_a_row_whose_loss_was_lower_before_is_named_below_the_table():
+    note = 'The valid loss was lower before the end, by 0.01 nats or more, in '
+    for lower, told in ((0.03, f'{note}flash (3.020 at 600 tokens, 3.050 at the end).'), (0.005, None)):
+        found = models()
+        for run in found[:3]:
+            run.curves['valid'][2][2] = run.metrics['valid']['loss'] - lower
+        text = page.table(report.make(found, Options()))
+        assert told in text if told else note not in text
