@@ -152,8 +152,9 @@ class MixedChunkCore(QuadraticCore):
         gate_BNL: Array | None,
         segment_ids_BN: Array | None,
         sequence_axis: str | None,
+        **fields,
     ) -> Array:
-        """See the base class."""
+        """See the base class; `fields` are what a subclass has for the op."""
         return gated_mixed_chunk(
             *(p_BNW, bias_2E, *queries_keys),
             spec=self.spec,
@@ -162,6 +163,7 @@ class MixedChunkCore(QuadraticCore):
             gate_BNL=gate_BNL,
             kernels=self.impl,
             sequence_axis=sequence_axis,
+            **fields,
         )
 
 

@@ -10,7 +10,7 @@ choice has no gradient; the mean key stands in the weight as well, and gets one 
 query read nothing. Of every chunk only the tokens of the query's document count, in means as in sums.
 
 Work and memory grow with N, but for two small terms: r, and the gradients of what was taken, a matmul that is G / C of
-the attention's. `gau.ops.kernels.far_chunks` is the fast path.
+the attention's. In a gated unit `gau.ops.kernels.far_chunks` is the fast path.
 """
 
 import jax

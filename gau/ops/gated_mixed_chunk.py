@@ -3,11 +3,13 @@
     [u, v] = silu([U, V])      o[g] = u[g] * (A[g] v[g] + Q[g] M[g])
 
 U and V are projections before their bias and silu, A the attention weights inside chunk g, M[g] the mean or the sum of
-k v^T over the tokens outside it that its queries may see. `gau.ops.kernels.gated_mixed_chunk` is the fast path.
+k v^T over the tokens outside it that its queries may see. What `gau.ops.far_chunks` reads of v may be added to that
+inside the brackets. `gau.ops.kernels.gated_mixed_chunk` is the fast path.
 """
 
 from jax import Array
 
+from gau.ops import far_chunks as far
 from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
 from gau.ops.positions import bias_matrix
 from gau.ops.quadratic_attention import gate_and_values
@@ -25,6 +27,8 @@ def gated_mixed_chunk(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
     gate_BNL: Array | None = None,
+    far_BNS: tuple[Array, Array] | None = None,
+    far_chunks: int = 0,
 ) -> Array:
     """Returns silu(u) * mixed_chunk_attention(..., silu(v)) for [u, v] = p + bias, both branches, one head.
 
@@ -39,6 +43,8 @@ def gated_mixed_chunk(
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None; where the local branch reads two
         chunks and N is above C, [4 C - 1].
       gate_BNL: see there; float32.
+      far_BNS: queries and keys of `gau.ops.far_chunks`, finite at padding as the others; or None.
+      far_chunks: how many chunks these read; 0 without them.
 
     Returns:
       [B, N, E] in the dtype of p; zeros at padding.
@@ -46,7 +52,7 @@ def gated_mixed_chunk(
     n = p_BNW.shape[1]
     size = n if n <= spec.chunk_size else spec.window * spec.chunk_size
     u_BNE, v_BNE = gate_and_values(p_BNW, bias_2E)
-    return u_BNE * mixed_chunk_attention(
+    o_BNE = mixed_chunk_attention(
         *(q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE),
         spec=spec,
         segment_ids_BN=segment_ids_BN,
@@ -54,3 +60,7 @@ def gated_mixed_chunk(
         gate_BNL=gate_BNL,
         impl='reference',
     )
+    if far_BNS is not None:
+        fields = {'chunk_size': spec.chunk_size, 'chunks': far_chunks, 'segment_ids_BN': segment_ids_BN}
+        o_BNE += far.far_chunks(*far_BNS, v_BNE, **fields, impl='reference')
+    return u_BNE * o_BNE

@@ -3,12 +3,11 @@
 | operation | its reference in `gau.ops` | fast path | its Triton kernels |
 |---|---|---|---|
 | FLASH, gated | `gated_chunks` | `gated_mixed_chunk`, `gated_chunks`, `chunk_scans`, `chunk_pairs`,
-  `quadratic_weights`, `window_weights` | `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`,
-  `quadratic_triton`, `window_weights_triton` |
+  `quadratic_weights`, `window_weights`, `far_chunks` | `gated_chunks_triton`, `chunk_pairs_triton`, `gates_triton`,
+  `quadratic_triton`, `window_weights_triton`, `far_chunks_triton` |
 | FLASH, a block of a prompt | `decoding` | `gated_mixed_chunk_block` | those of FLASH, gated |
 | FLASH's layer, a block of a prompt | `decoding` | `prefill_chunks`, `prefill_long` | `prefill_chunks_triton`,
   `prefill_long_triton`, `decay_gate_triton` |
-| earlier chunks read exactly | `far_chunks` | `far_chunks` | `far_chunks_triton` |
 | quadratic attention, one token | `decoding` | `decode_cache` | `decode_cache_triton` |
 | FLASH's layer, one token | `chunk_window` | `decode_chunks` | `decode_chunks_triton` |
 | the same, of one sequence | `chunk_window` | `decode_row` | `decode_row_triton` |

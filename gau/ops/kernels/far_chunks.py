@@ -1,8 +1,8 @@
-"""Exact attention to chosen earlier chunks on a GPU: the fast path of `gau.ops.far_chunks`.
+"""Exact attention to chosen earlier chunks on a GPU, a part of the gated chunk matmul (`gau.ops.kernels.gated_chunks`).
 
-The choice is the compiler's, and so is the sum of keys and mean key: both are narrow. Kernels read the chosen chunks
-where they lie, through their index. Letters beside those of the op: R, how many chunks a chunk reads at most, its
-places; P = G R, the pairs of a sequence, each a chunk and one that it reads.
+The op is `gau.ops.far_chunks`. The choice is the compiler's, and so is the sum of keys and mean key: both are narrow.
+Kernels read the chosen chunks where they lie, through their index. Letters beside those of the op: R, how many chunks a
+chunk reads at most, its places; P = G R, the pairs of a sequence, each a chunk and one that it reads.
 
 The weights are written down, forwards and backwards, since E is wide: a program that made weights and output together
 would have no room for whole rows of it, and make the weights again for each of its tiles, E / 256 of them. They are not
@@ -10,80 +10,80 @@ kept in between: the kernel of their gradient would have to read them, and makes
 values, from q, k and the log of each query's sum, a twelfth of its matmul. As many bytes are moved, and none are held.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.chunk_states import into_chunks
 from gau.ops.far_chunks import choose_chunks
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, fit, power_of_two
-from gau.ops.masks import clear_padding
-from gau.ops.tracing import traced_once
 
 
-@traced_once('chunk_size', 'chunks')
-def far_chunks(
-    q_BNS: Array,
-    k_BNS: Array,
-    v_BNE: Array,
-    *,
-    chunk_size: int,
-    chunks: int,
-    segment_ids_BN: Array | None = None,
-) -> Array:
-    """Returns what `gau.ops.far_chunks.far_chunks` does, in bfloat16 or float32, of documents that are contiguous."""
-    q_BNS, k_BNS, v_BNE = (clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, v_BNE))
-    batch, n, width = v_BNE.shape
-    ids_BN = jnp.broadcast_to(1 if segment_ids_BN is None else segment_ids_BN, (batch, n)).astype(jnp.int32)
-    q_BGCS, k_BGCS, v_BGCE, ids_BGC = (into_chunks(x, min(chunk_size, n)) for x in (q_BNS, k_BNS, v_BNE, ids_BN))
-    chunks = min(chunks, v_BGCE.shape[1] - 1)
-    if not chunks:
-        return jnp.zeros_like(v_BNE)
-    k_BGCS, index_BGR, found_BGR = choose_chunks(q_BGCS, k_BGCS, ids_BGC, chunks)
-    count_BG = found_BGR.sum(-1, dtype=jnp.int32)
-    o_BGCE = attend(q_BGCS, k_BGCS, v_BGCE, ids_BGC, index_BGR.astype(jnp.int32), count_BG)
-    return clear_padding(o_BGCE.reshape(batch, -1, width)[:, :n], segment_ids_BN)
+class Far(NamedTuple):
+    """Which earlier chunks are read, and with what.
 
-
-@jax.custom_vjp
-def attend(q_BGCS: Array, k_BGCS: Array, v_BGCE: Array, ids_BGC: Array, index_BGR: Array, count_BG: Array) -> Array:
-    """Returns what the queries of every chunk read, [B, G, C, E], zeros where that is nothing.
-
-    Args:
-      q_BGCS: queries, bfloat16 or float32 as the others.
+    Attributes:
+      q_BGCS: queries, bfloat16 or float32 as keys and values.
       k_BGCS: keys, the mean key of their chunk added.
-      v_BGCE: values.
-      ids_BGC: segment ids; int32, as what follows.
+      ids_BGC: segment ids of documents that are contiguous; int32, as what follows.
       index_BGR: which chunks a chunk reads, R of them at most.
       count_BG: how many it reads; the places behind them may hold any chunk.
     """
-    return _forward(q_BGCS, k_BGCS, v_BGCE, ids_BGC, index_BGR, count_BG)[0]
+
+    q_BGCS: Array
+    k_BGCS: Array
+    ids_BGC: Array
+    index_BGR: Array
+    count_BG: Array
 
 
-def _forward(q_BGCS, k_BGCS, v_BGCE, ids_BGC, index_BGR, count_BG):
-    chosen = index_BGR, count_BG
-    a_BGRCC, *sums = _weights(q_BGCS, k_BGCS, ids_BGC, *chosen)
-    o_BGCE = _sum_over_read(a_BGRCC, v_BGCE, *chosen)
-    return o_BGCE, (q_BGCS, k_BGCS, v_BGCE, ids_BGC, *chosen, *sums, o_BGCE)
+class Sums(NamedTuple):
+    """What of the weights is kept, [B, G, C] in float32.
+
+    Attributes:
+      log_sum_BGC: log(1 + sum of exp(q.k / sqrt(S)) over all keys that a query reads).
+      rounding_BGC: the sum of a query's weights over that of its weights as they were rounded.
+    """
+
+    log_sum_BGC: Array
+    rounding_BGC: Array
 
 
-def _backward(residuals, do_BGCE):
-    q_BGCS, k_BGCS, v_BGCE, ids_BGC, *chosen, log_sum_BGC, rounding_BGC, o_BGCE = residuals
+def choose(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> Far | None:
+    """Returns which chunks are read, `chunks` of them at most; None where there is a single one.
+
+    Args:
+      q_BGCS: queries.
+      k_BGCS: keys, without the mean.
+      ids_BGC: segment ids, [B, G, C] or [1, G, C].
+      chunks: how many chunks are read, at least 1.
+    """
+    groups = q_BGCS.shape[1]
+    if groups == 1:
+        return None
+    ids_BGC = jnp.broadcast_to(ids_BGC, q_BGCS.shape[:3]).astype(jnp.int32)
+    k_BGCS, index_BGR, found_BGR = choose_chunks(q_BGCS, k_BGCS, ids_BGC, min(chunks, groups - 1))
+    return Far(q_BGCS, k_BGCS, ids_BGC, index_BGR.astype(jnp.int32), found_BGR.sum(-1, dtype=jnp.int32))
+
+
+def attend(far: Far, v_BGCE: Array) -> tuple[Array, Sums]:
+    """Returns what the queries of every chunk read, [B, G, C, E], zeros where that is nothing, and what to keep."""
+    a_BGRCC, *sums = _weights(far)
+    return _sum_over_read(a_BGRCC, v_BGCE, far), Sums(*sums)
+
+
+def gradients(far: Far, v_BGCE: Array, o_BGCE: Array, sums: Sums, do_BGCE: Array) -> tuple[Far, Array]:
+    """Returns the gradients of queries and keys, and of the values, of what `attend` returned as o."""
     # Of a softmax, the sum of the weights times their gradients; the value of the 1 is zero. What all gradients of a
     # query have in common cancels against weights with the sum that they had before they were rounded.
-    delta_BGC = jnp.sum(do_BGCE.astype(jnp.float32) * o_BGCE.astype(jnp.float32), -1) * rounding_BGC
-    more = log_sum_BGC, delta_BGC, v_BGCE, do_BGCE
-    a_BGRCC, ds_BGRCC = _scores_gradient(q_BGCS, k_BGCS, ids_BGC, *chosen, *more)
-    readers = readers_of_chunks(*chosen)
-    dq_BGCS, dk_BGCS = _sum_over_read(ds_BGRCC, k_BGCS, *chosen), _sum_over_readers(ds_BGRCC, q_BGCS, *readers)
-    return dq_BGCS, dk_BGCS, _sum_over_readers(a_BGRCC, do_BGCE, *readers), None, None, None
-
-
-attend.defvjp(_forward, _backward)
+    delta_BGC = jnp.sum(do_BGCE.astype(jnp.float32) * o_BGCE.astype(jnp.float32), -1) * sums.rounding_BGC
+    a_BGRCC, ds_BGRCC = _scores_gradient(far, sums.log_sum_BGC, delta_BGC, v_BGCE, do_BGCE)
+    readers = readers_of_chunks(far.index_BGR, far.count_BG)
+    dq_BGCS, dk_BGCS = _sum_over_read(ds_BGRCC, far.k_BGCS, far), _sum_over_readers(ds_BGRCC, far.q_BGCS, readers)
+    return Far(dq_BGCS, dk_BGCS, None, None, None), _sum_over_readers(a_BGRCC, do_BGCE, readers)
 
 
 def readers_of_chunks(index_BGR: Array, count_BG: Array) -> tuple[Array, Array]:
@@ -105,17 +105,17 @@ def readers_of_chunks(index_BGR: Array, count_BG: Array) -> tuple[Array, Array]:
     return jnp.argsort(chunk_BP, axis=-1).astype(jnp.int32), before_BIP.sum(-1, dtype=jnp.int32)
 
 
-def _weights(q_BGCS, k_BGCS, ids_BGC, index_BGR, count_BG) -> list[Array]:
+def _weights(far: Far) -> list[Array]:
     """Returns the weights of all pairs, [B, G, R, C, C] in the type of q, the log of their sums, and their rounding."""
     from gau.ops.kernels.far_chunks_triton import weights_kernel
 
-    (batch, groups, size, width), read = q_BGCS.shape, index_BGR.shape[-1]
-    tiles = fit(tile_sizes.FAR_WEIGHTS[str(q_BGCS.dtype)], block_m=size, block_n=size)
-    pairs = jax.ShapeDtypeStruct((batch, groups, read, size, size), q_BGCS.dtype)
+    batch, groups, size, width = far.q_BGCS.shape
+    tiles = fit(tile_sizes.FAR_WEIGHTS[str(far.q_BGCS.dtype)], block_m=size, block_n=size)
+    pairs = _pairs(far)
     by_query = jax.ShapeDtypeStruct((batch, groups, size), jnp.float32)
     return launch(
         weights_kernel,
-        *(q_BGCS, k_BGCS, ids_BGC, index_BGR, count_BG),
+        *far,
         outputs=[pairs, by_query, by_query],
         grid=(cdiv(size, tiles.block_m), batch * groups),
         num_warps=tiles.num_warps,
@@ -129,18 +129,18 @@ def _weights(q_BGCS, k_BGCS, ids_BGC, index_BGR, count_BG) -> list[Array]:
     )
 
 
-def _sum_over_read(a_BGRCC: Array, x_BGCE: Array, index_BGR: Array, count_BG: Array) -> Array:
+def _sum_over_read(a_BGRCC: Array, x_BGCE: Array, far: Far) -> Array:
     """Returns a x of the chunks that each chunk reads, [B, G, C, E]."""
     from gau.ops.kernels.far_chunks_triton import sum_over_read_kernel
 
-    return _sum(sum_over_read_kernel, a_BGRCC, x_BGCE, index_BGR, count_BG)
+    return _sum(sum_over_read_kernel, a_BGRCC, x_BGCE, far.index_BGR, far.count_BG)
 
 
-def _sum_over_readers(a_BGRCC: Array, x_BGCE: Array, order_BP: Array, starts_BI: Array) -> Array:
+def _sum_over_readers(a_BGRCC: Array, x_BGCE: Array, readers: tuple[Array, Array]) -> Array:
     """Returns a^T x of the chunks that read each chunk, [B, G, C, E]; see `readers_of_chunks`."""
     from gau.ops.kernels.far_chunks_triton import sum_over_readers_kernel
 
-    return _sum(sum_over_readers_kernel, a_BGRCC, x_BGCE, order_BP, starts_BI)
+    return _sum(sum_over_readers_kernel, a_BGRCC, x_BGCE, *readers)
 
 
 def _sum(kernel: Any, a_BGRCC: Array, x_BGCE: Array, *which: Array) -> Array:
@@ -162,30 +162,38 @@ def _sum(kernel: Any, a_BGRCC: Array, x_BGCE: Array, *which: Array) -> Array:
     )[0]
 
 
-def _scores_gradient(
-    q_BGCS, k_BGCS, ids_BGC, index_BGR, count_BG, log_sum_BGC, delta_BGC, v_BGCE, do_BGCE
-) -> list[Array]:
-    """Returns the weights and the gradient of q.k of all pairs, [B, G, R, C, C] each in the type of q."""
+def _scores_gradient(far: Far, *more: Array) -> list[Array]:
+    """Returns the weights and the gradient of q.k of all pairs, [B, G, R, C, C] each in the type of q.
+
+    Args:
+      far: what is read.
+      *more: log_sum and delta [B, G, C], v and the gradient of o.
+    """
     from gau.ops.kernels.far_chunks_triton import scores_gradient_kernel
 
-    (batch, groups, size, width), read = q_BGCS.shape, index_BGR.shape[-1]
-    tiles = fit(tile_sizes.FAR_SCORES_GRADIENT[str(q_BGCS.dtype)], side=size)
-    pairs = jax.ShapeDtypeStruct((batch, groups, read, size, size), q_BGCS.dtype)
+    batch, groups, size, width = far.q_BGCS.shape
+    tiles = fit(tile_sizes.FAR_SCORES_GRADIENT[str(far.q_BGCS.dtype)], side=size)
+    pairs = _pairs(far)
     return launch(
         scores_gradient_kernel,
-        *(q_BGCS, k_BGCS, ids_BGC, index_BGR, count_BG, log_sum_BGC, delta_BGC, v_BGCE, do_BGCE),
+        *(*far, *more),
         outputs=[pairs, pairs],
-        grid=(cdiv(size, tiles.side) ** 2, read, batch * groups),
+        grid=(cdiv(size, tiles.side) ** 2, far.index_BGR.shape[-1], batch * groups),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         S=width,
-        E=v_BGCE.shape[-1],
+        E=more[-1].shape[-1],
         SIDE=tiles.side,
         INNER=tiles.inner,
         BLOCK_S=power_of_two(width),
         SCALE=width**-0.5,
         **_sizes(pairs),
     )
+
+
+def _pairs(far: Far) -> jax.ShapeDtypeStruct:
+    batch, groups, size, _ = far.q_BGCS.shape
+    return jax.ShapeDtypeStruct((batch, groups, far.index_BGR.shape[-1], size, size), far.q_BGCS.dtype)
 
 
 def _sizes(pairs_BGRCC: Array | jax.ShapeDtypeStruct) -> dict:

@@ -6,7 +6,9 @@ A sequence of one chunk has no states M, and one of two chunks needs none: where
 states have rows, weights x = state_scale q k^T of one chunk on the other cost as few matmuls as states do, and the
 values that they multiply are in the cache anyway, where states would have to be written and read again (`chunk_pairs`).
 
-In a window of two chunks the weights A are on the chunk before as well, and chunk g reads the state M[g - 1].
+In a window of two chunks the weights A are on the chunk before as well, and chunk g reads the state M[g - 1]. What is
+read of earlier chunks by softmax (`far_chunks`) is added to what the gate multiplies; kernels find it, and the gradient
+that it gives the values, in arrays that their sums begin with.
 """
 
 import functools
@@ -17,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops.kernels import tile_sizes
+from gau.ops.kernels import far_chunks, tile_sizes
 from gau.ops.kernels.chunk_pairs import gradients_of_queries_and_keys, weights_on_other_chunk
 from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
+from gau.ops.kernels.far_chunks import Far
 from gau.ops.kernels.gates import gate_gradients, values
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import cdiv, fit
@@ -38,6 +41,7 @@ def gated_chunk_matmul(
     carry_mask_BGK: Array,
     state_scale_BGJ: Array,
     causal: bool,
+    far: Far | None = None,
 ) -> Array:
     """Returns silu(u) * (a silu(v) + q state_scale m) for [u, v] = p + bias, [B, G, C, E]; m are states of J scans.
 
@@ -59,11 +63,12 @@ def gated_chunk_matmul(
         there are states.
       state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. It has a gradient as the mask has.
       causal: lets tiles above the diagonal be left out.
+      far: earlier chunks of which the values silu(v) are read by softmax, added to what the gate multiplies; or None.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal)[0]
+    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, far)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal):
+def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, far):
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     if sizes.has_states:
         v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGK, state_scale_BGJ)
@@ -73,14 +78,15 @@ def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scal
         # Where nothing is read any array will do.
         states = weights_on_other_chunk(q_BGCF, k_BGCF, state_scale_BGJ) if sizes.cross_chunk else v_BGCE
         read = states, v_BGCE
-    o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read), causal=causal)
+    far_BGCE, far_sums = (None, None) if far is None else far_chunks.attend(far, v_BGCE)
+    o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read), far_BGCE, causal=causal)
     arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     # In the place of states may stand weights on the other chunk.
-    return o_BGCE, (*arrays, o_BGCE, v_BGCE, states)
+    return o_BGCE, (*arrays, (far, far_BGCE, far_sums), o_BGCE, v_BGCE, states)
 
 
 def _backward(causal, residuals, do_BGCE):
-    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, o_BGCE, v_BGCE, states = residuals
+    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, of_far, o_BGCE, v_BGCE, states = residuals
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     dp_of_gate, dbias_u_E, dmixed = gate_gradients(
         *(_by_token(p_BGCW), bias_2E, _by_token(do_BGCE), _by_token(o_BGCE)), tokens_first=False
@@ -98,8 +104,12 @@ def _backward(causal, residuals, do_BGCE):
         # Of the type of the others: the kernel has one place where it stores da, dq and dk.
         nothing = jax.ShapeDtypeStruct((1,), a_BGCM.dtype)
         results = [states if sizes.cross_chunk else nothing, nothing]
+    (far, far_BGCE, far_sums), dfar, far_dv_BGCE = of_far, None, None
+    if far is not None:
+        dfar, far_dv_BGCE = far_chunks.gradients(far, v_BGCE, far_BGCE, far_sums, dmixed_BGCE)
+    inputs = p_BGCW, bias_2E, v_BGCE, a_BGCM, *read
     dp_BGCW, dbias_v, da_BGCM, dq, dk = _gradients(
-        sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read, dp_of_gate), [a_BGCM, *results], causal=causal
+        sizes, inputs, far_dv_BGCE, dp_of_gate, [a_BGCM, *results], causal=causal
     )
     if sizes.cross_chunk:
         dq, dk = gradients_of_queries_and_keys(q_BGCF, k_BGCF, state_scale_BGJ, dq)
@@ -110,7 +120,7 @@ def _backward(causal, residuals, do_BGCE):
     if causal and sizes.has_states:
         fields = (q_BGCF, dq), state_scale_BGJ, sizes.window
         dfactors = _factor_gradients(states, dkv_BGFE, carry_mask_BGK, *fields)
-    return dp_BGCW, dbias_2E, da_BGCM, dq, dk, *dfactors
+    return dp_BGCW, dbias_2E, da_BGCM, dq, dk, *dfactors, dfar
 
 
 gated_chunk_matmul.defvjp(_forward, _backward)
@@ -174,7 +184,7 @@ def gated_chunk_matmul_from_state(
     m_BGSE = (m_BGSE.astype(jnp.float32) + reached_BG1[..., None] * state_BSE[:, None]).astype(m_BGSE.dtype)
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCS, state_scale_BG1)
     sizes = sizes._replace(has_states=True, cross_chunk=0, read_width=q_BGCS.shape[-1])
-    return _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, q_BGCS, m_BGSE), causal=True), v_BGCE
+    return _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, q_BGCS, m_BGSE), None, causal=True), v_BGCE
 
 
 class _Sizes(NamedTuple):
@@ -234,44 +244,56 @@ def _by_token(x_BGCX: Array) -> Array:
     return x_BGCX.reshape(x_BGCX.shape[0], -1, x_BGCX.shape[-1])
 
 
-def _output(sizes: _Sizes, inputs: Sequence[Array], *, causal: bool) -> Array:
-    """Launches `output_kernel`; inputs are p, bias, v, a, and what is read: q and m, or the weights x and v."""
+def _output(sizes: _Sizes, inputs: Sequence[Array], far_BGCE: Array | None, *, causal: bool) -> Array:
+    """Launches `output_kernel`.
+
+    Args:
+      sizes: of the call.
+      inputs: p, bias, v, a, and what is read: q and m, or the weights x and v.
+      far_BGCE: what is read of far chunks, or None.
+      causal: whether weights above the diagonal are zero.
+    """
     from gau.ops.kernels.gated_chunks_triton import output_kernel
 
     v_BGCE = inputs[2]
     tiles = fit(tile_sizes.OUTPUT[str(v_BGCE.dtype)], block_m=sizes.size, block_e=sizes.width)
     return launch(
         output_kernel,
-        *inputs,
+        *(*inputs, v_BGCE if far_BGCE is None else far_BGCE),
         outputs=[jax.ShapeDtypeStruct(v_BGCE.shape, v_BGCE.dtype)],
         grid=(cdiv(sizes.size, tiles.block_m), cdiv(sizes.width, tiles.block_e), sizes.chunks),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         BLOCK_M=tiles.block_m,
+        FAR=far_BGCE is not None,
         BLOCK_K=tiles.block_k,
         BLOCK_E=tiles.block_e,
         **sizes.constants(causal=causal),
     )[0]
 
 
-def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, causal: bool) -> list[Array]:
+def _gradients(
+    sizes: _Sizes, inputs: Sequence[Array], far_dv_BGCE: Array | None, dp: Array, results: Sequence, *, causal: bool
+) -> list[Array]:
     """Launches `value_and_weight_gradient_kernel`.
 
     Args:
       sizes: of the call.
-      inputs: the kernel's, of which the last has dU in its columns.
+      inputs: the kernel's, without the last two.
+      far_dv_BGCE: the gradient of the values from far chunks, or None.
+      dp: has dU in its columns.
       results: arrays as large as the gradients of a, q and k.
       causal: whether weights above the diagonal are zero.
 
     Returns:
-      The last input with dV in its columns, sums of that over tokens [B G, tiles, E], and arrays like `results`.
+      dp with dV in its columns, sums of that over tokens [B G, tiles, E], and arrays like `results`.
     """
     from gau.ops.kernels.gated_chunks_triton import value_and_weight_gradient_kernel
 
     def like(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    dp = inputs[-1]
+    inputs = *inputs, inputs[2] if far_dv_BGCE is None else far_dv_BGCE, dp
     tiles = fit(tile_sizes.VALUE_AND_WEIGHT_GRADIENT[str(dp.dtype)], block_m=sizes.size, block_e=sizes.width)
     across, across_f = cdiv(sizes.size, tiles.side), cdiv(sizes.read_width, tiles.side)
     across_a = across * sizes.window
@@ -287,6 +309,7 @@ def _gradients(sizes: _Sizes, inputs: Sequence[Array], results: Sequence, *, cau
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         overwrite={len(inputs) - 1: 0},
+        FAR=far_dv_BGCE is not None,
         BLOCK_M=tiles.block_m,
         BLOCK_K=tiles.block_k,
         BLOCK_E=tiles.block_e,

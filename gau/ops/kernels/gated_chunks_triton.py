@@ -21,6 +21,8 @@ before would read with WINDOW 1; those of the first chunk of a sequence on the c
 with CROSS_CHUNK 0: in the place of the state a sequence of two chunks then has nothing. What chunks add that nobody
 reads, the last two, has no gradient, and dkv is not written there: of the four chunks of 512 tokens that is half of it.
 
+With FAR the sums of o and dV begin with what far chunks gave (`gau.ops.kernels.far_chunks`).
+
 Bytes are of size base (E = 1,536, S = 128, C = 256), causal, with 65,536 tokens in bfloat16, every array counted once:
 one of [N, E] has 201 MB, the states m 101 MB, the weights a 34 MB, q, k and the other columns of p 17 MB each. A layer
 moves 3.7 GB, of them 1.0 GB in `gates_triton.gate_gradient_kernel`.
@@ -114,19 +116,20 @@ def _what_is_read(chunk, G: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr,
 
 @triton.jit
 def output_kernel(
-    p_ptr, bias_ptr, v_ptr, a_ptr, q_ptr, m_ptr, o_ptr,
+    p_ptr, bias_ptr, v_ptr, a_ptr, q_ptr, m_ptr, far_ptr, o_ptr,
     G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """o = silu(U + bias) (a v + q m).
+    """o = silu(U + bias) (a v + q m + far).
 
     Grid    [C / BLOCK_M, E / BLOCK_E, B G]
     Tile    o [BLOCK_M, BLOCK_E], sums in steps of BLOCK_K
     Reads   U, the first E columns of p [B, G, C, W]; v [B, G, C, E]; a [B, G, C, WINDOW C]; q [B, G, C, F];
-            m [B, G, F, E] (with CROSS_CHUNK 1 q is x [B, C, C], with 2 [B, 2, C, C]; both have v for m)
+            m [B, G, F, E] (with CROSS_CHUNK 1 q is x [B, C, C], with 2 [B, 2, C, C]; both have v for m);
+            far [B, G, C, E] if FAR
     Writes  o [B, G, C, E]
-    Bytes   755 MB a layer: U, v, a, q, m, o
+    Bytes   755 MB a layer: U, v, a, q, m, o; 956 MB with far
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -134,6 +137,8 @@ def output_kernel(
     # Before the matmuls, so that it has arrived when they are done.
     u = load_tile(p_ptr + chunk * C * W, m, e, W, C, E)  # [BM, BE]
     mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    if FAR:
+        mixed = load_tile(far_ptr + chunk * C * E, m, e, E, C, E).to(tl.float32)  # [BM, BE]
     begin, end = 0, C
     if CAUSAL:
         end = tl.minimum((tl.program_id(0) + 1) * BLOCK_M, C)
@@ -218,26 +223,26 @@ def states_gradient_kernel(
 
 @triton.jit
 def value_and_weight_gradient_kernel(
-    p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, unused_ptr,
+    p_ptr, bias_ptr, v_ptr, a_ptr, kt_ptr, m_ptr, dmixed_ptr, dkv_ptr, far_ptr, unused_ptr,
     dp_ptr, dbias_ptr, da_ptr, dq_ptr, dk_ptr,
     G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the values and of all their weights; a program has one tile of one of them.
 
-        da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T      dV = (a^T dmixed + kt^T dkv) silu'(V + bias)
+        da = dmixed v^T      dq = dmixed m^T      dk = v dkv^T      dV = (a^T dmixed + kt^T dkv + far) silu'(V + bias)
 
     Grid    [tiles of da, then of dq, of dk (CROSS_CHUNK 0 only) and of dV; B G]. All programs of a chunk run at about
             the same time, so that what several of them read comes from memory once.
     Tile    [SIDE, SIDE] of da, dq and dk, sums in steps of INNER; [BLOCK_M, BLOCK_E] of dV, sums in steps of BLOCK_K
     Reads   V, the columns from E to 2 E of p [B, G, C, W]; v and dmixed [B, G, C, E]; a [B, G, C, WINDOW C]; kt = k^T
             [B, G, F, C]; m and dkv [B, G, F, E]. With CROSS_CHUNK kt is x of the chunk that reads, m is v and dkv is
-            dmixed of that chunk.
+            dmixed of that chunk. far [B, G, C, E] if FAR: the gradient of v from far chunks.
     Writes  da [B, G, C, WINDOW C]; dq and dk [B, G, C, F]; with CROSS_CHUNK dq is dx and there is no dk. The columns
             from E on of dp [B, G, C, W]: dV, then zeros in those of others; dp holds dU already (it takes over the
             buffer of `unused_ptr`). dbias [B G, C / BLOCK_M, E], the sums of dV over the tokens of a tile.
-    Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp
+    Bytes   1.1 GB a layer: V, v, dmixed, a, kt, m, dkv; dV, da, dq, dk and the other columns of dp; 1.3 GB with far
     """
     across: tl.constexpr = (C + SIDE - 1) // SIDE
     across_f: tl.constexpr = (F + SIDE - 1) // SIDE
@@ -281,8 +286,8 @@ def value_and_weight_gradient_kernel(
         _store_matmul(x_ptr, y_ptr, z_ptr, row, col, end, width, stride, C, E, PRECISION, SIDE, INNER)
     else:
         _store_value_gradient(
-            p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
-            G, C, F, E, W, CAUSAL, WINDOW, CROSS_CHUNK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_E,
+            p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, far_ptr, dp_ptr, dbias_ptr, number - squares, chunk,
+            G, C, F, E, W, CAUSAL, WINDOW, CROSS_CHUNK, FAR, PRECISION, BLOCK_M, BLOCK_K, BLOCK_E,
         )  # fmt: skip
 
 
@@ -306,9 +311,9 @@ def _store_matmul(
 
 @triton.jit
 def _store_value_gradient(
-    p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, dp_ptr, dbias_ptr, number, chunk,
+    p_ptr, bias_ptr, a_ptr, kt_ptr, dmixed_ptr, dkv_ptr, far_ptr, dp_ptr, dbias_ptr, number, chunk,
     G: tl.constexpr, C: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CROSS_CHUNK: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Stores tile `number` of dV of a chunk, its sum over tokens, and zeros in the columns of p that others read."""
@@ -318,6 +323,8 @@ def _store_value_gradient(
     e = (number // down) * BLOCK_E + tl.arange(0, BLOCK_E)
     x = load_tile(p_ptr + chunk * C * W + E, m, e, W, C, E)  # [BM, BE]
     dv = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    if FAR:
+        dv = load_tile(far_ptr + chunk * C * E, m, e, E, C, E).to(tl.float32)  # [BM, BE]
     begin, end = 0, C
     if CAUSAL:
         begin = (number % down) * BLOCK_M

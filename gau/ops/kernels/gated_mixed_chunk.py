@@ -19,6 +19,7 @@ from jax import Array
 from gau.ops.chunk_states import first_and_last_document, into_chunks
 from gau.ops.gated_states import log_decays, one_over_count, previous_chunk
 from gau.ops.kernels import gated_chunks, tpu_gated_chunks
+from gau.ops.kernels.far_chunks import choose as choose_far
 from gau.ops.kernels.quadratic_weights import FUNCTIONS, describe_tokens, whole_weights
 from gau.ops.kernels.sequence_shards import Shards, shards_of_scans
 from gau.ops.kernels.window_weights import weights_in_window
@@ -30,7 +31,7 @@ from gau.ops.scores import attention_weights
 from gau.ops.tracing import choose, traced_once
 
 
-@traced_once('spec', 'kernels', 'sequence_axis')
+@traced_once('spec', 'far_chunks', 'kernels', 'sequence_axis')
 def gated_mixed_chunk(
     p_BNW: Array,
     bias_2E: Array,
@@ -43,6 +44,8 @@ def gated_mixed_chunk(
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
     gate_BNL: Array | None = None,
+    far_BNS: tuple[Array, Array] | None = None,
+    far_chunks: int = 0,
     kernels: str = 'triton',
     sequence_axis: str | None = None,
 ) -> Array:
@@ -53,7 +56,8 @@ def gated_mixed_chunk(
 
     Raises:
       ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
-        causal, or has a `sequence_axis` and more than one column; a window of two chunks that is not causal.
+        causal, or has a `sequence_axis` and more than one column; a window of two chunks that is not causal; far chunks
+        for 'pallas'.
     """
     one_column = gate_BNL is None or gate_BNL.shape[-1] == 1
     if (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
@@ -62,6 +66,8 @@ def gated_mixed_chunk(
         raise ValueError('a window of two chunks is of causal attention')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
+    if far_BNS is not None and kernels != 'triton':
+        raise ValueError(f'kernels={kernels!r} have no far chunks')
     module = choose(kernels, {'triton': gated_chunks, 'pallas': tpu_gated_chunks})
     batch, n = p_BNW.shape[:2]
     size, dtype, causal = min(spec.chunk_size, n), p_BNW.dtype, spec.causal
@@ -99,7 +105,10 @@ def gated_mixed_chunk(
         q_BGCF = jnp.concatenate([jnp.where(mask[..., None], q_lin, 0) for mask in scans.query_masks], axis=-1)
         k_BGCF = jnp.concatenate([jnp.where(mask[..., None], k_lin, 0) for mask in scans.key_masks], axis=-1)
     by_chunk = carry_mask_BGK, scans.state_scale_BGJ
-    shards = () if scans.shards is None else (scans.shards, sequence_axis)
+    # What only one of both modules has.
+    more = () if scans.shards is None else (scans.shards, sequence_axis)
+    if far_BNS is not None:
+        more = (choose_far(*(into_chunks(x, size) for x in far_BNS), ids_BGC, far_chunks),)
     o_BGCE = module.gated_chunk_matmul(
         into_chunks(p_BNW, size),
         bias_2E,
@@ -108,7 +117,7 @@ def gated_mixed_chunk(
         k_BGCF.astype(dtype),
         *(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in by_chunk),
         causal,
-        *shards,
+        *more,
     )
     return o_BGCE.reshape(batch, -1, o_BGCE.shape[-1])[:, :n]
 

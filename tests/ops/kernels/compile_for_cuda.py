@@ -25,7 +25,6 @@ from gau.ops.kernels import compat, decode_row
 from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
-from gau.ops.kernels.far_chunks import far_chunks
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 from gau.ops.kernels.gated_quadratic import gated_quadratic_attention
@@ -174,11 +173,16 @@ def softmax():
 
 
 def far():
-    """Every kernel of far chunks at size base, in chunks of 256 and of 128, and at size small."""
-    for size, width in ((C, E), (C // 2, E), (C, E // 2)):
+    """Every kernel of FLASH with far chunks at size base, in chunks of 256 and windows of two of 128, and at small."""
+    for size, width, window in ((C, E, 1), (C // 2, E, 2), (C, E // 2, 1)):
         n, ids = 8 * size, jnp.ones((1, 8 * size), jnp.int32)
-        op = functools.partial(far_chunks, chunk_size=size, chunks=4, segment_ids_BN=ids)
-        o, pull = jax.vjp(op, zeros(1, n, S), zeros(1, n, S), zeros(1, n, width))
+        fields = {'spec': SPEC._replace(chunk_size=size, window=window), 'segment_ids_BN': ids, 'far_chunks': 4}
+        p, bias_2E, q = zeros(1, n, 2 * width + S), zeros(2, width, dtype='float32'), zeros(1, n, S)
+
+        def op(*x, fields=fields):
+            return gated_mixed_chunk(*x[:6], far_BNS=x[6:], **fields)
+
+        o, pull = jax.vjp(op, p, bias_2E, *[q] * 6)
         pull(o)
 
 

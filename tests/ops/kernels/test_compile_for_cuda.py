@@ -30,7 +30,7 @@ from tests.conftest import ROOT
             ['weights', 'states', 'output', 'states_gradient', 'value_and_weight_gradient', 'weights_gradient'],
         ),
         ('softmax', ['log_sums', 'weights', 'weights_gradient', 'gate_gradient']),
-        ('far', ['weights', 'sum_over_read', 'scores_gradient', 'sum_over_readers']),
+        ('far', ['output', 'sum_over_read', 'scores_gradient', 'sum_over_readers', 'value_and_weight_gradient']),
     ],
 )
 def test_kernels_compile_for_an_h100(what, wanted):

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from gau.ops import far_chunks as reference
+from gau.ops import gated_mixed_chunk as gated_reference
+from gau.ops.chunk_states import into_chunks
 from gau.ops.kernels import far_chunks as host
+from gau.ops.kernels import gated_mixed_chunk as gated_host
+from gau.ops.mixed_chunk_attention import ChunkSpec
+from gau.ops.scores import Scoring
 from tests.numerics import max_error
 from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
 
@@ -20,9 +25,32 @@ LAYOUTS = {
     'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
     'nothing': lambda n: jnp.zeros((2, n), jnp.int32),
 }
+
+
+@jax.custom_vjp
+def attend(far, v):
+    return host.attend(far, v)[0]
+
+
+def attend_forward(far, v):
+    o, sums = host.attend(far, v)
+    return o, (far, v, o, sums)
+
+
+attend.defvjp(attend_forward, lambda residuals, do: host.gradients(*residuals, do))
+
+
+def in_kernels(q, k, v, *, chunk_size, chunks, segment_ids_BN=None):
+    n, size = v.shape[1], min(chunk_size, v.shape[1])
+    ids = jnp.ones((1, n), jnp.int32) if segment_ids_BN is None else segment_ids_BN
+    q, k, v, ids = (into_chunks(x, size) for x in (q, k, v, ids))
+    o = attend(host.choose(q, k, ids, chunks), v)
+    return o.reshape(o.shape[0], -1, o.shape[-1])[:, :n]
+
+
 OPS = {
     'reference': lambda *x, **fields: reference.far_chunks(*x, **fields, impl='reference'),
-    'triton': host.far_chunks,
+    'triton': in_kernels,
 }
 
 
@@ -46,7 +74,7 @@ def expect_the_reference(dtype, n, s, e, chunk, chunks, packed):
     *arrays, weights = (x.astype(dtype) for x in inputs(n=n, s=s, e=e))
     if ids is not None:
         # What stands at padding reaches nothing.
-        arrays = [jnp.where((ids == 0)[..., None], jnp.nan, x) for x in arrays]
+        arrays = [jnp.where((ids == 0)[..., None], 100, x).astype(dtype) for x in arrays]
     exact = [x.astype('float64') for x in (*arrays, weights)]
     wanted = value_and_gradients('reference', exact[:-1], exact[-1], segment_ids_BN=ids, **fields)
     found = value_and_gradients('triton', arrays, weights, segment_ids_BN=ids, **fields)
@@ -62,8 +90,6 @@ CASES = [
     (40, 8, 24, 5, 3, 'padding'),
     # All chunks before, of which there are fewer than asked for.
     (28, 8, 24, 8, 100, 'none'),
-    # A single chunk has none before it.
-    (10, 8, 24, 16, 2, 'none'),
     (24, 4, 16, 6, 2, 'nothing'),
     # Several tiles of C.
     (150, 12, 72, 40, 2, 'documents'),
@@ -110,7 +136,7 @@ def test_chunks_that_all_others_read_or_none():
     chosen = (jax.nn.one_hot(index, 5, dtype=bool) & read[..., None]).any(2)
     exact = [x.astype('float64') for x in (q, k, v, do)]
     wanted, pull = jax.vjp(lambda *x: dense(*x, ids, chosen), *exact[:3])
-    found, pull_found = jax.vjp(lambda *x: host.attend(*x, ids, index, count), q, k, v)
+    found, pull_found = jax.vjp(lambda q, k, v: attend(host.Far(q, k, ids, index, count), v), q, k, v)
     for a, b in zip((found, *pull_found(do)), (wanted, *pull(exact[3])), strict=True):
         assert max_error(np.asarray(a, np.float64), np.asarray(b)) < TOLERANCE['float32']
 
@@ -142,6 +168,65 @@ def test_scores_of_any_size_have_finite_gradients():
 
 def test_queries_that_are_no_numbers_are_not_hidden():
     q, k, v, _ = (x.astype('float32') for x in inputs(n=30, s=8, e=24))
-    o = host.far_chunks(q.at[0, 20].set(jnp.nan), k, v, chunk_size=8, chunks=2)
+    o = in_kernels(q.at[0, 20].set(jnp.nan), k, v, chunk_size=8, chunks=2)
     assert np.isnan(o[0, 20]).all()
     assert np.isfinite(np.delete(o, 20, axis=1)[:, :24]).all()
+
+
+GATED = [
+    (44, 6, 2, 'documents', {}),
+    (44, 6, 3, 'padding', {'window': 2}),
+    # Two chunks, without states; one, which has none before it.
+    (23, 12, 2, 'documents', {}),
+    (10, 16, 2, 'none', {}),
+]
+SLOW_GATED = [
+    (100, 40, 2, 'none', {}),
+    (45, 6, 4, 'one row', {'window': 2, 'global_reduction': 'sum'}),
+    (44, 12, 2, 'none', {'scoring': Scoring('softmax', None)}),
+]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    ('n', 'chunk', 'chunks', 'packed', 'fields'),
+    [*GATED, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_GATED)],
+)
+def test_far_chunks_in_the_gated_matmul(dtype, n, chunk, chunks, packed, fields):
+    ids, size = LAYOUTS[packed](n), n if n <= chunk else fields.get('window', 1) * chunk
+    shapes = [(2, n, 2 * 24 + 70), (2, 24), *[(2, n, 8)] * 6, (2 * size - 1,), (2, n, 1), (2, n, 24)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    # Rounded to begin with, so that both compute the same.
+    *args, weights = (
+        jax.random.normal(key, shape, dtype).astype('float64') for key, shape in zip(keys, shapes, strict=True)
+    )
+    spec = ChunkSpec(**{'chunk_size': chunk, 'causal': True, 'scoring': Scoring('relu2', 'fixed', 8)} | fields)
+
+    def value_and_gradients(op, dtype):
+        def loss(args):
+            p, bias, *queries_keys, bias_P, gate = args
+            arrays = [x.astype(dtype) for x in (p, *queries_keys)]
+            o = op(
+                *(arrays[0], bias, *arrays[1:5]),
+                spec=spec,
+                segment_ids_BN=ids,
+                bias_P=bias_P,
+                gate_BNL=gate,
+                far_BNS=arrays[5:],
+                far_chunks=chunks,
+            )
+            return jnp.sum(o * weights), o
+
+        wide = 'float64' if dtype == 'float64' else 'float32'
+        (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))([x.astype(wide) for x in args])
+        return o, *gradients
+
+    wanted = value_and_gradients(gated_reference.gated_mixed_chunk, 'float64')
+    found = value_and_gradients(gated_host.gated_mixed_chunk, dtype)
+    names = ('o', 'p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'q_far', 'k_far', 'bias_P', 'gate')
+    valid = np.broadcast_to(True if ids is None else ids > 0, (2, n))
+    for name, a, b in zip(names, found, wanted, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        # What stands at padding in `p` is the caller's, and its gradient means nothing.
+        a, b = (x[valid] if name == 'p' else x for x in (a, b))
+        assert max_error(a, b) < TOLERANCE[dtype], name
