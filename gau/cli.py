@@ -170,10 +170,13 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
 
 
 def _check_given() -> None:
-    """Raises UserError if a flag is given twice, where the last one would count, or as a number that is none."""
+    """Raises UserError if what run it is stands there twice, or a number is none.
+
+    Of other flags the last one counts, so that a command can be changed by what is put behind it.
+    """
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
-        if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+        if flag.present > 1 and name in ('config', 'workdir'):
             raise UserError(f'--{name} is given twice: the first would do nothing')
         if flag.present and isinstance(flag.value, float) and math.isnan(flag.value):
             raise UserError(f'--{name}={flag.value} is not a number')

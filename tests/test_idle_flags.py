@@ -11,7 +11,6 @@ SAMPLE = 'scripts/sample.py --workdir=TMP/run'
 # What a command line says, and what it is answered.
 REFUSED = {
     f'{TRAIN} {MLM}': '--config is given twice',
-    f'{TRAIN} --config.steps=3 --config.steps 4': '--config.steps is given twice: the first would do nothing',
     f'{TRAIN} --workdir=TMP/other': '--workdir is given twice',
     f'{TRAIN} --config.optimizer.learning_rate=nan': '--config.optimizer.learning_rate=nan is not a number',
     f'{TRAIN} --distributed=off --heartbeat_seconds=9': '--heartbeat_seconds does nothing with --distributed=off',

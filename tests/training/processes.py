@@ -23,13 +23,6 @@ TINY = [
     '--config.log.every_steps=1',
 ]
 
-
-def but(*changes: str) -> list[str]:
-    """Returns TINY with other values of some flags: none may be given twice."""
-    own = {change.partition('=')[0]: change for change in changes}
-    return [*(own.pop(argument.partition('=')[0], argument) for argument in TINY), *own.values()]
-
-
 # train.py, of which process PROCESS does DEED, once, when its loop has come to step STEP.
 _WITH_DEED = """
 import os, signal

@@ -7,7 +7,7 @@ from gau.training.ahead import Ahead
 from gau.training.interruption import NO_BATCH, Interruption
 from gau.training.mesh import make_mesh
 from tests.data.conftest import make_texts, write_jsonl
-from tests.training.processes import but, finish, mesh, start_processes
+from tests.training.processes import TINY, finish, mesh, start_processes
 from tests.training.tiny import read_metrics, tiny_config
 
 
@@ -67,8 +67,8 @@ def test_all_processes_save_the_same_step_and_leave(tmp_path):
     lines[43] = '{"text": null}'
     path.write_text('\n'.join(lines), 'utf-8')
     arguments = [
-        *but('--config.steps=20', '--config.eval.every_steps=20', '--config.checkpoint.every_steps=20'),
-        *(*mesh(data=2), '--config.data.streams=2', '--config.data.shuffle=none', '--config.data.packing=document'),
+        *(*TINY, *mesh(data=2), '--config.steps=20', '--config.data.streams=2', '--config.data.shuffle=none'),
+        *('--config.eval.every_steps=20', '--config.checkpoint.every_steps=20', '--config.data.packing=document'),
         f'--config.data.source=jsonl:{path}',
     ]
 

@@ -53,9 +53,7 @@ def test_a_line_that_a_run_is_just_writing_is_left_out(runs):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(runs, arguments, message):
-    given = [argument.format(runs) for argument in arguments]
-    output = [] if given[-1].startswith('--output') else [f'--output={runs}/x.png']
-    result = run(*output, *given)
+    result = run(f'--output={runs}/x.png', *(argument.format(runs) for argument in arguments))
     assert result.returncode == 2
     assert message.format(runs) in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ import yaml
 
 from configs import lm
 from tests.conftest import ROOT
-from tests.training.processes import but, mesh, wait_for_step
+from tests.training.processes import TINY, mesh, wait_for_step
 from tests.training.test_commands import run
 
 RECIPES = sorted((ROOT / 'scripts' / 'launch').iterdir())
@@ -52,7 +52,7 @@ def test_ssh_starts_and_stops_all(tmp_path):
     (tmp_path / 'ssh').chmod(0o755)
     launcher = subprocess.Popen(
         [
-            *('bash', 'scripts/launch/ssh.sh', '127.0.0.1 localhost', *but('--config.steps=4000')),
+            *('bash', 'scripts/launch/ssh.sh', '127.0.0.1 localhost', *TINY, '--config.steps=4000'),
             *(*mesh(data=2), f'--workdir={tmp_path / "a run"}'),
         ],
         cwd=ROOT,

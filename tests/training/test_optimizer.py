@@ -8,7 +8,7 @@ import pytest
 from gau.errors import UserError
 from gau.training import config as training_config
 from gau.training import optimizer, workdir
-from tests.training.processes import but, mesh, start
+from tests.training.processes import TINY, mesh, start
 
 PARAMS = {'blocks_0': {'gau': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}, 'embedding': jnp.ones((4, 2))}
 
@@ -252,8 +252,8 @@ def test_others_train_alike_on_a_mesh(name, tmp_path):
     rows = {}
     for devices, sizes in ((1, mesh()), (4, mesh(fsdp=2, tensor=2))):
         path = tmp_path / str(devices)
-        config = but('--config=configs/lm.py:runlocal,size=tiny', f'--config.optimizer.name={name}', '--config.steps=6')
-        process = start('train.py', *config, *sizes, f'--workdir={path}', devices=devices)
+        config = ['--config=configs/lm.py:runlocal,size=tiny', *TINY[1:], f'--config.optimizer.name={name}']
+        process = start('train.py', *config, *sizes, '--config.steps=6', f'--workdir={path}', devices=devices)
         _, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
         rows[devices] = [row['loss'] for row in workdir.read_metrics(path / 'metrics.jsonl')]

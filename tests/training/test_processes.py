@@ -13,7 +13,6 @@ from gau.training import distributed, lost_process, workdir
 from tests.training.processes import (
     TINY,
     assert_done,
-    but,
     finish,
     mesh,
     run,
@@ -103,7 +102,7 @@ def test_two_processes_equal_one_on_any_mesh(tmp_path, shape, streams):
 
 @SLOW
 def test_more_and_fewer_processes_and_devices_go_on_with_the_same_run(alone, tmp_path):
-    path, _ = alone
+    path, arguments = alone
     shutil.copytree(path, tmp_path / 'run')
     checkpoints = tmp_path / 'run' / 'checkpoints'
     shutil.rmtree(checkpoints / '10')
@@ -111,8 +110,7 @@ def test_more_and_fewer_processes_and_devices_go_on_with_the_same_run(alone, tmp
     for count, shape in ((2, {'fsdp': 2}), (4, {'data': 2, 'tensor': 2}), (1, {})):
         shutil.rmtree(checkpoints / '12')
         (tmp_path / 'run' / 'final.json').unlink()
-        arguments = but('--config.data.streams=2', *mesh(**shape), f'--workdir={tmp_path / "run"}')
-        results = run('train.py', *arguments, count=count)
+        results = run('train.py', *arguments, *mesh(**shape), f'--workdir={tmp_path / "run"}', count=count)
         assert_done(results)
         assert f'resumed at step {5 if count == 2 else 10}' in results[0][2]
         assert_same_run(tmp_path / 'run', path)
@@ -122,7 +120,7 @@ def test_more_and_fewer_processes_and_devices_go_on_with_the_same_run(alone, tmp
 @pytest.mark.parametrize('victim', [0, 1])
 @pytest.mark.parametrize('signum', [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_frozen_process_does_not_leave_the_other_hanging(tmp_path, victim, signum):
-    arguments = [*but(LONG), *mesh(data=2), f'--workdir={tmp_path / "run"}']
+    arguments = [*TINY, LONG, *mesh(data=2), f'--workdir={tmp_path / "run"}']
     started = start_processes('train.py', *arguments, '--heartbeat_seconds=20', devices=1)
     wait_for_step(tmp_path / 'run', 6, started)
     started[victim].send_signal(signum)
