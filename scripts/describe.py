@@ -1,4 +1,5 @@
-"""Prints a model as a table: parameters, FLOPs per token and activation memory, part by part and context by context.
+"""Prints a model as a table: parameters, FLOPs per token and activation memory, part by part and context by context;
+and how large the state is that a sequence is decoded with.
 
     python scripts/describe.py --config=configs/lm.py:model=flash,size=base --contexts=512,8192
     python scripts/describe.py --config=configs/lm.py:size=base --models=flash,flash_quad,transformer_plus_plus
@@ -100,15 +101,17 @@ def describe(
             f'{counts.activation_bytes_per_token(model, **options) / 1e3:,.1f}',
         ]
     title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {model.remat}; per token'
+    states = [f'{_state(model, context, causal)} @{context}' for context in contexts]
+    title += f'\nMiB of the decoding state of a sequence: {", ".join(states)}'
     return f'{title}\n\n{_format([header, *_merge_alike(rows), total])}'
 
 
 def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contexts: list[int]) -> str:
-    """Returns one line a model: parameters, and FLOPs and activation memory at each of the contexts."""
+    """Returns one line a model: parameters, and FLOPs, activation memory and state at each of the contexts."""
     causal = objectives.load(objective).causal
     header = ['model', 'parameters']
     for context in contexts:
-        header += [f'MFLOP @{context}', f'kB @{context}']
+        header += [f'MFLOP @{context}', f'kB @{context}', f'state MiB @{context}']
     rows = []
     for model in models:
         resolved = resolve(model, causal=causal, context=max(contexts))
@@ -118,9 +121,16 @@ def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contex
             row += [
                 f'{counts.flops_per_token(resolved, **options) / 1e6:,.1f}',
                 f'{counts.activation_bytes_per_token(resolved, **options) / 1e3:,.1f}',
+                _state(resolved, context, causal),
             ]
         rows.append(row)
     return _format([header, *rows])
+
+
+def _state(model: ConfigDict, context: int, causal: bool) -> str:
+    """Returns the MiB of a decoding state of so many tokens; "-": there is none."""
+    size = counts.state_bytes(model, context=context) if causal else None
+    return '-' if size is None else f'{size / 2**20:,.2f}'
 
 
 def _merge_alike(rows: list[list[str]]) -> list[list[str]]:

@@ -71,10 +71,14 @@ def bytes_per_step(model: LanguageModel, params: Any, *, batch_size: int, first:
     size = model.config.get('chunk_size') or first + steps
     before = size * ((model.config.get('local_window') or 1) - 1)
     seen = sum(min(before, p // size * size) + p % size + 1 for p in range(first, first + steps)) / steps
+    far = size * (model.config.get('far_chunks') or 0)
     total = float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if path[-1].key in ('k', 'v'):
             total += leaf.size * leaf.dtype.itemsize * seen / leaf.shape[-2]
+        elif path[-1].key in ('far_k', 'far_v'):
+            read = sum(min(far, p // size * size) for p in range(first, first + steps)) / steps
+            total += leaf.size * leaf.dtype.itemsize * read / leaf.shape[-2]
         elif path[-1].key == 'sum':
             total += leaf.size * jnp.dtype(model.config.dtype).itemsize
     return total

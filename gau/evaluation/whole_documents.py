@@ -43,9 +43,10 @@ class WholeDocuments(PerplexityByPosition):
         if not run.objective.causal:
             raise UserError(f'evaluators.{name}: whole documents are read by causal models, which this one is not')
         decoding.check(run.model)
-        if decoding.keeps_all_tokens(run.model):
+        keeper = decoding.what_keeps_all_tokens(run.model)
+        if keeper is not None:
             raise UserError(
-                f'evaluators.{name}: {run.config.model.name} keeps the keys and values of all tokens, and whole '
+                f'evaluators.{name}: {keeper} keeps the keys and values of all tokens, and whole '
                 'documents are read with a state of constant size; evaluate it at long contexts instead'
             )
         if jax.process_count() > 1:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import flax.linen as nn
 from jax import Array
 
 from gau.layers.common import TokenInfo
 from gau.layers.mixed_chunk import MixedChunkCore
 from gau.layers.sharding import attention_over_mesh
+from gau.layers.state import far_chunks_with_state
 from gau.ops.far_chunks import far_chunks
 
 
@@ -27,11 +29,21 @@ class FarChunksCore(MixedChunkCore):
         """See the base class."""
         return self.pairs[:-1]
 
+    @property
+    def has_window(self) -> bool:
+        """See the base class."""
+        return False
+
+    # Compact for the decoding state, as that of the base class.
+    @nn.compact
     def __call__(
         self, queries_keys: Sequence[Array], v_BHNE: Array, tokens: TokenInfo, x_BND: Array | None = None
     ) -> Array:
         """See the base class."""
         *near, q_BHNS, k_BHNS = queries_keys
+        if not tokens.whole:
+            far_BHNE = far_chunks_with_state(self, q_BHNS, k_BHNS, v_BHNE, tokens)
+            return super().__call__(near, v_BHNE, tokens, x_BND) + far_BHNE
 
         def attend(q_BNS, k_BNS, v_BNE, bias, *, segment_ids_BN, sequence_axis):
             del bias, sequence_axis  # There are none.

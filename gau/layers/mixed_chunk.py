@@ -72,6 +72,11 @@ class MixedChunkCore(QuadraticCore):
         return self.pairs
 
     @property
+    def has_window(self) -> bool:
+        """Whether its state is opened for single tokens (`gau.ops.chunk_window`)."""
+        return self.global_norm == 'none'
+
+    @property
     def spec(self) -> ChunkSpec:
         """What the op asks for."""
         branches = 'both' if len(self.near_pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.near_pairs[0]]

@@ -14,6 +14,7 @@ from gau.layers.common import TokenInfo, over_heads, param_dtype
 from gau.layers.positions import bias_in_chunk
 from gau.ops.chunk_window import window_token
 from gau.ops.decoding import linear_block, mixed_chunk_block, quadratic_block
+from gau.ops.far_decoding import chosen_chunks_block, chunk_before_block
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 
@@ -55,8 +56,7 @@ def mixed_chunk_with_state(
     def attend(*arrays_and_state):
         *arrays, gate_BTL, v_BTE, state, bias_CC = arrays_and_state
         fields = {'position': tokens.decode, 'spec': core.spec}
-        # (A state with branches apart is not opened.)
-        if tokens.decode.opened_B is not None and not apart:
+        if tokens.decode.opened_B is not None and core.has_window:
             return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1M=bias_CC, **fields)
         return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, apart=apart, **fields)
 
@@ -94,6 +94,40 @@ def gated_mixed_chunk_with_state(
     for name in names:
         core.put_variable('cache', name, state[name][:, None])
     return o_BTE
+
+
+def far_chunks_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE: Array, tokens: TokenInfo) -> Array:
+    """`gau.ops.far_decoding` for the head of a `FarChunksCore`, before its other branches; returns [B, 1, T, E].
+
+    Its state has no axis of heads: XLA would copy keys and values of all tokens in every step, to move an axis of one.
+    """
+    q_BTS, k_BTS, v_BTE = q_BHTS[:, 0], k_BHTS[:, 0], v_BHTE[:, 0]
+    size, (batch, _, s), e = core.chunk_size, k_BTS.shape, v_BTE.shape[-1]
+    sums, decode = param_dtype(v_BTE.dtype), tokens.decode
+    if core.far_chunks == 1:
+        shapes = {'far_k': ((batch, 2 * size, s), k_BTS.dtype), 'far_v': ((batch, size, e), v_BTE.dtype)}
+    else:
+        exists = core.has_variable('cache', 'far_mean')
+        chunks = core.get_variable('cache', 'far_mean').shape[1] if exists else -(-decode.capacity // size)
+        shapes = {
+            'far_k': ((batch, chunks * size, s), k_BTS.dtype),
+            'far_v': ((batch, chunks * size, e), v_BTE.dtype),
+            'far_mean': ((batch, chunks, s), sums),
+            'far_query': ((batch, s), sums),
+            'far_index': ((batch, core.far_chunks), jnp.int32),
+        }
+    variables = {name: core.variable('cache', name, jnp.zeros, *shape) for name, shape in shapes.items()}
+    state = {name: variable.value for name, variable in variables.items()}
+    if core.far_chunks == 1:
+        own_BCE = jnp.zeros((batch, size, e), v_BTE.dtype)
+        if core.has_variable('cache', 'v'):
+            own_BCE = core.get_variable('cache', 'v')[:, 0, -size:]
+        o_BTE, state = chunk_before_block(q_BTS, k_BTS, v_BTE, own_BCE, state, position=decode)
+    else:
+        o_BTE, state = chosen_chunks_block(q_BTS, k_BTS, v_BTE, state, position=decode)
+    for name, variable in variables.items():
+        variable.value = state[name]
+    return o_BTE[:, None]
 
 
 def begin_quadratic_state(core: nn.Module, k_BHTS: Array, v_BHTE: Array) -> None:

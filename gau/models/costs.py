@@ -54,6 +54,11 @@ def layer_inputs(config: ConfigDict) -> Count:
     return total + Count(width * config.model_dim) + saved(config, config.model_dim) if width else total
 
 
+def input_state(config: ConfigDict) -> int:
+    """Bytes of what the short convolution of one layer remembers while a sequence is decoded."""
+    return (config.short_convolution or 0) * config.model_dim * BYTES[config.dtype]
+
+
 def linear(inputs: int, outputs: int) -> Count:
     """A dense layer with bias; its activations are counted by who uses them."""
     return Count(inputs * outputs + outputs, 2 * inputs * outputs, 0)

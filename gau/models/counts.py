@@ -45,6 +45,19 @@ def activation_bytes_per_token(config: ConfigDict, *, context: int, vocab_size: 
     return rest + sum(layers)
 
 
+def state_bytes(config: ConfigDict, *, context: int) -> int | None:
+    """Returns the bytes of the decoding state of one sequence, with room for `context` tokens where it keeps them all.
+
+    None: a causal model of this config cannot be decoded, or its records do not say how large its state is.
+    """
+    family, attention, _ = ARCHITECTURES[config.name]
+    if attention.refuses_decoding(config) is not None:
+        return None
+    layers = [family.state_bytes(config, attention, layer=i, context=context) for i in range(config.num_layers)]
+    # And the position, an int32.
+    return None if None in layers else round(sum(layers)) + 4
+
+
 def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) -> list[tuple[str, Count]]:
     """Returns the model part by part: embedding, one line a layer, final norm, head."""
     d, size = config.model_dim, BYTES[config.dtype]

@@ -8,6 +8,8 @@ cut by rows:
     blocks_0/gau/..., blocks_1/...      the layers' own (`gau.ops.decoding`), with the heads H after B:
       FLASH, MC-TFM++                   v [B, H, C, E/H], k and k_lin [B, H, C, S] (compute type), sum [B, H, S, E/H]
         with a window of two chunks     2 C places; with a gate also gate [B, H, C, L] and count [B, H, L], float32
+        with one far chunk              far_k [B, 2 C, S] and far_v [B, C, E] as well
+        with more, G = ceil(M / C)      far_k [B, G C, S], far_v [B, G C, E] and small ones (`gau.ops.far_decoding`)
       FLASH-Quad, Transformers          k [B, H, M, S], v [B, H, M, E/H] (compute type), M the capacity
       a short convolution               before [B, W, D], in blocks_0/short_convolution, beside gau
       shifted keys                      before [B, 1, S], in blocks_0/gau/key_shift
@@ -54,9 +56,12 @@ def prefill_compiler_options(model: LanguageModel) -> tuple[tuple[str, Any], ...
     return (*model.implementation.compiler_options, *PREFILL_OPTIONS.get(jax.default_backend(), ()))
 
 
-def keeps_all_tokens(model: LanguageModel) -> bool:
-    """Returns whether the state has keys and values of every token, so that it needs a capacity."""
-    return ARCHITECTURES[model.config.name].attention.keeps_all_tokens
+def what_keeps_all_tokens(model: LanguageModel) -> str | None:
+    """Returns why the state has keys and values of every token, so that it needs a capacity; None: it has not.
+
+    It is the name of the model, or a field with its value.
+    """
+    return ARCHITECTURES[model.config.name].attention.what_keeps_all_tokens(model.config)
 
 
 def check(model: LanguageModel, *, capacity: int | None = None) -> None:
@@ -94,10 +99,12 @@ def init_state(model: LanguageModel, *, batch_size: int, capacity: int | None = 
       UserError: see `check`; or a model that keeps all tokens and no capacity.
     """
     check(model, capacity=capacity)
-    if not keeps_all_tokens(model):
+    if not what_keeps_all_tokens(model):
         capacity = None
     elif not capacity:
-        raise UserError(f'{model.config.name} keeps the keys and values of all tokens and needs a capacity for them')
+        raise UserError(
+            f'{what_keeps_all_tokens(model)} keeps the keys and values of all tokens and needs a capacity for them'
+        )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _abstract_state(model, batch_size, capacity))
 
 
@@ -321,17 +328,10 @@ def with_capacity(model: LanguageModel, state: State, capacity: int) -> State:
       UserError: see `check`.
     """
     check(model, capacity=capacity)
-    if not keeps_all_tokens(model):
+    if not what_keeps_all_tokens(model):
         return state
-
-    def resized(path, leaf):
-        # Not what a short convolution or shifted keys remember of the tokens before.
-        if path[-1].key not in ('k', 'v'):
-            return leaf
-        missing = max(0, capacity - leaf.shape[-2])
-        return jnp.pad(leaf[..., :capacity, :], [(0, 0)] * (leaf.ndim - 2) + [(0, missing), (0, 0)])
-
-    return jax.tree_util.tree_map_with_path(resized, state)
+    attention = ARCHITECTURES[model.config.name].attention
+    return _layer_states(lambda layer: attention.with_capacity(model.config, layer, capacity), state)
 
 
 def map_rows(function, *states: State, stacked: bool) -> State:

@@ -128,6 +128,12 @@ def quadratic_block(
     return jnp.where((positions_BT < capacity)[..., None], o_BTE, jnp.nan), {'k': k_BMS, 'v': v_BME}
 
 
+def with_places(x_MS: Array, places: int) -> Array:
+    """Returns an array of a state [..., M, S] with so many places M: its first ones, and zeros behind them."""
+    missing = max(0, places - x_MS.shape[-2])
+    return jnp.pad(x_MS[..., :places, :], [(0, 0)] * (x_MS.ndim - 2) + [(0, missing), (0, 0)])
+
+
 def linear_block(
     q_BTF: Array,
     k_BTF: Array,

@@ -72,12 +72,12 @@ def _reference(q, k, v, ids_BN, size, chunks):
     query_BNS = jnp.einsum('BNIS,NI->BNS', means(q), (chunk_I == before_N1).astype(dtype))
     k_BNIS = means(k)
     fit_BNI = jnp.einsum('BNS,BNIS->BNI', query_BNS, k_BNIS)
-    index_BNi, found_BNi = _choose(fit_BNI, chunk_I == before_N1, (chunk_I <= before_N1) & (tokens_BNI > 0), chunks)
+    index_BNi, found_BNi = best_chunks(fit_BNI, chunk_I == before_N1, (chunk_I <= before_N1) & (tokens_BNI > 0), chunks)
     chosen_BNI = ((index_BNi[..., None] == chunk_I) & found_BNi[..., None]).any(2)
     mask_BNM = (member_BNMI & chosen_BNI[:, :, None]).any(-1)
     scores_BNM = jnp.einsum('BNS,BMS->BNM', q, k, preferred_element_type=dtype)
     scores_BNM += jnp.einsum('BNS,BNIS->BNI', q.astype(dtype), k_BNIS)[:, :, chunk_N]
-    return _weights(scores_BNM, mask_BNM, q.shape[-1]).astype(v.dtype) @ v
+    return far_weights(scores_BNM, mask_BNM, q.shape[-1]).astype(v.dtype) @ v
 
 
 def _chunked(q, k, v, ids_BN, size, chunks):
@@ -104,7 +104,7 @@ def _attend(q_BGCS, k_BGCS, v_BGCE, ids_BGC, chunks):
     ids_BGM = jnp.where(jnp.repeat(found_BGi, ids_BGC.shape[-1], axis=-1), taken(ids_BGC), 0)
     mask_BGCM = visibility_mask(ids_BGC, ids_BGM, n=ids_BGC.shape[-1], m=ids_BGM.shape[-1], causal=False)
     scores_BGCM = jnp.einsum('BGCS,BGMS->BGCM', q_BGCS, k_BGMS, preferred_element_type=dtype)
-    return _weights(scores_BGCM, mask_BGCM, q_BGCS.shape[-1]).astype(v_BGCE.dtype) @ taken(v_BGCE)
+    return far_weights(scores_BGCM, mask_BGCM, q_BGCS.shape[-1]).astype(v_BGCE.dtype) @ taken(v_BGCE)
 
 
 def choose_chunks(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> tuple[Array, Array, Array]:
@@ -134,11 +134,11 @@ def choose_chunks(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> 
     fit_BGI = jnp.einsum('BGS,BIS->BGI', query_BGS, k_BIS)
     before_G1 = group_I[:, None] - 1
     same_BGI = (first_BG[:, :, None] == last_BG[:, None]) & (last_BG > 0)[:, None]
-    places = _choose(fit_BGI, group_I == before_G1, (group_I <= before_G1) & same_BGI, chunks)
+    places = best_chunks(fit_BGI, group_I == before_G1, (group_I <= before_G1) & same_BGI, chunks)
     return (k_BGCS + k_BIS[:, :, None]).astype(k_BGCS.dtype), *places
 
 
-def _choose(fit: Array, before: Array, candidate: Array, chunks: int) -> tuple[Array, Array]:
+def best_chunks(fit: Array, before: Array, candidate: Array, chunks: int) -> tuple[Array, Array]:
     """Returns which chunks are read, [..., i], and whether there is one at all in each of these places.
 
     Args:
@@ -152,7 +152,7 @@ def _choose(fit: Array, before: Array, candidate: Array, chunks: int) -> tuple[A
     return index, best > -jnp.inf
 
 
-def _weights(scores: Array, mask: Array, width: int) -> Array:
+def far_weights(scores: Array, mask: Array, width: int) -> Array:
     """Returns w / (1 + sum of w) where the mask allows, 0 elsewhere, of q.k [..., N, M]."""
     scores = jnp.where(mask, scores * width**-0.5, LOWEST)
     # Over the largest of all terms, of which the 1 is one.

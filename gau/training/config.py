@@ -295,8 +295,9 @@ def _check_segments(config: ConfigDict) -> None:
             raise UserError(f'{field} needs {path}={value}, this is {_field(config, path)}')
     attention = ARCHITECTURES[model.name].attention
     reason = attention.refuses_decoding(model)
-    if reason is None and attention.keeps_all_tokens:
-        reason = f'that of {model.name} grows with the row'
+    keeper = attention.what_keeps_all_tokens(model)
+    if reason is None and keeper is not None:
+        reason = f'that of {keeper} grows with the row'
     if reason is not None:
         raise UserError(f'{field} carries a state of one size: {reason}')
 

@@ -1,9 +1,11 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from gau.models import counts
+from gau.models import counts, decoding
 from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import default_config, resolve
 from gau.models.registry import build
@@ -68,6 +70,27 @@ def test_parameters_are_those_of_the_built_models():
         _, params = make(**fields)
         count = counts.parameters(tiny_config(**fields), vocab_size=VOCAB)
         assert count == sum(leaf.size for leaf in jax.tree.leaves(params)), fields
+
+
+def test_states_are_those_of_the_built_models():
+    cases = [{'name': name} for name, objective in CASES if objective == 'lm' and name != 'combiner']
+    for fields in cases + OPTIONS + [{'name': 'flash', 'far_chunks': 1, 'local_window': 2, 'key_input': 'shifted'}]:
+        # In the type that tells sums from keys and values; a capacity of no whole chunks.
+        model = build(tiny_config(**fields, dtype='bfloat16'), vocab_size=VOCAB, causal=True)
+        state = jax.eval_shape(functools.partial(decoding.init_state, model, batch_size=1, capacity=17))
+        assert counts.state_bytes(model.config, context=17) == decoding.state_bytes(state), fields
+    assert counts.state_bytes(tiny_config('combiner'), context=17) is None
+
+
+def test_far_chunks_keep_78_kib_a_token_and_one_of_them_none():
+    short, long = 8192, 16384
+    sizes = [
+        [counts.state_bytes(named('flash', 'base', context=short, far_chunks=far), context=n) for n in (short, long)]
+        for far in (4, 1, 0)
+    ]
+    # Keys and values; and a mean key for each chunk of 256.
+    assert (sizes[0][1] - sizes[0][0]) / (long - short) == 24 * (2 * (128 + 1536) + 4 * 128 / 256)
+    assert sizes[1][0] == sizes[1][1] == sizes[2][0] + 24 * 2 * 256 * (2 * 128 + 1536)
 
 
 @pytest.mark.parametrize('name', sorted(ARCHITECTURES))

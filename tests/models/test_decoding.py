@@ -44,6 +44,15 @@ ABLATIONS = {
         {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'short_convolution': 3}
         | {'local_window': 2},
     ),
+    'far chunk, gate, shifted keys': ('flash', {'far_chunks': 1, 'decay_gate': 'scalar', 'key_input': 'shifted'}),
+    'far chunk, scan, window': ('flash', {'far_chunks': 1, 'local_window': 2, 'layer_stack': 'scan'}),
+    # Of up to four or seven, so that there is a choice; and of fewer than may be read.
+    'far chunks, shifted keys': ('flash', {'far_chunks': 2, 'key_input': 'shifted'}),
+    'far chunks, scan, window, local': (
+        'flash',
+        {'far_chunks': 3, 'local_window': 2, 'chunk_size': 3, 'branches': 'local', 'layer_stack': 'scan'},
+    ),
+    'far chunks, all of them, norm': ('flash', {'far_chunks': 9, 'global_norm': 'rms_norm', 'rope': 'local'}),
     'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
@@ -173,6 +182,8 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
         {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3}
         | {'key_input': 'shifted'},
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'num_layers': 1},
+        {'far_chunks': 2, 'num_layers': 1},
+        pytest.param({'far_chunks': 1, 'decay_gate': 'scalar', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
         pytest.param({'decay_gate': 'keys', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
         pytest.param(
             {'local_window': 2, 'global_decay': 0.7, 'normalizer': 'visible', 'relative_bias': 'rotary'}
@@ -216,6 +227,8 @@ def test_decoding_is_the_full_forward_at_every_position(name):
 QUICK = (
     'scan, remat, heads, global',
     'gate, norm, convolution',
+    'far chunk, gate, shifted keys',
+    'far chunks, shifted keys',
     'gate of keys, sum',
     'sum, su, no gate, temperature',
     'favor',
@@ -252,6 +265,13 @@ def test_rounding_in_the_other_types_and_a_saved_state_goes_on_bitwise(name, dty
     worst, size = staircase(name, dtype=dtype, block=block, folder=tmp_path, num_layers=1 if block == BLOCK else 2)
     assert size > 0.1
     assert worst < bound * size
+
+
+@pytest.mark.parametrize('far_chunks', [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_saved_state_with_far_chunks_goes_on_bitwise(far_chunks, tmp_path):
+    worst, size = staircase('flash', dtype='bfloat16', folder=tmp_path, num_layers=1, far_chunks=far_chunks)
+    assert size > 0.1
+    assert worst < 0.05 * size
 
 
 @pytest.mark.parametrize('name', ['flash', *(pytest.param(name, marks=pytest.mark.slow) for name in RECURRENT)])
@@ -309,12 +329,20 @@ def test_shapes_of_flash():
     assert state['position'].shape == (3,)
 
 
-def test_past_the_capacity_is_nan_and_not_text():
-    model, params = tiny.make('transformer_plus_plus', dtype='float32')
+@pytest.mark.parametrize(
+    ('name', 'fields', 'capacity'),
+    [
+        ('transformer_plus_plus', {}, 4),
+        # Whole chunks of 5.
+        ('flash', {'far_chunks': 2, 'num_layers': 1}, 10),
+    ],
+)
+def test_past_the_capacity_is_nan_and_not_text(name, fields, capacity):
+    model, params = tiny.make(name, dtype='float32', **fields)
     prefill, step = functions(model)
-    tokens_BN = tiny.tokens(2, 4)
-    state = decoding.init_state(model, batch_size=2, capacity=4)
-    logits_BV, state = prefill(params, state, tokens_BN, jnp.array([4, 3]))
+    tokens_BN = tiny.tokens(2, capacity)
+    state = decoding.init_state(model, batch_size=2, capacity=capacity)
+    logits_BV, state = prefill(params, state, tokens_BN, jnp.array([capacity, capacity - 1]))
     assert np.isfinite(logits_BV).all()
     logits_BV, _ = step(params, state, jnp.array([1, 1]))
     assert np.isnan(logits_BV[0]).all()

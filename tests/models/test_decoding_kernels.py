@@ -72,6 +72,8 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2}, {'short', 'long'}),
         ('flash', {'local_window': 2, 'num_layers': 1}, {'long'}),
         ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, set()),
+        # Far chunks have none, and leave none to the branches beside them.
+        ('flash', {'far_chunks': 2, 'decay_gate': 'scalar', 'num_layers': 1}, set()),
         # Layers that are scanned have none of the kernels that write in place.
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, set()),
     ],

@@ -11,11 +11,11 @@ from tests.models import tiny
     ('name', 'objective', 'fields', 'capacity', 'message'),
     [
         ('flash', 'mlm', {}, None, 'masked language model cannot be decoded'),
-        ('flash', 'lm', {'far_chunks': 2}, None, 'far_chunks=2 cannot be decoded'),
         ('combiner', 'lm', {}, None, 'weighted by the mean of all their queries'),
         ('flash_quad', 'lm', {'normalizer': 'paper'}, 8, 'divides by the length of the whole sequence'),
         ('flash_quad', 'lm', {}, 25, 'relative positions for 24 tokens'),
-        ('transformer', 'lm', {}, None, 'needs a capacity'),
+        ('transformer', 'lm', {}, None, 'transformer keeps the keys and values of all tokens and needs a capacity'),
+        ('flash', 'lm', {'far_chunks': 2}, None, 'model.far_chunks=2 keeps the keys and values of all tokens'),
     ],
 )
 def test_what_cannot_be_decoded_is_refused_in_one_line(name, objective, fields, capacity, message):

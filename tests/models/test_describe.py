@@ -13,6 +13,7 @@ def test_a_config_is_taken_apart():
     out = describe('--config=configs/lm.py:model=flash,size=base', '--contexts=512,8192')
     lines = out.splitlines()
     assert lines[0].startswith('flash, lm, vocabulary 32,000')
+    assert lines[1] == 'MiB of the decoding state of a sequence: 39.03 @512, 39.03 @8192'
     layers = next(line for line in lines if line.startswith('layer 0 to 23, each'))
     # The last of each: kilobytes a token, with the relative bias of a chunk to two, 128 kB, shared by the context.
     assert layers.split()[-5:] == ['3,643,649', '8.701', '31.5', '8.701', '31.0']
@@ -22,6 +23,7 @@ def test_a_config_is_taken_apart():
 def test_models_stand_side_by_side():
     out = describe('--config=configs/lm.py:size=base', '--models=flash,transformer_plus_plus', '--contexts=512')
     rows = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 1)
+    assert [line.split()[-1] for line in out.splitlines()[2:4]] == ['39.00', '18.00']
     assert rows['flash'] == '112,002,050'
     assert rows['transformer_plus_plus'] == '109,644,289'
 

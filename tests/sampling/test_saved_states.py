@@ -24,6 +24,9 @@ def read(model, params, prompt, start=None):
         ('flash', {}),
         # Keys and values grow with the text, what the convolution and shifted keys remember does not.
         ('flash_quad', {'key_input': 'shifted', 'short_convolution': 3}),
+        # From the middle of a chunk, in a state of two chunks, into one of four.
+        ('flash', {'far_chunks': 2}),
+        pytest.param('flash', {'far_chunks': 1}, marks=pytest.mark.slow),
         pytest.param('transformer_plus_plus', {}, marks=pytest.mark.slow),
     ],
 )

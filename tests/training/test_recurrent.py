@@ -28,6 +28,7 @@ SLOW = pytest.mark.slow
         pytest.param('flash', 3, {'decay_gate': 'scalar', 'layer_stack': 'scan', 'remat': 'full'}, marks=SLOW),
         # As configs/lm.py has it.
         pytest.param('flash', 4, {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2}, marks=SLOW),
+        pytest.param('flash', 4, {'far_chunks': 1, 'num_layers': 1}, marks=SLOW),
         pytest.param('mc_transformer_plus_plus', 8, {}, marks=SLOW),
         pytest.param('performer', 8, {}, marks=SLOW),
     ],
@@ -69,7 +70,7 @@ def test_a_step_is_that_of_the_whole_row_in_less_memory():
         ({'optimizer__segment_tokens': 20}, 'segment_tokens=20 must divide data.context=48'),
         ({'data__attend_across_documents': False}, 'needs data.attend_across_documents=True, this is False'),
         ({'model__dropout_rate': 0.1}, 'needs model.dropout_rate=0'),
-        ({'model__far_chunks': 1}, 'no state holds all chunks'),
+        ({'model__far_chunks': 2}, 'that of model.far_chunks=2 grows with the row'),
         ({'model__name': 'transformer', 'model__chunk_size': None, 'model__query_key_dim': None}, 'grows with the row'),
         ({'mesh__sequence': 2}, 'needs mesh.sequence=1'),
     ],

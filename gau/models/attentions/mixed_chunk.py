@@ -9,7 +9,7 @@ from gau.models.attentions.pallas import pallas
 from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
-from gau.models.costs import Count, Shape, saved
+from gau.models.costs import BYTES, Count, Shape, saved
 from gau.models.fields import Field, Filler, choice, count, number, table, with_defaults
 
 CHUNK_FIELDS = {
@@ -193,9 +193,36 @@ class MixedChunk(ScoredAttention):
 
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """See the base class."""
-        if config.far_chunks:
-            return f'model.far_chunks={config.far_chunks} cannot be decoded: no state holds all chunks'
         return None  # Its core has a state.
+
+    def what_keeps_all_tokens(self, config: ConfigDict) -> str | None:
+        """See the base class."""
+        return f'model.far_chunks={config.far_chunks}' if (config.far_chunks or 0) > 1 else None
+
+    def with_capacity(self, config: ConfigDict, state: dict, capacity: int) -> dict:
+        """See the base class."""
+        from gau.ops.far_decoding import with_chunks
+
+        c = config.chunk_size
+        return with_chunks(state, math.ceil(capacity / c), c) if self.what_keeps_all_tokens(config) else state
+
+    def state_bytes(self, config: ConfigDict, shape: Shape) -> float:
+        """See the base class."""
+        c, chunks, size = config.chunk_size, config.local_window or 1, BYTES[config.dtype]
+        keys, values, full = shape.heads * shape.width, shape.heads * shape.value_width, max(4, size)
+        pairs = {'both': 2}.get(config.branches, 1)
+        total = chunks * c * (pairs * keys + values) * size
+        if config.branches != 'local':
+            total += keys * shape.value_width * full
+            gates = {'scalar': 1, 'keys': keys}.get(config.decay_gate, 0)
+            total += (chunks * c + 1) * gates * full
+        if config.far_chunks == 1:
+            total += c * (2 * keys + values) * size
+        elif config.far_chunks:
+            far = math.ceil(shape.context / c)
+            # Keys and values; their means and the sum of queries; which are read.
+            total += far * c * (keys + values) * size + (far + 1) * keys * full + 4 * config.far_chunks
+        return total
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from gau.models.attentions.record import Attention
-from gau.models.costs import Count, Shape, saved
+from gau.models.costs import BYTES, Count, Shape, saved
 from gau.models.fields import choice, count, table
 
 # Tokens in a chunk of the causal form (`gau.ops.linear_attention.CHUNK`).
@@ -42,6 +42,12 @@ class Performer(Attention):
             flops += 2 * h * (c / 2) * (features + k + 1)
             matrix = h * c
         return Count(0, flops, 0) + saved(config, 2 * h * features, matrix=matrix)
+
+    def state_bytes(self, config: ConfigDict, shape: Shape) -> float:
+        """See the base class."""
+        favor = config.feature_map == 'favor'
+        features = config.num_features if favor else shape.width
+        return shape.heads * (features * (shape.value_width + 1) + favor) * max(4, BYTES[config.dtype])
 
     def refuses_decoding(self, config: ConfigDict) -> None:
         """See the base class."""

@@ -7,7 +7,7 @@ from gau.models.attentions.pallas import pallas
 from gau.models.attentions.record import ANYWHERE, Needs
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
-from gau.models.costs import Count, Shape
+from gau.models.costs import BYTES, Count, Shape
 from gau.models.fields import Filler, table, with_defaults
 from gau.models.target import Target
 from gau.models.widths import head_dim_at
@@ -23,7 +23,6 @@ class Quadratic(ScoredAttention):
         xla=ANYWHERE,
         reference=ANYWHERE,
     )
-    keeps_all_tokens = True
 
     def core(self, config, *, heads, width, causal, impl):
         """See the base class."""
@@ -67,6 +66,20 @@ class Quadratic(ScoredAttention):
                 'token would change what was computed before; train with fixed, visible or su'
             )
         return None
+
+    def what_keeps_all_tokens(self, config: ConfigDict) -> str:
+        """See the base class."""
+        return config.name
+
+    def with_capacity(self, config: ConfigDict, state: dict, capacity: int) -> dict:
+        """See the base class."""
+        from gau.ops.decoding import with_places
+
+        return state | {name: with_places(state[name], capacity) for name in ('k', 'v')}
+
+    def state_bytes(self, config: ConfigDict, shape: Shape) -> float:
+        """See the base class."""
+        return shape.heads * shape.context * (shape.width + shape.value_width) * BYTES[config.dtype]
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""

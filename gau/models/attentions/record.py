@@ -37,14 +37,12 @@ class Attention:
       fields: those of the config that belong to it.
       implementations: what each implementation of its core needs, fastest first: 'auto' takes the first that works.
       not_causal: None, or why it cannot be causal.
-      keeps_all_tokens: whether its decoding state grows with the sequence, so that it needs a capacity.
       laptop: values of fields that show all of it in a short sequence (`configs.common.run_local`).
     """
 
     fields: Mapping[str, Field] = {}
     implementations: Mapping[str, Needs] = {'xla': ANYWHERE, 'reference': ANYWHERE}
     not_causal: str | None = None
-    keeps_all_tokens: bool = False
     laptop: Mapping[str, Any] = {}
 
     def core(self, config: ConfigDict, *, heads: int, width: int, causal: bool, impl: str) -> 'AttentionCore':
@@ -83,6 +81,18 @@ class Attention:
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """Returns why a causal model with it cannot be decoded; None: its core has a state (`gau.layers.state`)."""
         return f'{config.name} cannot be decoded: its attention has no decoding state'
+
+    def what_keeps_all_tokens(self, config: ConfigDict) -> str | None:
+        """Returns what its decoding state grows by with the sequence ("flash_quad", a field); None: it has one size."""
+        return None
+
+    def with_capacity(self, config: ConfigDict, state: dict, capacity: int) -> dict:
+        """Returns a layer's decoding state with room for so many tokens, where it keeps all of them."""
+        return state
+
+    def state_bytes(self, config: ConfigDict, shape: Shape) -> float | None:
+        """Returns the bytes of its decoding state in one layer for one sequence; None: nobody has said."""
+        return None
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """Returns where a row must stand for an implementation to read a block of a prompt as training would.

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.attentions.record import Attention
-from gau.models.costs import Count, Shape, layer_inputs, linear, saved
+from gau.models.costs import BYTES, Count, Shape, input_state, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, number, table
 from gau.models.target import Implementation
@@ -76,6 +76,13 @@ class GatedUnit(Family):
         elif config.key_input == 'shifted':
             total += Count(s) + saved(config, s)
         return total + attention.count(config, Shape(h, s, e / h, context), causal=causal)
+
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+        """See the base class."""
+        s, h = config.query_key_dim, heads_at(config, layer)
+        own = attention.state_bytes(config, Shape(h, s, expanded_dim(config) / h, context))
+        shifted = s * BYTES[config.dtype] if config.key_input == 'shifted' else 0
+        return None if own is None else own + shifted + input_state(config)
 
     def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
         """See the base class."""

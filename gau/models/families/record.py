@@ -57,6 +57,10 @@ class Family:
         """Returns what a block costs (see `gau.models.counts`)."""
         raise NotImplementedError
 
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+        """Returns the bytes of a block's decoding state for one sequence of so many tokens; None: nobody has said."""
+        return None
+
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """Returns the widths of the queries and keys that its layers rotate."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.models.attentions.record import Attention
-from gau.models.costs import Count, Shape, layer_inputs, linear, saved
+from gau.models.costs import Count, Shape, input_state, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, table
 from gau.models.widths import check_even, check_heads, head_dim_at, heads_at
@@ -65,6 +65,12 @@ class Transformer(Family):
         e, gated = config.feed_forward_dim, config.feed_forward != 'gelu'
         total += layer_inputs(config) + linear(d, (1 + gated) * e) + linear(e, d)
         return total + saved(config, (2 + 2 * gated) * e)
+
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+        """See the base class."""
+        width = head_dim_at(config, layer)
+        own = attention.state_bytes(config, Shape(heads_at(config, layer), width, width, context))
+        return None if own is None else own + 2 * input_state(config)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""
