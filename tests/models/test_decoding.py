@@ -289,6 +289,19 @@ def test_memory_of_prefill_does_not_grow_with_the_prompt(name):
     assert bytes_of(long) - bytes_of(short) < 2 * 4 * 2 * (long - short)
 
 
+def test_the_loop_writes_far_chunks_in_place():
+    model, params = tiny.make('flash', dtype='float32', num_layers=1, far_chunks=2)
+    state = decoding.init_state(model, batch_size=2, capacity=2**16)
+
+    def loop(params, state, logits_BV):
+        return decoding.decode(model, params, state, logits_BV, lambda x_BV, _: x_BV.argmax(-1), jnp.arange(8))
+
+    logits_BV = jnp.zeros((2, tiny.VOCAB), jnp.float32)
+    compiled = jax.jit(loop, donate_argnums=1).lower(params, state, logits_BV).compile()
+    # A copy of keys and values would be nearly all of the state.
+    assert compiled.memory_analysis().temp_size_in_bytes < decoding.state_bytes(state) / 10
+
+
 @pytest.mark.parametrize('fields', [{}, pytest.param({'layer_stack': 'scan'}, marks=pytest.mark.slow)])
 def test_copies_of_a_row_continue_alike(fields):
     model, params = tiny.make('flash', dtype='float32', num_layers=1, **fields)
