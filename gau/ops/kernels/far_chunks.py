@@ -19,7 +19,7 @@ from jax import Array
 from gau.ops.far_chunks import choose_chunks
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.launch import launch
-from gau.ops.kernels.tile_sizes import cdiv, fit, power_of_two
+from gau.ops.kernels.tile_sizes import PairScoresTiles, cdiv, fit, power_of_two
 
 
 class Far(NamedTuple):
@@ -40,18 +40,6 @@ class Far(NamedTuple):
     count_BG: Array
 
 
-class Sums(NamedTuple):
-    """What of the weights is kept, [B, G, C] in float32.
-
-    Attributes:
-      log_sum_BGC: log(1 + sum of exp(q.k / sqrt(S)) over all keys that a query reads).
-      rounding_BGC: the sum of a query's weights over that of its weights as they were rounded.
-    """
-
-    log_sum_BGC: Array
-    rounding_BGC: Array
-
-
 def choose(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> Far | None:
     """Returns which chunks are read, `chunks` of them at most; None where there is a single one.
 
@@ -69,18 +57,18 @@ def choose(q_BGCS: Array, k_BGCS: Array, ids_BGC: Array, chunks: int) -> Far | N
     return Far(q_BGCS, k_BGCS, ids_BGC, index_BGR.astype(jnp.int32), found_BGR.sum(-1, dtype=jnp.int32))
 
 
-def attend(far: Far, v_BGCE: Array) -> tuple[Array, Sums]:
-    """Returns what the queries of every chunk read, [B, G, C, E], zeros where that is nothing, and what to keep."""
-    a_BGRCC, *sums = _weights(far)
-    return _sum_over_read(a_BGRCC, v_BGCE, far), Sums(*sums)
+def attend(far: Far, v_BGCE: Array) -> tuple[Array, Array]:
+    """Returns what the queries of every chunk read, [B, G, C, E], zeros where that is nothing, and log sums to keep.
+
+    These are log(1 + sum of exp(q.k / sqrt(S)) over all keys that a query reads), [B, G, C] in float32.
+    """
+    a_BGRCC, log_sum_BGC = _weights(far)
+    return _sum_over_read(a_BGRCC, v_BGCE, far), log_sum_BGC
 
 
-def gradients(far: Far, v_BGCE: Array, o_BGCE: Array, sums: Sums, do_BGCE: Array) -> tuple[Far, Array]:
-    """Returns the gradients of queries and keys, and of the values, of what `attend` returned as o."""
-    # Of a softmax, the sum of the weights times their gradients; the value of the 1 is zero. What all gradients of a
-    # query have in common cancels against weights with the sum that they had before they were rounded.
-    delta_BGC = jnp.sum(do_BGCE.astype(jnp.float32) * o_BGCE.astype(jnp.float32), -1) * sums.rounding_BGC
-    a_BGRCC, ds_BGRCC = _scores_gradient(far, sums.log_sum_BGC, delta_BGC, v_BGCE, do_BGCE)
+def gradients(far: Far, v_BGCE: Array, log_sum_BGC: Array, do_BGCE: Array) -> tuple[Far, Array]:
+    """Returns the gradients of queries and keys, and of the values, of what `attend` returned."""
+    a_BGRCC, ds_BGRCC = _weights_and_gradient(far, log_sum_BGC, v_BGCE, do_BGCE)
     readers = readers_of_chunks(far.index_BGR, far.count_BG)
     dq_BGCS, dk_BGCS = _sum_over_read(ds_BGRCC, far.k_BGCS, far), _sum_over_readers(ds_BGRCC, far.q_BGCS, readers)
     return Far(dq_BGCS, dk_BGCS, None, None, None), _sum_over_readers(a_BGRCC, do_BGCE, readers)
@@ -106,17 +94,16 @@ def readers_of_chunks(index_BGR: Array, count_BG: Array) -> tuple[Array, Array]:
 
 
 def _weights(far: Far) -> list[Array]:
-    """Returns the weights of all pairs, [B, G, R, C, C] in the type of q, the log of their sums, and their rounding."""
+    """Returns the weights of all pairs, [B, G, R, C, C] in the type of q, and the log sums."""
     from gau.ops.kernels.far_chunks_triton import weights_kernel
 
     batch, groups, size, width = far.q_BGCS.shape
     tiles = fit(tile_sizes.FAR_WEIGHTS[str(far.q_BGCS.dtype)], block_m=size, block_n=size)
     pairs = _pairs(far)
-    by_query = jax.ShapeDtypeStruct((batch, groups, size), jnp.float32)
     return launch(
         weights_kernel,
         *far,
-        outputs=[pairs, by_query, by_query],
+        outputs=[pairs, jax.ShapeDtypeStruct((batch, groups, size), jnp.float32)],
         grid=(cdiv(size, tiles.block_m), batch * groups),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -162,23 +149,33 @@ def _sum(kernel: Any, a_BGRCC: Array, x_BGCE: Array, *which: Array) -> Array:
     )[0]
 
 
-def _scores_gradient(far: Far, *more: Array) -> list[Array]:
-    """Returns the weights and the gradient of q.k of all pairs, [B, G, R, C, C] each in the type of q.
+def _weights_and_gradient(far: Far, log_sum_BGC: Array, v_BGCE: Array, do_BGCE: Array) -> tuple[Array, Array]:
+    """Returns the weights and the gradient of q.k of all pairs, [B, G, R, C, C] each in the type of q."""
+    size, read = far.q_BGCS.shape[2], far.index_BGR.shape[-1]
+    tiles = fit(tile_sizes.FAR_SCORES_GRADIENT[str(far.q_BGCS.dtype)], side=size)
+    a_BGRCC, part_BGRCC, sums_BGRT2C = _scores_gradient(far, tiles, log_sum_BGC, v_BGCE, do_BGCE)
+    # The sum of a da over all keys of a query would be that of do o as well. But o is rounded, and its weights are:
+    # what all da have in common would not cancel, and o would have to be kept. Of pairs without a chunk nothing is
+    # written.
+    there_BGR = jnp.arange(read) < far.count_BG[..., None]
+    total_BGRTC, weighted_BGRTC = jnp.moveaxis(jnp.where(there_BGR[..., None, None, None], sums_BGRT2C, 0), 4, 0)
+    delta_BG11C = weighted_BGRTC.sum((2, 3), keepdims=True)
+    shift_BGRTC = (weighted_BGRTC / jnp.maximum(total_BGRTC, 1e-30) - delta_BG11C) * far.q_BGCS.shape[-1] ** -0.5
+    shift_BGRCC = jnp.repeat(shift_BGRTC.swapaxes(3, 4), tiles.side, axis=4)[..., :size]
+    return a_BGRCC, (part_BGRCC.astype(jnp.float32) + a_BGRCC.astype(jnp.float32) * shift_BGRCC).astype(a_BGRCC.dtype)
 
-    Args:
-      far: what is read.
-      *more: log_sum and delta [B, G, C], v and the gradient of o.
-    """
+
+def _scores_gradient(far: Far, tiles: PairScoresTiles, *more: Array) -> list[Array]:
+    """Launches `scores_gradient_kernel`; more are the log sums, v and the gradient of o."""
     from gau.ops.kernels.far_chunks_triton import scores_gradient_kernel
 
     batch, groups, size, width = far.q_BGCS.shape
-    tiles = fit(tile_sizes.FAR_SCORES_GRADIENT[str(far.q_BGCS.dtype)], side=size)
-    pairs = _pairs(far)
+    pairs, across = _pairs(far), cdiv(size, tiles.side)
     return launch(
         scores_gradient_kernel,
         *(*far, *more),
-        outputs=[pairs, pairs],
-        grid=(cdiv(size, tiles.side) ** 2, far.index_BGR.shape[-1], batch * groups),
+        outputs=[pairs, pairs, jax.ShapeDtypeStruct((*pairs.shape[:3], across, 2, size), jnp.float32)],
+        grid=(across**2, far.index_BGR.shape[-1], batch * groups),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         S=width,

@@ -46,12 +46,12 @@ def _source(index_ptr, chunk, place, G: tl.constexpr, READ: tl.constexpr):
 
 @triton.jit
 def weights_kernel(
-    q_ptr, k_ptr, ids_ptr, index_ptr, count_ptr, a_ptr, log_sum_ptr, rounding_ptr,
+    q_ptr, k_ptr, ids_ptr, index_ptr, count_ptr, a_ptr, log_sum_ptr,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, READ: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The weights a, log_sum = log(1 + sum of exp(x)) over all keys that a query reads, and how a was rounded.
+    """The weights a, and log_sum = log(1 + sum of exp(x)) over all keys that a query reads.
 
     A program goes through its keys twice: for the log of the sum, with a running maximum that begins with the logarithm
     of the 1, and for the weights. That is a twelfth of the matmul with values, each time.
@@ -59,8 +59,7 @@ def weights_kernel(
     Grid    [C / BLOCK_M, B G]
     Tile    x [BLOCK_M, BLOCK_N], all of S at once
     Reads   q and k [B, G, C, S], ids [B, G, C], index [B, G, READ], count [B, G]
-    Writes  a [B, G, READ, C, C] of the pairs that there are; log_sum, and rounding, the sum of a query's weights over
-            that of its weights as they are written, [B, G, C], float32
+    Writes  a [B, G, READ, C, C] of the pairs that there are; log_sum [B, G, C], float32
     Bytes   168 MB a layer: q, k, a
     """
     ROWS: tl.constexpr = None if C % BLOCK_M == 0 else C
@@ -86,20 +85,14 @@ def weights_kernel(
         source = _source(index_ptr, chunk, (step + 1) // blocks, G, READ)
     log_sum = largest + tl.log(total)
     tl.store(log_sum_ptr + chunk * C + i, log_sum, mask=in_bounds(i, ROWS))
-    exact, rounded = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     source = _source(index_ptr, chunk, 0, G, READ)
     for step in range(0, steps):
         j = step % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + source * C * S, j, s, S, COLS, WIDTH)  # [BN, BS]
         x = _scores(q, k, query_ids, _load_ids(ids_ptr + source * C, j, COLS), SCALE, PRECISION)
-        a = tl.exp(x - log_sum[:, None])
-        written = a.to(a_ptr.dtype.element_ty)
-        store_tile(a_ptr + (chunk * READ + step // blocks) * C * C, written, i, j, C, ROWS, COLS)
-        exact += tl.sum(a, 1)
-        rounded += tl.sum(written.to(tl.float32), 1)
+        pair = chunk * READ + step // blocks
+        store_tile(a_ptr + pair * C * C, tl.exp(x - log_sum[:, None]), i, j, C, ROWS, COLS)
         source = _source(index_ptr, chunk, (step + 1) // blocks, G, READ)
-    rounding = tl.where(rounded > 0, exact / tl.where(rounded > 0, rounded, 1.0), 1.0)
-    tl.store(rounding_ptr + chunk * C + i, rounding, mask=in_bounds(i, ROWS))
 
 
 @triton.jit
@@ -137,19 +130,24 @@ def sum_over_read_kernel(
 
 @triton.jit
 def scores_gradient_kernel(
-    q_ptr, k_ptr, ids_ptr, index_ptr, count_ptr, log_sum_ptr, delta_ptr, v_ptr, do_ptr, a_ptr, ds_ptr,
+    q_ptr, k_ptr, ids_ptr, index_ptr, count_ptr, log_sum_ptr, v_ptr, do_ptr, a_ptr, part_ptr, sums_ptr,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, READ: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr,
     SIDE: tl.constexpr, INNER: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The weights a again, and the gradient of q.k, ds = a (da - delta) scale with da = do v^T, which is not written.
+    """The weights a again, and of the gradient of q.k what a tile knows: part = a (da - mean) scale, da = do v^T.
+
+    The gradient is a (da - delta) scale with delta, the sum of a da, over all keys that a query reads. In the place of
+    delta stands the mean of da, weighted by a, in a row of the tile: what all da have in common is gone before anything
+    is rounded, and the difference between this mean and delta is for the caller to add.
 
     Grid    [tiles of a pair, READ, B G]
     Tile    [SIDE, SIDE] of a and ds; sums over E in steps of INNER, all of S at once
-    Reads   q and k [B, G, C, S], ids [B, G, C], index [B, G, READ], count [B, G]; log_sum and delta [B, G, C], float32:
-            delta is the sum of a da over all keys of a query; v and do [B, G, C, E]
-    Writes  a and ds [B, G, READ, C, C] of the pairs that there are
-    Bytes   704 MB a layer: q, k, v, do; a, ds
+    Reads   q and k [B, G, C, S], ids [B, G, C], index [B, G, READ], count [B, G]; log_sum [B, G, C], float32;
+            v and do [B, G, C, E]
+    Writes  of the pairs that there are: a and part [B, G, READ, C, C], and sums [B, G, READ, C / SIDE, 2, C], float32:
+            those of a and of a da over a row of a tile
+    Bytes   704 MB a layer: q, k, v, do; a, part
     """
     ROWS: tl.constexpr = None if C % SIDE == 0 else C
     COLS: tl.constexpr = None if E % INNER == 0 else E
@@ -174,11 +172,15 @@ def scores_gradient_kernel(
         query_ids, key_ids = _load_ids(ids_ptr + chunk * C, i, ROWS), _load_ids(ids_ptr + source * C, j, ROWS)
         x = _scores(q, k, query_ids, key_ids, SCALE, PRECISION)
         log_sum = tl.load(log_sum_ptr + chunk * C + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
-        delta = tl.load(delta_ptr + chunk * C + i, mask=in_bounds(i, ROWS), other=0.0)[:, None]
         a = tl.exp(x - log_sum)
-        pair = (chunk * READ + place) * C * C
-        store_tile(a_ptr + pair, a, i, j, C, ROWS, ROWS)
-        store_tile(ds_ptr + pair, a * (da - delta) * SCALE, i, j, C, ROWS, ROWS)
+        total, weighted = tl.sum(a, 1), tl.sum(a * da, 1)
+        mean = weighted / tl.maximum(total, 1e-30)
+        pair = chunk * READ + place
+        store_tile(a_ptr + pair * C * C, a, i, j, C, ROWS, ROWS)
+        store_tile(part_ptr + pair * C * C, a * (da - mean[:, None]) * SCALE, i, j, C, ROWS, ROWS)
+        row_ptr = sums_ptr + (pair * across + tl.program_id(0) % across) * 2 * C + i
+        tl.store(row_ptr, total, mask=in_bounds(i, ROWS))
+        tl.store(row_ptr + C, weighted, mask=in_bounds(i, ROWS))
 
 
 @triton.jit

@@ -78,11 +78,11 @@ def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scal
         # Where nothing is read any array will do.
         states = weights_on_other_chunk(q_BGCF, k_BGCF, state_scale_BGJ) if sizes.cross_chunk else v_BGCE
         read = states, v_BGCE
-    far_BGCE, far_sums = (None, None) if far is None else far_chunks.attend(far, v_BGCE)
+    far_BGCE, far_log_sum_BGC = (None, None) if far is None else far_chunks.attend(far, v_BGCE)
     o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read), far_BGCE, causal=causal)
     arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
     # In the place of states may stand weights on the other chunk.
-    return o_BGCE, (*arrays, (far, far_BGCE, far_sums), o_BGCE, v_BGCE, states)
+    return o_BGCE, (*arrays, (far, far_log_sum_BGC), o_BGCE, v_BGCE, states)
 
 
 def _backward(causal, residuals, do_BGCE):
@@ -104,9 +104,9 @@ def _backward(causal, residuals, do_BGCE):
         # Of the type of the others: the kernel has one place where it stores da, dq and dk.
         nothing = jax.ShapeDtypeStruct((1,), a_BGCM.dtype)
         results = [states if sizes.cross_chunk else nothing, nothing]
-    (far, far_BGCE, far_sums), dfar, far_dv_BGCE = of_far, None, None
+    (far, far_log_sum_BGC), dfar, far_dv_BGCE = of_far, None, None
     if far is not None:
-        dfar, far_dv_BGCE = far_chunks.gradients(far, v_BGCE, far_BGCE, far_sums, dmixed_BGCE)
+        dfar, far_dv_BGCE = far_chunks.gradients(far, v_BGCE, far_log_sum_BGC, dmixed_BGCE)
     inputs = p_BGCW, bias_2E, v_BGCE, a_BGCM, *read
     dp_BGCW, dbias_v, da_BGCM, dq, dk = _gradients(
         sizes, inputs, far_dv_BGCE, dp_of_gate, [a_BGCM, *results], causal=causal

@@ -33,8 +33,8 @@ def attend(far, v):
 
 
 def attend_forward(far, v):
-    o, sums = host.attend(far, v)
-    return o, (far, v, o, sums)
+    o, log_sum = host.attend(far, v)
+    return o, (far, v, log_sum)
 
 
 attend.defvjp(attend_forward, lambda residuals, do: host.gradients(*residuals, do))
@@ -146,7 +146,7 @@ def test_chunks_that_all_others_read_or_none():
 
 
 def test_what_all_gradients_of_a_query_have_in_common_cancels():
-    """In bfloat16 as well, where rounded weights have another sum: else errors are four times as large."""
+    """In bfloat16 as well: with the sum of do o, which is rounded, errors are twenty times as large."""
     q, k, v, weights = inputs(n=64, s=8, e=250)
     # Values that are much alike, and a gradient with a direction of its own.
     alike_E = jax.random.uniform(jax.random.key(2), 250, jnp.float64, 0.5, 1.5)
@@ -156,7 +156,7 @@ def test_what_all_gradients_of_a_query_have_in_common_cancels():
     found = value_and_gradients('triton', arrays[:3], arrays[3], **fields)
     for a, b in zip(found[1:3], wanted[1:3], strict=True):
         difference = np.asarray(a, np.float64) - np.asarray(b)
-        assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(b)
+        assert np.linalg.norm(difference) < 0.01 * np.linalg.norm(b)
 
 
 def test_scores_of_any_size_have_finite_gradients():
