@@ -179,7 +179,7 @@ class MixedChunk(ScoredAttention):
         c = min(config.chunk_size, shape.context)
         chunks = math.ceil(shape.context / c)
         read = sum(min(before, config.far_chunks) for before in range(chunks)) / chunks
-        # Every chunk is compared with half of the others; what it reads is saved, the weights are not.
+        # Every chunk is compared with half of the others; what it reads is saved, by XLA, and the weights are not.
         compared = Count(0, shape.heads * shape.width * chunks / c, 0)
         far = self.count_weights(config, shape, seen=c * read, matrix=0)
         return compared + far + saved(config, shape.heads * shape.value_width)
