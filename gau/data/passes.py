@@ -3,6 +3,7 @@
 Of text files, and of what tfds has, nobody knows the tokens before all of them are read: of these nothing is said.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -63,3 +64,10 @@ def passes(config: ConfigDict, places: int, *, frame: int) -> dict[str, Passes]:
         before = found[source].times if source in found else 0.0
         found[source] = Passes(before + times, tokens, exact=config.packing == 'concat')
     return found
+
+
+def told(passes: Mapping[str, Passes]) -> str:
+    """Returns in words how often which text is passed over; nothing where nothing is known."""
+    return ', '.join(
+        f'{each.words} times over the {each.tokens:,} training tokens of {source}' for source, each in passes.items()
+    )

@@ -15,11 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gau import plots
-from gau.data.passes import Passes
+from gau.data.passes import Passes, told
 from gau.errors import NoSpace, RunFailed, UserError, chain, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
-from gau.training import distributed, lost_process, lowest, start
+from gau.training import distributed, lost_process, lowest
 from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.ahead import Ahead
@@ -31,7 +31,7 @@ from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.lost_process import LostProcess
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
-from gau.training.start import claim, first_state, keep_origin, pin_fork
+from gau.training.start import claim, first_state, keep_origin, pin_fork, steps_over_data
 from gau.training.step import TrainState
 from gau.training.throughput import Clock
 
@@ -131,9 +131,10 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             f'{run.devices}, attention: {run.model.implementation.attention}, '
             f'{"" if config.quantization == "none" else config.quantization + " by qwix, "}{origin}'
         )
-        passes = start.passes(run)
+        over_data = steps_over_data(run)
+        passes = {} if over_data is None else run.passes(over_data)
         if passes:
-            progress.say(f'{total_steps * run.tokens_per_step:,} tokens, {start.told(passes)}')
+            progress.say(f'{over_data * run.tokens_per_step:,} tokens, {told(passes)}')
         every, kept = run.save_every, config.checkpoint.keep_every
         if kept and kept % every:
             both = math.lcm(kept, every)
@@ -184,12 +185,7 @@ class _Loop:
         self.in_flight: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = Clock(self.step)
         self.last_metrics: dict[str, Any] = {}
-        # Of every split the lowest loss and its step.
-        self.lowest: dict[str, tuple[float, int]] = {}
-        for row in writer.kept:
-            if row['split'] != 'train' and row.get('loss') is not None:
-                least = (row['loss'], row['step'])
-                self.lowest[row['split']] = min(least, self.lowest.get(row['split'], least))
+        self.lowest = lowest.by_split(writer.kept)
         self.reported = {(row['step'], row['split']) for row in writer.kept if row['split'] != 'train'}
 
     def run_to(self, total_steps: int) -> None:
@@ -342,20 +338,10 @@ class _Loop:
                 if evaluator.figure and cases:
                     evaluator.draw(cases, workdir / 'plots' / f'{evaluator.figure_name}.png', title=title)
             files.write_json(workdir / files.FINAL, final)
+        kept = {'kept': self.saved.steps(), 'save_every': self.run.save_every}
         for split in lowest.risen(rows):
-            self.progress.say(f'{split}: {self._advice(split, passes)}')
+            self.progress.say(f'{split}: {lowest.advice(split, passes, **kept)}')
         return final
-
-    def _advice(self, split: lowest.Risen, passes: Mapping[str, Passes]) -> str:
-        """Says why a loss may have risen, and where the best checkpoint is, or what would have kept it."""
-        again = [each.words for each in passes.values() if each.times > 1]
-        why = f'after {" and ".join(again)} passes over the same text, more of them' if again else 'more steps'
-        if split.step in self.saved.steps():
-            way = f'the checkpoint of step {split.step} is kept, for --step={split.step} of eval.py and sample.py'
-        else:
-            saves = '' if split.step % self.run.save_every == 0 else f'--config.checkpoint.every_steps={split.step} '
-            way = f'a run with {saves}--config.checkpoint.keep_every={split.step} keeps the best checkpoint'
-        return f'{why} no longer help; {way}'
 
     def _report(self, name: str, metrics: Metrics, headline: Sequence[str]) -> None:
         self.reported.add((self.step, name))
@@ -363,10 +349,10 @@ class _Loop:
         values = {metric.replace('_', ' '): metrics.get(metric) for metric in headline}
         said = [f'{metric} {value:.4f}' for metric, value in values.items() if value is not None]
         loss, before = metrics.get('loss'), self.lowest.get(name)
-        if loss is not None and before is not None and lowest.is_worse(loss, before[0]):
-            said.append(f'lowest {before[0]:.4f} at step {before[1]}')
         if loss is not None:
-            self.lowest[name] = min((loss, self.step), before or (loss, self.step))
+            if before is not None and lowest.is_worse(loss, before.loss):
+                said.append(f'lowest {before.loss:.4f} at step {before.step}')
+            self.lowest[name] = lowest.with_loss(before, loss, self.step)
         if said:
             self.progress.say(f'step {self.step}  {name}  {", ".join(said)}')
 

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from gau.data.passes import Passes
 from gau.errors import UserError, warn
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
@@ -119,7 +118,7 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
         return run.init_state(), 'new run'
     checkpoint = Path(run.config.fork)
     parent_workdir, step = checkpoint.parent.parent, int(checkpoint.name)
-    same_data = _goes_on_in_data(run, parent_workdir)
+    same_data = _goes_on_in_data(run.config, parent_workdir)
     parent = Checkpoints(parent_workdir)
     try:
         state = parent.restore(run.abstract_state, step=step, iterator=iterator if same_data else None)
@@ -130,34 +129,29 @@ def first_state(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[T
     return state, f'forked from {checkpoint}' + ('' if same_data else ', data from their start')
 
 
-def _goes_on_in_data(run: Run, parent_workdir: Path) -> bool:
+def _goes_on_in_data(config: ConfigDict, parent_workdir: Path) -> bool:
     """Returns whether the parent's position in the data means something here: the same data in the same order."""
-    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(run.config))
+    changed = differences(files.config_to_dict(files.read_config(parent_workdir)), files.config_to_dict(config))
     changed = [line for line in changed if line.startswith(('data.', 'seed:', 'objective:'))]
-    return not changed or files.only_moved(parent_workdir, run.config, changed)
+    return not changed or files.only_moved(parent_workdir, config, changed)
 
 
-def passes(run: Run) -> dict[str, Passes]:
-    """Returns how often the whole run passes over each source of known size; a fork's begins in the run before it."""
-    steps = run.total_steps
-    if run.config.fork is not None:
-        checkpoint = Path(run.config.fork)
-        # Where the parent is gone, nobody knows any more what it had read.
-        if not (checkpoint.parent.parent / files.CONFIG).is_file():
-            return {}
+def steps_over_data(run: Run) -> int | None:
+    """Returns how many steps the data will have been read for when the run ends; None where nobody knows any more.
+
+    A fork goes on in the data of the run before it, which may be a fork itself, or begins data of its own.
+    """
+    config = run.config
+    while config.fork is not None:
+        checkpoint = Path(config.fork)
+        workdir, step = checkpoint.parent.parent, int(checkpoint.name)
         try:
-            if not _goes_on_in_data(run, checkpoint.parent.parent):
-                steps -= int(checkpoint.name)
+            if not _goes_on_in_data(config, workdir):
+                return run.total_steps - step
+            config = files.read_config(workdir)
         except UserError:
-            return {}
-    return run.passes(steps)
-
-
-def told(passes: Mapping[str, Passes]) -> str:
-    """Returns in words how often which text is passed over; nothing where nothing is known."""
-    return ', '.join(
-        f'{each.words} times over the {each.tokens:,} training tokens of {source}' for source, each in passes.items()
-    )
+            return None
+    return run.total_steps
 
 
 def _state_from_weights(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:

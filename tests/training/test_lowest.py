@@ -1,15 +1,17 @@
 """What a run says of its passes over the text, and of a held-out loss that has risen."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
-from ml_collections import ConfigDict
 
 from gau.data.passes import Passes
 from gau.experiments import page, report
 from gau.experiments.report import Options
-from gau.training import loop, lowest, start
+from gau.training import config as training_config
+from gau.training import lowest, start
+from gau.training import workdir as files
 from tests.experiments.test_report import models
 
 
@@ -22,9 +24,8 @@ from tests.experiments.test_report import models
     ],
 )
 def test_the_best_checkpoint_is_named_or_what_would_have_kept_it(step, times, advice):
-    stub = SimpleNamespace(saved=SimpleNamespace(steps=lambda: [6]), run=SimpleNamespace(save_every=4))
     risen = lowest.Risen('valid', step, 1.0, 2.0)
-    assert advice in loop._Loop._advice(stub, risen, {'tokens:a': Passes(times, 9)})
+    assert advice in lowest.advice(risen, {'tokens:a': Passes(times, 9)}, kept=[6], save_every=4)
 
 
 def test_only_a_loss_above_the_lowest_by_more_than_chance_has_risen():
@@ -38,15 +39,28 @@ def test_only_a_loss_above_the_lowest_by_more_than_chance_has_risen():
     ]
 
 
-def test_a_fork_counts_what_its_parent_has_read_of_the_same_data(tmp_path, monkeypatch):
-    (tmp_path / 'config.json').touch()
-    config = ConfigDict({'fork': str(tmp_path / 'checkpoints' / '6')})
-    run = SimpleNamespace(config=config, total_steps=8, passes=lambda steps: steps)
-    for same, steps in ((True, 8), (False, 2)):
-        monkeypatch.setattr(start, '_goes_on_in_data', lambda run, parent, same=same: same)
-        assert start.passes(run) == steps
-    config.fork = str(tmp_path / 'gone' / 'checkpoints' / '6')
-    assert start.passes(run) == {}
+def test_a_loss_that_is_none_is_not_the_lowest_of_those_to_come():
+    before = None
+    for step, loss in enumerate((math.nan, 2.0, math.nan, 1.5, 1.5, 3.0)):
+        before = lowest.with_loss(before, loss, step)
+    assert before == (1.5, 3)
+
+
+def test_a_fork_counts_what_runs_before_it_have_read_of_the_same_data(tmp_path):
+    def steps(name, fork, source):
+        config = training_config.default_config()
+        config.fork, config.data.source = fork and str(tmp_path / fork[0] / 'checkpoints' / fork[1]), source
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / files.CONFIG, files.config_to_dict(config))
+        return start.steps_over_data(SimpleNamespace(config=config, total_steps=8))
+
+    assert steps('first', None, 'embedded') == 8
+    assert steps('same', ('first', '2'), 'embedded') == 8
+    assert steps('other', ('same', '3'), 'text:a') == 5
+    # What was read of the other data, before it and in it, and not the steps before that.
+    assert steps('like_other', ('other', '6'), 'text:a') == 5
+    shutil.rmtree(tmp_path / 'other')
+    assert steps('orphan', ('like_other', '7'), 'text:a') is None
 
 
 def test_a_row_whose_loss_was_lower_before_is_named_below_the_table():
