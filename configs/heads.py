@@ -24,9 +24,11 @@ from gau.experiments.sweep import Overrides
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config for `--config=configs/heads.py:arg`."""
-    local = common.parse_arg(arg, model='', size='', context=0, data='').runlocal
-    words = ['model=flash_quad', *([] if local else ['context=512']), *filter(None, [arg])]
-    config = quality.get_config(','.join(words), checkpoint_steps=1000)
+    own = common.parse_arg(arg, model='', size='', context=0, data='')
+    local = own.runlocal
+    defaults = {'model': 'flash_quad', **({} if local else {'context': 512})}
+    words = [f'{name}={value}' for name, value in defaults.items() if name not in own.given]
+    config = quality.get_config(','.join([*words, *filter(None, [arg])]), checkpoint_steps=1000)
     config.steps = config.steps if local else 1000
     # Eight heads have eight matrices of weights: two micro-batches, or six runs do not share a GPU.
     config.optimizer.accumulation_steps = 2

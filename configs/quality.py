@@ -277,13 +277,14 @@ def sweep_base() -> Iterator[Overrides]:
     yield {'name': 'transformer_plus_plus_base', ':size': 'base', **TRANSFORMER, RATE: 1e-3}
 
 
-def sweep_base_best() -> Iterator[Overrides]:
+def sweep_base_best(steps: int = 4578) -> Iterator[Overrides]:
     """112 M parameters, 8,192 tokens of context, 300 M tokens: the models of `best`, for the time to a quality.
 
-    For a text of 90 M tokens or more: 47 M are learnt by heart after three passes (docs/results/quality.md).
+    As many are for a text of 90 M tokens or more: 47 M are learnt by heart after three passes
+    (docs/results/quality.md); `base_best:2000` is for these.
     """
     for point in list(sweep_best())[:2]:
-        yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': 4578}
+        yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': steps}
 
 
 def _softmax(point: Overrides) -> Overrides:

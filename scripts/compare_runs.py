@@ -17,7 +17,7 @@ from gau.errors import UserError
 from gau.training.workdir import METRICS, read_metrics
 
 _WORKDIRS = flags.DEFINE_list('workdirs', None, 'Directories of the runs, comma separated.', required=True)
-_SPLIT = flags.DEFINE_string('split', 'train', 'train, or an evaluated split.')
+_SPLIT = flags.DEFINE_string('split', 'train', 'train, or an evaluated split: valid, or EVALUATOR/SPLIT.')
 flags.DEFINE_string('output', None, 'The PNG to write.', required=True)
 
 
@@ -45,18 +45,19 @@ def main() -> None:
 
 
 def _losses(path: Path, split: str) -> dict[int, float]:
-    """Returns the loss by step of one split.
+    """Returns the loss by step of one split, named as in final.json: `valid`, or EVALUATOR/SPLIT.
 
     Raises:
-      UserError: there is no such file, or nothing of the split in it.
+      UserError: there is no such file, or no loss of the split in it.
     """
     if not path.is_file():
         raise UserError(f'--workdirs: {path} does not exist')
     rows = read_metrics(path)
-    losses = {row['step']: row['loss'] for row in rows if row['split'] == split and row['loss'] is not None}
+    rows = [row | {'split': row['split'].removeprefix('eval/')} for row in rows if row.get('loss') is not None]
+    losses = {row['step']: row['loss'] for row in rows if row['split'] == split.removeprefix('eval/')}
     if not losses:
         splits = sorted({row['split'] for row in rows})
-        raise UserError(f'--split={split}: {path} has {", ".join(splits) if splits else "no rows yet"}')
+        raise UserError(f'--split={split}: {path} has {", ".join(splits) or "no losses yet"}')
     return losses
 
 

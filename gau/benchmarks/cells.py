@@ -177,9 +177,8 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
 def names(text: str, setting: str) -> bool:
     """Returns whether what a user wrote, as `parse_spec` takes it, says one of a spec's settings, or can have none."""
     model, *parts = text.strip().split(':')
-    at = Spec._fields[1:].index(setting)
-    own = parts[at] if at < len(parts) and not any('=' in part for part in parts[: at + 1]) else ''
-    return bool(own) or (model in TORCH_MODELS)
+    settings = dict(zip(Spec._fields[1:], itertools.takewhile(lambda part: '=' not in part, parts), strict=False))
+    return model in TORCH_MODELS or bool(settings.get(setting))
 
 
 def _parse_overrides(text: str, model: str, parts: Sequence[str]) -> tuple[tuple[str, Any], ...]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import heads
 from gau.experiments.sweep import Program, find_points
 from tests.conftest import ROOT
 
@@ -27,6 +28,12 @@ def test_every_point_is_accepted(study, sweep, points):
     argument = '' if study == 'recall' else 'data=embedded'
     found = find_points(Program(str(ROOT / 'configs' / f'{study}.py'), argument), sweep)
     assert [point.error for point in found] == [''] * points
+
+
+def test_what_a_study_sets_can_be_given_instead():
+    config = heads.get_config('model=flash,context=256,data=embedded')
+    assert (config.model.name, config.data.context) == ('flash', 256)
+    assert heads.get_config('data=embedded').data.context == 512
 
 
 def test_sweeps_on_books_lack_nothing_but_books():

@@ -19,7 +19,8 @@ def runs(tmp_path):
     rows = {'a': [(10, 5.0), (20, 4.0)], 'b': [(20, 4.5), (30, 3.0)]}
     for name, losses in rows.items():
         lines = [{'step': step, 'split': 'train', 'loss': loss} for step, loss in losses]
-        lines.append({'step': 20, 'split': 'valid', 'loss': 9.0})
+        lines.append({'step': 20, 'split': 'eval/valid', 'loss': 9.0})
+        lines.append({'step': 20, 'split': 'passkey/valid', 'accuracy': 0.5})
         (tmp_path / name).mkdir()
         (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return tmp_path
@@ -31,6 +32,13 @@ def test_losses_and_their_distance_at_shared_steps(runs):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[1:3] == [['a', '20', '4.0000', '0.0000', '0.0000'], ['b', '30', '3.0000', '0.5000', '0.5000']]
     assert (runs / 'plots' / 'both.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('split', ['valid', 'eval/valid'])
+def test_an_evaluated_split_is_named_as_in_the_result(runs, split):
+    result = run(f'--workdirs={runs}/a,{runs}/b', f'--split={split}', f'--output={runs}/valid.png')
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[:3] for line in result.stdout.splitlines()[1:3]] == [[name, '20', '9.0000'] for name in 'ab']
 
 
 def test_a_line_that_a_run_is_just_writing_is_left_out(runs):
