@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gau.ops import queries_keys
 from gau.ops.kernels import tile_sizes
 from gau.ops.kernels.launch import launch
 from gau.ops.kernels.tile_sizes import RowSumTiles, RowTiles, cdiv, power_of_two, rows_of
 from gau.ops.tracing import traced_once
 
-# Roles that the kernels have pointers for.
+# Roles that the kernels have pointers for: an even number, since every second one is of keys.
 ROLES = 4
 
 
@@ -35,7 +34,7 @@ def queries_and_keys(
     *,
     rotated: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does; it computes the roles after the fourth.
+    """Returns what the reference `gau.ops.queries_keys.queries_and_keys` does; more than four roles in several calls.
 
     Args:
       p_BNW: projections, bfloat16 or float32, that of z in the last S columns; finite at padding.
@@ -46,12 +45,15 @@ def queries_and_keys(
       shift: for keys that are mixed with those of the token before, float32 m [S] and [B, N]; or None.
       rotated: how many of the roles, the first ones, are rotated by the table.
     """
-    if len(gamma_RS) > ROLES:
-        first, others = (gamma_RS[:ROLES], beta_RS[:ROLES]), (gamma_RS[ROLES:], beta_RS[ROLES:])
-        made, p = queries_and_keys(p_BNW, bias_S, *first, table, shift, rotated=min(rotated, ROLES))
-        more, _ = queries_keys.queries_and_keys(p_BNW, bias_S, *others, table, shift, rotated=max(rotated - ROLES, 0))
-        return (*made, *more), p
-    return _queries_and_keys(p_BNW, bias_S, gamma_RS, beta_RS, table, shift, rotated)
+    results = []
+    for first in range(0, len(gamma_RS), ROLES):
+        some = slice(first, first + ROLES)
+        # Each call takes p from the one before, so that all of them add to one gradient of it, in place.
+        roles, p_BNW = _queries_and_keys(
+            p_BNW, bias_S, gamma_RS[some], beta_RS[some], table, shift, min(max(rotated - first, 0), ROLES)
+        )
+        results += roles
+    return tuple(results), p_BNW
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
