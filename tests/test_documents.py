@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from gau.experiments.sweep import Program, find_points
 from gau.training import config as training_config
 from tests.conftest import ROOT
 
@@ -67,6 +68,18 @@ def test_commands_have_the_flags_and_fields_that_exist(page):
                     field = field[part]
             else:
                 assert f"'{flag}'" in source or f"'{flag}'" in COMMON_FLAGS, f'{script} {word}'
+
+
+@pytest.mark.parametrize('page', [page for page in CURRENT if 'sweep.py' in page.read_text()], ids=name)
+def test_documented_sweeps_set_nothing_twice(page):
+    for script, *words in commands(page):
+        flags = dict(word.removeprefix('--').split('=', 1) for word in words if re.match(r'--[\w.]+=', word))
+        if script != 'scripts/sweep.py' or flags['config'] == '...':
+            continue
+        path, _, argument = flags['config'].partition(':')
+        for point in find_points(Program(str(ROOT / path), argument), flags['sweep']):
+            assert not {f'config.{field}' for field in point.overrides} & flags.keys(), flags
+            assert 'is given twice' not in point.error
 
 
 def test_entries_of_the_log_are_found_by_their_ids():
