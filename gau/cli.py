@@ -150,8 +150,7 @@ def _unraisable(unraisable: Any) -> None:
 def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
     stored = None
     try:
-        if sum(re.match(r'--?config(=|$)', argument) is not None for argument in argv) > 1:
-            raise UserError('--config is given twice: of two config programs one would do nothing')
+        _check_given_once(argv)
         if stored_config:
             stored = _stored_config(argv)
             flag_values.register()
@@ -161,7 +160,7 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
             # A config file that is not there is reported only when its fields are asked for.
             flags.FLAGS['config'].value.to_dict()
             _check_nones()
-        _check_given()
+        _check_numbers()
         return rest
     except KeyboardInterrupt:
         sys.exit(130)
@@ -169,15 +168,20 @@ def _parse_flags(argv: Sequence[str], *, stored_config: bool) -> list[str]:
         sys.exit(_complain(_explain(error, argv, stored)))
 
 
-def _check_given() -> None:
-    """Raises UserError if what run it is stands there twice, or a number is none.
+def _check_given_once(argv: Sequence[str]) -> None:
+    """Raises UserError if what says which run it is stands there twice.
 
     Of other flags the last one counts, so that a command can be changed by what is put behind it.
     """
+    for name in ('config', 'workdir'):
+        if sum(re.match(rf'--?{name}(=|$)', argument) is not None for argument in argv) > 1:
+            raise UserError(f'--{name} is given twice: the first would do nothing')
+
+
+def _check_numbers() -> None:
+    """Raises UserError if a number on the command line is none."""
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
-        if flag.present > 1 and name in ('config', 'workdir'):
-            raise UserError(f'--{name} is given twice: the first would do nothing')
         if flag.present and isinstance(flag.value, float) and math.isnan(flag.value):
             raise UserError(f'--{name}={flag.value} is not a number')
 

@@ -109,7 +109,7 @@ class SweepDirectory:
         losses = [metrics['loss'] for metrics in final['eval'].values() if metrics.get('loss') is not None]
         return Progress(True, final['step'], final['step'], losses[0] if losses else row.get('loss'), speed)
 
-    def lowest(self, name: str) -> lowest.Risen | None:
+    def risen(self, name: str) -> lowest.Risen | None:
         """Returns when the loss that `progress` has of a finished point was lowest, if it is worse at the end."""
         final = files.read_final(self.workdir(name)) or {'eval': {}}
         shown = next((split for split, metrics in final['eval'].items() if metrics.get('loss') is not None), None)

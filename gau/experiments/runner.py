@@ -140,8 +140,8 @@ class Runner(abc.ABC):
     def _finish(self, task: Task) -> None:
         task.state = FINISHED
         loss = self._look(task).loss
-        lowest = self._directory.lowest(task.name)
-        before = f' (lowest {lowest.lowest:.4f} at step {lowest.step:,})' if lowest else ''
+        risen = self._directory.risen(task.name)
+        before = f' (lowest {risen.lowest:.4f} at step {risen.step:,})' if risen else ''
         self._tell(f'{task.name}: finished' + (f', loss {loss:.4f}{before}' if loss is not None else ''))
 
     def _interrupted(self, task: Task) -> None:
