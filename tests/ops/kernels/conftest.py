@@ -33,6 +33,18 @@ def documents(n):
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
+# Segment ids of n tokens, or None.
+SEGMENT_LAYOUTS = {
+    'none': lambda n: None,
+    'documents': documents,
+    'one row': lambda n: documents(n)[1:],
+    # Of one and of two tokens.
+    'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
+    # Chunks of nothing else, within a document, before one, and at the end.
+    'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
+}
+
+
 def expect_gates_to_have_their_gradient(gates, p, args, compare, names):
     """Checks that gates of exactly 0, or as good as 0, by which kernels divide o, have the gradient they should have.
 

@@ -13,16 +13,10 @@ from gau.ops.kernels import gated_mixed_chunk as gated_host
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, TOLERANCE, documents
+from tests.ops.kernels.conftest import DTYPES, SEGMENT_LAYOUTS, TOLERANCE
 
 LAYOUTS = {
-    'none': lambda n: None,
-    'documents': documents,
-    'one row': lambda n: documents(n)[1:],
-    # Of one and of two tokens.
-    'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
-    # Chunks of nothing else, within a document, before one, and at the end.
-    'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
+    **SEGMENT_LAYOUTS,
     'nothing': lambda n: jnp.zeros((2, n), jnp.int32),
 }
 

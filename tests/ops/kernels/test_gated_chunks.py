@@ -11,16 +11,17 @@ from gau.ops.kernels import gated_chunks as host
 from gau.ops.mixed_chunk_attention import ChunkSpec
 from gau.ops.scores import Scoring
 from tests.numerics import max_error
-from tests.ops.kernels.conftest import DTYPES, GATES, TOLERANCE, documents, expect_gates_to_have_their_gradient
+from tests.ops.kernels.conftest import (
+    DTYPES,
+    GATES,
+    SEGMENT_LAYOUTS,
+    TOLERANCE,
+    documents,
+    expect_gates_to_have_their_gradient,
+)
 
 LAYOUTS = {
-    'none': lambda n: None,
-    'documents': documents,
-    'one row': lambda n: documents(n)[1:],
-    # Of one and of two tokens.
-    'short': lambda n: 1 + jnp.stack([jnp.arange(n), jnp.arange(n) // 2]),
-    # Chunks of nothing else, within a document, before one, and at the end.
-    'padding': lambda n: jnp.where(jnp.asarray([[1] * n, [0] * n]) == jnp.arange(n) // (n // 4) % 2, 0, 3),
+    **SEGMENT_LAYOUTS,
     # The last row of a split: so many chunks of padding that halves of halves over them are no float32 any more.
     'mostly padding': lambda n: jnp.where(jnp.arange(n) < jnp.asarray([[20], [9]]), 1, 0),
 }
