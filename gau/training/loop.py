@@ -135,11 +135,12 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         passes = {} if over_data is None else run.passes(over_data)
         if passes:
             progress.say(f'{over_data * run.tokens_per_step:,} tokens, {told(passes)}')
-        every, kept = run.save_every, config.checkpoint.keep_every
-        if kept and kept % every:
-            both = math.lcm(kept, every)
+        keep_every = config.checkpoint.keep_every
+        if keep_every and keep_every % run.save_every:
+            both = math.lcm(keep_every, run.save_every)
             progress.say(
-                f'checkpoint.keep_every={kept} keeps every {both}th step only: a run saves every {every} steps'
+                f'checkpoint.keep_every={keep_every} keeps every {both}th step only: '
+                f'a run saves every {run.save_every} steps'
             )
         if iterator.rows_read > len(iterator.rows):
             progress.say(
@@ -338,9 +339,9 @@ class _Loop:
                 if evaluator.figure and cases:
                     evaluator.draw(cases, workdir / 'plots' / f'{evaluator.figure_name}.png', title=title)
             files.write_json(workdir / files.FINAL, final)
-        kept = {'kept': self.saved.steps(), 'save_every': self.run.save_every}
+        saves = {'kept': self.saved.steps(), 'save_every': self.run.save_every}
         for split in lowest.risen(rows):
-            self.progress.say(f'{split}: {lowest.advice(split, passes, **kept)}')
+            self.progress.say(f'{split}: {lowest.advice(split, passes, **saves)}')
         return final
 
     def _report(self, name: str, metrics: Metrics, headline: Sequence[str]) -> None:
