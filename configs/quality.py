@@ -26,8 +26,8 @@ Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer
 and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`, `causes`,
 `muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`:
 quality_keys.md; `far_books` (500 steps): far_memory.md. `softmax` and `exact`: quality_softmax.md: softmax in the
-window brings nothing, four whole chunks 0.045 (one seed). `base_best`: 300 M tokens are too many for 47 M tokens of
-text, which FLASH learns by heart (quality.md). `books` was cut at three quarters (LOG.md, L65). Not run yet: `reach`,
+window brings nothing, four whole chunks 0.045. `base_best`: 300 M tokens are too many for 47 M tokens of
+text, which FLASH learns by heart (quality.md). `books`: quality_books.md, 0.031 ahead. Not run yet: `reach`,
 rates, softmax and FLASH-Quad of `shifted_forms`.
 """
 
