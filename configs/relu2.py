@@ -6,12 +6,14 @@
 Question: is relu^2 behind softmax, and FLASH behind Transformer++, because of where the bias starts?
 
 Arguments: those of configs/quality.py. Sweeps: `models` (those that are compared), `rate` (one more learning rate),
-`trials` (what was tried on one seed), `mlm` (masked language modelling).
+`trials` (what was tried on one seed), `mlm` (masked language modelling), `remedies` (what else might mend the paper's
+start), `chunks` (both starts in smaller and larger chunks), `lengths` (a document a row, so that lengths are mixed),
+`long` (both starts, four times the tokens: a slow start, or a ceiling? 524 M tokens want a text of 100 M or more).
 
 A run is 2,000 steps of 64 rows of 1,024 tokens, 131 M tokens: 5 minutes of an NVIDIA H200 that four runs share.
 
 Result: docs/results/relu2.md. Held-out loss of FLASH on English Wikipedia 3.76 with the paper's start, 3.62 with the
-other; Transformer++ 3.65 (means of three seeds).
+other; Transformer++ 3.65 (means of three seeds). Not run yet: `remedies`, `chunks`, `lengths`, `long`.
 """
 
 from collections.abc import Iterator
@@ -67,3 +69,40 @@ def sweep_trials() -> Iterator[Overrides]:
 def sweep_mlm() -> Iterator[Overrides]:
     """The same four models on masked tokens, at the learning rates that were best for `models`."""
     yield from ({**point, 'objective': 'mlm'} for point in sweep_models())
+
+
+def sweep_remedies() -> Iterator[Overrides]:
+    """The paper's start with functions that are not flat below zero, rates of their own, other clipping, other norms."""
+    paper = {START: 'normal', RATE: 6e-3}
+    yield {'name': 'paper', **paper}
+    for function in ('laplace', 'softplus2', 'smooth_relu2'):
+        # These have one start, the paper's.
+        yield {'name': function, 'model.attention_function': function, RATE: 6e-3}
+    for name in ('relative_bias', 'gamma'):
+        yield {'name': f'{name}_rate_x10', **paper, 'optimizer.learning_rate_rules': ((name, 10.0),)}
+    yield {'name': 'clip_global_1', **paper, 'optimizer.clip': 'global', 'optimizer.clip_norm': 1.0}
+    yield {'name': 'clip_none', **paper, 'optimizer.clip': 'none'}
+    for placement in ('post', 'sandwich'):
+        yield {'name': placement, **paper, 'model.norm_placement': placement}
+    yield {'name': 'layer_norm', **paper, 'model.norm': 'layer_norm'}
+
+
+def sweep_chunks() -> Iterator[Overrides]:
+    """Both starts in chunks of 64, 128 and 512."""
+    for size in (64, 128, 512):
+        yield {'name': f'paper_{size}', START: 'normal', RATE: 6e-3, 'model.chunk_size': size}
+        yield {'name': f'mean_{size}', START: 'mean', SCALE: 2.0, RATE: 4.5e-3, 'model.chunk_size': size}
+
+
+def sweep_lengths() -> Iterator[Overrides]:
+    """A document a row, cut at the context: rows of all lengths, in FLASH and FLASH-Quad, by relu^2 and by softmax."""
+    for model in ('flash', 'flash_quad'):
+        row = {':model': model, 'data.packing': 'document'}
+        yield {'name': f'{model}_relu2', **row, START: 'mean', SCALE: 2.0, RATE: 4.5e-3}
+        yield {'name': f'{model}_softmax', **row, RATE: 6e-3, **SOFTMAX}
+
+
+def sweep_long() -> Iterator[Overrides]:
+    """Both starts over 524 M tokens."""
+    yield {'name': 'paper', START: 'normal', RATE: 6e-3, 'steps': 8000}
+    yield {'name': 'mean', START: 'mean', SCALE: 2.0, RATE: 4.5e-3, 'steps': 8000}
