@@ -72,7 +72,7 @@ def sweep_mlm() -> Iterator[Overrides]:
 
 
 def sweep_remedies() -> Iterator[Overrides]:
-    """The paper's start with functions that are not flat below zero, rates of their own, other clipping, other norms."""
+    """The paper's start with functions that are not flat below zero, own rates, other clipping, other norms."""
     paper = {START: 'normal', RATE: 6e-3}
     yield {'name': 'paper', **paper}
     for function in ('laplace', 'softplus2', 'smooth_relu2'):
