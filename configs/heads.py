@@ -39,11 +39,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep_heads() -> Iterator[Overrides]:
-    """One head, eight, no gate, neither; then eight that fall with depth to one, and two."""
+    """One head, eight, no gate, neither; then two."""
     no_gate = {'model.gate': 'none', 'model.expansion_factor': 3.0}
     yield {'name': 'gau'}
     yield {'name': 'gau_8_heads', 'model.num_heads': 8}
     yield {'name': 'no_gate', **no_gate}
     yield {'name': 'no_gate_8_heads', **no_gate, 'model.num_heads': 8}
-    yield {'name': 'gau_falling_heads', 'model.num_heads': 8, 'model.head_decay': 1.0}
     yield {'name': 'gau_2_heads', 'model.num_heads': 2}

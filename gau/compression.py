@@ -22,12 +22,12 @@ from gau import outputs
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES
 from gau.models.families.gated_unit import GatedUnit
-from gau.models.widths import expanded_dim, heads_at
+from gau.models.widths import expanded_dim
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import resolve
 from gau.training.load import load_run
-from gau.training.optimizer import LAYERS, STACKED, matrix_axes
+from gau.training.optimizer import STACKED, matrix_axes
 from gau.training.setup import Run
 from gau.training.step import TrainState
 
@@ -112,7 +112,9 @@ def narrower(leaves: Leaves, model: ConfigDict, *, expansion_factor: float) -> C
             f'--expansion_factor={expansion_factor} times D = {model.model_dim} is {wanted:g}: want a whole number '
             f'below the {before} that E is now'
         )
-    wanted = round(wanted)
+    wanted, heads = round(wanted), model.num_heads
+    if wanted % heads:
+        raise UserError(f'E = {wanted} does not divide over the {heads} heads')
     cut = dict(leaves)
     kept = 0.0
     units = [path[:-2] for path in leaves if path[-3:] == ('gau', 'uv', 'kernel')]
@@ -121,10 +123,7 @@ def narrower(leaves: Leaves, model: ConfigDict, *, expansion_factor: float) -> C
         names = (('uv', 'kernel'), ('uv', 'bias'), ('out', 'kernel'))
         arrays = [leaves[*unit, *name] if stacked else leaves[*unit, *name][None] for name in names]
         layers = []
-        for number, (uv, bias, out) in enumerate(zip(*arrays, strict=True)):
-            heads = heads_at(model, 0 if stacked else _layer(unit))
-            if wanted % heads:
-                raise UserError(f'E = {wanted} does not divide over the {heads} heads of layer {number}')
+        for uv, bias, out in zip(*arrays, strict=True):
             scores_E = np.prod(np.linalg.norm(uv, axis=0), axis=0) * np.linalg.norm(out, axis=-1)
             chosen = _largest(scores_E.reshape(heads, -1), wanted // heads)
             kept += scores_E[chosen].sum() / scores_E.sum()
@@ -248,11 +247,6 @@ def _two_of_four(kernel: np.ndarray, inputs: tuple[int, ...], path: tuple[str, .
     keep = np.zeros(fours.shape, bool)
     np.put_along_axis(keep, order[..., :2], True, axis=-1)
     return np.moveaxis(keep.reshape(moved.shape), range(-len(inputs), 0), inputs)
-
-
-def _layer(unit: tuple[str, ...]) -> int:
-    name = next(part for part in unit if LAYERS.fullmatch(part))
-    return int(name.rpartition('_')[2])
 
 
 def _on_this_machine(config: ConfigDict, run: Run) -> ConfigDict:

@@ -58,7 +58,6 @@ def main(arguments: list[str]) -> None:
 def _measure(workdir: Path) -> list[dict]:
     """Returns a line for each layer of a trained model."""
     from gau.experiments import attention_ranks
-    from gau.models.widths import heads_at
     from gau.training import workdir as files
     from gau.training.load import load_run
 
@@ -68,7 +67,7 @@ def _measure(workdir: Path) -> list[dict]:
     about = {'workdir': workdir.name, 'step': step, 'model': model.name, 'gate': model.gate}
     about |= {'tokens': run.config.data.context, 'width': width, 'sequences': _SEQUENCES.value}
     return [
-        about | {'layer': layer, 'heads': heads_at(model, layer)} | {name: float(x[layer]) for name, x in found.items()}
+        about | {'layer': layer, 'heads': model.num_heads} | {name: float(x[layer]) for name, x in found.items()}
         for layer in range(model.num_layers)
     ]
 

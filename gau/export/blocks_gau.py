@@ -21,8 +21,8 @@ def merge_heads(x_BHNE: Tensor) -> Tensor:
 class GatedAttentionUnit(Attention):
     """O = (U * (A V)) Wo, with U, V and Z = silu(X W), and queries and keys made of Z."""
 
-    def __init__(self, config: GAUConfig, layer: int):
-        heads, d, e, s = config.heads_at(layer), config.model_dim, config.expanded_dim, config.query_key_dim
+    def __init__(self, config: GAUConfig):
+        heads, d, e, s = config.num_heads, config.model_dim, config.expanded_dim, config.query_key_dim
         super().__init__(config, heads, s)
         self.uv = nn.Linear(d, (1 + (config.gate == 'silu')) * e)
         self.z = nn.Linear(d, s)
@@ -51,9 +51,8 @@ class GatedAttentionUnit(Attention):
 class MultiHeadAttention(Attention):
     """Projections to queries, keys and values of H heads."""
 
-    def __init__(self, config: GAUConfig, layer: int):
-        heads, d = config.heads_at(layer), config.model_dim
-        width = d // heads if config.head_decay else config.head_dim
+    def __init__(self, config: GAUConfig):
+        heads, d, width = config.num_heads, config.model_dim, config.head_dim
         super().__init__(config, heads, width)
         self.qkv = nn.Linear(d, 3 * heads * width)
         self.out = nn.Linear(heads * width, d)
@@ -94,14 +93,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + GAU(norm(x)); in a Transformer attention and feed-forward."""
 
-    def __init__(self, config: GAUConfig, layer: int):
+    def __init__(self, config: GAUConfig):
         super().__init__()
         self.placement = config.norm_placement
         self.dropout = nn.Dropout(config.dropout_rate)
         if config.feed_forward is None:
-            norms, self.gau = ['norm'], GatedAttentionUnit(config, layer)
+            norms, self.gau = ['norm'], GatedAttentionUnit(config)
         else:
-            norms, self.attention = ['attention_norm', 'feed_forward_norm'], MultiHeadAttention(config, layer)
+            norms, self.attention = ['attention_norm', 'feed_forward_norm'], MultiHeadAttention(config)
             self.feed_forward = FeedForward(config)
         for name in norms:
             self.add_module(name, Norm(config.norm, config.model_dim))

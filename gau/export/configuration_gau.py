@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 FIELDS = {
     **dict(architecture='flash', is_causal=True, vocab_size=32_000, context=512, num_layers=24, model_dim=768),
     **dict(output_layer='tied', short_convolution=0),
-    **dict(num_heads=1, head_decay=0.0, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
+    **dict(num_heads=1, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
     **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
     **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
     **dict(chunk_size=256, branches='both', global_reduction='mean', global_decay=1.0),  # mixed chunk attention
@@ -31,7 +31,3 @@ class GAUConfig(PretrainedConfig):
         for name, default in FIELDS.items():
             setattr(self, name, kwargs.pop(name, default))
         super().__init__(**kwargs)
-
-    def heads_at(self, layer: int) -> int:
-        """Heads of a layer, which may fall with depth: max(1, ceil(H / (1 + alpha l)))."""
-        return max(1, -int(-self.num_heads // (1 + (self.head_decay or 0.0) * layer)))

@@ -18,7 +18,7 @@ _PARTS = ('modeling', 'blocks', 'attention', 'layers', 'configuration')
 CODE = tuple(Path(__file__).with_name(f'{part}_gau.py') for part in _PARTS)
 # Fields of `model` that GAUConfig has by the same name; the others only say how parameters start and what computes.
 FIELDS = (
-    *('num_layers', 'model_dim', 'num_heads', 'head_decay', 'norm', 'norm_placement', 'absolute_position', 'rope'),
+    *('num_layers', 'model_dim', 'num_heads', 'norm', 'norm_placement', 'absolute_position', 'rope'),
     *('dropout_rate', 'gate', 'query_key_dim', 'key_input', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
     *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),

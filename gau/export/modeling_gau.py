@@ -70,7 +70,7 @@ class GAUPreTrainedModel(PreTrainedModel):
         if config.absolute_position == 'sinusoid':
             self.position = Scale()
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.norm_placement != 'post':
             self.final_norm = Norm(config.norm, config.model_dim)
         if config.output_layer == 'own':

@@ -8,7 +8,7 @@ from ml_collections.config_dict import placeholder
 
 from gau.errors import UserError, did_you_mean
 from gau.models.architectures import ARCHITECTURES, SIZES, Architecture
-from gau.models.fields import Field, Filler, check_choice
+from gau.models.fields import GONE, Field, Filler, check_choice
 
 
 def declared_fields() -> dict[str, Field]:
@@ -96,7 +96,11 @@ def _resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
     declared = declared_fields()
     unknown = sorted(set(config) - {'name', 'size', *declared})
     if unknown:
-        raise UserError(f'model.{unknown[0]} does not exist{did_you_mean(unknown[0], default_config())}')
+        name = unknown[0]
+        if name in GONE:
+            where = f'docs/results/{GONE[name][1]}.md names a commit that has it'
+            raise UserError(f'model.{name}={config[name]}: there is no such field any more; {where}')
+        raise UserError(f'model.{name} does not exist{did_you_mean(name, default_config())}')
     check_choice('model.name', config.name, ARCHITECTURES)
     check_choice('model.size', config.size, SIZES)
     architecture = ARCHITECTURES[config.name]
@@ -161,8 +165,6 @@ def _check_common(config: ConfigDict, architecture: Architecture, causal: bool) 
             f'model.short_convolution={config.short_convolution} must be even where the model is bidirectional: half '
             'of it lies before a token and half after'
         )
-    if config.layer_stack == 'scan' and config.head_decay:
-        raise UserError('model.layer_stack=scan needs layers that are alike; set head_decay=0 or layer_stack=unrolled')
 
 
 def _applies_to(name: str) -> str:

@@ -53,9 +53,9 @@ def state_bytes(config: ConfigDict, *, context: int) -> int | None:
     family, attention, _ = ARCHITECTURES[config.name]
     if attention.refuses_decoding(config) is not None:
         return None
-    layers = [family.state_bytes(config, attention, layer=i, context=context) for i in range(config.num_layers)]
+    layer = family.state_bytes(config, attention, context=context)
     # And the position, an int32.
-    return None if None in layers else round(sum(layers)) + 4
+    return None if layer is None else round(config.num_layers * layer) + 4
 
 
 def table(config: ConfigDict, *, context: int, vocab_size: int, causal: bool) -> list[tuple[str, Count]]:

@@ -98,6 +98,16 @@ def check_choice(what: str, value: Any, choices: Any) -> None:
         raise UserError(f'{what}={value} does not exist{did_you_mean(value, choices)}')
 
 
+# Fields that lost and were taken away. Configs of older runs have them: the value with which such a config still means
+# what it did, and the page of docs/results that says what the field was worth and which commit has it.
+GONE = {'head_decay': (0.0, 'heads')}
+
+
+def without_gone(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored model config without fields that are gone, as far as it made no use of them."""
+    return {name: value for name, value in model.items() if name not in GONE or value not in (None, GONE[name][0])}
+
+
 # Fields of every model.
 COMMON = {
     # Layers are gone through one by one before anything is built.
@@ -166,10 +176,4 @@ COMMON = {
         'Positions of a sequence that the loss scores against the vocabulary at once, at most.', default=4096
     ),
     'num_heads': count('H. GAU: 1 by default, divides E. Transformers: D / 64 by default.'),
-    'head_decay': number(
-        'alpha of heads that fall with depth, h(l) = max(1, ceil(H / (1 + alpha l))), l from 0.',
-        default=0.0,
-        wrong=lambda value: not value >= 0,
-        right='at least 0',
-    ),
 }

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from gau import strict_json
 from gau.data import places
 from gau.errors import UserError
+from gau.models.fields import without_gone
 from gau.training.config import default_config, differences, drop_idle_fields, resolve, with_new_fields
 
 CONFIG = 'config.json'
@@ -103,10 +104,15 @@ def what_is_safe(workdir: Path) -> str:
 
 
 def whole_config(stored: dict[str, Any]) -> ConfigDict:
-    """Returns the ConfigDict of a stored config; fields that did not exist when it was stored have their defaults."""
+    """Returns the ConfigDict of a stored config in the fields of today.
+
+    Fields that did not exist when it was stored have their defaults. Those that are gone are left out, unless it made
+    use of them: then it is no config of today, and whoever compares or uses it says so.
+    """
     defaults = config_to_dict(default_config())
     whole = with_new_fields(stored, defaults)
     model = stored.get('model', {})
+    whole['model'] = without_gone(whole['model'])
     if 'relative_bias_init' not in model and model.get('attention_function') == 'relu2':
         # There was one start only, the paper's, where there was a relative bias.
         start = 'normal' if model.get('relative_bias') in ('toeplitz', 'rotary') else None
@@ -122,7 +128,6 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
         # Other fields may decide what a new one means.
         return resolve(config)
     except UserError:
-        # It has old fields, too, that are none any more: whoever compares or uses it will say which.
         return config
 
 

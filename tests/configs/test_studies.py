@@ -17,7 +17,7 @@ SWEEPS = [
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),
     ('compression', 'recovered:runs+quantised:runs', 6),
     ('borders', 'chunks+overlap+far+remedies', 13),
-    ('heads', 'heads,seed:2', 12),
+    ('heads', 'heads,seed:2', 10),
     ('recall', 'pairs,models', 21),
     ('recall', 'many', 5),
 ]

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import declared_fields, default_config, resolve
-from gau.models.widths import heads_at
+from gau.models.fields import GONE
+from tests.conftest import ROOT
 from tests.models.tiny import CASES
 
 
@@ -80,13 +81,6 @@ def test_what_follows_from_what(fields, expected):
     assert {field: config[field] for field in expected} == expected
 
 
-def test_heads_fall_with_depth():
-    config = resolved('flash', num_heads=8, head_decay=1.0, num_layers=9)
-    assert [heads_at(config, layer) for layer in range(9)][:3] == [8, 4, 3]
-    config = resolved('flash', num_heads=8, head_decay=0.0)
-    assert heads_at(config, 23) == 8
-
-
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'name': 'flsh'}, 'model.name=flsh does not exist; did you mean "flash"?'),
     ({'size': 'bse'}, 'model.size=bse does not exist; did you mean "base"?'),
@@ -98,8 +92,6 @@ def test_heads_fall_with_depth():
     ({'name': 'transformer_plus_plus', 'num_heads': 7}, 'model.num_heads=7 does not divide model.model_dim=768'),
     ({'name': 'linformer'}, 'model.name=linformer cannot be a causal language model: it mixes the whole sequence'),
     ({'num_heads': 5}, 'model.num_heads=5, which does not divide E = expansion_factor * model_dim = 1536'),
-    ({'num_heads': 16, 'head_decay': 0.5}, 'layer 1 has 11 heads, which does not divide E'),
-    ({'num_heads': 8, 'head_decay': 1.0, 'num_layers': 3, 'layer_stack': 'scan'}, 'layer_stack=scan needs layers'),
     ({'expansion_factor': 1.3}, 'times model_dim=768 is 998.4; it must be a whole number'),
     ({'model_dim': 7, 'expansion_factor': 1.0}, 'model.absolute_position=sinusoid needs an even model_dim, not 7'),
     ({'name': 'flash_quad', 'chunk_size': 64}, 'chunk_size=64 does not apply to flash_quad: it is a field of flash'),
@@ -116,10 +108,10 @@ def test_heads_fall_with_depth():
     ({'chunk_size': 2**31}, 'model.chunk_size=2147483648 is too large: want at most 2147483647'),
     ({'num_layers': 10**12}, 'model.num_layers=1000000000000 is too large: want at most 10000'),
     ({'dropout_rate': 1.0}, 'model.dropout_rate must be in [0, 1), not 1.0'),
-    ({'head_decay': -1.0}, 'model.head_decay must be at least 0'),
+    ({'relative_bias_scale': -1.0}, 'model.relative_bias_scale must be'),
     ({'expansion_factor': float('inf')}, 'model.expansion_factor=inf is too large: want at most 1000'),
     ({'expansion_factor': 1e8}, 'model.expansion_factor=100000000.0 is too large'),
-    ({'head_decay': float('inf')}, 'model.head_decay=inf is too large'),
+    ({'relative_bias_scale': float('inf')}, 'model.relative_bias_scale=inf is too large'),
     ({'expansion_factor': 0.0}, 'model.expansion_factor must be positive'),
     (
         {'name': 'flash_quad', 'relative_bias_length': 512, 'relative_bias': 'toeplitz'},
@@ -213,3 +205,15 @@ def test_a_config_that_was_resolved_before_a_field_came_is_understood():
     for field in (*came, 'key_input', 'far_chunks'):
         del older[field]
     assert resolve(older, causal=True, context=128) == config
+
+
+@pytest.mark.parametrize('field', GONE)
+def test_a_field_that_is_gone_names_the_page_that_has_its_commit(field):
+    _, page = GONE[field]
+    text = (ROOT / 'docs' / 'results' / f'{page}.md').read_text()
+    assert re.search(rf'`model.{field}`[^.]*commit\s[0-9a-f]{{7}} still has it', text)
+    config = default_config()
+    with config.unlocked():
+        config[field] = 1.0
+    with pytest.raises(UserError, match=rf'model.{field}=1.0: there is no such field any more; docs/results/{page}.md'):
+        resolve(config, causal=True, context=8)

@@ -46,7 +46,7 @@ OPTIONS = [
     {'name': 'flash', 'branches': 'local', 'temperature': 'learned', 'norm_placement': 'sandwich'},
     {'name': 'flash', 'branches': 'global', 'absolute_position': 'none', 'key_input': 'own'},
     {'name': 'flash_quad', 'relative_bias': 'rotary', 'expansion_factor': 3.0, 'key_input': 'shifted'},
-    {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4, 'head_decay': 1.0},
+    {'name': 'flash_quad', 'relative_bias': 'none', 'num_heads': 4},
     {
         'name': 'transformer',
         'gate': 'silu',
@@ -60,7 +60,7 @@ OPTIONS = [
     {'name': 'flash', 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'},
     {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz', 'linear_start': 'mean'},
     {'name': 'flash', 'far_chunks': 2, 'branches': 'local'},
-    {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4, 'head_decay': 1.0},
+    {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4},
 ]
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from gau.errors import UserError
+from gau.models.fields import GONE
 from gau.training import workdir
 from gau.training.config import default_config, resolve
 from gau.training.metrics import MetricsWriter
@@ -93,6 +94,21 @@ def test_a_run_with_a_field_that_is_none_any_more_is_another(tmp_path):
     del tree['data']['streams']
     workdir.write_json(tmp_path / 'config.json', tree)
     with pytest.raises(UserError, match=r'\(model.wings: 2 -> absent\)'), claim(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize('field', GONE)
+def test_a_run_that_made_no_use_of_a_field_that_is_gone_goes_on(tmp_path, field):
+    tree = workdir.config_to_dict(CONFIG)
+    for unused in (GONE[field][0], None):
+        tree['model'][field] = unused
+        workdir.write_json(tmp_path / 'config.json', tree)
+        assert workdir.read_config(tmp_path) == CONFIG
+        with claim(tmp_path) as resuming:
+            assert resuming
+    tree['model'][field] = 'used'
+    workdir.write_json(tmp_path / 'config.json', tree)
+    with pytest.raises(UserError, match=rf'\(model.{field}: used -> absent\)'), claim(tmp_path):
         pass
 
 

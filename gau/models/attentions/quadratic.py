@@ -10,7 +10,6 @@ from gau.models.attentions.triton import triton
 from gau.models.costs import BYTES, Count, Shape
 from gau.models.fields import Filler, table, with_defaults
 from gau.models.target import Target
-from gau.models.widths import head_dim_at
 
 
 class Quadratic(ScoredAttention):
@@ -100,10 +99,8 @@ def _cudnn(config: ConfigDict, target: Target) -> str | None:
             return f'{field}={value}, not {config[field]}'
     # As wide as the kernels take them, less the columns that tell documents apart (`ops/kernels/cudnn_attention.py`).
     widest = (256 if target.compute_capability >= (9, 0) else 128) - 24
-    for layer in range(config.num_layers):
-        width = head_dim_at(config, layer)
-        if width > widest or width % 8:
-            return f'heads of a width that is a multiple of 8 and at most {widest}, not {width}'
+    if config.head_dim > widest or config.head_dim % 8:
+        return f'heads of a width that is a multiple of 8 and at most {widest}, not {config.head_dim}'
     if target.sequence_shards > 1:
         return f'whole sequences on each device, not mesh.sequence={target.sequence_shards}'
     return None
@@ -115,10 +112,9 @@ def _splash(config: ConfigDict, target: Target) -> str | None:
     for field, values in SPLASH_FIELDS.items():
         if config[field] not in values:
             return f'{field}={" or ".join(values)}, not {config[field]}'
-    for layer in range(config.num_layers):
-        width = head_dim_at(config, layer)
-        if not SPLASH_WIDTHS[0] <= width <= SPLASH_WIDTHS[1] or width % 8:
-            return f'heads of a width that is a multiple of 8, {SPLASH_WIDTHS[0]} to {SPLASH_WIDTHS[1]}, not {width}'
+    narrowest, widest = SPLASH_WIDTHS
+    if not narrowest <= config.head_dim <= widest or config.head_dim % 8:
+        return f'heads of a width that is a multiple of 8, {narrowest} to {widest}, not {config.head_dim}'
     return None
 
 

@@ -10,7 +10,7 @@ from gau.models.costs import BYTES, Count, Shape, input_state, layer_inputs, lin
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, number, table
 from gau.models.target import Implementation
-from gau.models.widths import check_even, check_heads, expanded_dim, heads_at
+from gau.models.widths import check_even, check_heads, expanded_dim
 
 
 class GatedUnit(Family):
@@ -39,7 +39,7 @@ class GatedUnit(Family):
         from gau.layers.fused_unit import FusedGatedAttentionUnit, PallasGatedAttentionUnit
         from gau.layers.gated_attention_unit import GatedAttentionUnit
 
-        impl, heads = implementation.attention, heads_at(config, layer)
+        impl, heads = implementation.attention, config.num_heads
         kernels = {'triton': FusedGatedAttentionUnit, 'pallas': PallasGatedAttentionUnit}
         fused = impl in kernels and config.gate == 'silu' and not decoding
         unit = kernels[impl] if fused else GatedAttentionUnit
@@ -64,7 +64,7 @@ class GatedUnit(Family):
 
     def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:
         """See the base class."""
-        d, e, s, h = config.model_dim, expanded_dim(config), config.query_key_dim, heads_at(config, layer)
+        d, e, s, h = config.model_dim, expanded_dim(config), config.query_key_dim, config.num_heads
         gate, roles = config.gate == 'silu', 2 * len(attention.pairs(config))
         total = (
             layer_inputs(config) + linear(d, (1 + gate) * e) + linear(d, s) + linear(e, d) + Count(roles * 2 * h * s)
@@ -77,9 +77,9 @@ class GatedUnit(Family):
             total += Count(s) + saved(config, s)
         return total + attention.count(config, Shape(h, s, e / h, context), causal=causal)
 
-    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, context: int) -> float | None:
         """See the base class."""
-        s, h = config.query_key_dim, heads_at(config, layer)
+        s, h = config.query_key_dim, config.num_heads
         own = attention.state_bytes(config, Shape(h, s, expanded_dim(config) / h, context))
         shifted = s * BYTES[config.dtype] if config.key_input == 'shifted' else 0
         return None if own is None else own + shifted + input_state(config)

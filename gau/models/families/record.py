@@ -57,7 +57,7 @@ class Family:
         """Returns what a block costs (see `gau.models.counts`)."""
         raise NotImplementedError
 
-    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, context: int) -> float | None:
         """Returns the bytes of a block's decoding state for one sequence of so many tokens; None: nobody has said."""
         return None
 

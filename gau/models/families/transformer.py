@@ -9,7 +9,7 @@ from gau.models.attentions.record import Attention
 from gau.models.costs import Count, Shape, input_state, layer_inputs, linear, saved
 from gau.models.families.record import Family
 from gau.models.fields import Filler, choice, count, table
-from gau.models.widths import check_even, check_heads, head_dim_at, heads_at
+from gau.models.widths import check_even
 
 # Width of a head where a model says nothing else.
 HEAD_DIM = 64
@@ -33,7 +33,7 @@ class Transformer(Family):
         from gau.layers.feed_forward import FeedForward
         from gau.layers.multi_head import MultiHeadAttention
 
-        heads, width, impl = heads_at(config, layer), head_dim_at(config, layer), implementation.attention
+        heads, width, impl = config.num_heads, config.head_dim, implementation.attention
         yield (
             'attention_norm',
             MultiHeadAttention(
@@ -52,7 +52,7 @@ class Transformer(Family):
 
     def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:
         """See the base class."""
-        d, h, k = config.model_dim, heads_at(config, layer), head_dim_at(config, layer)
+        d, h, k = config.model_dim, config.num_heads, config.head_dim
         gate = config.gate == 'silu'
         total = layer_inputs(config) + linear(d, 3 * h * k) + linear(h * k, d)
         if gate:
@@ -66,21 +66,14 @@ class Transformer(Family):
         total += layer_inputs(config) + linear(d, (1 + gated) * e) + linear(e, d)
         return total + saved(config, (2 + 2 * gated) * e)
 
-    def state_bytes(self, config: ConfigDict, attention: Attention, *, layer: int, context: int) -> float | None:
+    def state_bytes(self, config: ConfigDict, attention: Attention, *, context: int) -> float | None:
         """See the base class."""
-        width = head_dim_at(config, layer)
-        own = attention.state_bytes(config, Shape(heads_at(config, layer), width, width, context))
+        own = attention.state_bytes(config, Shape(config.num_heads, config.head_dim, config.head_dim, context))
         return None if own is None else own + 2 * input_state(config)
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
         """See the base class."""
-        return {head_dim_at(config, layer) for layer in range(config.num_layers)}
-
-    def void(self, config: ConfigDict) -> dict[str, str]:
-        """See the base class."""
-        if config.head_decay:
-            return {'head_dim': 'with falling heads the width of a head is model_dim / heads of the layer'}
-        return {}
+        return {config.head_dim}
 
     def fill(self, fill: Filler) -> None:
         """See the base class."""
@@ -89,7 +82,7 @@ class Transformer(Family):
         fill('num_heads', max(1, config.model_dim // HEAD_DIM))
         fill('feed_forward', fill.defaults['feed_forward'])
         fill('feed_forward_dim', 4 * config.model_dim if config.feed_forward == 'gelu' else 8 * config.model_dim // 3)
-        if not config.head_decay and config.head_dim is None:
+        if config.head_dim is None:
             if config.model_dim % config.num_heads:
                 raise UserError(
                     f'model.num_heads={config.num_heads} does not divide model.model_dim={config.model_dim}'
@@ -98,7 +91,4 @@ class Transformer(Family):
 
     def check(self, config: ConfigDict) -> None:
         """See the base class."""
-        if config.head_decay:
-            check_heads(config, 'model_dim', config.model_dim)
-        for layer in range(config.num_layers):
-            check_even(config, 'head_dim', head_dim_at(config, layer))
+        check_even(config, 'head_dim', config.head_dim)
