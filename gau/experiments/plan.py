@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gau.errors import UserError, did_you_mean
 from gau.experiments.cost import Cost, cost
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from gau.experiments.kept import Missing
 
 
+# Columns of a terminal that lines of words fill.
+WIDTH = 100
+# Stands for a space at which a line is not broken.
+_UNBROKEN = '\xa0'
 # The columns of `_size`. Passes are over the training text, of a mixture over the source that is read most often.
 _SIZE = ('steps', 'tokens', 'passes', 'FLOPs')
 
@@ -27,8 +32,8 @@ _SIZE = ('steps', 'tokens', 'passes', 'FLOPs')
 def describe(program: Program, points: Sequence[Point], kept: Mapping[str, Path] | None = None) -> str:
     """Returns the points by number: what each sets, what changes with it, which are kept and which ones are refused.
 
-    Changes are told against the program's own config, or, if that one is refused, against the first accepted point.
-    What a seed changes is told only where the seed is all that changes.
+    Changes are told against the program's own config, or, if that one is refused, against the first accepted point;
+    those of several seeds once.
 
     Args:
       program: that the points are of.
@@ -42,22 +47,35 @@ def describe(program: Program, points: Sequence[Point], kept: Mapping[str, Path]
         first = next(point for point in points if point.config is not None)
         base, against = first.config, first.name
     flat = flatten(base.to_dict())
-    lines = [f'{len(points)} points; changes against {against}:']
-    told = set()
+    count = f'{len(points)} point{"s" * (len(points) > 1)}'
+    lines = [f'{count}; changes against {against}:']
+    told: dict[tuple[str, ...], int] = {}
     for number, point in enumerate(points):
         head = f'{number:>3}  {point.name}' + (f'  KEPT in {kept[point.name]}' if point.name in kept else '')
-        if point.config is None:
-            lines.append(f'{head}  REFUSED: {point.error}')
-            continue
-        own, followed = changes(point, flat)
-        without_seed = tuple(change for change in (*own, *followed) if not change.startswith('seed: '))
-        if without_seed and without_seed in told:
-            lines.append(f'{head}  as above, another seed')
-            continue
-        told.add(without_seed)
-        text = ', '.join(own) or ('as it is' if not followed else 'no field by itself')
-        lines.append(f'{head}  {text}' + (f'; with it {", ".join(followed)}' if followed else ''))
+        lines.append(_wrapped(f'{head}  {_what(number, point, flat, told)}'))
     return '\n'.join(lines)
+
+
+def _what(number: int, point: Point, base: Mapping[str, Any], told: dict[tuple[str, ...], int]) -> str:
+    """Returns what a point is against a flat config; `told` has the numbers of points by what was said of them."""
+    own, followed = changes(point, base) if point.config is not None else ([point.error], [])
+    without_seed = tuple(change for change in (*own, *followed) if not change.startswith('seed: '))
+    first = told.setdefault(without_seed, number)
+    if point.config is None:
+        return f'REFUSED: {point.error}' if first == number else f'REFUSED as point {first}'
+    if first != number:
+        return f'as point {first}, another seed'
+    if not own and not followed:
+        return 'as it is'
+    arguments = [f'{name}={value}' for name, value in point.overrides.items() if name.startswith(':')]
+    own, followed = ([change.replace(' ', _UNBROKEN) for change in each] for each in (arguments + own, followed))
+    text = ', '.join(own) or 'no field by itself'
+    return f'{text}; with it {", ".join(followed)}' if followed else text
+
+
+def _wrapped(line: str) -> str:
+    text = textwrap.fill(line, WIDTH, subsequent_indent=7 * ' ', break_long_words=False, break_on_hyphens=False)
+    return text.replace(_UNBROKEN, ' ')
 
 
 def costs(

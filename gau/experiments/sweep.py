@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,8 +150,10 @@ def find_points(program: Program, expression: str) -> list[Point]:
     return points
 
 
-def changes(point: Point, base: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changes(point: Point, base: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Returns what the point changes against a flat config, and what changes with it, as `field: old -> new`.
+
+    A field that is None, mostly because the model has none of its kind, is `unset`: some have a value `none`.
 
     Args:
       point: not a refused one.
@@ -161,7 +163,8 @@ def changes(point: Point, base: dict[str, Any]) -> tuple[list[str], list[str]]:
     for path, value in training_config.flatten(point.config.to_dict()).items():
         old = base.get(path, 'absent')
         if old != value:
-            (own if path in point.overrides else followed).append(f'{path}: {old} -> {value}')
+            was, is_now = ('unset' if each is None else each for each in (old, value))
+            (own if path in point.overrides else followed).append(f'{path}: {was} -> {is_now}')
     return own, followed
 
 

@@ -71,6 +71,16 @@ def test_confounds_are_shown():
     assert 'model.relative_bias: toeplitz -> rotary' in text
 
 
+def test_what_seeds_share_is_said_once_in_lines_that_fit_a_terminal():
+    lines = plan.describe(PROGRAM, find_points(PROGRAM, 'seed:2,long+heads')).splitlines()
+    assert max(map(len, lines)) <= 100
+    text = ' '.join(line.strip() for line in lines)
+    assert '0  seed_0-table  :context=512, model.chunk_size: 16 -> 512; with it data.context: 64 -> 512,' in text
+    assert '6  seed_1-num_heads_1  as point 2, another seed 7  seed_1-num_heads_5  REFUSED as point 3' in text
+    # Some fields have a value `none`: what a model has not is not said to be None.
+    assert 'model.relative_bias_length: 16 -> unset' in text
+
+
 def test_refused_points_are_shown_with_the_reason_and_keep_their_number():
     points = find_points(PROGRAM, 'heads+rate:1e-3:2e-3')
     assert points[1].config is None
