@@ -94,6 +94,8 @@ def main(arguments: list[str]) -> int:
             # Of the data the cost only knows the vocabulary: that which they would be prepared with.
             program[0] += ',data=embedded'
             program.append(f'--vocab_size={PIECES}')
+        else:
+            program.append(f'--workdir={workdir}')
         return _run('sweep.py', *program, '--dry_run', f'--chip={_CHIP.value}', f'--utilisation={_UTILISATION.value}')
     _prepare(source, budget)
     code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')

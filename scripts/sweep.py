@@ -9,7 +9,8 @@
 
 A sweep is a generator `sweep_NAME` of the config program; `seed` is always there, and any field of the config is one:
 `FIELD:VALUE:VALUE`. A comma takes the product, `+` the union. Each point is a run of train.py in DIR/POINT with its
-output in DIR/POINT.log. The same command goes on with what is not finished. Ctrl-C stops all runs, saved.
+output in DIR/POINT.log. The same command goes on with what is not finished, and
+with --dry_run says what that costs. Ctrl-C stops all runs, saved.
 
 Exit codes: 0 every point is finished; 1 some are not, for the reasons printed; 2 bad usage, in one line; 130 / 143
 stopped by SIGINT / SIGTERM.
@@ -82,7 +83,8 @@ def main() -> int:
         print(matches.told(), flush=True)
     if _DRY_RUN.value:
         how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': _VOCAB_SIZE.value}
-        print('\n' + plan.costs(points, **how, kept=kept, only=_POINT.value))
+        done = _finished(program, accepted) | dict.fromkeys(kept, 'kept')
+        print('\n' + plan.costs(points, **how, done=done, only=_POINT.value))
         return 0
     if _COMPILE_CHECK.value is not None:
         chosen = accepted if _POINT.value is None else [points[_POINT.value]]
@@ -107,6 +109,17 @@ def _matches(points: list[Point]) -> 'Matches | None':
     from gau.experiments import kept
 
     return kept.match(points, kept.load([Path(path) for path in _KEPT.value]))
+
+
+def _finished(program: Program, points: list[Point]) -> dict[str, str]:
+    """Returns the points that are finished in the directory, if one is given."""
+    if _WORKDIR.value is None:
+        return {}
+    from gau.experiments.directory import SweepDirectory
+
+    directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, points)
+    directory.check()
+    return {point.name: 'finished' for point in points if directory.progress(point.name).finished}
 
 
 def _run(program: Program, points: list[Point], matches: 'Matches | None', kept: Collection[str]) -> int:

@@ -64,11 +64,11 @@ class SweepDirectory:
         """Returns the file that has what the point's runs printed."""
         return self.path / f'{name}.log'
 
-    def claim(self) -> None:
-        """Makes the directory this sweep's, or finds that it is. A sweep may grow; nothing of it may change.
+    def check(self) -> dict[str, Any]:
+        """Returns the points that the directory holds. A sweep may grow; nothing of it may change.
 
         Raises:
-          UserError: it holds another sweep, something else, a point with another config, or cannot be written.
+          UserError: it holds another sweep, something else, or a point with another config.
         """
         stored = self._stored()
         for name, known in stored.items():
@@ -81,6 +81,15 @@ class SweepDirectory:
             if (self.workdir(name) / files.CONFIG).exists():
                 config = files.config_to_dict(files.read_config(self.workdir(name)))
                 self._check_same(config, name, 'holds a run with another config')
+        return stored
+
+    def claim(self) -> None:
+        """Makes the directory this sweep's, or finds that it is.
+
+        Raises:
+          UserError: see `check`, or it cannot be written.
+        """
+        stored = self.check()
         points = {
             name: {
                 'overrides': point.overrides,

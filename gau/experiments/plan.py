@@ -84,7 +84,7 @@ def costs(
     chip: str,
     utilisation: float,
     vocab_size: int | None = None,
-    kept: Mapping[str, Path] | None = None,
+    done: Mapping[str, str] | None = None,
     only: int | None = None,
 ) -> str:
     """Returns a table of the points with parameters, tokens, FLOPs of training, and hours on a chip.
@@ -96,7 +96,7 @@ def costs(
       chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
       utilisation: share of the chip's peak that training is taken to reach.
       vocab_size: to count with; None: each point's tokenizer's.
-      kept: points of which a run is kept, by name: they cost nothing any more.
+      done: how a point is done already (`finished`, `kept`), by name: it costs nothing any more.
       only: the number of the one point that the table is about; None: all.
 
     Raises:
@@ -109,12 +109,12 @@ def costs(
         if point.config is None or only not in (None, number):
             continue
         found = cost(point.config, vocab_size=vocab_size)
-        is_kept = kept is not None and point.name in kept
-        if not is_kept:
+        last = (done or {}).get(point.name)
+        if last is None:
             hours.append(found.hours(peak, utilisation))
-        last = 'kept' if is_kept else _or_dash(hours[-1], '.3g')
+            last = _in_hours(hours[-1])
         rows.append([str(number), point.name, f'{found.parameters:,}', *_size(found), last])
-    what = f'point {only}' if only is not None else 'what is not kept' if kept else 'all'
+    what = f'point {only}' if only is not None else 'what is left' if done else 'all'
     total = f'{what}: {_hours(hours, chip, peak, utilisation)}'
     return f'{aligned(_without_idle(rows))}\n{total}'
 
@@ -140,7 +140,7 @@ def missing(
       UserError: an unknown chip.
     """
     chip, peak = _chip(chip)
-    rows = [['table', 'point', 'seeds', *_SIZE, 'hours', 'also of']]
+    rows = [['table', 'point', 'seeds', *_SIZE, 'hours, all seeds', 'also of']]
     seeds: dict[tuple, list[Point]] = {}
     for point, asking in missed:
         seeds.setdefault((*asking, point.label), []).append(point)
@@ -150,7 +150,7 @@ def missing(
         one = found.hours(peak, utilisation)
         hours += [one] * len(own)
         names = ' '.join(str(point.config.seed) for point in own)
-        rows.append([table, label, names, *_size(found), _or_dash(one and one * len(own), '.3g'), ', '.join(others)])
+        rows.append([table, label, names, *_size(found), _in_hours(one and one * len(own)), ', '.join(others)])
     lacking = Counter(table for one in missed for table in one.tables)
     sizes = {table: sum(point.config is not None for point in points) for table, points in tables.items()}
     counts = [['table', 'points', 'kept', 'missing']]
@@ -191,10 +191,14 @@ def _without_idle(rows: list[list[str]]) -> list[list[str]]:
 
 def _hours(hours: Sequence[float | None], chip: str, peak: float, utilisation: float) -> str:
     known = [value for value in hours if value is not None]
-    total = f'{sum(known):.3g} hours on one {chip} at {utilisation:.0%} of its peak of {peak:.3g} FLOP/s'
+    total = f'{_in_hours(sum(known))} hours on one {chip} at {utilisation:.0%} of its {peak / 1e12:,.0f} TFLOP/s'
     if len(known) < len(hours):
         total += f', without {len(hours) - len(known)} points whose epochs only the data can count'
-    return f'{total}; compiling, evaluating and saving are not in it'
+    return f'{total}, training steps alone'
+
+
+def _in_hours(hours: float | None) -> str:
+    return '<0.001' if hours is not None and 0 < hours < 1e-3 else _or_dash(hours, '.3g')
 
 
 def weights(points: Sequence[Point]) -> dict[str, float]:

@@ -118,7 +118,7 @@ def test_a_sweep_runs_what_is_not_kept_and_its_report_has_both(tmp_path):
     assert code == 0, err
     code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={second}', f'--kept={day}', '--per_device=3')
     assert code == 0, err
-    assert f'chunk_size_16-seed_1  KEPT in {day}' in out
+    assert f'chunk_size_16-seed_1 KEPT in {day}' in ' '.join(out.split())
     assert '4 of 4 points are finished, 1 of them kept runs' in out
     ran = ['chunk_size_16-seed_0', 'chunk_size_32-seed_0', 'chunk_size_32-seed_1']
     assert sorted(starts(second)) == sorted(losses(second)) == ran
@@ -170,7 +170,7 @@ def test_a_dry_run_shows_what_is_kept_and_counts_only_the_rest(tmp_path):
     assert [line.endswith('  kept') for line in table] == [True, True, True, False, False]
     code, alone, _ = say('--sweep=model.chunk_size:32,seed:1:1', '--dry_run')
     assert table[-1].partition(': ')[2] == alone.splitlines()[-1].partition(': ')[2]
-    assert table[-1].startswith('what is not kept: ')
+    assert table[-1].startswith('what is left: ')
 
 
 def test_bad_places_are_one_line(tmp_path):

@@ -217,6 +217,19 @@ def test_directories_of_others_are_refused_in_one_line(tmp_path):
     )
 
 
+def test_a_dry_run_of_a_directory_counts_what_is_not_finished(tmp_path):
+    assert run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--point=1')[0] == 0
+    _, out, err = say('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--dry_run')
+    *_, head, first, second, third, fourth, total = out.splitlines()
+    assert second.endswith('  finished'), out + err
+    hours = [line.split()[-1] for line in (head, first, third, fourth)]
+    assert hours == ['hours', '<0.001', '<0.001', '<0.001']
+    assert total.startswith('what is left: <0.001 hours on one H100')
+    code, _, err = say('--sweep=expansion', f'--workdir={tmp_path}', '--dry_run')
+    assert (code, err.count('\n')) == (2, 1)
+    assert 'is the directory of another sweep' in err
+
+
 def test_dry_run_writes_nothing(tmp_path):
     code, out, err = say('--sweep=chunk_size,seed:2', f'--workdir={tmp_path / "none"}', '--dry_run', '--chip=v4')
     assert code == 0, err
