@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 
+# Options that one line of an error lists.
+MOST_OPTIONS = 30
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,10 +42,18 @@ def is_no_space(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Returns '; did you mean "x"?' for the option nearest to `name`, or a list of all options if none is near."""
+    """Returns '; did you mean "x"?' for the option nearest to `name`, or a list of options if none is near.
+
+    Of more options than a line holds, the list has the nearest.
+    """
     options = sorted(str(option) for option in options)
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
-    return f'; did you mean "{near[0]}"?' if near else f'; choose from {", ".join(options)}'
+    if near:
+        return f'; did you mean "{near[0]}"?'
+    if len(options) > MOST_OPTIONS:
+        nearest = difflib.get_close_matches(str(name), options, n=5, cutoff=0)
+        return f'; of {len(options)} the nearest are {", ".join(nearest)}'
+    return f'; choose from {", ".join(options)}'
 
 
 def check_name(field: str, value: str, options: tuple[str, ...]) -> None:
