@@ -7,10 +7,10 @@
     python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --kept=docs/results   what is kept is not run again
     python scripts/sweep.py --config=FILE --sweep=NAME --workdir=DIR --executor=ray   on a Ray cluster
 
-A sweep is a generator `sweep_NAME` of the config program; `seed` is always there, and any field of the config is one:
-`FIELD:VALUE:VALUE`. A comma takes the product, `+` the union. Each point is a run of train.py in DIR/POINT with its
-output in DIR/POINT.log. The same command goes on with what is not finished, and
-with --dry_run says what that costs. Ctrl-C stops all runs, saved.
+A sweep is a generator `sweep_NAME` of the config program. `seed` is always there, and any field of the config is one,
+`FIELD:VALUE:VALUE`, as is any argument of the program, `:NAME:VALUE:VALUE`. A comma takes the product, `+` the union.
+Each point is a run of train.py in DIR/POINT with its output in DIR/POINT.log. The same command goes on with what is not
+finished, and with --dry_run says what that costs. Ctrl-C stops all runs, saved.
 
 Exit codes: 0 every point is finished; 1 some are not, for the reasons printed; 2 bad usage, in one line; 130 / 143
 stopped by SIGINT / SIGTERM.

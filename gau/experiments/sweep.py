@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,8 @@ MAX_NAME = 100
 
 def sweep_seed(n: int = 3, first: int = 0) -> Iterator[Overrides]:
     """The sweep `seed` of every config program: n seeds from `first` on. Raises ValueError if that is none."""
+    if not isinstance(n, int) or not isinstance(first, int):
+        raise ValueError('want whole numbers, how many seeds and the first one')
     if n < 1:
         raise ValueError('want one seed at least')
     yield from ({'seed': seed} for seed in range(first, first + n))
@@ -118,8 +120,8 @@ def find_points(program: Program, expression: str) -> list[Point]:
     """Returns the points of `--sweep=expression`, in order.
 
     A comma takes the product of what stands around it, `+` the union, and binds closer: `chunk_size+window,seed:5`.
-    `seed:5` calls the generator with 5; a field of the config is a sweep over the values behind it:
-    `optimizer.learning_rate:1e-3:3e-3`.
+    `seed:5` calls the generator with 5; a field of the config is a sweep over the values behind it, and so is an
+    argument of the program behind its colon: `optimizer.learning_rate:1e-3:3e-3`, `:model:flash:flash_quad`.
 
     Raises:
       UserError: an unknown sweep, a generator that yields something else or nothing, a field that is set twice, a point
@@ -138,6 +140,8 @@ def find_points(program: Program, expression: str) -> list[Point]:
                 raise UserError(f'--sweep={expression}: {twice[0]} is set twice, by two sweeps or by the command line')
             overrides |= own
         name = _shorten('-'.join(name for name, _ in parts))
+        if not name:
+            raise UserError(f'--sweep={expression}: the name of a point has no letter or number')
         if name in seen:
             how = 'is given twice' if seen[name] == overrides else f'names two points, {seen[name]} and {overrides}'
             raise UserError(f'--sweep={expression}: point {name} {how}')
@@ -190,20 +194,25 @@ def _check_distinct(points: Sequence[Point], expression: str) -> None:
 
 def _generate(program: Program, term: str, expression: str) -> Iterator[tuple[str, Overrides]]:
     """Yields name and overrides of the points of one sweep."""
-    name, *values = term.split(':')
-    arguments = [literal(value) for value in values]
+    colon, name, values = re.fullmatch('(:?)([^:]*)(.*)', term).groups()
+    arguments = [literal(value) for value in values.split(':')[1:]]
     sweeps = program.sweeps()
-    if name not in sweeps:
-        fields = training_config.flatten(program.open_config({}).to_dict())
-        if name in fields and arguments:
-            yield from ((_name({name: value}), {name: value}) for value in arguments)
-            return
-        kind, options = ('field', fields) if '.' in name else ('sweep', sweeps)
-        if name in fields:
-            raise UserError(f'--sweep={expression}: values of {name} are missing: {name}:VALUE:VALUE')
-        raise UserError(f'--sweep={expression}: {program.path} has no {kind} "{name}"{did_you_mean(name, options)}')
+    if colon or name not in sweeps:
+        fields = {} if colon else training_config.flatten(program.open_config({}).to_dict())
+        if name not in fields and not (colon and name):
+            whole = [path for path in fields if path.rpartition('.')[2] == name]
+            kind, options = ('field', fields) if '.' in name else ('sweep', whole or sweeps)
+            raise UserError(f'--sweep={expression}: {program.path} has no {kind} "{name}"{did_you_mean(name, options)}')
+        path = colon + name
+        if not arguments:
+            raise UserError(f'--sweep={expression}: values of {path} are missing: {path}:VALUE:VALUE')
+        yield from ((_name({path: value}), {path: value}) for value in arguments)
+        return
     try:
-        found = list(sweeps[name](*arguments))
+        found = sweeps[name](*arguments)
+        if not isinstance(found, Iterable):
+            raise UserError(f'--sweep={expression}: "{name}" of {program.path} returns {found!r} and yields nothing')
+        found = list(found)
     except (TypeError, ValueError) as error:
         if not arguments:
             raise

@@ -52,6 +52,14 @@ def sweep_not_dicts():
     yield 3
 
 
+def sweep_returns():
+    return 3
+
+
+def sweep_nameless():
+    yield {'model.chunk_size': 8, 'name': '/'}
+
+
 def sweep_open():
     yield {'model.gate': None}
 

@@ -29,6 +29,7 @@ def test_product_and_union_and_their_order():
     ]
     assert names('seed:2:3') == ['seed_3', 'seed_4']
     assert names('optimizer.learning_rate:1e-3:3e-3') == ['learning_rate_0.001', 'learning_rate_0.003']
+    assert names(':context:32:64') == ['context_32', 'context_64']
 
 
 def test_points_are_resolved_with_all_that_they_set():
@@ -40,6 +41,7 @@ def test_points_are_resolved_with_all_that_they_set():
     assert (point.config.data.context, point.config.steps) == (32, 7)
     (argument, _) = find_points(PROGRAM, 'long')
     assert argument.config.data.context == 512
+    assert [point.config.data.context for point in find_points(PROGRAM, ':context:32:128')] == [32, 128]
 
 
 def test_a_duration_in_another_unit_takes_the_place_of_the_first():
@@ -122,12 +124,20 @@ BAD = {
     'chunk_sise': 'no sweep "chunk_sise"; did you mean "chunk_size"',
     'model.chunk_sise:3': 'did you mean "model.chunk_size"',
     'model.chunk_size': 'values of model.chunk_size are missing',
+    'gate:none': 'no sweep "gate"; did you mean "model.gate"',
+    'zzz.yyy:1': 'the nearest are',
+    ':context': 'values of :context are missing: :context:VALUE',
+    ':context:32,:context:64': ':context is set twice',
+    '::': 'no sweep ""',
     'seed,seed': 'seed is set twice',
     'chunk_size+chunk_size': 'point chunk_size_16 is given twice',
     'chunk_size+seed:1': 'points chunk_size_16 and seed_0 are one and the same run',
     'seed:1:2:3': 'seed:1:2:3 is not what "seed" of',
-    'seed:many': 'seed:many is not what',
+    'seed:many': 'want whole numbers',
+    'seed:2:1.5': 'want whole numbers',
     'not_dicts': 'yields 3, not a dict',
+    'returns': 'returns 3 and yields nothing',
+    'nameless': 'the name of a point has no letter',
     'open': 'sets model.gate=None',
     '': 'no sweep ""',
 }
