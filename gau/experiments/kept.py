@@ -160,9 +160,13 @@ def _stands_alone(point: Point) -> bool:
 
 
 def _setting(config: Mapping[str, Any]) -> str:
-    """Returns all that decides the result of a run but for its seed and its data."""
+    """Returns all that decides the result of a run but for its seed and its data.
+
+    Fields without a value are left out: which of them a config has depends on the models that are known by then.
+    """
     free = (*_DATA, 'seed')
-    return json.dumps({k: v for k, v in config.items() if k not in free and not k.startswith(_FREE)}, sort_keys=True)
+    meant = {k: v for k, v in config.items() if v is not None and k not in free and not k.startswith(_FREE)}
+    return json.dumps(meant, sort_keys=True)
 
 
 def _of_the_same_data(

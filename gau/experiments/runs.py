@@ -17,6 +17,7 @@ from gau.data.passes import Passes
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
 from gau.experiments.directory import KEPT_RUNS, SWEEP, read_starts
+from gau.models.fields import GONE
 from gau.training import workdir as files
 from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
 
@@ -62,8 +63,13 @@ class Run(NamedTuple):
         return self.config['seed']
 
     def meant(self) -> dict[str, Any]:
-        """Returns the fields that decide what the run computes, but for the seed."""
-        return {path: v for path, v in self.config.items() if path != 'seed' and not path.startswith(_NOT_MEANT)}
+        """Returns the fields that decide what the run computes, but for the seed.
+
+        One that is gone counts as what it was for all models without it: what is meant did not change with that.
+        """
+        gone = {f'model.{name}': value for name, (value, _) in GONE.items()}
+        fields = {**gone, **self.config}
+        return {path: v for path, v in fields.items() if path != 'seed' and not path.startswith(_NOT_MEANT)}
 
     def config_hash(self) -> str:
         """Returns a short hash of these fields: the same for all seeds."""

@@ -110,9 +110,9 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
     use of them: then it is no config of today, and whoever compares or uses it says so.
     """
     defaults = config_to_dict(default_config())
+    model = without_gone(stored.get('model', {}))
+    stored = {**stored, 'model': model}
     whole = with_new_fields(stored, defaults)
-    model = stored.get('model', {})
-    whole['model'] = without_gone(whole['model'])
     if 'relative_bias_init' not in model and model.get('attention_function') == 'relu2':
         # There was one start only, the paper's, where there was a relative bias.
         start = 'normal' if model.get('relative_bias') in ('toeplitz', 'rotary') else None

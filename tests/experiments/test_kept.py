@@ -81,6 +81,18 @@ def test_fields_that_configs_have_got_since_stand_at_their_defaults(tmp_path):
     assert answered(matches(written(tmp_path / 'old.jsonl', old))) == [True, False, False, False]
 
 
+def test_a_field_that_is_gone_and_one_of_a_model_that_is_not_known_say_nothing(tmp_path):
+    old = made(POINTS[0])
+    today = old.config_hash()
+    old.config |= {'model.head_decay': 0.0}
+    assert old.config_hash() == today
+    path = written(tmp_path / 'old.jsonl', old)
+    # A study that is imported after the kept runs were read brings a field that none of these models has.
+    (found,) = kept.load([path])
+    found.run.config |= {'model.of_a_study': None}
+    assert answered(kept.match(POINTS, [found])) == [True, False, False, False]
+
+
 def test_runs_of_other_data_are_told(tmp_path):
     old = written(tmp_path / 'old.jsonl', made(POINTS[0]), made(POINTS[1], data={'embedded': 'of another day'}))
     assert matches(old).told() == (
