@@ -84,12 +84,12 @@ def test_fields_that_configs_have_got_since_stand_at_their_defaults(tmp_path):
 def test_a_field_that_is_gone_and_one_of_a_model_that_is_not_known_say_nothing(tmp_path):
     old = made(POINTS[0])
     today = old.config_hash()
-    old.config |= {'model.head_decay': 0.0}
+    old.config['model.head_decay'] = 0.0
     assert old.config_hash() == today
     path = written(tmp_path / 'old.jsonl', old)
     # A study that is imported after the kept runs were read brings a field that none of these models has.
     (found,) = kept.load([path])
-    found.run.config |= {'model.of_a_study': None}
+    found.run.config['model.of_a_study'] = None
     assert answered(kept.match(POINTS, [found])) == [True, False, False, False]
 
 
