@@ -157,7 +157,8 @@ def _measure(cell: Cell, model: LanguageModel, run: Any, result: Result, *, posi
 
 def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        # Of chunks that are read no two are the same; positions are set by who measures.
+        return jnp.broadcast_to(jnp.arange(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
     return _normal(jax.random.key(0), leaf.shape, leaf.dtype)
 
 
