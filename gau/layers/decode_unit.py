@@ -7,6 +7,7 @@ from jax import Array
 from gau.layers.common import TokenInfo, Weights
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.short_convolution import BEFORE, KeyShift
+from gau.ops.chunk_window import FAR
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 
@@ -14,7 +15,7 @@ from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 class DecodeGatedAttentionUnit(GatedAttentionUnit):
     """A `GatedAttentionUnit` around mixed chunk attention with relu2, both branches and one head, with a state.
 
-    Its state may have a gate of one number.
+    Its state may have a gate of one number, and, of single tokens, several far chunks.
 
     See `gau.ops.kernels.decode_chunks` for a token in a window, `gau.ops.kernels.prefill_chunks` for a block.
     """
@@ -52,6 +53,9 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
         in_window = tokens.decode.opened_B is not None
         names = 'k', 'k_lin', 'v', 'sum', *(('gate', 'count') if gated else ()), *(('arrivals',) if in_window else ())
         state = {name: core.get_variable('cache', name)[:, 0] for name in names}
+        # Without an axis of heads.
+        far_names = FAR if 'far' in core.pairs else ()
+        state |= {name: core.get_variable('cache', name) for name in far_names}
         if shift is not None:
             state[BEFORE] = before_BS
         if in_window:
@@ -62,6 +66,8 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             y_BTD, state = prefill_gated_chunks(x_BTD, parameters, table, state, **fields)
         for name in names:
             core.put_variable('cache', name, state[name][:, None])
+        for name in far_names:
+            core.put_variable('cache', name, state[name])
         if shift is not None:
             shift.put_variable('cache', BEFORE, state[BEFORE][:, None])
         return y_BTD

@@ -32,7 +32,7 @@ class FarChunksCore(MixedChunkCore):
     @property
     def has_window(self) -> bool:
         """See the base class."""
-        return False
+        return self.far_chunks > 1 and super().has_window
 
     # Compact for the decoding state, as that of the base class.
     @nn.compact

@@ -14,7 +14,7 @@ from gau.layers.common import TokenInfo, over_heads, param_dtype
 from gau.layers.positions import bias_in_chunk
 from gau.ops.chunk_window import window_token
 from gau.ops.decoding import linear_block, mixed_chunk_block, quadratic_block
-from gau.ops.far_decoding import chosen_chunks_block, chunk_before_block
+from gau.ops.far_decoding import chosen_chunks_block, chosen_chunks_token, chunk_before_block
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
 
@@ -116,6 +116,9 @@ def far_chunks_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE:
             'far_query': ((batch, s), sums),
             'far_index': ((batch, core.far_chunks), jnp.int32),
         }
+    in_window = decode.opened_B is not None and core.has_window
+    if in_window:
+        shapes['far_next'] = shapes['far_index']
     variables = {name: core.variable('cache', name, jnp.zeros, *shape) for name, shape in shapes.items()}
     state = {name: variable.value for name, variable in variables.items()}
     if core.far_chunks == 1:
@@ -124,7 +127,8 @@ def far_chunks_with_state(core: nn.Module, q_BHTS: Array, k_BHTS: Array, v_BHTE:
             own_BCE = core.get_variable('cache', 'v')[:, 0, -size:]
         o_BTE, state = chunk_before_block(q_BTS, k_BTS, v_BTE, own_BCE, state, position=decode)
     else:
-        o_BTE, state = chosen_chunks_block(q_BTS, k_BTS, v_BTE, state, position=decode)
+        decode_far = chosen_chunks_token if in_window else chosen_chunks_block
+        o_BTE, state = decode_far(q_BTS, k_BTS, v_BTE, state, position=decode)
     for name, variable in variables.items():
         variable.value = state[name]
     return o_BTE[:, None]

@@ -9,6 +9,8 @@ chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
     sum [B, S, E]                               as it was, in the compute type: only read
     count [B, L]                                of a state with a gate, as it was
     arrivals [B]                                for the kernel that counts its programs (`kernels.decode_row`): zeros
+    far_k, far_v, far_mean, far_query           of several far chunks, as they are in the state: written in place
+    far_index, far_next [B, R]                  what the chunk that was current reads: only read; and what the next does
 
 A token of the next chunk reads the chunks that its local branch does not read token by token, with the weights of the
 global branch, which is what it would read from the sum. So steps are alike whatever the rows' places, without a branch;
@@ -25,6 +27,8 @@ from gau.ops.scores import attention_weights
 
 # Of a state's arrays, those with a row for each token.
 BY_TOKEN = ('k', 'k_lin', 'v', 'gate')
+# Of a window on a state with several far chunks, its arrays of them, which have no axis of heads.
+FAR = ('far_k', 'far_v', 'far_mean', 'far_query', 'far_index', 'far_next')
 
 
 def open_window(state: State, tokens: int) -> State:
@@ -33,10 +37,13 @@ def open_window(state: State, tokens: int) -> State:
     def opened(name, x):
         if name in BY_TOKEN:
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
-        return x if name == 'count' else x.astype(state['v'].dtype)
+        return x.astype(state['v'].dtype) if name == 'sum' else x
 
-    arrivals = jnp.zeros(state['v'].shape[:-2], jnp.int32)
-    return {name: opened(name, x) for name, x in state.items()} | {'arrivals': arrivals}
+    window = {name: opened(name, x) for name, x in state.items()}
+    window['arrivals'] = jnp.zeros(state['v'].shape[:-2], jnp.int32)
+    if 'far_index' in state:
+        window['far_next'] = jnp.zeros_like(state['far_index'])
+    return window
 
 
 def close_window(
@@ -54,7 +61,8 @@ def close_window(
       chunks: that the local branch reads.
     """
     size = chunk_size
-    full_B111 = (end_B // size > start_B // size)[:, None, None, None]
+    full_B = end_B // size > start_B // size
+    full_B111 = full_B[:, None, None, None]
 
     def last_chunks(x):
         current = x[..., : chunks * size, :]
@@ -62,6 +70,9 @@ def close_window(
         return jnp.where(full_B111, rest, current)
 
     closed = {name: last_chunks(x) for name, x in window.items() if name in BY_TOKEN}
+    if 'far_index' in state:
+        closed |= {name: window[name] for name in FAR if name in state}
+        closed['far_index'] = jnp.where(full_B[:, None], window['far_next'], window['far_index'])
     if 'sum' in state:
         # The first chunk goes into the sum; there is none before the sequence.
         full_B111 &= (start_B // size >= chunks - 1)[:, None, None, None]

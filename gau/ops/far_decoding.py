@@ -12,7 +12,8 @@ one head:
                  far_index [B, R]: the chunks that the current chunk reads, int32. Of g complete ones the first
                  min(R, g) places count
 
-All are zeros at the start of a sequence; what stands in them beyond a row's position is never read.
+All are zeros at the start of a sequence; what stands in them beyond a row's position is never read. For single tokens
+of R > 1 `gau.ops.kernels.decode_chunks` is the fast path.
 """
 
 import jax
@@ -167,6 +168,29 @@ def chosen_chunks_block(
     o_BJCE = _read(q_BJCS, keys_BJMS, taken(v_BGCE), jnp.repeat(found_BJr, size, axis=-1))
     o_BTE = _cut(o_BJCE.reshape(batch, -1, v_BTE.shape[-1]), offset_B if t > 1 else jnp.zeros_like(offset_B), t)
     return jnp.where((positions_BT < groups * size)[..., None], o_BTE, jnp.nan), new
+
+
+def chosen_chunks_token(
+    q_B1S: Array, k_B1S: Array, v_B1E: Array, window: State, *, position: DecodePosition
+) -> tuple[Array, State]:
+    """Decodes one token of each row in a window (`gau.ops.chunk_window`) as `chosen_chunks_block` does.
+
+    Args:
+      q_B1S: queries.
+      k_B1S: keys.
+      v_B1E: values.
+      window: the arrays of R > 1, of which `far_index` is what the chunk reads in which the window was opened; and
+        `far_next`, what the one after it reads, once it is complete.
+      position: where the tokens stand, and where the window was opened.
+    """
+    size = window['far_k'].shape[1] // window['far_mean'].shape[1]
+    opened_B1, start_B1 = (x_B[:, None] // size for x_B in (position.opened_B, position.start_B))
+    index_BR = jnp.where(start_B1 > opened_B1, window['far_next'], window['far_index'])
+    state = {name: x for name, x in window.items() if name != 'far_next'} | {'far_index': index_BR}
+    o_B1E, state = chosen_chunks_block(q_B1S, k_B1S, v_B1E, state, position=position)
+    end_B1 = (position.start_B + position.length_B)[:, None] // size
+    next_BR = jnp.where(end_B1 > opened_B1, state['far_index'], window['far_next'])
+    return o_B1E, state | {'far_index': window['far_index'], 'far_next': next_BR}
 
 
 def _means(k_CS: Array) -> Array:

@@ -184,6 +184,10 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'num_layers': 1},
         {'far_chunks': 2, 'num_layers': 1},
         pytest.param({'far_chunks': 1, 'decay_gate': 'scalar', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
+        pytest.param(
+            {'far_chunks': 3, 'local_window': 2, 'chunk_size': 3, 'branches': 'local', 'layer_stack': 'scan'},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({'decay_gate': 'keys', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
         pytest.param(
             {'local_window': 2, 'global_decay': 0.7, 'normalizer': 'visible', 'relative_bias': 'rotary'}

@@ -13,6 +13,8 @@ from tests.models import tiny
 from tests.models.test_decoding import BLOCK, N, functions, in_one_loop
 from tests.numerics import float64
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     'fields',
@@ -23,6 +25,10 @@ from tests.numerics import float64
             marks=pytest.mark.slow,
         ),
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2},
+        {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'far_chunks': 2},
+        # Of more than there are, and where some are left out twice; and an odd width of a chunk that no block divides.
+        pytest.param({'far_chunks': 9, 'global_decay': 0.7, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=SLOW),
+        pytest.param({'far_chunks': 3, 'chunk_size': 3, 'num_layers': 2, 'relative_bias': 'rotary'}, marks=SLOW),
         pytest.param({'num_layers': 2, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(
             {
@@ -45,6 +51,51 @@ def test_the_loop_in_kernels(fields, monkeypatch):
     assert calls
     assert size > 0.1
     assert worst < 1e-5 * size
+
+
+def far_model_and_loop(tokens_BN, length_B, numbers):
+    """A model in kernels, its parameters, and a loop that reads these tokens of a text, whatever the logits say."""
+    pytest.importorskip('triton')
+    model, params = tiny.make('flash', impl='triton', dtype='float32', num_layers=1, far_chunks=2)
+    rows = np.arange(len(tokens_BN))
+
+    def loop(params, state, logits_BV):
+        def draw(_, number):
+            return tokens_BN[rows, length_B + number]
+
+        return decoding.decode(model, params, state, logits_BV, draw, jnp.arange(numbers))[1:]
+
+    return model, params, tiny.compile_fast(loop)
+
+
+def test_a_state_of_far_chunks_in_kernels_goes_on_in_steps():
+    """It ends in every place of a chunk; steps are not in kernels."""
+    rows, tokens_BN, length_B = np.arange(6), tiny.tokens(6, N), jnp.arange(6, 12)
+    model, params, loop = far_model_and_loop(tokens_BN, length_B, 4)
+    exact, _ = tiny.make('flash', impl='reference', dtype='float32', num_layers=1, far_chunks=2)
+    full_BNV = np.asarray(tiny.apply(exact, params, tokens_BN))
+    prefill, step = functions(model)
+    logits_BV, state = prefill(params, decoding.init_state(model, batch_size=6, capacity=N), tokens_BN, length_B)
+    state, logits_BV = loop(params, state, logits_BV)
+    for more in range(4, 13):
+        difference = logits_BV - full_BNV[rows, length_B - 1 + more]
+        assert np.abs(difference).max() < 1e-5 * np.abs(full_BNV).max(), more
+        logits_BV, state = step(params, state, tokens_BN[rows, length_B + more])
+
+
+@pytest.mark.parametrize('lengths', [[10, 9], [10]])
+def test_past_the_capacity_of_far_chunks_kernels_give_nan(lengths):
+    tokens_BN, length_B = tiny.tokens(len(lengths), 12), jnp.array(lengths)
+    model, params, loop = far_model_and_loop(tokens_BN, length_B, 1)
+    state = decoding.init_state(model, batch_size=len(lengths), capacity=10)
+    logits_BV, state = functions(model)[0](params, state, tokens_BN[:, :10], length_B)
+    old = state['blocks_0']['gau']
+    state, logits_BV = loop(params, state, logits_BV)
+    assert np.isnan(logits_BV[0]).all()
+    assert np.isfinite(logits_BV[1:]).all()
+    # Nothing is written in the places of others.
+    for name in ('far_k', 'far_v'):
+        np.testing.assert_array_equal(state['blocks_0']['gau'][name][0], old[name][0])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +123,7 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2}, {'short', 'long'}),
         ('flash', {'local_window': 2, 'num_layers': 1}, {'long'}),
         ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, set()),
-        # Far chunks have none, and leave none to the branches beside them.
+        # Prompts of far chunks have none, and leave none to the branches beside them; their tokens have.
         ('flash', {'far_chunks': 2, 'decay_gate': 'scalar', 'num_layers': 1}, set()),
         # Layers that are scanned have none of the kernels that write in place.
         ('flash', {'layer_stack': 'scan', 'key_input': 'shifted'}, set()),

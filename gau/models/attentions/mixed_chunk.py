@@ -226,7 +226,7 @@ class MixedChunk(ScoredAttention):
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        return 'chunk' if impl == 'triton' and self._window_is_known(config) else None
+        return 'chunk' if impl == 'triton' and self._window_is_known(config) and not config.far_chunks else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
@@ -243,8 +243,10 @@ class MixedChunk(ScoredAttention):
 
     def _window_is_known(self, config: ConfigDict) -> bool:
         """Whether fields that a window does not know say what they would without them."""
-        others = {field: default for field, default in CHANGED.items() if field not in ('decay_gate', 'local_window')}
-        return all(config[field] in (None, default) for field, default in others.items())
+        known = 'decay_gate', 'local_window', 'far_chunks'
+        others = {field: default for field, default in CHANGED.items() if field not in known}
+        # The state of one far chunk moves on where a chunk ends, in the middle of a window.
+        return config.far_chunks != 1 and all(config[field] in (None, default) for field, default in others.items())
 
     def window(self, config: ConfigDict) -> int | None:
         """See the base class."""

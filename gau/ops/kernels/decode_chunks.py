@@ -32,7 +32,7 @@ class Parameters(NamedTuple):
       norm: the scale of ScaleNorm, one number.
       uv_D2E, uv_bias_2E: the projections of gate and values, [D, 2, E] or [D, 2 E].
       z_DS, z_bias_S: the projection of queries and keys.
-      gamma_RS, beta_RS: scale and offset of the four of them.
+      gamma_RS, beta_RS: scale and offset of the four of them; of six, the last two of which are of far chunks.
       out_ED, out_bias_D: the last projection.
       bias_P: relative bias by distance in a window of W chunks, [2 W C - 1], or None.
       mix_S: of shifted keys (`gau.layers.short_convolution.KeyShift`), or None.
@@ -71,24 +71,26 @@ def decode_gated_chunks(
       parameters: of the layer.
       table: cosines and sines of each row's position, float32 [B, S / 2], or None.
       window: `k`, `k_lin`, `v` and `sum` of one head (`gau.ops.chunk_window`); with shifted keys `before`, z of the
-        token before, [B, S]; with a gate `gate` and `count`.
+        token before, [B, S]; with a gate `gate` and `count`; with several far chunks `far_k` and so on.
       position: where the tokens stand, and where the window was opened.
       spec: causal, relu2, both branches.
     """
     from gau.ops.kernels import decode_chunks_triton as kernels
+    from gau.ops.kernels import decode_far_triton as far_kernels
 
     (batch, width), dtype = x_BD.shape, x_BD.dtype
     places, expanded = window['v'].shape[1:]
     inner = parameters.z_DS.shape[1]
     tiles = tile_sizes.decode_tiles(batch, str(dtype))
     scales = _scales(position, spec, inner)
-    # And the first place of the sequence, where the window begins before it.
+    # And the first place of the sequence, where the window begins before it; and the place in the sequence.
     place_B = _place(position, spec)
     zero_B = jnp.maximum(place_B - position.start_B, 0)
-    place_2B = jnp.stack([jnp.where(position.length_B > 0, place_B, places), zero_B]).astype(jnp.int32)
+    to_B = jnp.where(position.length_B > 0, place_B, places)
+    place_3B = jnp.stack([to_B, zero_B, position.start_B]).astype(jnp.int32)
     row_tiles = decode_row.row_tiles(width, expanded, inner) if batch == 1 else None
     if row_tiles is not None:
-        fields = {'place_2': place_2B[:, 0], 'scales': scales, 'spec': spec, 'tiles': row_tiles}
+        fields = {'place_3': place_3B[:, 0], 'scales': scales, 'spec': spec, 'tiles': row_tiles}
         return decode_row.decode_row(x_BD, parameters, table, window, **fields)
 
     block_b = min(power_of_two(batch), tiles.block_b)
@@ -97,27 +99,34 @@ def decode_gated_chunks(
     like_q = jax.ShapeDtypeStruct((batch, inner), dtype)
     like_e = jax.ShapeDtypeStruct((batch, expanded), dtype)
     none, shifted, gated = parameters.norm, parameters.mix_S is not None, parameters.gate_D is not None
+    far = 'far_k' in window
+    kept, chosen = (window['far_k'].shape[1], window['far_index'].shape[1]) if far else (0, 0)
     # What is not there has a pointer all the same.
-    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'before', 'gate')}
+    like_none = jax.ShapeDtypeStruct(none.shape, none.dtype)
+    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'before', 'gate', 'far_k', 'far_v')}
     inputs = (
         *(x_BD, parameters.norm, parameters.uv_D2E, parameters.uv_bias_2E, parameters.z_DS, parameters.z_bias_S),
-        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), place_2B),
+        *(parameters.gamma_RS, parameters.beta_RS, *(table or (none, none)), place_3B),
         parameters.mix_S if shifted else none,
         *((parameters.gate_D, parameters.gate_bias) if gated else (none, none)),
     )
-    u_BE, q_BS, q_lin_BS, *new = launch(
+    u_BE, q_BS, q_lin_BS, q_far_BS, *new = launch(
         kernels.decode_projections_kernel,
         *inputs,
         *old.values(),
-        outputs=[like_e, like_q, like_q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old.values())],
+        outputs=[
+            *(like_e, like_q, like_q, like_q if far else like_none),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old.values()),
+        ],
         grid=(cdiv(2 * expanded, tiles.block_n) + cdiv(half, tiles.block_h) + gated, cdiv(batch, block_b)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        overwrite={len(inputs) + number: 3 + number for number, name in enumerate(old) if name in window},
+        overwrite={len(inputs) + number: 4 + number for number, name in enumerate(old) if name in window},
         D=width,
         E=expanded,
         S=inner,
         PLACES=places,
+        FAR=kept,
         ROPE=table is not None,
         SHIFTED=shifted,
         GATED=gated,
@@ -131,15 +140,31 @@ def decode_gated_chunks(
 
     bias_P = parameters.bias_P
     block_e = min(power_of_two(expanded), tiles.block_e)
-    (o_BE,) = launch(
-        kernels.decode_attention_kernel,
+    kernel, programs, old, constants = kernels.decode_attention_kernel, cdiv(expanded, block_e), {}, {}
+    inputs = (
         *(q_BS, q_lin_BS, u_BE, *(window[name] for name in ('k', 'k_lin', 'v', 'sum'))),
-        *(scales if bias_P is None else bias_P, place_2B, scales),
+        *(scales if bias_P is None else bias_P, place_3B, scales),
         *((window['gate'], window['count']) if gated else (scales, scales)),
-        outputs=[like_e],
-        grid=(cdiv(expanded, block_e), batch),
+    )
+    if far:
+        far_e = min(power_of_two(expanded), tiles.far_e)
+        kernel, programs = far_kernels.decode_far_attention_kernel, programs + cdiv(expanded, far_e) + 1
+        inputs += (q_far_BS, *(window[name] for name in ('far_k', 'far_v', 'far_index')))
+        old = {name: window[name] for name in ('far_mean', 'far_query', 'far_next')}
+        constants = {'FAR': kept, 'R': chosen, 'FAR_E': far_e, 'BLOCK_R': power_of_two(chosen)}
+        constants['FAR_W'] = min(power_of_two(spec.chunk_size), tiles.far_w)
+    o_XBE, *new = launch(
+        kernel,
+        *inputs,
+        *old.values(),
+        outputs=[
+            jax.ShapeDtypeStruct((1 + far, batch, expanded), dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old.values()),
+        ],
+        grid=(programs, batch),
         num_warps=tiles.attention_warps,
         num_stages=tiles.attention_stages,
+        overwrite={len(inputs) + number: 1 + number for number in range(len(old))},
         C=spec.chunk_size,
         S=inner,
         E=expanded,
@@ -153,16 +178,19 @@ def decode_gated_chunks(
         BLOCK_S=power_of_two(inner),
         BLOCK_E=block_e,
         BLOCK_C=power_of_two(spec.chunk_size),
+        **constants,
     )
+    window |= zip(old, new, strict=True)
     (y_BD,) = launch(
         kernels.decode_output_kernel,
-        *(o_BE, parameters.out_ED, parameters.out_bias_D, x_BD),
+        *(o_XBE, parameters.out_ED, parameters.out_bias_D, x_BD),
         outputs=[jax.ShapeDtypeStruct(x_BD.shape, dtype)],
         grid=(cdiv(width, tiles.block_out), cdiv(batch, block_b)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         E=expanded,
         D=width,
+        FAR=far,
         BLOCK_K=min(power_of_two(expanded), tiles.block_k),
         BLOCK_N=tiles.block_out,
         **rows,

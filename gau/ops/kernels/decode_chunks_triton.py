@@ -58,20 +58,24 @@ def _normalised_matmuls(
 def decode_projections_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, place_ptr,
     mix_ptr, gate_w_ptr, gate_bias_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_before_ptr, old_gate_ptr,
-    u_ptr, q_ptr, q_lin_ptr, v_ptr, k_ptr, k_lin_ptr, before_ptr, gate_ptr,
-    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, PLACES: tl.constexpr, ROPE: tl.constexpr,
-    SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
+    old_far_k_ptr, old_far_v_ptr,
+    u_ptr, q_ptr, q_lin_ptr, q_far_ptr, v_ptr, k_ptr, k_lin_ptr, before_ptr, gate_ptr, far_k_ptr, far_v_ptr,
+    B: tl.constexpr, D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, PLACES: tl.constexpr, FAR: tl.constexpr,
+    ROPE: tl.constexpr, SHIFTED: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """[u, v] = silu(h Wuv + b) and z = silu(h Wz + b) for h = ScaleNorm(x); q, k, q_lin, k_lin = rope(z gamma + beta).
 
+    If FAR there are two more of these, q_far and k_far. FAR is how many tokens the state keeps, 0: not all of them.
+
     Grid    [2 E / BLOCK_N + (S / 2) / BLOCK_H + GATED, B / BLOCK_B]: tiles of u and v, then of z, then the gate's
     Tile    [BLOCK_B, BLOCK_N]; of z two of [BLOCK_B, BLOCK_H], columns that the rotation pairs
-    Reads   x [B, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S]; cos and sin [B, S / 2];
-            place [B], where in the window the token stands; if SHIFTED, mix [S] and before [B, S], z of the token
-            before; if GATED, w [D] and a bias
+    Reads   x [B, D]; g; uv [D, 2 E] and z [D, S] with biases, float32; gamma and beta [4, S], if FAR [6, S]; cos and
+            sin [B, S / 2]; place [3, B], where the token stands in the window and (third) in the sequence; if SHIFTED,
+            mix [S] and before [B, S], z of the token before; if GATED, w [D] and a bias
     Writes  u [B, E], q and q_lin [B, S]; v [B, PLACES, E], k and k_lin [B, PLACES, S] and gate [B, PLACES], logits, at
-            `place`, and before, which take over the buffers of `old_*`
+            `place`, and before, which take over the buffers of `old_*`; if FAR, q_far [B, S], and far_k [B, FAR, S] and
+            far_v [B, FAR, E] at the token's place in the sequence
     Bytes   4.9 MB of weights
     """
     H: tl.constexpr = (S + 1) // 2
@@ -81,6 +85,12 @@ def decode_projections_kernel(
     place = tl.load(place_ptr + b, mask=b < B, other=PLACES)
     written = ((b < B) & (place < PLACES))[:, None]
     row = b.to(tl.int64) * PLACES + place
+    far_row = row
+    far_written = written
+    if FAR > 0:
+        start = tl.load(place_ptr + 2 * B + b, mask=b < B, other=FAR)
+        far_row = b.to(tl.int64) * FAR + start
+        far_written &= (start < FAR)[:, None]
     if tl.program_id(0) < tiles:
         col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         uv, _ = _normalised_matmuls(
@@ -91,6 +101,9 @@ def decode_projections_kernel(
         is_v = (col >= E) & (col < 2 * E)
         v_at = v_ptr + row[:, None] * E + (col - E)[None, :]
         tl.store(v_at, uv.to(v_ptr.dtype.element_ty), mask=written & is_v[None, :])
+        if FAR > 0:
+            far_v_at = far_v_ptr + far_row[:, None] * E + (col - E)[None, :]
+            tl.store(far_v_at, uv.to(v_ptr.dtype.element_ty), mask=far_written & is_v[None, :])
     elif tl.program_id(0) >= tiles + tiles_of_z:
         if GATED:
             logits = gate_logits(x_ptr, g_ptr, gate_w_ptr, gate_bias_ptr, b, B, D, EPSILON, BLOCK_B, BLOCK_K)
@@ -99,12 +112,14 @@ def decode_projections_kernel(
         half = (tl.program_id(0) - tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
         first = half < H
         second = half < S - H
-        # Of q, k, q_lin and k_lin; asked for before the matmuls, which take longer than they do.
-        role = tl.arange(0, 4)
-        gamma1_RH = load_tile(gamma_ptr, role, half, S, None, H).to(tl.float32)
-        gamma2_RH = load_tile(gamma_ptr + H, role, half, S, None, S - H).to(tl.float32)
-        beta1_RH = load_tile(beta_ptr, role, half, S, None, H).to(tl.float32)
-        beta2_RH = load_tile(beta_ptr + H, role, half, S, None, S - H).to(tl.float32)
+        # Of q, k, q_lin and k_lin, and q and k of far chunks; asked for before the matmuls, which take longer.
+        ROLES: tl.constexpr = 6 if FAR > 0 else 4
+        bound: tl.constexpr = 6 if FAR > 0 else None
+        role = tl.arange(0, 8 if FAR > 0 else 4)
+        gamma1_RH = load_tile(gamma_ptr, role, half, S, bound, H).to(tl.float32)
+        gamma2_RH = load_tile(gamma_ptr + H, role, half, S, bound, S - H).to(tl.float32)
+        beta1_RH = load_tile(beta_ptr, role, half, S, bound, H).to(tl.float32)
+        beta2_RH = load_tile(beta_ptr + H, role, half, S, bound, S - H).to(tl.float32)
         bias1 = tl.load(z_bias_ptr + half, mask=first, other=0.0).to(tl.float32)[None, :]
         bias2 = tl.load(z_bias_ptr + H + half, mask=second, other=0.0).to(tl.float32)[None, :]
         z1, z2 = _normalised_matmuls(
@@ -124,21 +139,21 @@ def decode_projections_kernel(
             to = before_ptr + b[:, None] * S + half[None, :]
             tl.store(to, z1.to(before_ptr.dtype.element_ty), mask=written & first[None, :])
             tl.store(to + H, z2.to(before_ptr.dtype.element_ty), mask=written & second[None, :])
-        # Queries are arrays of their own, keys go to the window.
-        for number in tl.static_range(4):
+        # Queries are arrays of their own, keys go to the window or the state.
+        for number in tl.static_range(ROLES):
             own = (role == number)[:, None]
             y1 = (k1 if number % 2 else z1) * _only(gamma1_RH, own) + _only(beta1_RH, own)
             y2 = (k2 if number % 2 else z2) * _only(gamma2_RH, own) + _only(beta2_RH, own)
             if ROPE:
                 y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
             if number % 2 == 0:
-                ptr = q_ptr if number == 0 else q_lin_ptr
+                ptr = q_ptr if number == 0 else q_lin_ptr if number == 2 else q_far_ptr
                 to = ptr + b[:, None] * S + half[None, :]
                 mask = (b < B)[:, None]
             else:
-                ptr = k_ptr if number == 1 else k_lin_ptr
-                to = ptr + row[:, None] * S + half[None, :]
-                mask = written
+                ptr = k_ptr if number == 1 else k_lin_ptr if number == 3 else far_k_ptr
+                to = ptr + (row if number < 4 else far_row)[:, None] * S + half[None, :]
+                mask = written if number < 4 else far_written
             tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=mask & first[None, :])
             tl.store(to + H, y2.to(q_ptr.dtype.element_ty), mask=mask & second[None, :])
 
@@ -161,7 +176,7 @@ def decode_attention_kernel(
     Grid    [E / BLOCK_E, B]
     Tile    [16, BLOCK_E], of which a row is 2, sums over BLOCK_W rows of S at a time, then over BLOCK_W places
     Reads   q and q_lin [B, S]; u [B, E]; of k, k_lin [B, PLACES, S] and v [B, PLACES, E] what is filled; sum [B, S, E];
-            bias [2 NEAR C - 1], if BIAS; place [2, B], the token's and the first of the sequence; scales [4, B]:
+            bias [2 NEAR C - 1], if BIAS; place [3, B], the token's and the first of the sequence; scales [4, B]:
             score_scale, weight_scale, state_scale, and that of sum; if GATED the last two follow from gate [B, PLACES]
             and count [B]
     Writes  o [B, E]
@@ -220,14 +235,14 @@ def decode_attention_kernel(
 @triton.jit
 def decode_output_kernel(
     o_ptr, w_ptr, bias_ptr, x_ptr, y_ptr,
-    B: tl.constexpr, E: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    B: tl.constexpr, E: tl.constexpr, D: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y = x + o Wo + b.
+    """y = x + o Wo + b; if FAR, o is the sum of two.
 
     Grid    [D / BLOCK_N, B / BLOCK_B]
     Tile    [BLOCK_B, BLOCK_N], sums in steps of BLOCK_K
-    Reads   o [B, E], w [E, D], bias [D], x [B, D]
+    Reads   o [B, E], if FAR [2, B, E]; w [E, D], bias [D], x [B, D]
     Writes  y [B, D]
     Bytes   2.4 MB of weights
     """
@@ -239,6 +254,9 @@ def decode_output_kernel(
         k = start + tl.arange(0, BLOCK_K)
         w = load_tile(w_ptr, k, n, D, E, D)  # [BK, BN]
         o = load_tile(o_ptr, b, k, E, B, E)  # [BB, BK]
+        if FAR:
+            far = load_tile(o_ptr + B * E, b, k, E, B, E)  # [BB, BK]
+            o = (o.to(tl.float32) + far.to(tl.float32)).to(o.dtype)
         # [BB, BK] @ [BK, BN]
         product = tl.dot(o, w, product, input_precision=PRECISION)
     bias = tl.load(bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)

@@ -43,7 +43,7 @@ def decode_row(
     table: tuple[Array, Array],
     window: State,
     *,
-    place_2: Array,
+    place_3: Array,
     scales: Array,
     spec: ChunkSpec,
     tiles: DecodeRowTiles,
@@ -55,8 +55,9 @@ def decode_row(
       parameters: `gau.ops.kernels.decode_chunks.Parameters`.
       table: cosines and sines, float32 [1, S / 2], or None.
       window: `k`, `k_lin`, `v`, `sum` and `arrivals` of one row and head (`gau.ops.chunk_window`); with shifted keys
-        `before`, with a gate `gate` and `count`.
-      place_2: the token's place in the window, behind its end: nowhere; and the first place of the sequence.
+        `before`, with a gate `gate` and `count`, with several far chunks `far_k` and so on.
+      place_3: the token's place in the window, behind its end: nowhere; the first place of the sequence; and the
+        token's place in the sequence.
       scales: factors, float32 [4, 1].
       spec: that of `decode_gated_chunks`.
       tiles: of `row_tiles`.
@@ -69,18 +70,21 @@ def decode_row(
     first_z, programs = row_programs(width, expanded, inner, tiles)
     p, none, shifted, gated = parameters, parameters.norm, parameters.mix_S is not None, parameters.gate_D is not None
     # What is not there has a pointer all the same.
-    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'arrivals', 'before', 'gate')}
+    far = ('far_k', 'far_v', 'far_mean', 'far_query', 'far_next')
+    old = {name: window.get(name, none) for name in ('v', 'k', 'k_lin', 'arrivals', 'before', 'gate', *far)}
+    kept, chosen = (window['far_k'].shape[1], window['far_index'].shape[1]) if 'far_k' in window else (0, 0)
     inputs = (
         *(x_1D, p.norm, p.uv_D2E, p.uv_bias_2E, p.z_DS, p.z_bias_S, p.gamma_RS, p.beta_RS, *(table or (none, none))),
-        *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_2, scales),
+        *(p.out_ED, p.out_bias_D, window['sum'], none if p.bias_P is None else p.bias_P, place_3, scales),
         *(p.mix_S if shifted else none, *((p.gate_D, p.gate_bias, window['count']) if gated else (none,) * 3)),
+        window.get('far_index', none),
     )
     y_1D, *new = launch(
         kernels.decode_row_kernel,
         *inputs,
         *old.values(),
         outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (x_1D, *old.values())]
-        + [jax.ShapeDtypeStruct(shape, dtype) for shape in ((expanded,), (2, inner), (expanded,))],
+        + [jax.ShapeDtypeStruct(shape, dtype) for shape in ((expanded,), (3, inner), (expanded,))],
         grid=(programs,),
         num_warps=tiles.num_warps,
         num_stages=1,
@@ -90,6 +94,8 @@ def decode_row(
         S=inner,
         C=spec.chunk_size,
         PLACES=places,
+        FAR=kept,
+        R=chosen,
         ROPE=table is not None,
         BIAS=p.bias_P is not None,
         SHIFTED=shifted,
@@ -108,5 +114,7 @@ def decode_row(
         BLOCK_I=power_of_two(expanded),
         BLOCK_D=tiles.block_d,
         BLOCK_C=power_of_two(spec.chunk_size),
+        FAR_W=min(power_of_two(spec.chunk_size), tiles.far_w),
+        BLOCK_R=power_of_two(max(1, chosen)),
     )
     return y_1D, window | {name: x for name, x in zip(old, new, strict=False) if name in window}

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gau.ops.kernels.decay_gate_triton import scales_in_window
+from gau.ops.kernels.decode_far_triton import add_query_and_choose, chosen_chunks
 from gau.ops.kernels.load_store import load_tile
 
 
@@ -38,26 +39,33 @@ def _wait(arrivals_ptr, wanted, PROGRAMS: tl.constexpr):
 def decode_row_kernel(
     x_ptr, g_ptr, uv_ptr, uv_bias_ptr, z_ptr, z_bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, out_ptr, out_bias_ptr,
     sum_ptr, bias_ptr, place_ptr, scales_ptr, mix_ptr, gate_w_ptr, gate_bias_ptr, count_ptr,
-    old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr, old_gate_ptr,
-    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, gate_ptr, u_ptr, q_ptr, o_ptr,
-    D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    MEAN: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
+    far_index_ptr, old_v_ptr, old_k_ptr, old_k_lin_ptr, old_arrivals_ptr, old_before_ptr, old_gate_ptr,
+    old_far_k_ptr, old_far_v_ptr, old_mean_ptr, old_query_ptr, old_next_ptr,
+    y_ptr, v_ptr, k_ptr, k_lin_ptr, arrivals_ptr, before_ptr, gate_ptr,
+    far_k_ptr, far_v_ptr, mean_ptr, query_ptr, next_ptr, u_ptr, q_ptr, o_ptr,
+    D: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, FAR: tl.constexpr,
+    R: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, SHIFTED: tl.constexpr, NEAR: tl.constexpr,
+    GATED: tl.constexpr, MEAN: tl.constexpr, EPSILON: tl.constexpr, PROGRAMS: tl.constexpr, FIRST_Z: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    FAR_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = x + (u * (a v + q_lin sum)) Wo + bo of one row (`decode_chunks`).
+    """y = x + (u * (a v + q_lin sum)) Wo + bo of one row (`decode_chunks`); if FAR, with R far chunks beside a v.
+
+    FAR is how many tokens the state keeps, 0: not all of them.
 
     Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles
             of z; for E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
-    Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S]; cos and sin
-            [S / 2]; sum [S, E]; bias [2 NEAR C - 1], if BIAS; place [2]; scales [4]: score_scale, weight_scale,
-            state_scale, and that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if SHIFTED, mix [S]
-            and before [S], z of the token before; if GATED, w [D], a bias, and gate [PLACES] and count, of which the
-            last two scales follow
-    Writes  y [D]; v, k, k_lin and gate at `place`, arrivals, and before, all of which take over the buffers of
-            `old_*`; for the other programs u [E], q [2, S], o [E]
-    Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk
+    Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S], if FAR [6, S];
+            cos and sin [S / 2]; sum [S, E]; bias [2 NEAR C - 1], if BIAS; place [3]; scales [4]: score_scale,
+            weight_scale, state_scale, and that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if
+            SHIFTED, mix [S] and before [S], z of the token before; if GATED, w [D], a bias, and gate [PLACES] and
+            count, of which the last two scales follow; if FAR, far_index [R], and of far_k [FAR, S], far_v [FAR, E] and
+            mean [FAR / C, S] what is chosen
+    Writes  y [D]; v, k, k_lin and gate at `place`, arrivals, before, far_k and far_v at the token's place in the
+            sequence, mean, query [S] and next [R], all of which take over the buffers of `old_*`; for the other
+            programs u [E], q [2, S], if FAR [3, S], and o [E]
+    Bytes   7.5 MB of weights, 393 KB of the sum, up to 918 KB of the chunk; 1.7 MB of four far chunks of 128
     """
     program = tl.program_id(0)
     # The count only grows, so that nobody must set it back. While this program has not arrived, no second time is over.
@@ -67,6 +75,8 @@ def decode_row_kernel(
     place = tl.load(place_ptr)
     filled = tl.minimum(place, PLACES)
     zero = tl.load(place_ptr + 1)
+    # The token's place among all that are kept; beyond their end: nowhere.
+    far_place = tl.where(place < PLACES, tl.load(place_ptr + 2), FAR)
     # The first chunk nearby.
     chunk = place // C - (NEAR - 1)
     s = tl.arange(0, BLOCK_S)
@@ -90,6 +100,9 @@ def decode_row_kernel(
         tl.store(u_ptr + col, uv.to(u_ptr.dtype.element_ty), mask=col < E)
         is_v = (col >= E) & (col < 2 * E) & (col * 0 + place < PLACES)
         tl.store(v_ptr + place.to(tl.int64) * E + col - E, uv.to(v_ptr.dtype.element_ty), mask=is_v)
+        if FAR > 0:
+            is_v = (col >= E) & (col < 2 * E) & (col * 0 + far_place < FAR)
+            tl.store(far_v_ptr + far_place.to(tl.int64) * E + col - E, uv.to(v_ptr.dtype.element_ty), mask=is_v)
     if program >= FIRST_Z:
         H: tl.constexpr = (S + 1) // 2
         half = (program - FIRST_Z) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -97,12 +110,13 @@ def decode_row_kernel(
         second = half < S - H
         w1 = load_tile(z_ptr, d, half, S, D, H)  # [BK, BH]
         w2 = load_tile(z_ptr + H, d, half, S, D, S - H)  # [BK, BH]
-        # Of q, k, q_lin and k_lin.
-        role = tl.arange(0, 4)
-        gamma1 = load_tile(gamma_ptr, role, half, S, None, H)  # [4, BH]
-        gamma2 = load_tile(gamma_ptr + H, role, half, S, None, S - H)  # [4, BH]
-        beta1 = load_tile(beta_ptr, role, half, S, None, H)  # [4, BH]
-        beta2 = load_tile(beta_ptr + H, role, half, S, None, S - H)  # [4, BH]
+        # Of q, k, q_lin and k_lin, and of q and k of far chunks.
+        bound: tl.constexpr = 6 if FAR > 0 else None
+        role = tl.arange(0, 8 if FAR > 0 else 4)
+        gamma1 = load_tile(gamma_ptr, role, half, S, bound, H)  # [4, BH], if FAR [8, BH]
+        gamma2 = load_tile(gamma_ptr + H, role, half, S, bound, S - H)
+        beta1 = load_tile(beta_ptr, role, half, S, bound, H)
+        beta2 = load_tile(beta_ptr + H, role, half, S, bound, S - H)
         bias1 = tl.load(z_bias_ptr + half, mask=first, other=0.0).to(tl.float32)
         bias2 = tl.load(z_bias_ptr + H + half, mask=second, other=0.0).to(tl.float32)
         if ROPE:
@@ -125,8 +139,8 @@ def decode_row_kernel(
             mix2 = tl.load(mix_ptr + H + half, mask=second, other=0.0)
             # Every column is one program's.
             is_key = (role % 2 == 1)[:, None]
-            of1 = tl.where(is_key, (z1 + mix1 * (before1 - z1))[None, :], of1)  # [4, BH]
-            of2 = tl.where(is_key, (z2 + mix2 * (before2 - z2))[None, :], of2)  # [4, BH]
+            of1 = tl.where(is_key, (z1 + mix1 * (before1 - z1))[None, :], of1)
+            of2 = tl.where(is_key, (z2 + mix2 * (before2 - z2))[None, :], of2)
             has_place = half * 0 + place < PLACES
             tl.store(before_ptr + half, z1.to(before_ptr.dtype.element_ty), mask=first & has_place)
             tl.store(before_ptr + H + half, z2.to(before_ptr.dtype.element_ty), mask=second & has_place)
@@ -137,8 +151,12 @@ def decode_row_kernel(
         row = place.to(tl.int64) * S
         to_q = tl.where(role == 0, q_ptr, q_ptr + S)
         to_k = tl.where(role == 1, k_ptr + row, k_lin_ptr + row)
-        to = tl.where(role % 2 == 0, to_q, to_k)[:, None] + half[None, :]
         written = (role % 2 == 0) | (role * 0 + place < PLACES)
+        if FAR > 0:
+            to_q = tl.where(role == 4, q_ptr + 2 * S, to_q)
+            to_k = tl.where(role == 5, far_k_ptr + far_place.to(tl.int64) * S, to_k)
+            written &= (role < 5) | ((role == 5) & (role * 0 + far_place < FAR))
+        to = tl.where(role % 2 == 0, to_q, to_k)[:, None] + half[None, :]
         tl.store(to, y1.to(q_ptr.dtype.element_ty), mask=written[:, None] & first[None, :])
         tl.store(to + H, y2.to(q_ptr.dtype.element_ty), mask=written[:, None] & second[None, :])
     _arrive(arrivals_ptr, PROGRAMS)
@@ -152,6 +170,10 @@ def decode_row_kernel(
         # (Of the chunk before: no logit of this token.)
         far = tl.where(zero > 0, 0, chunk)
         state_scale, sum_scale = scales_in_window(gate_ptr, count_ptr, far, C, MEAN, BLOCK_C)
+    if FAR > 0:
+        count, index, means = chosen_chunks(
+            mean_ptr, far_index_ptr, next_ptr, place, far_place, C, S, NEAR, R, FAR // C, BLOCK_S, BLOCK_R
+        )
     _wait(arrivals_ptr, arrived + PROGRAMS, PROGRAMS)
 
     dtype = m.dtype
@@ -185,8 +207,21 @@ def decode_row_kernel(
             a = tl.where(current, near * near * weight_scale, scores * state_scale)
             a = tl.where(seen, a, 0.0).to(dtype).to(tl.float32)
             mixed += tl.sum(a[:, None] * v.to(tl.float32), axis=0)
+    if FAR > 0:
+        far = _far_values(
+            q_ptr + 2 * S, far_k_ptr, far_v_ptr, count, index, means, e, C, S, E, FAR_W, BLOCK_S, BLOCK_E, BLOCK_R
+        )
+        # A token that the state has no place for must not look like one that it has.
+        mixed += tl.where(far_place < FAR, far, float('nan'))
     tl.store(o_ptr + e, (u * mixed).to(o_ptr.dtype.element_ty), mask=e < E)
     _arrive(arrivals_ptr, PROGRAMS)
+    if FAR > 0:
+        start = tl.where(far_place < FAR, far_place, -1)
+        # The last one, which has no tile of o where there are fewer of these than programs.
+        if program == PROGRAMS - 1:
+            add_query_and_choose(
+                q_ptr + 2 * S, far_k_ptr, mean_ptr, query_ptr, next_ptr, start, C, S, R, FAR_W, BLOCK_S, BLOCK_R
+            )
     _wait(arrivals_ptr, arrived + 2 * PROGRAMS, PROGRAMS)
 
     o = tl.load(o_ptr + i, mask=i < E, other=0.0).to(tl.float32)
@@ -212,3 +247,37 @@ def _keys(
     ptr = tl.where(j // C >= chunk, k_ptr, k_lin_ptr) + j * S  # [BW]
     mask = ((j < filled) & (j >= zero))[:, None] & (s < S)[None, :]
     return tl.load(ptr[:, None] + s[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _far_values(
+    q_ptr, k_ptr, v_ptr, count, index, means, e, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Returns what `far_values` of `decode_far_triton` does, [BLOCK_E], without the matrix units."""
+    s = tl.arange(0, BLOCK_S)
+    slot = tl.arange(0, BLOCK_R)
+    q = tl.load(q_ptr + s, mask=s < S, other=0.0).to(tl.float32)
+    of_means = tl.sum(means * q[None, :], axis=1)
+    # Over the largest of all terms, of which the 1 is one.
+    top = tl.zeros((1,), tl.float32)
+    total = tl.full((1,), 1.0, tl.float32)
+    mixed = tl.zeros((BLOCK_E,), tl.float32)
+    blocks: tl.constexpr = (C + BLOCK_W - 1) // BLOCK_W
+    for block in range(0, count * blocks):
+        own = slot == block // blocks
+        chunk = tl.sum(tl.where(own, index, 0), axis=0)
+        of_mean = tl.sum(tl.where(own, of_means, 0.0), axis=0)
+        c = block % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+        at = (chunk.to(tl.int64) * C + c)[:, None]
+        k = tl.load(k_ptr + at * S + s[None, :], mask=(c < C)[:, None] & (s < S)[None, :], other=0.0)  # [BW, BS]
+        v = tl.load(v_ptr + at * E + e[None, :], mask=(c < C)[:, None] & (e < E)[None, :], other=0.0)  # [BW, BE]
+        x = (tl.sum(q[None, :] * k.to(tl.float32), axis=1) + of_mean) * S**-0.5
+        x = tl.where(c < C, x, -1e30)
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        a = tl.exp(x - new_top)
+        before = tl.exp(top - new_top)
+        total = total * before + tl.sum(a, axis=0)
+        mixed = mixed * before + tl.sum(a.to(v.dtype).to(tl.float32)[:, None] * v.to(tl.float32), axis=0)
+        top = new_top
+    return mixed / total

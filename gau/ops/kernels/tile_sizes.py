@@ -272,7 +272,8 @@ def rows_of(tiles: RowTiles | RowSumTiles, width: int) -> int:
 
 class DecodeTiles(NamedTuple):
     """Tiles of the matmuls have up to block_b rows, sums in steps of block_k, and columns: block_n of u and v, block_h
-    of either half of z, block_out of the output. Attention has block_e columns of one row, block_w places at a time.
+    of either half of z, block_out of the output. Attention has block_e columns of one row, block_w places at a time; in
+    far chunks far_e and far_w.
     """
 
     block_b: int
@@ -286,15 +287,21 @@ class DecodeTiles(NamedTuple):
     block_e: int
     attention_warps: int
     attention_stages: int
+    far_w: int
+    far_e: int
 
 
 def decode_tiles(batch: int, dtype: str) -> DecodeTiles:
     """Returns the tiles for a batch: of few rows tiles are narrow, so that there are programs for all SMs."""
     if dtype == 'float32':
-        return DecodeTiles(16, 32, 32, 16, 16, 4, 1, block_w=32, block_e=64, attention_warps=4, attention_stages=1)
+        near = {'block_w': 32, 'block_e': 64, 'attention_warps': 4, 'attention_stages': 1}
+        return DecodeTiles(16, 32, 32, 16, 16, 4, 1, **near, far_w=32, far_e=64)
+    # Every tile of far chunks reads all their keys, which are a twelfth of their values.
     if batch <= 8:
-        return DecodeTiles(16, 256, 32, 16, 16, 4, 3, block_w=64, block_e=32, attention_warps=4, attention_stages=3)
-    return DecodeTiles(64, 128, 32, 16, 16, 4, 4, block_w=64, block_e=128, attention_warps=4, attention_stages=3)
+        near = {'block_w': 64, 'block_e': 32, 'attention_warps': 4, 'attention_stages': 3}
+        return DecodeTiles(16, 256, 32, 16, 16, 4, 3, **near, far_w=64, far_e=64)
+    near = {'block_w': 64, 'block_e': 128, 'attention_warps': 4, 'attention_stages': 3}
+    return DecodeTiles(64, 128, 32, 16, 16, 4, 4, **near, far_w=32, far_e=256)
 
 
 # --- decode_row_triton: one token of one row --------------------------------------------------------------------------
@@ -302,8 +309,8 @@ def decode_tiles(batch: int, dtype: str) -> DecodeTiles:
 
 class DecodeRowTiles(NamedTuple):
     """Programs have block_n columns of u and v, or block_h of either half of z; block_e of o, over block_w places at a
-    time; block_d of y. Sides need no 16: there are no matrix units in it. A program has all of D, S and E in registers:
-    D, E / 2 and 8 S, rounded up to powers of two, are at most `most`.
+    time, far_w in far chunks; block_d of y. Sides need no 16: there are no matrix units in it. A program has all of D,
+    S and E in registers: D, E / 2 and 8 S, rounded up to powers of two, are at most `most`.
     """
 
     block_n: int
@@ -313,10 +320,13 @@ class DecodeRowTiles(NamedTuple):
     block_d: int
     num_warps: int
     most: int
+    far_w: int
 
 
 # Of base size 100 programs, which an H100 and an H200 have SMs for.
-DECODE_ROW = DecodeRowTiles(block_n=32, block_h=16, block_w=256, block_e=16, block_d=8, num_warps=8, most=1024)
+DECODE_ROW = DecodeRowTiles(
+    block_n=32, block_h=16, block_w=256, block_e=16, block_d=8, num_warps=8, most=1024, far_w=128
+)
 
 
 # --- prefill_chunks_triton: a short block of a prompt -----------------------------------------------------------------

@@ -123,6 +123,22 @@ def decode():
     gradient_of_added(chunks, zeros(1, 4, C, E), *factors)
 
 
+def token_with_far_chunks(batch):
+    """A token of each row with shifted keys, a gate, windows of two chunks of 128, and four of 64 far chunks."""
+    vector, size, groups = {'dtype': 'float32'}, C // 2, 64
+    at_B = jnp.zeros(batch, jnp.int32)
+    state = {'k': zeros(batch, C, S), 'k_lin': zeros(batch, C, S), 'v': zeros(batch, C, E)}
+    state |= {'sum': zeros(batch, S, E, **vector), 'gate': zeros(batch, C, 1, **vector)}
+    state |= {'count': zeros(batch, 1, **vector), 'far_mean': zeros(batch, groups, S, **vector)}
+    state |= {'far_k': zeros(batch, groups * size, S), 'far_v': zeros(batch, groups * size, E)}
+    state |= {'far_query': zeros(batch, S, **vector), 'far_index': zeros(batch, 4, dtype='int32')}
+    window = open_window(state, 32) | {'before': zeros(batch, S)}
+    scales = {name: zeros(6, S, **vector) for name in ('gamma_RS', 'beta_RS')}
+    found, table = parameters()._replace(**shift_and_gate(), **scales), (zeros(batch, S // 2, **vector),) * 2
+    fields = {'position': DecodePosition(at_B, at_B + 1, at_B), 'spec': SPEC._replace(window=2, chunk_size=size)}
+    decode_gated_chunks(zeros(batch, D), found, table, window, **fields)
+
+
 def prompts():
     """The kernels of short and of long prompts at size base, and of shifted queries and keys."""
     vector = {'dtype': 'float32'}
@@ -173,7 +189,12 @@ def softmax():
 
 
 def far():
-    """Every kernel of FLASH with far chunks at size base, in chunks of 256 and windows of two of 128, and at small."""
+    """Every kernel of FLASH with far chunks at size base, in chunks of 256 and windows of two of 128, and at small.
+
+    And those of a token at size base.
+    """
+    for batch in (1, 8, 64):
+        token_with_far_chunks(batch)
     for size, width, window in ((C, E, 1), (C // 2, E, 2), (C, E // 2, 1)):
         n, ids = 8 * size, jnp.ones((1, 8 * size), jnp.int32)
         fields = {'spec': SPEC._replace(chunk_size=size, window=window), 'segment_ids_BN': ids, 'far_chunks': 4}

@@ -30,7 +30,13 @@ from tests.conftest import ROOT
             ['weights', 'states', 'output', 'states_gradient', 'value_and_weight_gradient', 'weights_gradient'],
         ),
         ('softmax', ['log_sums', 'weights', 'weights_gradient', 'gate_gradient']),
-        ('far', ['output', 'sum_over_read', 'scores_gradient', 'sum_over_readers', 'value_and_weight_gradient']),
+        (
+            'far',
+            [
+                *('output', 'sum_over_read', 'scores_gradient', 'sum_over_readers', 'value_and_weight_gradient'),
+                *(f'decode_{name}' for name in ('row', 'projections', 'far_attention', 'output')),
+            ],
+        ),
     ],
 )
 def test_kernels_compile_for_an_h100(what, wanted):

@@ -9,6 +9,7 @@ import pytest
 
 from gau.ops.chunk_window import open_window, window_token
 from gau.ops.decoding import DecodePosition, mixed_chunk_block
+from gau.ops.far_decoding import chosen_chunks_token
 from gau.ops.kernels import decode_row
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk_block import gated_mixed_chunk_block
@@ -35,6 +36,8 @@ SMALL = Sizes(12, 8, 40, 24)
 LARGE = Sizes(128, 128, 256, 256)
 C, S, E, D = SMALL
 WINDOW = 7
+# Far chunks that are read.
+R = 3
 SPECS = {
     'mean': ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0),
     'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
@@ -68,6 +71,29 @@ def cut(window, rows):
     return {name: x[rows] for name, x in window.items()}
 
 
+def far_window(groups, sizes=SMALL):
+    """What a window of so many far chunks has of them, float64, with something at all its places.
+
+    Rows have read four chunks and more; the current chunk and the next read any that are complete.
+    """
+    means_BGS = normal(62, B, groups, sizes.inner)
+    # Many that fit alike, among blocks of chunks and in other ones.
+    means_BGS = means_BGS[:, jnp.arange(groups) % 5] if groups > 6 else means_BGS
+    return {
+        'far_k': normal(60, B, groups * sizes.chunk, sizes.inner),
+        'far_v': normal(61, B, groups * sizes.chunk, sizes.expanded),
+        'far_mean': means_BGS,
+        'far_query': sizes.chunk**0.5 * normal(63, B, sizes.inner),
+        'far_index': jnp.array([[0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 1]], jnp.int32),
+        'far_next': jnp.array([[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 1], [3, 1, 2]], jnp.int32),
+    }
+
+
+def far_narrow(window, dtype):
+    types = {'far_k': dtype, 'far_v': dtype, 'far_mean': 'float32', 'far_query': 'float32'}
+    return {name: x.astype(types.get(name, x.dtype)) for name, x in window.items()}
+
+
 def expect_close(found, wanted, dtype, name):
     a, b = (np.asarray(x, np.float64) for x in (found, wanted))
     assert max_error(a, b) < TOLERANCE[dtype], name
@@ -80,6 +106,16 @@ def expect_close(found, wanted, dtype, name):
         ('mean, decay, visible; shifted gated two', slice(None)),
         # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
         ('mean, decay, visible; shifted gated two', slice(4, 5)),
+        ('mean, decay, visible; shifted gated two far', slice(None)),
+        # A row that completes a chunk, and so chooses; and one beyond a border.
+        ('mean, decay, visible; shifted gated two far', slice(3, 4)),
+        ('mean, decay, visible; shifted gated two far', slice(4, 5)),
+        # Which of many are best.
+        ('mean, decay, visible; far later', slice(None)),
+        pytest.param('mean; far later', slice(3, 4), marks=pytest.mark.slow),
+        pytest.param('mean; far', slice(None), marks=pytest.mark.slow),
+        pytest.param('mean; far', slice(1, 2), marks=pytest.mark.slow),
+        pytest.param('sum, decay, su; gated far', slice(0, 1), marks=pytest.mark.slow),
         pytest.param('mean; shifted gated two', slice(None), marks=pytest.mark.slow),
         pytest.param('mean; shifted gated two', slice(1, 2), marks=pytest.mark.slow),
         pytest.param('sum, decay, su; two', slice(None), marks=pytest.mark.slow),
@@ -98,23 +134,27 @@ def test_one_token_of_a_layer(case, rows, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rows', [slice(None), slice(4, 5)], ids=str)
-def test_one_token_of_the_default_in_tiles_as_on_a_gpu(rows):
-    expect_the_token_of_the_reference('mean, decay, visible; shifted gated two', rows, 'bfloat16', LARGE)
+@pytest.mark.parametrize('rows', [slice(None), slice(3, 4), slice(4, 5)], ids=str)
+@pytest.mark.parametrize('far', ['', ' far'])
+def test_one_token_of_the_default_in_tiles_as_on_a_gpu(far, rows):
+    expect_the_token_of_the_reference(f'mean, decay, visible; shifted gated two{far}', rows, 'bfloat16', LARGE)
 
 
 def expect_the_token_of_the_reference(case, rows, dtype, sizes):
     case, _, more = case.partition('; ')
-    shifted, gated, chunks = 'shifted' in more, 'gated' in more, 1 + ('two' in more)
+    shifted, gated, far, chunks = 'shifted' in more, 'gated' in more, 'far' in more, 1 + ('two' in more)
     C, S, E, D = sizes
     # Rows in their first chunk, at its last token, and far on; beyond the border that their windows cross.
     all_opened_B = jnp.array([0, C - 7, 2 * C - 1, 3 * C - 6, 4 * C - 2])
     all_start_B = jnp.array([0, C - 1, 2 * C, 3 * C - 1, 4 * C + 1])
     # (In a window of two chunks, the second row beyond the border of the sequence's first chunk.)
     start_B, opened_B = (all_start_B if chunks == 1 else all_start_B.at[1].set(C))[rows], all_opened_B[rows]
+    later = 36 if 'later' in more else 0
+    start_B, opened_B, all_opened_B = (x + later * C for x in (start_B, opened_B, all_opened_B))
     spec = SPECS[case]._replace(chunk_size=C, window=chunks)
     position = DecodePosition(start_B, jnp.ones_like(start_B), opened_B)
-    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (4, S), (4, S), (E, D), (D,), (2 * chunks * C - 1,)]
+    pairs = 4 + 2 * far
+    shapes = [(), (D, 2, E), (2, E), (D, S), (S,), (pairs, S), (pairs, S), (E, D), (D,), (2 * chunks * C - 1,)]
     parameters = Parameters(*(0.5 * normal(20 + i, *shape) for i, shape in enumerate(shapes)))
     # So that sums over more columns are as large.
     less = (SMALL.width / D) ** 0.5
@@ -135,7 +175,7 @@ def expect_the_token_of_the_reference(case, rows, dtype, sizes):
         keys_B1S = z_B1S + parameters.mix_S * (before('float64', sizes)[rows][:, None] - z_B1S)
     scales = zip(parameters.gamma_RS, parameters.beta_RS, strict=True)
     roles = [(keys_B1S if i % 2 else z_B1S) * gamma + beta for i, (gamma, beta) in enumerate(scales)]
-    q, k, q_lin, k_lin = roles if table is None else (apply_rope(x, table) for x in roles)
+    q, k, q_lin, k_lin, *far_pair = roles if table is None else (apply_rope(x, table) for x in roles)
     bias_B1M = None
     if parameters.bias_P is not None:
         bias_B1M = bias_matrix(parameters.bias_P, chunks * C, chunks * C)[(chunks - 1) * C + start_B % C][:, None]
@@ -151,6 +191,10 @@ def expect_the_token_of_the_reference(case, rows, dtype, sizes):
     av_B1E, wanted = window_token(
         *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64', chunks, sizes) | gate, rows), **fields
     )
+    of_far = cut(far_window(6 + later, sizes), rows) if far else {}
+    if far:
+        far_B1E, wanted_far = chosen_chunks_token(*far_pair, v_B1E, of_far, position=position)
+        av_B1E, wanted = av_B1E + far_B1E, wanted | wanted_far
     y_BD = x_BD + (u_B1E * av_B1E)[:, 0] @ parameters.out_ED + parameters.out_bias_D
 
     narrow = {
@@ -160,14 +204,22 @@ def expect_the_token_of_the_reference(case, rows, dtype, sizes):
     table = None if table is None else tuple(x[:, 0].astype('float32') for x in table)
     window = window_of(dtype, chunks, sizes) | ({'before': before(dtype, sizes)} if shifted else {})
     window |= {name: x.astype('float32') for name, x in gate.items()}
+    window = cut(window, rows) | far_narrow(of_far, dtype)
     found_BD, found = decode_gated_chunks(
-        x_BD.astype(dtype), Parameters(**narrow), table, cut(window, rows), position=position, spec=spec
+        x_BD.astype(dtype), Parameters(**narrow), table, window, position=position, spec=spec
     )
     if shifted:
         expect_close(found['before'], z_B1S[:, 0], dtype, 'before')
     expect_close(found_BD, y_BD, dtype, 'y')
-    for name in ('k', 'k_lin', 'v', *(['gate'] if gated else [])):
-        expect_close(found[name], wanted[name], dtype, name)
+    for name in ('k', 'k_lin', 'v', *(['gate'] if gated else []), *of_far):
+        if name != 'far_next':
+            expect_close(found[name], wanted[name], dtype, name)
+    if far:
+        # As many as there are; what stands behind them is never read.
+        counted_B1 = jnp.minimum((start_B + 1) // C, R)[:, None]
+        for x in (found, wanted):
+            x['far_next'] = jnp.where(jnp.arange(R) < counted_B1, x['far_next'], 0)
+        np.testing.assert_array_equal(found['far_next'], wanted['far_next'])
 
 
 def test_a_row_has_one_kernel_where_its_programs_fit_on_the_gpu_together(monkeypatch):
