@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -127,6 +128,8 @@ def run(main: Callable[..., int | None], *, arguments: bool = False, stored_conf
     # with a traceback for each of its threads.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _unraisable
+    # Where a write of Orbax has failed, others were not begun. At exit this would come behind the line that says why.
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a file that is not UTF-8 gets escapes for what it cannot show.
         if isinstance(stream, io.TextIOWrapper):

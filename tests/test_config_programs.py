@@ -89,11 +89,13 @@ def test_numbers_and_truth_are_read_as_people_write_them(tmp_path):
         ('import jax; jax.numpy.zeros(2**50).sum()', {'JAX_PLATFORMS': 'cpu'}, 1, '', 'error: out of memory (Out of'),
         ('raise MemoryError("373 GiB")', {}, 1, '', 'error: out of memory (373 GiB)\n'),
         ("open('/dev/full', 'w').write('x' * 99999)", {}, 1, '', 'no space left'),
+        # As Orbax leaves them behind where a write failed: Python tells of them when the program ends.
+        ("globals().update(a=asyncio.sleep(1)); raise MemoryError('x')", {}, 1, '', 'error: out of memory (x)\n'),
         ("raise OSError(30, 'Read-only file system', 'a/b')", {}, 1, '', 'error: a/b: Read-only file system'),
     ],
 )  # fmt: skip
 def test_what_the_machine_cannot_do_is_one_line(program, environment, code, out, err):
-    script = f'from gau import cli\ndef main():\n    {program}\ncli.run(main)'
+    script = f'import asyncio\nfrom gau import cli\ndef main():\n    {program}\ncli.run(main)'
     result = subprocess.run(
         [sys.executable, '-c', script], capture_output=True, text=True, env={**os.environ, **environment}
     )
