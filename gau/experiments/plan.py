@@ -239,11 +239,18 @@ def compile_check(program: Program, points: Sequence[Point], topology: str, *, v
 
 def outcome(tasks: Sequence[Task], *, refused: int) -> str:
     """Returns what became of the points, in a line, and below it why some have failed."""
-    finished = sum(task.state in (FINISHED, KEPT) for task in tasks)
-    kept = sum(task.state == KEPT for task in tasks)
-    line = f'{finished} of {len(tasks)} points are finished' + (f', {kept} of them kept runs' if kept else '')
-    lines = [line + (f', {refused} were refused' if refused else '')]
-    lines += [f'{task.name} failed {task.attempts} times, {task.error}' for task in tasks if task.state == FAILED]
+    states = Counter(task.state for task in tasks)
+    finished = states[FINISHED] + states[KEPT]
+    parts = [
+        f'finished: {finished} of {len(tasks)} points' + f', {states[KEPT]} of them kept runs' * (states[KEPT] > 0)
+    ]
+    parts += [f'failed: {states[FAILED]}'] * (states[FAILED] > 0) + [f'refused: {refused}'] * (refused > 0)
+    parts += ['the same command goes on with the rest'] * (finished + states[FAILED] < len(tasks))
+    lines = ['; '.join(parts)]
+    for task in tasks:
+        if task.state == FAILED:
+            times = 'once' if task.attempts == 1 else f'{task.attempts} times'
+            lines.append(f'{task.name} failed {times}, {task.error}')
     return '\n'.join(lines)
 
 

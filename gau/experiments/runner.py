@@ -91,6 +91,9 @@ class Runner(abc.ABC):
             for task in self.tasks:
                 if self._look(task).finished:
                     task.state = FINISHED
+            done = sum(not self._open(task) for task in self.tasks)
+            if done:
+                self._tell(f'finished before: {done} of {len(self.tasks)} points')
             while self._running() or (not self._signum and any(self._open(task) for task in self.tasks)):
                 self._settle()
                 self._pass_on()
@@ -167,4 +170,4 @@ class Runner(abc.ABC):
         running = sum(task.state == RUNNING for task in untold)
         if running:
             again = 'waiting until they have saved; once more kills them' if self._signals == 1 else 'killing them'
-            self._tell(f'{signal.Signals(self._signum).name}: {running} runs, {again}')
+            self._tell(f'{signal.Signals(self._signum).name}: {running} run{"s" * (running > 1)}, {again}')

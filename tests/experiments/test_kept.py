@@ -131,7 +131,7 @@ def test_a_sweep_runs_what_is_not_kept_and_its_report_has_both(tmp_path):
     code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={second}', f'--kept={day}', '--per_device=3')
     assert code == 0, err
     assert f'chunk_size_16-seed_1 KEPT in {day}' in ' '.join(out.split())
-    assert '4 of 4 points are finished, 1 of them kept runs' in out
+    assert 'finished: 4 of 4 points, 1 of them kept runs' in out
     ran = ['chunk_size_16-seed_0', 'chunk_size_32-seed_0', 'chunk_size_32-seed_1']
     assert sorted(starts(second)) == sorted(losses(second)) == ran
     found, unfinished = runs.find([second])
@@ -151,7 +151,7 @@ def test_a_sweep_runs_what_is_not_kept_and_its_report_has_both(tmp_path):
         third = tmp_path / f'third_{number}'
         code, out, err = run('--sweep=model.chunk_size:16,seed:2:1', f'--workdir={third}', f'--kept={place}')
         assert code == 0, err
-        assert '2 of 2 points are finished, 2 of them kept runs' in out
+        assert 'finished: 2 of 2 points, 2 of them kept runs' in out
         assert not (third / 'attempts.jsonl').exists()
         assert {'chunk_size_16-seed_1', 'chunk_size_16-seed_2'} <= {one.name for one in runs.find([third])[0]}
     # With one field changed, everything is.
@@ -170,7 +170,7 @@ def test_a_point_that_the_sweep_has_run_itself_is_its_own(tmp_path):
     (first / 'chunk_size_16' / 'final.json').write_text(json.dumps(final))
     code, out, err = run('--sweep=chunk_size', f'--workdir={second}', f'--kept={first}')
     assert code == 0, err
-    assert '2 of 2 points are finished\n' in out
+    assert 'finished: 2 of 2 points\n' in out
     assert sorted(one.metrics['valid']['loss'] for one in runs.find([second])[0])[-1] < 9
 
 

@@ -92,9 +92,9 @@ def test_failures_and_signals_on_a_cluster(tmp_path, start_cluster):
     code, out, err = run(*arguments, **address)
     print(out)
     assert code == 1, out + err
-    assert '2 of 4 points are finished' in out
+    assert 'finished: 2 of 4 points' in out
     assert 'learning_rate_13 failed 3 times, exit code 1: RuntimeError: as it should' in out
-    assert 'learning_rate_5 failed 1 times, exit code 2: error: learning rate 5 is bad input' in out
+    assert 'learning_rate_5 failed once, exit code 2: error: learning rate 5 is bad input' in out
     killed = tmp_path / 'killed'
     sweep = start('--sweep=chunk_size', f'--workdir={killed}', '--executor=ray', '--per_device=4', **address)
     wait_for_rows(killed, 3, runs=2)

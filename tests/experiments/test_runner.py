@@ -93,7 +93,7 @@ def wait_for_rows(directory, count, runs):
 def test_runs_all_once_and_then_nothing(tmp_path):
     code, out, err = run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--per_device=3')
     assert code == 0, err
-    assert '4 of 4 points are finished' in out
+    assert 'finished: 4 of 4 points' in out
     assert losses(tmp_path)['chunk_size_16-seed_1'] == pytest.approx(5 / 12 + 0.16 + 0.001)
     assert sorted(starts(tmp_path)) == sorted(losses(tmp_path))
     # The same again, and grown by a seed.
@@ -101,15 +101,16 @@ def test_runs_all_once_and_then_nothing(tmp_path):
     assert (code, len(starts(tmp_path))) == (0, 4), err
     code, out, err = run('--sweep=chunk_size,seed:3', f'--workdir={tmp_path}', '--per_device=2')
     assert (code, len(starts(tmp_path))) == (0, 6), err
+    assert 'finished before: 4 of 6 points' in out
 
 
 def test_failing_points_are_tried_three_times_and_reported_with_their_last_line(tmp_path):
     code, out, err = run('--sweep=rate:0.001:13.0:7.0:5.0', f'--workdir={tmp_path}', '--per_device=2')
     assert code == 1, err
-    assert '2 of 4 points are finished' in out
+    assert 'finished: 2 of 4 points' in out
     assert 'learning_rate_13 failed 3 times, exit code 1: RuntimeError: as it should' in out
     # Bad input is not tried again.
-    assert 'learning_rate_5 failed 1 times, exit code 2: error: learning rate 5 is bad input' in out
+    assert 'learning_rate_5 failed once, exit code 2: error: learning rate 5 is bad input' in out
     assert starts(tmp_path).count('learning_rate_7') == 2
 
 
@@ -117,7 +118,7 @@ def test_refused_points_keep_the_exit_code_from_0(tmp_path):
     code, out, err = run('--sweep=heads', f'--workdir={tmp_path}')
     assert code == 1, err
     assert 'REFUSED: model.num_heads=5' in out
-    assert '1 of 1 points are finished, 1 were refused' in out
+    assert 'finished: 1 of 1 points; refused: 1\n' in out
 
 
 def test_a_killed_sweep_and_a_killed_point_go_on_with_the_same_command(tmp_path):
@@ -166,6 +167,7 @@ def test_asked_to_stop_it_waits_until_all_have_saved(tmp_path, number, code):
     out, err = sweep.communicate(timeout=600)
     assert sweep.returncode == code, err
     assert out.count('stopped, saved at step') == 2
+    assert 'finished: 0 of 4 points; the same command goes on with the rest\n' in out
     assert len(starts(tmp_path)) == 2
 
 
