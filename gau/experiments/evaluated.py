@@ -49,10 +49,10 @@ def _curve(ranges: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _measured(run: Run, told: str, changed: dict, metrics: dict, curves: dict) -> Run:
-    arguments = [shlex.quote(f'--config.{field}={value}') for field, value in changed.items()]
+    arguments = [shlex.quote(f'--config.{field}={runs.without_place(value)}') for field, value in changed.items()]
     command = run.facts['command'] if not told else ' '.join(['python eval.py', *arguments])
     return run._replace(
-        label=f'{run.label} {told}'.strip(),
+        label=runs.without_place(f'{run.label} {told}'.strip()),
         swept=None,
         config={**run.config, **{field: runs.without_place(value) for field, value in changed.items()}},
         metrics=metrics,
