@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gau.errors import UserError
-from gau.experiments.report import Report, Row, risen
+from gau.experiments.report import Report, Row, risen, shown
 from gau.experiments.runs import Run
 from gau.training.lowest import WORSE
 
@@ -68,7 +67,7 @@ def _results(report: Report) -> str:
         head += ['tokens to its loss'] + ['time to its loss'] * timed
     lines = []
     for row in rows:
-        line = [*(_value(value) for value in row.values.values()), _parameters(row), str(row.mean)]
+        line = [*(shown(value) for value in row.values.values()), _parameters(row), str(row.mean)]
         if compared:
             line.append('baseline' if row.values in report.baselines else str(row.against or '-'))
             line += [_p(row.against and row.against.p), _p(row.holm)]
@@ -111,14 +110,14 @@ def _notes(report: Report) -> str:
         )
     found = risen(report)
     if found:
-        shown = [
-            f'{", ".join(_value(value) for value in row.values.values())} ({lowest:.3f} at {_tokens(tokens)} tokens, '
+        told = [
+            f'{", ".join(shown(value) for value in row.values.values())} ({lowest:.3f} at {_tokens(tokens)} tokens, '
             f'{last:.3f} at the end)'
             for row, tokens, lowest, last in found[:MOST_TOLD]
         ]
         more = f' and {len(found) - MOST_TOLD} more' if len(found) > MOST_TOLD else ''
         notes.append(
-            f'The {options.split} loss was lower before the end, by {WORSE} nats or more, in {"; ".join(shown)}{more}.'
+            f'The {options.split} loss was lower before the end, by {WORSE} nats or more, in {"; ".join(told)}{more}.'
         )
     if options.allow:
         notes.append(f'The runs differ in {" and ".join(options.allow)}.')
@@ -129,7 +128,7 @@ def _provenance(report: Report) -> str:
     """A line for each row, and before it what all rows have in common."""
     columns = ('config', 'commit', 'device', 'tokens', 'tokenizer', 'data')
     lines = [
-        [', '.join(_value(value) for value in row.values.values()), *(_origin(row)[name] for name in columns)]
+        [', '.join(shown(value) for value in row.values.values()), *(_origin(row)[name] for name in columns)]
         for row in report.rows
     ]
     common, own = [], [0]
@@ -182,10 +181,6 @@ def markdown(rows: Sequence[Sequence[str]], *, numbers: int) -> str:
     ]
     rule = ['-' * w if i < numbers else '-' * (w - 1) + ':' for i, w in enumerate(widths)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (lines[0], rule, *lines[1:]))
-
-
-def _value(value: Any) -> str:
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _parameters(row: Row) -> str:

@@ -13,6 +13,7 @@ from gau.errors import UserError, did_you_mean
 from gau.experiments import statistics
 from gau.experiments.runs import Run, differing
 from gau.experiments.statistics import Comparison, Mean, Sigma
+from gau.experiments.sweep import literal
 from gau.models.architectures import ARCHITECTURES
 from gau.training.lowest import is_worse
 
@@ -141,7 +142,11 @@ def metric_of(run: Run, options: Options) -> float:
         raise UserError(f'{where} was not evaluated on it{did_you_mean(options.split, run.metrics)}')
     found = run.metrics[options.split].get(options.metric)
     if found is None:
-        raise UserError(f'--metric={options.metric}: {run.name} has no such result on {options.split}')
+        there = [name for name, value in run.metrics[options.split].items() if value is not None]
+        raise UserError(
+            f'--metric={options.metric}: {run.name} has no such result on {options.split}'
+            f'{did_you_mean(options.metric, there)}'
+        )
     return found
 
 
@@ -276,14 +281,26 @@ def _find_baselines(rows: Sequence[Row], options: Options) -> dict[int, int]:
     rest = [field for field in options.by if field not in wanted]
     for index, row in enumerate(rows):
         for other, candidate in enumerate(rows):
-            is_baseline = all(str(candidate.values[field]) == value for field, value in wanted.items())
+            is_baseline = all(_is(candidate.values[field], value) for field, value in wanted.items())
             if is_baseline and all(candidate.values[field] == row.values[field] for field in rest):
                 found[index] = other
     if not found:
-        field, value = next(iter(wanted.items()))
-        options_there = {str(row.values[field]) for row in rows}
-        raise UserError(f'--against={options.against}: no such row{did_you_mean(value, options_there)}')
+        for field, value in wanted.items():
+            there = {shown(row.values[field]) for row in rows}
+            if not any(_is(row.values[field], value) for row in rows):
+                raise UserError(f'--against={options.against}: no row has {field}={value}{did_you_mean(value, there)}')
+        raise UserError(f'--against={options.against}: no row has all of these')
     return found
+
+
+def _is(value: Any, text: str) -> bool:
+    """Returns whether a text means a value: 2, 2.0 and 2e0 are one."""
+    return str(value) == text or literal(text) == value
+
+
+def shown(value: Any) -> str:
+    """Returns a field's value as tables have it."""
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _compared(rows: Sequence[Row], baselines: dict[int, int], sigma: Sigma, options: Options) -> list[Row]:
