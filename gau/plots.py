@@ -49,6 +49,13 @@ def figure(xlabel: str, ylabel: str, title: str, *, rows: int = 1) -> tuple[Any,
     return canvas, axes
 
 
+def shorten_numbers(axes: Any) -> None:
+    """Writes the numbers along x as tables do, `20 M`, and not in powers of ten."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
+
+
 def save(canvas: Any, path: Path) -> None:
     """Writes a PNG whole or not at all; the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """The pictures of a report."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gau import plots
-from gau.experiments.report import MORE_IS_BETTER, Report, mean_curve
+from gau.experiments.report import MORE_IS_BETTER, Report, mean_curve, shown
 from gau.experiments.runs import BY_RANGE
 
 
@@ -40,6 +41,7 @@ def _curves(report: Report, *, column: int, label: str) -> Any:
     if all(len(mean_curve(row, split)) < 3 for row in report.rows):
         split = 'train'
     figure, axes = plots.figure(label, f'{split} loss (nats per token)', report.options.title)
+    plots.shorten_numbers(axes)
     lowest, early = [], []
     for row in report.rows:
         curve = mean_curve(row, split)
@@ -54,7 +56,7 @@ def _curves(report: Report, *, column: int, label: str) -> Any:
     # The first steps would flatten all that matters.
     room = 0.05 * (max(early) - min(lowest)) or 0.1
     axes.set_ylim(min(lowest) - room, max(early) + room)
-    axes.legend(fontsize=8, title=', '.join(report.rows[0].values), title_fontsize=8)
+    _legend(axes, report.rows[0].values)
     return figure
 
 
@@ -65,7 +67,7 @@ def _by_range(report: Report, name: str) -> Any:
         if len(curve):
             axes.plot(curve[:, 0], curve[:, 2], marker='.', label=_name(row.values))
     axes.set_xscale('log', base=2)
-    axes.legend(fontsize=8)
+    _legend(axes, report.rows[0].values)
     return figure
 
 
@@ -93,7 +95,7 @@ def _values(report: Report) -> Any:
     axes.set_xticks(values, [f'{value:g}' for value in values])
     axes.minorticks_off()
     if any(lines):
-        axes.legend(fontsize=8)
+        _legend(axes, [name for name in report.rows[0].values if name != field])
     return figure
 
 
@@ -103,14 +105,21 @@ def _speed(report: Report) -> Any:
         return None
     figure, axes = plots.figure('tokens/s', f'{_metric(report)}, better upwards', report.options.title)
     for row in rows:
-        axes.errorbar(row.speed, row.mean.value, yerr=row.mean.half or 0.0, marker='o', capsize=3)
-        axes.annotate(
-            _name(row.values), (row.speed, row.mean.value), xytext=(6, 3), textcoords='offset points', fontsize=8
+        half = row.mean.half or 0.0
+        axes.errorbar(
+            row.speed, row.mean.value, yerr=half, marker='o', capsize=3, linestyle='', label=_name(row.values)
         )
     axes.set_xlim(0, 1.25 * max(row.speed for row in rows))
+    plots.shorten_numbers(axes)
+    _legend(axes, report.rows[0].values)
     if report.options.metric not in MORE_IS_BETTER:
         axes.invert_yaxis()
     return figure
+
+
+def _legend(axes: Any, fields: Iterable[str]) -> None:
+    """Says what the values in the names of rows are of."""
+    axes.legend(fontsize=8, title=', '.join(fields), title_fontsize=8)
 
 
 def _metric(report: Report) -> str:
@@ -119,4 +128,4 @@ def _metric(report: Report) -> str:
 
 
 def _name(values: dict[str, Any]) -> str:
-    return ', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values.values())
+    return ', '.join(map(shown, values.values()))

@@ -100,6 +100,18 @@ def test_each_family_has_its_own_baseline():
         report.make([made_up(3.0, model__name='gone')], Options(by=('family',)))
 
 
+@pytest.mark.parametrize('against', ['2', '2.0', '2e0', 'model.expansion_factor=2,model.name=flash'])
+def test_a_baseline_is_named_as_the_table_shows_it_or_as_it_was_given(against):
+    found = [made_up(3 + factor, model__expansion_factor=factor) for factor in (1.0, 2.0)]
+    by = ('model.expansion_factor', 'model.name')
+    made = report.make(found, Options(by=by, against=against))
+    assert made.baselines == [{'model.expansion_factor': 2.0, 'model.name': 'flash'}]
+    assert '| 2 ' in page.table(made)
+    for wrong, hint in (('3', 'no row has model.expansion_factor=3; choose from 1, 2'), ('1,model.name=x', '=x; ')):
+        with pytest.raises(UserError, match=hint):
+            report.make(found, Options(by=by, against=wrong))
+
+
 def test_two_fields_are_compared_row_by_row():
     found = [
         made_up(loss + seed / 10, seed=seed, model__name=model, data__context=context, tokens=1000)
@@ -152,7 +164,7 @@ REFUSED = {
     'unknown row': (models(), Options(against='flsh'), 'did you mean "flash"'),
     'against another field': (models(), Options(against='seed=3'), 'seed is not in --by'),
     'unknown split': (models(), Options(split='vald'), 'did you mean "valid"'),
-    'unknown metric': (models(), Options(metric='accuracy'), '--metric=accuracy'),
+    'unknown metric': (models(), Options(metric='accuracy'), 'choose from loss, perplexity, tokens'),
     'mixed row': (models(), Options(by=('data.context',)), 'would mix runs that differ in model.name'),
     'a seed twice': (models() + models()[:1], Options(), 'two runs of one setting and seed'),
 }
@@ -201,6 +213,24 @@ def published(tmp_path):
     made = report.make(found, Options(against='64', title='Chunks'))
     publish.write(made, found, tmp_path / 'chunks')
     return tmp_path
+
+
+def test_figures_name_the_fields_whose_values_they_show(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(figures.plots, 'save', lambda canvas, path: drawn.update({path.stem: canvas.axes[0]}))
+    rows = [
+        made_up(3.0, speed=1e4 * size * layers, model__chunk_size=size, model__num_layers=layers)
+        for size in (64, 128, 256)
+        for layers in (1, 2)
+    ]
+    figures.draw(report.make(rows, Options()), tmp_path / 'x')
+    both = 'model.chunk_size, model.num_layers'
+    assert {name: axes.get_legend().get_title().get_text() for name, axes in drawn.items()} == {
+        **{name: both for name in ('x_tokens', 'x_time', 'x_speed')},
+        'x_values': 'model.num_layers',
+    }
+    assert [text.get_text() for text in drawn['x_speed'].get_legend().get_texts()][:2] == ['64, 1', '64, 2']
+    assert drawn['x_speed'].xaxis.get_major_formatter()(2e7) == '20 M'
 
 
 def test_files_of_a_report(published):
@@ -362,7 +392,7 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
         ranges = [{'first': 0, 'last': 0, 'loss': 3.0, 'tokens': 4}, {'first': 2, 'last': 3, 'loss': 1.5, 'tokens': 8}]
         row = {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256}
         lines.insert(0, row | {'loss_by_distance': ranges})
-        lines.append(row | {'split': 'eval/train', 'config': {'data.source': 'jsonl:books.jsonl'}})
+        lines.append(row | {'split': 'eval/train', 'config': {'data.source': 'jsonl:/texts/books.jsonl'}})
         (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
     final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
     files.write_json(tmp_path / 'flash' / files.FINAL, final | {'eval': {}})
@@ -380,6 +410,10 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
     narrow = found[-1].facts
     assert narrow['parameters'] == 6
     assert narrow['command'] == 'python scripts/compress.py --method=narrower --expansion_factor=1.5'
+    # Where a text lay on the machine that measured says nothing.
+    (other_text,) = evaluated.find([tmp_path / 'flash'], split='train')
+    assert other_text.label == 'flash source=jsonl:books.jsonl'
+    assert other_text.facts['command'] == 'python eval.py --config.data.source=jsonl:books.jsonl'
     (tmp_path / 'narrow' / files.EVAL).unlink()
     with pytest.raises(UserError, match='holds no measurement'):
         evaluated.find([tmp_path / 'narrow'])
