@@ -58,7 +58,8 @@ class Shards:
         if made_with['fingerprint'] != tokenizer.fingerprint:
             raise UserError(
                 f'tokens:{directory} was prepared with the tokenizer {made_with["spec"]} ({made_with["fingerprint"]}), '
-                f'data.tokenizer is another one ({tokenizer.fingerprint}): leave data.tokenizer out to use the former'
+                f'the one in use is another ({tokenizer.fingerprint}): prepare the text again with that one, or leave '
+                'data.tokenizer out if it is set'
             )
         # Earlier versions let text give special ids, where the tokenizer's model does so.
         safe = 'special_in_text' in contents.get('plan', {}).get('options', {})

@@ -70,5 +70,5 @@ def test_a_mixture_keeps_what_prepared_tokens_hold_out(prepared, corpus):
 def test_other_tokenizers_are_refused(prepared, corpus, tmp_path):
     path = prepare._train_tokenizer(tmp_path / 'm.model', sources.open_split(make_config(), 'valid')[0], 400, 60_000)
     config = make_config(source=corpus['jsonl'], tokenizer=path, valid_source=f'tokens:{prepared}/whole')
-    with pytest.raises(UserError, match=r'tokens:.*whole was prepared with the tokenizer bytes'):
+    with pytest.raises(UserError, match=r'whole was prepared with the tokenizer bytes .*: prepare the text again'):
         sources.open_split(config, 'valid')
