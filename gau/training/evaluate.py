@@ -71,7 +71,9 @@ def evaluate(
     first = distributed.is_first()
     if first:
         model, data = run.config.model, run.config.data
-        print(f'{workdir} at step {step}: {model.name} ({model.size}), {data.source}, {data.tokenizer}')
+        own = {split: data[f'{split}_source'] for split in ('valid', 'test')}
+        held_out = ''.join(f', {split} is {source}' for split, source in own.items() if source)
+        print(f'{workdir} at step {step}: {model.name} ({model.size}), {data.source}{held_out}, {data.tokenizer}')
     with run.context():
         for evaluator, cases in measured.items():
             for case in evaluator.cases(contexts or [run.config.data.context]):

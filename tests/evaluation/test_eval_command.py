@@ -82,6 +82,10 @@ def test_text_that_it_was_not_trained_beside(trained, tmp_path):
     assert [row['bytes'] for row in found] == [sum(len(text.encode()) for text in texts)] * 2
     assert [row['context'] for row in found] == [16, 24]
     assert found[0]['config']['data.source'] == f'jsonl:{tmp_path}/texts.jsonl'
+    # The head says what the splits are of.
+    assert out.splitlines()[0].endswith(
+        f'), jsonl:{tmp_path}/texts.jsonl, valid is jsonl:{tmp_path}/texts.jsonl, bytes'
+    )
     assert all(len(line) <= 100 for line in out.splitlines()[1:] if not line.startswith('written'))
 
 
