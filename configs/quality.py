@@ -9,14 +9,13 @@ of the bias on three seeds of `small` at 1,024; this is the comparison that it l
 
 Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `rates`
 (what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
-of the tokens before its chunk), `variants` (how it may remember and read them), `gate` (the gate on the state against
-Transformer++; take it times seed:3), `causes` and `gated` (in 1,000 steps: what FLASH lacks at 8,192, and what goes
-with the gate), `muon` (with what helps both), and with it `forms` (other memories), `convolution` (before every layer
-of either model), `keys` (that are found by the token before), `shifted` (these at two contexts), `shifted_forms`
-(other rates, and what goes with them), `exact` (whole chunks before it read by softmax), `reach` (more of these, and
-other forms), `best` (what configs/lm.py took from all this, against Transformer++), `softmax` (the same FLASH with
-softmax), `books` (`best` on books), `far_books` (books, 32,768 tokens of context: with chunks read exactly and
-without); `base` and `base_best` (112 M parameters).
+of the tokens before its chunk), `gate` (the gate on the state against Transformer++; take it times seed:3), `causes`
+(in 1,000 steps: what FLASH lacks at 8,192), `muon` (with what helps both), and with it `forms` (other memories),
+`convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
+contexts), `shifted_forms` (other rates, and what goes with them), `exact` (whole chunks before it read by softmax),
+`reach` (more of these, and other forms), `best` (what configs/lm.py took from all this, against Transformer++),
+`softmax` (the same FLASH with softmax), `books` (`best` on books), `far_books` (books, 32,768 tokens of context: with
+chunks read exactly and without); `base` and `base_best` (112 M parameters).
 `seed:N:FIRST` adds seeds to a table.
 
 A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
@@ -104,22 +103,6 @@ def sweep_memory() -> Iterator[Overrides]:
     yield {'name': 'quad', ':context': 8192, **QUAD, RATE: 3e-3}
 
 
-def sweep_variants() -> Iterator[Overrides]:
-    """8,192 tokens of context: gates of the state, windows of two chunks, RoPE inside chunks alone; Transformer++."""
-    flash = {':context': 8192, **MEAN, RATE: 3e-3}
-    fixed, chunk_128 = {**flash, 'model.global_decay': 0.75}, {'model.chunk_size': 128, 'model.global_decay': 0.87}
-    keys = {'model.decay_gate': 'keys', 'model.global_norm': 'rms_norm', 'model.linear_start': 'ones'}
-    yield {'name': 'flash', **flash}
-    yield {'name': 'gated', **flash, 'model.decay_gate': 'scalar'}
-    yield {'name': 'gated_keys_norm', **flash, **keys}
-    yield {'name': 'window_2_chunk_128', **flash, **chunk_128, 'model.local_window': 2}
-    yield {'name': 'window_2', **fixed, 'model.local_window': 2}
-    yield {'name': 'chunk_128', **flash, **chunk_128}
-    yield {'name': 'no_rope_mean_start', **fixed, 'model.rope': 'local', 'model.linear_start': 'mean'}
-    for rate in (1.4e-3, 2e-3, 3e-3):
-        yield {'name': f'transformer_plus_plus_lr_{rate:g}', ':context': 8192, **TRANSFORMER, RATE: rate}
-
-
 def sweep_gate() -> Iterator[Overrides]:
     """8,192 tokens of context: FLASH with a gate on its state against Transformer++ at two learning rates."""
     yield {'name': 'gated', **GATED}
@@ -149,21 +132,6 @@ def sweep_causes() -> Iterator[Overrides]:
     yield {'name': 'gated_clip_global_1', **gated, 'optimizer.clip': 'global', 'optimizer.clip_norm': 1.0}
     for name, model in (('gated', gated), ('transformer_plus_plus', transformer)):
         yield {'name': f'{name}_muon', **model, 'optimizer.name': 'muon', RATE: 4e-3}
-
-
-def sweep_gated() -> Iterator[Overrides]:
-    """8,192 tokens of context, 1,000 steps: what goes with the gate."""
-    gated, alive = {**GATED, 'steps': 1000}, {'model.linear_start': 'ones'}
-    yield {'name': 'window_2_chunk_128', **gated, 'model.chunk_size': 128, 'model.local_window': 2}
-    yield {'name': 'norm_ones', **gated, **alive, 'model.global_norm': 'rms_norm'}
-    # Softmax has no use for relu2's start of the bias.
-    bare = {path: value for path, value in gated.items() if not path.startswith('model.relative_bias')}
-    yield {'name': 'softmax', **bare, 'model.attention_function': 'softmax'}
-    yield {'name': 'norm_ones_rope_local', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.rope': 'local'}
-    yield {'name': 'norm_ones_keys', **gated, **alive, 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
-    yield {'name': 'ones', **gated, **alive}
-    yield {'name': 'chunk_128', **gated, 'model.chunk_size': 128}
-    yield {'name': 'query_key_dim_256', **gated, 'model.query_key_dim': 256}
 
 
 def sweep_muon() -> Iterator[Overrides]:
@@ -263,9 +231,7 @@ def sweep_far_books() -> Iterator[Overrides]:
 
 def sweep_forms() -> Iterator[Overrides]:
     """8,192 tokens of context, Muon and no sinusoid: every token exactly, other memories, a larger rate."""
-    alive = {'model.linear_start': 'ones', 'model.global_norm': 'rms_norm', 'model.decay_gate': 'keys'}
     yield {'name': 'quad', ':context': 8192, **QUAD, **BETTER}
-    yield {'name': 'norm_ones_keys', **GATED, **BETTER, **alive}
     yield {'name': 'window_2_chunk_128', **GATED, **BETTER, 'model.chunk_size': 128, 'model.local_window': 2}
     yield {'name': 'transformer_plus_plus_lr_0.008', ':context': 8192, **TRANSFORMER, **BETTER, RATE: 8e-3}
 

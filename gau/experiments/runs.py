@@ -65,9 +65,13 @@ class Run(NamedTuple):
     def meant(self) -> dict[str, Any]:
         """Returns the fields that decide what the run computes, but for the seed.
 
-        One that is gone counts as what it was for all models without it: what is meant did not change with that.
+        One that is gone counts as it would stand in this config if it were not: what is meant did not change with that.
         """
-        gone = {f'model.{name}': value for name, (value, _) in GONE.items()}
+        gone = {}
+        for name, was in GONE.items():
+            if f'model.{was.beside}' in self.config:
+                applies = self.config[f'model.{was.beside}'] is not None
+                gone[f'model.{name}'] = was.unused if applies else None
         fields = {**gone, **self.config}
         return {path: v for path, v in fields.items() if path != 'seed' and not path.startswith(_NOT_MEANT)}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_gau import GAUConfig
-from .layers_gau import DecayGate, Norm, RelativeBias, Scale, State, Tokens, wide
+from .layers_gau import DecayGate, RelativeBias, Scale, State, Tokens, wide
 
 SMOOTH_RELU_EPSILON = 0.05
 
@@ -57,8 +57,6 @@ class Attention(nn.Module):
             self.relative_bias = RelativeBias(config.relative_bias, heads, config.relative_bias_length, width)
         if self.across and config.decay_gate in ('scalar', 'keys'):
             self.decay_gate = DecayGate(config)
-        if self.across and config.global_norm == 'rms_norm':
-            self.global_norm = Norm('rms_norm', config.expanded_dim)
 
     def inputs(self, made: list[Tensor], v: Tensor, x_BND: Tensor) -> Inputs:
         """Queries and keys of one branch or both, values, and what the layer reads."""
@@ -107,7 +105,7 @@ class Attention(nn.Module):
             out = self.weights(x.q, new['k'], seen, places, bias).to(v.dtype) @ new['v']
         if self.across:
             far = self.scaled(x.q_lin, state['count']).to(v.dtype) @ state['sum'].to(v.dtype)
-            out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
+            out = out + far
             new |= self.folded(x, lengths_B, state)
         return out, new
 
@@ -196,7 +194,7 @@ class Attention(nn.Module):
                 far = (q_lin @ wide(k_lin).transpose(-1, -2)).masked_fill(~same[:, None], 0).to(v.dtype) @ v
             for sums, _, sees in seen:
                 far = far + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
-            out = out + (self.global_norm(far) if hasattr(self, 'global_norm') else far)
+            out = out + far
             if lengths_B is not None:
                 state = self.state_of(kv, x.gate, kept_BLG, lengths_B)
         if self.local and lengths_B is not None:

@@ -22,12 +22,12 @@ FIELDS = (
     *('dropout_rate', 'gate', 'query_key_dim', 'key_input', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
     *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),
-    *('decay_gate', 'global_norm', 'local_window', 'short_convolution', 'output_layer'),
+    *('decay_gate', 'local_window', 'short_convolution', 'output_layer'),
 )
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),
     'temperature',  # a bool there: `transformers` takes the name for a field of sampling
-    *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'linear_start', 'expansion_factor'),
+    *('gamma_init', 'relative_bias_init', 'relative_bias_scale', 'expansion_factor'),
 }
 # Fields of which the exported code has one value.
 AS_EVER = {'far_chunks': 0}

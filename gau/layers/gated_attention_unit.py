@@ -39,7 +39,6 @@ class GatedAttentionUnit(nn.Module):
       num_heads: H, divides E.
       gate: 'silu', or 'none' for U = 1 (then there is no Wu).
       gamma_init: 'normal' or 'ones'.
-      linear_start: where gamma and beta of the core's linear pair start (see `ScaleOffset`).
       rope: which queries and keys are rotated: 'rotary': all; 'local': those of the core's direct pair; 'none'.
       key_input: what the keys are transforms of: 'shared': the Z of the queries, as in the paper; 'shifted': Z mixed
         with that of the token before (`KeyShift`); 'own': a projection of their own.
@@ -52,7 +51,6 @@ class GatedAttentionUnit(nn.Module):
     num_heads: int = 1
     gate: str = 'silu'
     gamma_init: str = 'normal'
-    linear_start: str = 'direct'
     rope: str = 'rotary'
     key_input: str = 'shared'
     dtype: str = 'float32'
@@ -96,8 +94,9 @@ class GatedAttentionUnit(nn.Module):
         """Returns the module that makes queries and keys of Z."""
         roles = 2 * len(self.core.pairs)
         rotated = {'rotary': roles, 'local': 2, 'none': 0}[self.rope]
-        starts = tuple({'linear': self.linear_start, 'far': 'ones'}.get(name, 'direct') for name in self.core.pairs)
-        return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, starts, name='query_key')
+        # The far pair has no relative bias: nothing else would tell its keys apart at the start.
+        ones = tuple(role for role in range(roles) if self.core.pairs[role // 2] == 'far')
+        return kind(roles, self.num_heads, self.gamma_init, rotated, self.dtype, ones, name='query_key')
 
 
 def split_heads(x_BNE: Array, num_heads: int) -> Array:
@@ -120,8 +119,7 @@ class ScaleOffset(nn.Module):
       gamma_init: 'normal' N(0, 0.02) or 'ones'.
       rotated: how many of the results, the first ones, are rotated.
       dtype: compute type.
-      starts: for each pair of roles 'direct', where `gamma_init` says how it starts; 'ones': its gamma starts as ones;
-        'mean': its beta starts so that q.k is about 1, and a linear attention reads a mean.
+      ones: roles whose gamma starts as ones, whatever `gamma_init` says.
     """
 
     roles: int
@@ -129,7 +127,7 @@ class ScaleOffset(nn.Module):
     gamma_init: str
     rotated: int
     dtype: str
-    starts: tuple[str, ...] = ()
+    ones: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, *x: Array, tokens: TokenInfo) -> list[Array]:
@@ -150,19 +148,11 @@ class ScaleOffset(nn.Module):
     def parameters(self, width: int) -> list[Array]:
         """Returns gamma and beta, [R, H, S] each."""
         shape, axes, dtype = (self.roles, self.num_heads, width), (None, 'heads', 'query_key'), param_dtype(self.dtype)
-        inits = {'gamma': self._gamma_init, 'beta': self._beta_init}
+        inits = {'gamma': self._gamma_init, 'beta': nn.initializers.zeros}
         return [
             self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype) for name, init in inits.items()
         ]
 
     def _gamma_init(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         gamma_RHS = GAMMA_INITS[self.gamma_init](key, shape, dtype)
-        return gamma_RHS.at[self._roles_that_start('ones')].set(1)
-
-    def _beta_init(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        del key
-        # The pair of columns that RoPE turns slowest.
-        return jnp.zeros(shape, dtype).at[self._roles_that_start('mean'), :, shape[-1] // 2 - 1].set(1)
-
-    def _roles_that_start(self, start: str) -> np.ndarray:
-        return np.asarray([role for role in range(2 * len(self.starts)) if self.starts[role // 2] == start], int)
+        return gamma_RHS.at[np.asarray(self.ones, int)].set(1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 from jax import Array
 
-from gau.layers.common import TokenInfo, param_dtype
+from gau.layers.common import TokenInfo
 from gau.layers.decay_gate import DecayGate
 from gau.layers.positions import bias_in_chunk
 from gau.layers.quadratic import QuadraticCore
@@ -13,10 +13,6 @@ from gau.layers.sharding import attention_over_mesh
 from gau.layers.state import gated_mixed_chunk_with_state, mixed_chunk_with_state
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
 from gau.ops.mixed_chunk_attention import ChunkSpec, mixed_chunk_attention
-from gau.ops.norms import scale_norm
-
-# The size of what a token reads from the state beside the local branch, where the first is normalised.
-GAIN_START = 0.25
 
 
 class MixedChunkCore(QuadraticCore):
@@ -32,9 +28,8 @@ class MixedChunkCore(QuadraticCore):
       decay_gate: 'none'; or a gate of the data in its place, one number for a chunk ('scalar') or one for each column
         of the keys ('keys').
       local_window: chunks that the direct pair reads, the own one included: 1 or, if causal, 2.
-      global_norm: 'rms_norm' of what a token reads from the state, with a gain for each column of E; or 'none'.
 
-    A gate, a window of two chunks and the norm are of causal attention with one head.
+    A gate and a window of two chunks are of causal attention with one head.
     """
 
     pairs: tuple[str, ...] = ('direct', 'linear')
@@ -43,15 +38,12 @@ class MixedChunkCore(QuadraticCore):
     global_decay: float = 1.0
     decay_gate: str = 'none'
     local_window: int = 1
-    global_norm: str = 'none'
 
     def setup(self):
         """Makes the parts with parameters."""
         super().setup()
         if self.decay_gate != 'none':
             self.gate_layer = DecayGate(self.decay_gate, self.width, self.dtype, name='decay_gate')
-        if self.global_norm != 'none':
-            self.norm_layer = GlobalNorm(self.dtype, name='global_norm')
 
     @property
     def reads_input(self) -> bool:
@@ -74,7 +66,7 @@ class MixedChunkCore(QuadraticCore):
     @property
     def has_window(self) -> bool:
         """Whether its state is opened for single tokens (`gau.ops.chunk_window`)."""
-        return self.global_norm == 'none'
+        return True
 
     @property
     def spec(self) -> ChunkSpec:
@@ -95,9 +87,8 @@ class MixedChunkCore(QuadraticCore):
             q_BHNS = self.scaled(q_BHNS)
         arrays = q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS
         gate_BHNL = None if x_BND is None else self.gate_logits(x_BND)[:, None]
-        apart = self.global_norm != 'none'
         if not tokens.whole:
-            return self.sum_of(mixed_chunk_with_state(self, *arrays, gate_BHNL, v_BHNE, tokens, apart=apart))
+            return mixed_chunk_with_state(self, *arrays, gate_BHNL, v_BHNE, tokens)
         if self.spec.has_local:
             bias_HCC = bias_in_chunk(self.bias_of_sequence(v_BHNE.shape[2]))
 
@@ -109,26 +100,17 @@ class MixedChunkCore(QuadraticCore):
                 segment_ids_BN=segment_ids_BN,
                 bias_CC=bias_CC,
                 gate_BNL=gate_BNL,
-                apart=apart,
                 impl=self.impl,
                 sequence_axis=sequence_axis,
             )
 
-        branches = attention_over_mesh(
+        return attention_over_mesh(
             attend,
             *(*arrays, gate_BHNL, v_BHNE),
             bias=bias_HCC,
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=self.chunk_size if self.impl == 'xla' else None,
         )
-        return self.sum_of(branches)
-
-    def sum_of(self, branches: Array | tuple[Array, Array]) -> Array:
-        """Returns the sum of the branches, [B, H, N, E]: the global one is normalised where they come apart."""
-        if self.global_norm == 'none':
-            return branches
-        local_BHNE, global_BHNE = branches
-        return local_BHNE + self.norm_layer(global_BHNE)
 
     def bias_of_sequence(self, n: int) -> Array | None:
         """Returns the bias between the positions of a chunk by distance, [H, 2 min(n, C) - 1], or None."""
@@ -170,20 +152,3 @@ class MixedChunkCore(QuadraticCore):
             sequence_axis=sequence_axis,
             **fields,
         )
-
-
-class GlobalNorm(nn.Module):
-    """RMSNorm over the values' columns, [..., E], with a gain that starts at `GAIN_START`.
-
-    Attributes:
-      dtype: compute type.
-    """
-
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns x normalised; zeros stay zeros."""
-        init = nn.with_logical_partitioning(nn.initializers.constant(GAIN_START), ('expanded',))
-        gain_E = self.param('scale', init, (x.shape[-1],), param_dtype(self.dtype))
-        return scale_norm(x, gain_E, dtype=x.dtype)

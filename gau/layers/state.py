@@ -48,17 +48,15 @@ def mixed_chunk_with_state(
     gate_BHTL: Array | None,
     v_BHTE: Array,
     tokens: TokenInfo,
-    *,
-    apart: bool = False,
-) -> Array | tuple[Array, Array]:
-    """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E], or two."""
+) -> Array:
+    """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E]."""
 
     def attend(*arrays_and_state):
         *arrays, gate_BTL, v_BTE, state, bias_CC = arrays_and_state
         fields = {'position': tokens.decode, 'spec': core.spec}
         if tokens.decode.opened_B is not None and core.has_window:
             return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1M=bias_CC, **fields)
-        return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, apart=apart, **fields)
+        return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, **fields)
 
     size, places = core.chunk_size, core.spec.window * core.chunk_size
 

@@ -98,7 +98,7 @@ def _resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
     if unknown:
         name = unknown[0]
         if name in GONE:
-            where = f'docs/results/{GONE[name][1]}.md names a commit that has it'
+            where = f'docs/results/{GONE[name].page}.md names a commit that has it'
             raise UserError(f'model.{name}={config[name]}: there is no such field any more; {where}')
         raise UserError(f'model.{name} does not exist{did_you_mean(name, default_config())}')
     check_choice('model.name', config.name, ARCHITECTURES)

@@ -98,14 +98,30 @@ def check_choice(what: str, value: Any, choices: Any) -> None:
         raise UserError(f'{what}={value} does not exist{did_you_mean(value, choices)}')
 
 
-# Fields that lost and were taken away. Configs of older runs have them: the value with which such a config still means
-# what it did, and the page of docs/results that says what the field was worth and which commit has it.
-GONE = {'head_decay': (0.0, 'heads')}
+class Gone(NamedTuple):
+    """A field that lost and was taken away; configs of older runs have it.
+
+    Attributes:
+      unused: the value with which such a config still means what it did.
+      beside: a field that came no later and has a value in the same models.
+      page: that of docs/results, which says what the field was worth and names a commit that has it.
+    """
+
+    unused: Any
+    beside: str
+    page: str
+
+
+GONE = {
+    'head_decay': Gone(0.0, 'num_heads', 'heads'),
+    'global_norm': Gone('none', 'decay_gate', 'quality_keys'),
+    'linear_start': Gone('direct', 'decay_gate', 'quality_keys'),
+}
 
 
 def without_gone(model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stored model config without fields that are gone, as far as it made no use of them."""
-    return {name: value for name, value in model.items() if name not in GONE or value not in (None, GONE[name][0])}
+    return {name: value for name, value in model.items() if name not in GONE or value not in (None, GONE[name].unused)}
 
 
 # Fields of every model.

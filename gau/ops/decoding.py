@@ -193,8 +193,7 @@ def mixed_chunk_block(
     spec: ChunkSpec,
     gate_BTL: Array | None = None,
     bias_CC: Array | None = None,
-    apart: bool = False,
-) -> tuple[Array | tuple[Array, Array], State]:
+) -> tuple[Array, State]:
     """Decodes a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
 
     Args:
@@ -208,7 +207,6 @@ def mixed_chunk_block(
       spec: chunk size, branches and so on, causal.
       gate_BTL: logits of a gate of the state, or None.
       bias_CC: relative bias in a window of W chunks, [W C, W C]; for a block of one token its row [B, 1, W C]; or None.
-      apart: whether to return the branches, both, and not their sum.
 
     Returns:
       Outputs [B, T, E] in the dtype of v, meaningless at padding, and the new state.
@@ -221,8 +219,7 @@ def mixed_chunk_block(
     if gate_BTL is not None:
         new['gate'] = gate_BTL
     decode = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
-    branches, state = decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC, apart)
-    return tuple(branches) if apart else sum(branches), state
+    return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
 
 
 def over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
@@ -253,7 +250,7 @@ def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
     return jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
 
 
-def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M, apart):
+def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M):
     """The token joins its chunk, looks at its window and at the state; a chunk that left the window goes into it."""
     size, window = spec.chunk_size, spec.window * spec.chunk_size
     offset_B, chunks_B = position.start_B % size, position.start_B // size
@@ -263,7 +260,6 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M, apart):
     state = state | {name: state[name].at[rows_B, place_B].set(x[:, 0], mode='drop') for name, x in new.items()}
     v_BME = state['v']
 
-    del apart  # The branches are two matmuls in any case.
     left, right = [], []
     if 'k' in state:
         place_M = jnp.arange(window)
@@ -303,10 +299,10 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M, apart):
     branches = [
         weights.astype(v_BME.dtype) @ values.astype(v_BME.dtype) for weights, values in zip(left, right, strict=True)
     ]
-    return branches, state
+    return sum(branches), state
 
 
-def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM, apart):
+def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM):
     """What the state has by token and the block, laid end to end, as chunks."""
     t, size, before = q_BTS.shape[1], spec.chunk_size, spec.window - 1
     offset_B = position.start_B % size
@@ -367,16 +363,14 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM, apart):
         new_state['sum'] = jnp.take_along_axis(sums_BGSE, complete_B[:, None, None, None], axis=1)[:, 0]
     dtype = split['v'].dtype
     left, right = ([x.astype(dtype) for x in side] for side in (left, right))
-    if not apart:
-        # One matmul serves both branches.
-        left, right = [jnp.concatenate(left, axis=-1)], [jnp.concatenate(right, axis=-2)]
-    branches = [(x @ y).reshape(*whole['v'].shape) for x, y in zip(left, right, strict=True)]
+    # One matmul serves both branches.
+    o_BNE = (jnp.concatenate(left, axis=-1) @ jnp.concatenate(right, axis=-2)).reshape(*whole['v'].shape)
 
     def cut(x_BNS, first_B, n):
         return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, n, 0))(x_BNS, first_B)
 
     new_state |= {name: cut(x, complete_B * size, spec.window * size) for name, x in whole.items()}
-    return [cut(o_BNE, first_B, t) for o_BNE in branches], new_state
+    return cut(o_BNE, first_B, t), new_state
 
 
 def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, tokens_BG: Array) -> tuple[Array, Array]:

@@ -62,7 +62,7 @@ class ChunkSpec(NamedTuple):
         return choose(self.global_reduction, {'mean': True, 'sum': False})
 
 
-@traced_once('spec', 'apart', 'impl', 'sequence_axis')
+@traced_once('spec', 'impl', 'sequence_axis')
 def mixed_chunk_attention(
     q_BNS: Array,
     k_BNS: Array,
@@ -74,11 +74,10 @@ def mixed_chunk_attention(
     segment_ids_BN: Array | None = None,
     bias_CC: Array | None = None,
     gate_BNL: Array | None = None,
-    apart: bool = False,
     impl: str = 'xla',
     sequence_axis: str | None = None,
-) -> Array | tuple[Array, Array]:
-    """Returns V_quad + V_lin for one head, or both apart.
+) -> Array:
+    """Returns V_quad + V_lin for one head.
 
     Args:
       q_BNS: queries of the local branch (not read where there is none).
@@ -92,7 +91,6 @@ def mixed_chunk_attention(
         reads two chunks and N is above C, [2 C, 2 C].
       gate_BNL: logits of a gate by which the state forgets, instead of `spec.global_decay`: for every token one, or one
         for each column of the keys (`gau.ops.gated_states`). Causal. Or None.
-      apart: whether to return the branches and not their sum. Causal, and both branches.
       impl: 'reference' is a masked N x N form, right for any layout of segments; 'xla' is linear in N and asks that
         documents are contiguous.
       sequence_axis: mesh axis over whose devices the tokens are spread in order and in whole chunks, where this runs
@@ -100,29 +98,25 @@ def mixed_chunk_attention(
         global branch, one [S, E] state of each crosses the axis. None with the reference.
 
     Returns:
-      [B, N, E] in the dtype of v, or two of these; zeros at padding.
+      [B, N, E] in the dtype of v; zeros at padding.
 
     Raises:
-      ValueError: an unknown `impl`, branch or reduction; or a window, a gate or branches apart if not causal.
+      ValueError: an unknown `impl`, branch or reduction; or a window or a gate if not causal.
     """
-    if not spec.causal and (spec.window > 1 or gate_BNL is not None or apart):
-        raise ValueError('a window of two chunks, a gate and branches apart are of causal attention')
+    if not spec.causal and (spec.window > 1 or gate_BNL is not None):
+        raise ValueError('a window of two chunks and a gate are of causal attention')
     arrays = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
     log_decay_BGL = None
     if gate_BNL is not None:
         log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, min(spec.chunk_size, v_BNE.shape[1]))
-    elif spec.window > 1 or apart:
+    elif spec.window > 1:
         log_decay_BGL = jnp.full((1, 1, 1), math.log(spec.global_decay))
     chunked = functools.partial(_chunked, sequence_axis=sequence_axis)
     attend = choose(impl, {'reference': _reference, 'xla': chunked})
-    branches = attend(*arrays, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart)
-    if apart:
-        local_BNE, global_BNE = (clear_padding(x_BNE, segment_ids_BN) for x_BNE in branches)
-        return local_BNE, global_BNE
-    return clear_padding(branches, segment_ids_BN)
+    return clear_padding(attend(*arrays, spec, segment_ids_BN, bias_CC, log_decay_BGL), segment_ids_BN)
 
 
-def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart):
+def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL):
     """Both branches as masked N x N matrices."""
     n, causal = v.shape[1], spec.causal
     index = jnp.arange(n)
@@ -144,8 +138,6 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_B
     if spec.has_global and log_decay_BGL is not None:
         mask_BNN = visible_BNN & (chunk[:, None] >= chunk + spec.window)
         a_BNN = _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL)
-        if apart:
-            return o_BNE, a_BNN.astype(v.dtype) @ v
         o_BNE += a_BNN.astype(v.dtype) @ v
     elif spec.has_global:
         mask_BNN = visible_BNN & (chunk[:, None] > chunk) if causal else visible_BNN
@@ -178,7 +170,7 @@ def _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL):
     return jnp.einsum('BNS,BMS,BNMS->BNM', q_lin.astype(dtype), k_lin.astype(dtype), w_BNNS)
 
 
-def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, apart, *, sequence_axis):
+def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, *, sequence_axis):
     """The linear form: chunks attend within themselves and read a state of what lies before, or before and after."""
     n = v.shape[1]
     size = min(spec.chunk_size, n)
@@ -203,9 +195,6 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL
         two = a_BGCC.shape[-1] > a_BGCC.shape[-2]
         before = [previous_chunk(v_BGCE, sequence_axis)] if two else []
         terms.insert(0, (a_BGCC, jnp.concatenate([*before, v_BGCE], axis=2)))
-    if apart:
-        local_BGCE, global_BGCE = (weights.astype(v.dtype) @ value.astype(v.dtype) for weights, value in terms)
-        return [x_BGCE.reshape(x_BGCE.shape[0], -1, x_BGCE.shape[-1])[:, :n] for x_BGCE in (local_BGCE, global_BGCE)]
     if terms:
         # One matmul, [A, Q_lin] [V; M], instead of one each: measured 2 % of a training step.
         left = jnp.concatenate([weights.astype(v.dtype) for weights, _ in terms], axis=-1)

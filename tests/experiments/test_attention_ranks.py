@@ -122,8 +122,7 @@ def test_no_work_directory_is_one_line():
     assert (code, err.count('\n')) == (2, 1), err
 
 
-@pytest.mark.parametrize(('field', 'value'), [('layer_stack', 'scan'), ('global_norm', 'rms_norm')])
-def test_layers_that_cannot_be_looked_into(field, value):
-    config = resolve(tiny_config(**{f'model__{field}': value}))
-    with pytest.raises(UserError, match=f'model.{field}={value}'):
+def test_layers_that_cannot_be_looked_into():
+    config = resolve(tiny_config(model__layer_stack='scan'))
+    with pytest.raises(UserError, match=r'model\.layer_stack=scan'):
         readable(config)

@@ -27,7 +27,7 @@ def sizes(config, steps=(0,)):
 
 
 def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk():
-    ((step, loss, found),) = sizes(config_of(relative_bias_init='mean', relative_bias_scale=1.0, linear_start='mean'))
+    ((step, loss, found),) = sizes(config_of(relative_bias_init='mean', relative_bias_scale=1.0))
     c = 32
     assert (step, list(found['dead'])) == (0, [0, 0])
     assert 5 < loss < 6
@@ -35,8 +35,7 @@ def test_a_bias_that_starts_alike_gives_weights_of_scale_squared_over_the_chunk(
     # The query at place t of a chunk sees t + 1 keys.
     np.testing.assert_allclose(found['weight_sum'], (c + 1) / 2 / c, rtol=1e-2)
     assert all(found['score'] < 1e-4)
-    # A global branch that starts as a mean has weights of 1 in all over the tokens that it reads.
-    np.testing.assert_allclose(found['global_sum'], 1, rtol=0.1)
+    assert all(found['global_sum'] < 1e-4)
 
 
 def test_a_window_of_two_chunks_is_seen_whole():
@@ -65,6 +64,7 @@ def test_softmax_rows_sum_to_one():
     ((_, _, found),) = sizes(config_of(attention_function='softmax', gamma_init='ones'))
     np.testing.assert_allclose(found['weight_sum'], 1, rtol=1e-5)
     assert list(found['dead']) == [0, 0]
+    assert all(found['global_sum'] > 0.05)
 
 
 def test_models_without_gated_units_are_refused():

@@ -24,8 +24,6 @@ UNIT = {
     'model.absolute_position': 'sinusoid',
     'model.key_input': 'shared',
     'model.decay_gate': 'none',
-    'model.global_norm': 'none',
-    'model.linear_start': 'direct',
     'model.local_window': 1,
     'model.far_chunks': 0,
     'model.short_convolution': 0,

@@ -29,8 +29,8 @@ SLOW = [
     ('mc_transformer_plus_plus', 'lm', {}),
     ('flash_quad', 'mlm', {'output_layer': 'own'}),
     ('transformer_plus_plus', 'mlm', {}),
-    ('flash', 'lm', {'decay_gate': 'scalar', 'linear_start': 'ones', 'rope': 'local'}),
-    ('flash', 'lm', {'decay_gate': 'keys', 'global_norm': 'rms_norm', 'absolute_position': 'none'}),
+    ('flash', 'lm', {'decay_gate': 'scalar', 'rope': 'local'}),
+    ('flash', 'lm', {'decay_gate': 'keys', 'absolute_position': 'none'}),
     ('flash', 'mlm', {'key_input': 'shifted', 'short_convolution': 4}),
     ('flash', 'lm', {'key_input': 'own', 'short_convolution': 3}),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gau.layers.common import TokenInfo
+from gau.layers.far_chunks import FarChunksCore
 from gau.layers.gated_attention_unit import GatedAttentionUnit, ScaleOffset
 from gau.layers.mixed_chunk import MixedChunkCore
 from gau.layers.quadratic import QuadraticCore
@@ -138,18 +139,17 @@ def test_rope_local_rotates_the_queries_and_keys_inside_chunks_alone():
         assert np.abs(rotated[role] - plain[role]).max() > 0.1
 
 
-def test_linear_start_is_of_the_linear_pair_alone():
-    def start(linear_start, **fields):
-        module = unit(**CHUNKS, **fields).clone(linear_start=linear_start)
-        params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, N, D)), info()))['params']['query_key']
-        return params['gamma'], params['beta']
+def test_the_scale_of_far_queries_and_keys_starts_as_ones():
+    near = 'direct', 'linear'
 
-    direct, ones, mean = start('direct'), start('ones'), start('mean')
-    np.testing.assert_array_equal(ones[0], np.concatenate([direct[0][:2], np.ones((2, 1, S))]))
-    # q.k is 1: of the columns that RoPE turns slowest, both start at one.
-    np.testing.assert_array_equal(mean[1][:, 0], [[0] * S, [0] * S, [0, 1, 0, 0], [0, 1, 0, 0]])
-    alone, _ = start('ones', pairs=('linear',))
-    np.testing.assert_array_equal(alone, np.ones((2, 1, S)))
+    def gamma(**fields):
+        module = unit(**CHUNKS | fields)
+        return nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, N, D)), info()))['params']['query_key']['gamma']
+
+    far = gamma(core=FarChunksCore, pairs=(*near, 'far'))
+    assert np.abs(gamma(pairs=near)).max() < 0.1
+    assert np.abs(far[:4]).max() < 0.1
+    np.testing.assert_array_equal(far[4:], np.ones((2, 1, S)))
 
 
 def test_shifted_keys_are_those_of_the_token_before():

@@ -48,7 +48,7 @@ CHUNK_OPTIONS = [
 # Of causal FLASH alone.
 STATE_OPTIONS = [
     {'rope': 'local'},
-    {'decay_gate': 'scalar', 'global_norm': 'rms_norm'},
+    {'decay_gate': 'scalar'},
     {'decay_gate': 'keys', 'local_window': 2},
     {'far_chunks': 2},
 ]
@@ -81,7 +81,7 @@ OPTIONS = [
 ]
 
 # What changes the start of parameters alone, or how and where the same is computed.
-UNTRIED = {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init', 'relative_bias_init', 'linear_start'}
+UNTRIED = {'dtype', 'layer_stack', 'remat', 'impl', 'gamma_init', 'relative_bias_init'}
 
 
 _made = functools.cache(make)

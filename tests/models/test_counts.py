@@ -57,8 +57,8 @@ OPTIONS = [
     },
     {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
-    {'name': 'flash', 'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones'},
-    {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz', 'linear_start': 'mean'},
+    {'name': 'flash', 'decay_gate': 'scalar'},
+    {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz'},
     {'name': 'flash', 'far_chunks': 2, 'branches': 'local'},
     {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4},
 ]

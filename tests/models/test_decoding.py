@@ -39,11 +39,7 @@ ABLATIONS = {
         {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
         | {'rope': 'local', 'key_input': 'shifted'},
     ),
-    'gate, norm, convolution': (
-        'flash',
-        {'decay_gate': 'scalar', 'global_norm': 'rms_norm', 'linear_start': 'ones', 'short_convolution': 3}
-        | {'local_window': 2},
-    ),
+    'gate, window, convolution': ('flash', {'decay_gate': 'scalar', 'local_window': 2, 'short_convolution': 3}),
     'far chunk, gate, shifted keys': ('flash', {'far_chunks': 1, 'decay_gate': 'scalar', 'key_input': 'shifted'}),
     'far chunk, scan, window': ('flash', {'far_chunks': 1, 'local_window': 2, 'layer_stack': 'scan'}),
     # Of up to four or seven, so that there is a choice; and of fewer than may be read.
@@ -52,7 +48,7 @@ ABLATIONS = {
         'flash',
         {'far_chunks': 3, 'local_window': 2, 'chunk_size': 3, 'branches': 'local', 'layer_stack': 'scan'},
     ),
-    'far chunks, all of them, norm': ('flash', {'far_chunks': 9, 'global_norm': 'rms_norm', 'rope': 'local'}),
+    'far chunks, all of them': ('flash', {'far_chunks': 9, 'rope': 'local'}),
     'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
@@ -230,7 +226,7 @@ def test_decoding_is_the_full_forward_at_every_position(name):
 # Of one layer each; those of the other attentions prove less than the models themselves above.
 QUICK = (
     'scan, remat, heads, global',
-    'gate, norm, convolution',
+    'gate, window, convolution',
     'far chunk, gate, shifted keys',
     'far chunks, shifted keys',
     'gate of keys, sum',

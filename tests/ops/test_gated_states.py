@@ -1,4 +1,4 @@
-"""Mixed chunk attention whose state forgets by a gate, with a window of two chunks and with its branches apart."""
+"""Mixed chunk attention whose state forgets by a gate, with a window of two chunks."""
 
 import functools
 
@@ -50,10 +50,10 @@ def by_hand(q, k, q_lin, k_lin, v, logits, ids, bias, spec):
     return local, far
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'impl', 'apart'))
-def apply(arrays, ids, bias, *, spec, impl, apart=False):
+@functools.partial(jax.jit, static_argnames=('spec', 'impl'))
+def apply(arrays, ids, bias, *, spec, impl):
     *arrays, logits = arrays
-    fields = {'segment_ids_BN': ids, 'bias_CC': bias, 'gate_BNL': logits, 'apart': apart, 'impl': impl}
+    fields = {'segment_ids_BN': ids, 'bias_CC': bias, 'gate_BNL': logits, 'impl': impl}
     return mixed_chunk_attention(*arrays, spec=spec, **fields)
 
 
@@ -74,13 +74,11 @@ def relative_bias(window):
 def test_values_are_the_formula(impl, window, columns, reduction):
     spec, ids = spec_of(window, reduction), np.asarray(CONTIGUOUS)
     x, bias = inputs(len(ids), columns), relative_bias(window)
-    found = apply(x, ids, bias, spec=spec, impl=impl, apart=True)
+    found = apply(x, ids, bias, spec=spec, impl=impl)
     for row in range(len(ids)):
         arrays = [a[row] for a in x[:5]] + [np.broadcast_to(x[5][row], (N, S))]
-        expected = by_hand(*arrays, ids[row], bias, spec)
-        for branch in range(2):
-            np.testing.assert_allclose(found[branch][row], expected[branch] * (ids[row] > 0)[:, None], atol=1e-11)
-    np.testing.assert_allclose(apply(x, ids, bias, spec=spec, impl=impl), sum(found), atol=1e-12)
+        expected = sum(by_hand(*arrays, ids[row], bias, spec))
+        np.testing.assert_allclose(found[row], expected * (ids[row] > 0)[:, None], atol=1e-11)
 
 
 @pytest.mark.parametrize('n', [N, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])

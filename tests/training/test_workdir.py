@@ -100,7 +100,7 @@ def test_a_run_with_a_field_that_is_none_any_more_is_another(tmp_path):
 @pytest.mark.parametrize('field', GONE)
 def test_a_run_that_made_no_use_of_a_field_that_is_gone_goes_on(tmp_path, field):
     tree = workdir.config_to_dict(CONFIG)
-    for unused in (GONE[field][0], None):
+    for unused in (GONE[field].unused, None):
         tree['model'][field] = unused
         workdir.write_json(tmp_path / 'config.json', tree)
         assert workdir.read_config(tmp_path) == CONFIG

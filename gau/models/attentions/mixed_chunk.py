@@ -40,11 +40,6 @@ STATE_FIELDS = {
         *('none', 'scalar', 'keys'),
         default='none',
     ),
-    'global_norm': choice(
-        'Norm of what a token reads from the state, with a gain for each column of E.',
-        *('none', 'rms_norm'),
-        default='none',
-    ),
     'local_window': count(
         'Chunks that the local branch reads, the own one included: 1 or 2. The global branch reads those before.',
         default=1,
@@ -56,15 +51,7 @@ STATE_FIELDS = {
         0,
         wrong=(lambda value: value < 0, 'at least 0'),
     ),
-    'linear_start': choice(
-        'Where the scale gamma and the offset beta of the linear queries and keys start: as the others ("direct"); '
-        'gamma as ones; beta so that q.k is about 1, and the global branch a mean ("mean").',
-        *('direct', 'ones', 'mean'),
-        default='direct',
-    ),
 }
-# What is computed otherwise; the kernels have part of it.
-CHANGED = {name: field.default for name, field in STATE_FIELDS.items() if name != 'linear_start'}
 
 
 class MixedChunk(ScoredAttention):
@@ -72,11 +59,11 @@ class MixedChunk(ScoredAttention):
 
     fields = SCORING_FIELDS | CHUNK_FIELDS | STATE_FIELDS
     implementations = table(
-        triton=triton(gate='silu', branches='both', global_norm='none'),
+        triton=triton(gate='silu', branches='both'),
         pallas=pallas(
             longest_window=512,
             sharded={'decay_gate': ('none', 'scalar')},
-            **{'gate': 'silu', 'branches': 'both', 'global_norm': 'none', 'far_chunks': 0},
+            **{'gate': 'silu', 'branches': 'both', 'far_chunks': 0},
         ),
         xla=ANYWHERE,
         reference=ANYWHERE,
@@ -103,7 +90,6 @@ class MixedChunk(ScoredAttention):
             global_decay=config.global_decay or 1.0,
             decay_gate=config.decay_gate or 'none',
             local_window=config.local_window or 1,
-            global_norm=config.global_norm or 'none',
             parent=None,
         )
 
@@ -141,13 +127,11 @@ class MixedChunk(ScoredAttention):
             raise UserError(
                 f'model.global_decay={config.global_decay} is of causal models: all chunks are read at once here'
             )
-        changed = [field for field, default in CHANGED.items() if config[field] not in (None, default)]
+        changed = [name for name, field in STATE_FIELDS.items() if config[name] not in (None, field.default)]
         if changed and (not causal or config.num_heads > 1):
             raise UserError(f'model.{changed[0]}={config[changed[0]]} is of causal models with one head')
         if (config.local_window or 1) > 2:
             raise UserError(f'model.local_window must be 1 or 2, not {config.local_window}')
-        if config.global_norm == 'rms_norm' and config.branches == 'global':
-            raise UserError('model.global_norm=rms_norm is for branches=both')
         if not causal or config.chunk_size < context:
             return
         alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
@@ -170,7 +154,7 @@ class MixedChunk(ScoredAttention):
             state = shape.heads * shape.width * shape.value_width
             total += Count(0, 4 * state, 0) + saved(config, 2 * state / c)
         if config.branches != 'local':
-            total += self._count_gate_and_norm(config, shape)
+            total += self._count_gate(config, shape)
         if config.far_chunks:
             total += self._count_far(config, shape)
         return total
@@ -184,12 +168,10 @@ class MixedChunk(ScoredAttention):
         far = self.count_weights(config, shape, seen=c * read, matrix=0)
         return compared + far + saved(config, shape.heads * shape.value_width)
 
-    def _count_gate_and_norm(self, config: ConfigDict, shape: Shape) -> Count:
+    def _count_gate(self, config: ConfigDict, shape: Shape) -> Count:
         d, s, rank = config.model_dim, shape.width, 16
-        gates = {'scalar': d + 1, 'keys': rank * (d + s) + s}
-        gain = round(shape.value_width) if config.global_norm == 'rms_norm' else 0
-        parameters = gates.get(config.decay_gate, 0)
-        return Count(parameters + gain, 2 * parameters, 0)
+        parameters = {'scalar': d + 1, 'keys': rank * (d + s) + s}.get(config.decay_gate, 0)
+        return Count(parameters, 2 * parameters, 0)
 
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """See the base class."""
@@ -226,12 +208,12 @@ class MixedChunk(ScoredAttention):
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
         """See the base class."""
-        return 'chunk' if impl == 'triton' and self._window_is_known(config) and not config.far_chunks else None
+        return 'chunk' if impl == 'triton' and not config.far_chunks else None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
-        return impl == 'triton' and plain and config.decay_gate != 'keys' and self._window_is_known(config)
+        return impl == 'triton' and plain and config.decay_gate != 'keys' and config.far_chunks != 1
 
     def reader_of_blocks(self, config: ConfigDict, *, short: bool, fresh: bool) -> str:
         """See the base class."""
@@ -241,16 +223,10 @@ class MixedChunk(ScoredAttention):
         # Around training's kernels these would take dozens of small operations.
         return 'long' if two or gated else 'training'
 
-    def _window_is_known(self, config: ConfigDict) -> bool:
-        """Whether fields that a window does not know say what they would without them."""
-        known = 'decay_gate', 'local_window', 'far_chunks'
-        others = {field: default for field, default in CHANGED.items() if field not in known}
-        # The state of one far chunk moves on where a chunk ends, in the middle of a window.
-        return config.far_chunks != 1 and all(config[field] in (None, default) for field, default in others.items())
-
     def window(self, config: ConfigDict) -> int | None:
         """See the base class."""
-        return config.chunk_size if self._window_is_known(config) else None
+        # The state of one far chunk moves on where a chunk ends, in the middle of a window.
+        return None if config.far_chunks == 1 else config.chunk_size
 
     def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
         """See the base class."""

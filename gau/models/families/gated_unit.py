@@ -54,7 +54,6 @@ class GatedUnit(Family):
                 num_heads=heads,
                 gate=config.gate,
                 gamma_init=config.gamma_init,
-                linear_start=config.linear_start or 'direct',
                 rope=config.rope,
                 key_input=config.key_input or 'shared',
                 dtype=config.dtype,
