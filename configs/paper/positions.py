@@ -3,7 +3,8 @@
     python scripts/reproduce.py positions --budget=small
 
 Question: which of the three does it need? Without a relative bias gamma starts at ones, or a relu^2 layer would be
-dead: that point changes two things. `none` still has chunks, whose borders tell something of positions.
+dead: the three points without one change two things. `none` still has chunks, whose borders tell something of
+positions.
 
 Arguments: see configs/paper/budgets.py. Results: none of this budget are kept yet.
 """
