@@ -160,7 +160,8 @@ def missing(
         counts.append(['all', str(size), str(size - lack), str(lack)])
     total = f'{len(missed)} different runs are missing: {_hours(hours, chip, peak, utilisation)}'
     rows = _without_idle(rows)
-    listed = aligned(rows, left=(0, 1, 2, len(rows[0]) - 1)) + '\n\n' if missed else ''
+    left = [place for place, name in enumerate(rows[0]) if name in ('table', 'point', 'seeds', 'also of')]
+    listed = aligned(rows, left=left) + '\n\n' if missed else ''
     return f'{listed}{aligned(counts, left=(0,))}\n\n{total}'
 
 
@@ -182,15 +183,15 @@ def _size(found: Cost) -> list[str]:
 
 
 def _without_idle(rows: list[list[str]]) -> list[list[str]]:
-    """Returns a table, with its head, without the column `passes` where it is known of no row."""
-    column = rows[0].index('passes')
-    if any(row[column] != '-' for row in rows[1:]):
-        return rows
-    return [row[:column] + row[column + 1 :] for row in rows]
+    """Returns a table, with its head, without `passes` and `also of` where no row has any."""
+    columns = [c for c in zip(*rows, strict=True) if c[0] not in ('passes', 'also of') or set(c[1:]) - {'-', ''}]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _hours(hours: Sequence[float | None], chip: str, peak: float, utilisation: float) -> str:
     known = [value for value in hours if value is not None]
+    if hours and not known:
+        return 'hours are not known, for only the data can count epochs'
     total = f'{_in_hours(sum(known))} hours on one {chip} at {utilisation:.0%} of its {peak / 1e12:,.0f} TFLOP/s'
     if len(known) < len(hours):
         total += f', without {len(hours) - len(known)} points whose epochs only the data can count'
