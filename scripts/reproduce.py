@@ -13,6 +13,7 @@ unless --kept says where there are finished runs: those that fit, of whatever ta
 """
 
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> int:
     table = module.TABLE
     budget = _BUDGET.value
     workdir = _WORKDIR.value or f'runs/{name}_{budget}'
-    program = [f'--config={(PROGRAMS / name).relative_to(ROOT)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
+    program = [f'--config={os.path.relpath(PROGRAMS / name)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
     source = module.get_config(f'budget={budget}').data.source
     if _ONLY_KEPT.value:
         cli.refuse(
@@ -181,8 +182,9 @@ def _is_prepared(source: str) -> bool:
 
 def _run(script: str, *arguments: str) -> int:
     """Runs a script of this directory; Ctrl-C reaches it by itself, and it says in its exit code how it ended."""
-    print('$ python ' + ' '.join(map(shlex.quote, (f'scripts/{script}', *arguments))), flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / 'scripts' / script), *arguments])
+    command = (os.path.relpath(ROOT / 'scripts' / script), *arguments)
+    print('$ python ' + shlex.join(command), flush=True)
+    process = subprocess.Popen([sys.executable, *command])
     while True:
         try:
             return process.wait()

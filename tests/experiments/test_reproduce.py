@@ -36,10 +36,10 @@ PAGES = [
 ]
 
 
-def run(*arguments):
+def run(*arguments, cwd=ROOT):
     done = subprocess.run(
-        [sys.executable, 'scripts/reproduce.py', *arguments],
-        cwd=ROOT,
+        [sys.executable, ROOT / 'scripts' / 'reproduce.py', *arguments],
+        cwd=cwd,
         env=dict(os.environ),
         capture_output=True,
         text=True,
@@ -145,6 +145,12 @@ def test_a_dry_run_needs_no_data(monkeypatch, started):
     assert not any(point.error for point in points)
     table = plan.costs(points, chip='H100', utilisation=0.4, vocab_size=int(sweep[4].removeprefix('--vocab_size=')))
     assert '112,' in table  # millions of parameters, with the vocabulary that the data would have
+
+
+def test_it_works_from_any_directory(tmp_path):
+    code, out, err = run('seeds', '--dry_run', cwd=tmp_path)
+    assert code == 0, err
+    assert 'hours on one H100' in out
 
 
 @pytest.mark.slow
