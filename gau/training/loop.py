@@ -1,7 +1,6 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
 import json
-import math
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from gau.data.passes import Passes, told
 from gau.errors import NoSpace, RunFailed, UserError, chain, is_no_space
 from gau.evaluation.evaluator import Cancelled, Case, Evaluator, Metrics, is_scalar
 from gau.objectives.objective import TrainBatches
-from gau.training import distributed, lost_process, lowest
+from gau.training import distributed, lost_process, lowest, start
 from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.ahead import Ahead
@@ -31,7 +30,6 @@ from gau.training.interruption import NO_BATCH, Interrupted, Interruption
 from gau.training.lost_process import LostProcess
 from gau.training.metrics import MetricsReader, MetricsWriter, Progress
 from gau.training.setup import Run, use_compilation_cache
-from gau.training.start import claim, first_state, keep_origin, pin_fork, steps_over_data
 from gau.training.step import TrainState
 from gau.training.throughput import Clock
 
@@ -73,92 +71,87 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains a resolved config; see `train`."""
     use_compilation_cache()
     distributed.check_same('config', config.to_json())
     # Everything a config can get wrong shows here, before anything is written.
     with distributed.together():
-        run = Run.from_config(config)
-        run.check()
-        if config.fork is not None and not (workdir / files.CONFIG).exists():
-            config.fork = str(pin_fork(run, Path(config.fork)))
-        if config.init_from is not None and not (workdir / files.CONFIG).exists():
-            with_pretrained(None, run.abstract_params, Path(config.init_from), tokenizer=run.tokenizer)
-        total_steps = run.total_steps
-        iterator = run.objective.train_batches(
-            config.data,
-            tokenizer=run.tokenizer,
-            seed=config.seed,
-            rows=local_rows(meshes.batch_sharding(run.mesh), config.data.batch_size),
-        )
+        run, iterator = _opened(config, workdir)
     first = distributed.is_first()
     with ExitStack() as stack:
-        resumed = stack.enter_context(claim(workdir, run))
+        resumed = stack.enter_context(start.claim(workdir, run))
         if resumed:
-            keep_origin(config, files.read_config(workdir))
+            start.keep_origin(config, files.read_config(workdir))
         else:
             config.fork = distributed.of_first(config.fork or '') or None
         if first:
             files.keep_config(workdir, config)
-        config_tree = files.config_to_dict(config)
-        branch = run.stable_until if run.stable_until < total_steps else None
+        branch = run.stable_until if run.stable_until < run.total_steps else None
         saved = stack.enter_context(Checkpoints(workdir, config.checkpoint, keep_step=branch))
         try:
             with distributed.together():
-                state, origin = first_state(run, saved, iterator)
+                state, origin = start.first_state(run, saved, iterator)
         except UserError:
             if first and not resumed:
                 # Else the next command would be taken for one that resumes, and could not correct this one.
                 files.take_back(workdir)
             raise
         first_step = int(state.step)
-        reached = first_step >= total_steps
-        final = json.loads(distributed.of_first(json.dumps(files.read_final(workdir)))) if reached else None
-        if final is not None:
-            if first:
-                print(f'finished at step {first_step}: {workdir / files.FINAL} has the result')
-                for split in lowest.risen(files.read_metrics(workdir / files.METRICS)):
-                    print(split)
-            return final
+        if first_step >= run.total_steps:
+            final = _final_of_before(workdir, first_step)
+            if final is not None:
+                return final
         # The last step is saved before it is evaluated: a run killed in between evaluates again.
-        kept = {'first_step': first_step, 'keep_evaluations': first_step < total_steps}
+        kept = {'first_step': first_step, 'keep_evaluations': first_step < run.total_steps}
         writer = MetricsWriter(workdir, **kept) if first else MetricsReader(workdir, **kept)
         stack.callback(writer.close)
         stream = sys.stderr if first else stack.enter_context(open(os.devnull, 'w'))
-        progress = Progress(total_steps, first_step, stream=stream)
+        progress = Progress(run.total_steps, first_step, stream=stream)
         stack.callback(progress.close)
-        progress.say(
-            f'{config.model.name} ({config.model.size}), {count_parameters(state.params):,} parameters, '
-            f'{run.devices}, attention: {run.model.implementation.attention}, '
-            f'{"" if config.quantization == "none" else config.quantization + " by qwix, "}{origin}'
-        )
-        over_data = steps_over_data(run)
+        over_data = start.steps_over_data(run)
         passes = {} if over_data is None else run.passes(over_data)
+        progress.say(start.introduction(run, state.params, origin))
         if passes:
             progress.say(f'{over_data * run.tokens_per_step:,} tokens, {told(passes)}')
-        keep_every = config.checkpoint.keep_every
-        if keep_every and keep_every % run.save_every:
-            both = math.lcm(keep_every, run.save_every)
-            progress.say(
-                f'checkpoint.keep_every={keep_every} keeps every {both}th step only: '
-                f'a run saves every {run.save_every} steps'
-            )
-        if iterator.rows_read > len(iterator.rows):
-            progress.say(
-                f'each process reads {iterator.rows_read} rows of a batch for the {len(iterator.rows)} that it needs; '
-                f'data.streams={config.data.batch_size // len(iterator.rows)} would share the reading out'
-            )
+        for line in start.hints(run, iterator):
+            progress.say(line)
         if first:
-            files.write_text(workdir / files.PARAMETERS, run.parameter_table(state.params))
-            if run.mesh.size > 1:
-                files.write_text(workdir / files.SHARDINGS, run.sharding_table())
-            else:
-                # Left by a part of the run that had more devices.
-                (workdir / files.SHARDINGS).unlink(missing_ok=True)
+            start.write_tables(run, state.params, workdir)
         stop = stack.enter_context(Interruption(run.mesh))
         stack.enter_context(run.context())
-        loop = _Loop(run, state, iterator, saved, writer, progress, stop, config_tree)
-        loop.run_to(total_steps)
+        loop = _Loop(run, state, iterator, saved, writer, progress, stop, files.config_to_dict(config))
+        loop.run_to(run.total_steps)
         return loop.finish(workdir, passes)
+
+
+def _opened(config: ConfigDict, workdir: Path) -> tuple[Run, TrainBatches]:
+    """Returns the run of a config and its batches; of a new run `config.fork` becomes the checkpoint that it means."""
+    run = Run.from_config(config)
+    run.check()
+    if not (workdir / files.CONFIG).exists():
+        if config.fork is not None:
+            config.fork = str(start.pin_fork(run, Path(config.fork)))
+        if config.init_from is not None:
+            with_pretrained(None, run.abstract_params, Path(config.init_from), tokenizer=run.tokenizer)
+    # A length in epochs is looked up in the data, which may be at fault.
+    _ = run.total_steps
+    iterator = run.objective.train_batches(
+        config.data,
+        tokenizer=run.tokenizer,
+        seed=config.seed,
+        rows=local_rows(meshes.batch_sharding(run.mesh), config.data.batch_size),
+    )
+    return run, iterator
+
+
+def _final_of_before(workdir: Path, step: int) -> dict[str, Any] | None:
+    """Returns, in every process, the result of a run that is at its end already, and says so; None if it has none."""
+    final = json.loads(distributed.of_first(json.dumps(files.read_final(workdir))))
+    if final is not None and distributed.is_first():
+        print(f'finished at step {step}: {workdir / files.FINAL} has the result')
+        for split in lowest.risen(files.read_metrics(workdir / files.METRICS)):
+            print(split)
+    return final
 
 
 class _Loop:

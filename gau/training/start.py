@@ -1,7 +1,8 @@
-"""Where a run starts: which checkpoint it goes on from, and who may write in its work directory."""
+"""How a run starts: who may write in its work directory, which checkpoint it goes on from, and what is said of it."""
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from gau.errors import UserError, warn
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
 from gau.training import workdir as files
-from gau.training.checkpoints import Checkpoints
+from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import differences, library_versions
 from gau.training.init_from import with_pretrained
 from gau.training.setup import Run
@@ -152,6 +153,42 @@ def steps_over_data(run: Run) -> int | None:
         except UserError:
             return None
     return run.total_steps
+
+
+def introduction(run: Run, params: Any, origin: str) -> str:
+    """Returns the line that says which run this is: model, size, devices, and where it starts from."""
+    config = run.config
+    quantization = '' if config.quantization == 'none' else f'{config.quantization} by qwix, '
+    return (
+        f'{config.model.name} ({config.model.size}), {count_parameters(params):,} parameters, '
+        f'{run.devices}, attention: {run.model.implementation.attention}, {quantization}{origin}'
+    )
+
+
+def hints(run: Run, iterator: TrainBatches) -> Iterator[str]:
+    """Yields a line for each setting that does less than it seems to, or that makes reading slow."""
+    keep_every, needed = run.config.checkpoint.keep_every, len(iterator.rows)
+    if keep_every and keep_every % run.save_every:
+        both = math.lcm(keep_every, run.save_every)
+        yield (
+            f'checkpoint.keep_every={keep_every} keeps every {both}th step only: '
+            f'a run saves every {run.save_every} steps'
+        )
+    if iterator.rows_read > needed:
+        yield (
+            f'each process reads {iterator.rows_read} rows of a batch for the {needed} that it needs; '
+            f'data.streams={run.config.data.batch_size // needed} would share the reading out'
+        )
+
+
+def write_tables(run: Run, params: Any, workdir: Path) -> None:
+    """Writes what the parameters are and, over several devices, how they and the activations lie."""
+    files.write_text(workdir / files.PARAMETERS, run.parameter_table(params))
+    if run.mesh.size > 1:
+        files.write_text(workdir / files.SHARDINGS, run.sharding_table())
+    else:
+        # Left by a part of the run that had more devices.
+        (workdir / files.SHARDINGS).unlink(missing_ok=True)
 
 
 def _state_from_weights(run: Run, saved: Checkpoints, iterator: TrainBatches) -> tuple[TrainState, str]:
