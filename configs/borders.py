@@ -4,22 +4,26 @@
     python eval.py --workdir=runs/borders/chunk_256 --evaluators=borders     # the loss by place, of every run
     python scripts/report.py runs/borders --by=point --against=chunk_256
 
-Questions: a chunk's first tokens see the text before them through the state alone. How much does that cost for C of 64,
-256 and 1,024, and how much of it do a gate of the state and a window of two chunks give back? Transformer++, which has
-no borders, is measured at the same places (--evaluators=borders:chunk=64 for those of other chunks). Is what a window
-costs better spent on more layers (`overlap`), and what do whole chunks from far away give (`far`)?
+Question: a chunk's first tokens see the text before them through the state alone. What does that cost at chunks of 64,
+256 and 1,024 tokens, and how much of it do a gate on the state and a window of two chunks give back?
 
-Arguments: model, size, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `chunks`, `overlap`, `far`,
-`remedies`. All have shifted keys, Muon at 4e-3 and no sinusoid, as configs/lm.py does; chunk_128_gate_window_2 is what
-it gives. The relative bias is a table for every C, so that it does not change with it.
+Arguments: model, size, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps:
+  chunks     the three sizes, and Transformer++, which has no borders, measured at the same places
+             (--evaluators=borders:chunk=64 for those of other chunks)
+  overlap    a window against more layers at its cost
+  far        whole chunks from far away
+  remedies   gate and window at the other sizes, and the window alone
 
-A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens, `small`. `border_loss` (the mean over that of the second
-half of the chunks), and `new_loss` and `repeated_loss` of pairs of tokens, stand in metrics.jsonl. All targets but the
-first 1,024 of a row count for the first, so those of every chunk are the same.
+All have shifted keys, Muon at 4e-3 and no sinusoid, as configs/lm.py does; chunk_128_gate_window_2 is what that gives.
+The relative bias is a table for every size, so that it does not change with it.
 
-Result (docs/results/borders.md, 500 steps, one seed): a border costs its first sixteen tokens, a gate gives back two
-thirds of it and a window all of it; two more layers are worth nothing in 33 M tokens (docs/results/overlap.md); far
-chunks 0.151, all of it where pairs are repeated. `far_1` is not run yet.
+A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens, `small`. metrics.jsonl has `border_loss` (the mean over
+that of the second half of the chunks), and `new_loss` and `repeated_loss` of pairs of tokens. The first 1,024 targets
+of a row do not count for `border_loss`, so that its targets are the same for every size.
+
+Result (docs/results/borders.md, 500 steps, one seed): a border costs the sixteen tokens after it. A gate gives back two
+thirds of it, a window all of it. Four far chunks are worth 0.151, all of it where pairs are repeated, and 0.119 of it
+is the chunk before. Two more layers are worth nothing in 33 M tokens (docs/results/overlap.md).
 """
 
 from collections.abc import Iterator

@@ -15,8 +15,8 @@ from gau.training import config as training_config
 # The paper's batch (as recalled): the same number of tokens at every context length.
 TOKENS_PER_STEP = 2**18
 
-# `best` is what reached the lowest loss here. `paper` is the paper's letter: AdamW; a sinusoid is added to the
-# embeddings also where queries and keys are rotated; of the gated models the relative bias starts as N(0, 0.02), and
+# `best` is what reached the lowest loss here. `paper` is what the paper says: AdamW; a sinusoid is added to the
+# embeddings even where queries and keys are rotated; in the gated models the relative bias starts as N(0, 0.02), and
 # scores are divided by the length of the sequence (of the chunk).
 RECIPES = ('best', 'paper')
 # Of the language models of recipe=best, Transformer++ included: docs/results/quality_muon.md.

@@ -16,14 +16,13 @@
     python scripts/sweep.py --config=configs/compression.py:steps=400 --sweep=distilled:runs/teacher/base,seed:3 \
         --workdir=runs/distilled
 
-Question: how much of its loss does `small` lose with weights and activations of 8 bits, with E = 1.5 D in place of 2 D,
-with half of its weights and with two of every four, at once and after a recovery of 150 steps, which for 8 bits is
-training with them; and are `small` and `tiny` better students of `base` than of the text alone, at equal tokens?
+Questions: how much loss does `small` gain by weights and activations of 8 bits, by E = 1.5 D in place of 2 D, and by
+losing half of its weights or two of every four? At once, and after 150 steps of recovery (for 8 bits: of training with
+them)? Are `small` and `tiny` better students of `base` than of the text alone, at equal tokens?
 
-Arguments: those of configs/quality.py, whose training this is, and steps (1,000). The sweeps of one seed lie in
-directories of their own, so that the starts of `recovered` have the same names for all seeds and the report can take
-them together. The teacher and all students have half the batch, 32,768 tokens: so few tokens are worth more in more
-steps.
+Arguments: those of configs/quality.py, whose training this is, and steps (1,000). Each seed has directories of its own,
+so that the starts of `recovered` have the same names for all seeds and the report can take them together. The teacher
+and all students have half the batch, 32,768 tokens: so few tokens are worth more in more steps.
 
 Cost: seven minutes of two NVIDIA H200 for three seeds of all of it, several runs at once.
 

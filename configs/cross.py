@@ -5,22 +5,23 @@
     python scripts/sweep.py --config=configs/cross.py:task=titles,tokenizer=sentencepiece:FILE --sweep=heads+controls \
       --workdir=runs/titles --per_device=4
 
-Question: the paper says that with a gate one head does what a Transformer needs many for. Does it where queries are of
-one sequence, and keys and values of another? Asked by the second half of a passage from its first (task=halves), and by
-the title of a Wikipedia article from the beginning of its text (task=titles).
+Question: the paper says that with a gate one head does what a Transformer needs many for. Is that so where queries come
+from one sequence, and keys and values from another? The tasks: the second half of a passage from its first
+(task=halves), and the title of a Wikipedia article from the beginning of its text (task=titles).
 
 Arguments: model (cross_flash, cross_transformer_plus_plus; any causal one as a control that sees no source), size,
-context (source and target have half of it each), task, data, tokenizer, runlocal. Sweeps: `heads` (a Cross-GAU with
-one, two and four heads in FLASH), `controls` (multi-head cross-attention in FLASH and in Transformer++, and each
-without a source), `softmax` (a Cross-GAU with softmax in the place of relu^2).
+context (source and target have half of it each), task, data, tokenizer, runlocal. Sweeps:
+  heads      a Cross-GAU with one, two and four heads in FLASH
+  controls   multi-head cross-attention in FLASH and in Transformer++, and each without a source
+  softmax    a Cross-GAU with softmax in place of relu^2
 
 A run is 1,000 steps of 65,536 places, half of them targets at most. Titles: 512 places a row, one row for each article,
 of which every tenth is held out. A Cross-GAU has E = D and nine tenths of the parameters of multi-head cross-attention.
-All with Muon at 4e-3 and no sinusoid, FLASH with shifted keys within its sequences.
+All have Muon at 4e-3 and no sinusoid; FLASH has shifted keys within its sequences.
 
-Result (docs/results/cross.md, halves, 500 steps, one seed): one, two, four heads and multi-head attention are within
-0.011, where the source is worth 0.045; Transformer++ has not learnt to read it. Titles are not run yet. `:runlocal`
-predicts halves of the embedded corpus for 20 steps, and shows that everything works.
+Result (docs/results/cross.md; halves, 500 steps, one seed): one, two and four heads and multi-head attention are within
+0.011 of each other, where the source is worth 0.045. Transformer++ has not learnt to read its source. Not run yet:
+titles and `softmax`. `:runlocal` predicts halves of the embedded corpus for 20 steps, and shows that everything works.
 """
 
 from collections.abc import Iterator

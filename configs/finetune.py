@@ -5,17 +5,20 @@
     python eval.py --workdir=runs/authors --contexts=512,1024
     python scripts/sweep.py --config=configs/finetune.py --sweep=starts:RUN:RUN,seed:3 --workdir=runs/starts
 
-Question: what is it worth to have read other text before? Who of 20 authors wrote a passage of some 1,000 tokens, of a
-book that no passage of training comes from.
+Question: what is it worth to have read other text before? The task: who of 20 authors wrote a passage of some 1,000
+tokens, from a book that no training passage comes from?
 
-Arguments: start (a work directory, a checkpoint or an export: the model is that one's, field by field, with its
-tokenizer; causal models are asked at the last token, bidirectional ones for the mean over all); drawn (that model, from
-nothing); without start model, size, tokenizer and masked (a bidirectional model); context; data and valid (JSON lines
-with `label`, `text` and, for pairs, `text_b`; by default data/authors); runlocal. The sweep `starts` takes any number
-of models.
+Arguments:
+  start: a work directory, a checkpoint or an export. The model is that one's, field by field, with its tokenizer.
+    Causal models are asked at the last token, bidirectional ones for the mean over all.
+  drawn: the model of start with new weights.
+  model, size, tokenizer, masked (a bidirectional model): in place of start.
+  data, valid: JSON lines with `label`, `text` and, for pairs, `text_b`; by default data/authors.
+  context, runlocal.
+The sweep `starts` takes any number of models.
 
-Recipe: 600 steps of 32 passages, AdamW 3e-4 with linear decay after 60 steps; the head, which is new, ten times as
-fast. From nothing (drawn) a model wants more: 1e-3.
+Recipe: 600 steps of 32 passages, AdamW at 3e-4 with linear decay after 60 steps, and ten times that for the head, which
+is new. A model from nothing (drawn) has 1e-3.
 
 Result: docs/results/authors.md, accuracy 0.50 (FLASH) and 0.45 (Transformer++) from trained models, 0.40 and 0.30 from
 nothing. `:runlocal` classifies the embedded corpus and shows that everything works.

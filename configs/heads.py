@@ -3,15 +3,15 @@
     python scripts/sweep.py --config=configs/heads.py --sweep=heads --workdir=runs/heads --per_device=4
     python scripts/attention_ranks.py runs/heads/*/ --json=runs/heads/ranks.jsonl
 
-Question: the paper says that a gate lets one head do what a Transformer needs eight or twelve for. Is the rank of A V
-what the gate makes up for? One head has one matrix A for all values; U * (A V) need not have its rank.
+Question: the paper says that a gate lets one head do what a Transformer needs eight or twelve for. Does the gate make
+up for the rank of A V? One head has one matrix A for all values, but U * (A V) can have a larger rank.
 
-Arguments: those of configs/quality.py (context is 512 here). Sweeps: `heads`. Without the gate E is 3 D in place of
-2 D, which has as many parameters; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of configs/lm.py
-has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
+Arguments: those of configs/quality.py (context is 512 here). Sweep: `heads`. Without the gate E is 3 D in place of 2 D,
+so that the parameters are as many; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of
+configs/lm.py has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
 
-Result (docs/results/heads.md, 500 steps, one seed): two heads are 0.019 worse than one, eight 0.053; the gate is worth
-0.149 and takes the rank from 160 to 299, where eight heads take it to 189.
+Result (docs/results/heads.md, 500 steps, one seed): two heads are 0.019 worse than one, eight 0.053. The gate is worth
+0.149 and raises the rank from 160 to 299; eight heads raise it to 189.
 """
 
 from collections.abc import Iterator

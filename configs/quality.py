@@ -4,30 +4,39 @@
     python scripts/sweep.py --config=configs/quality.py --sweep=models,seed:8 --workdir=runs/quality --per_device=4
 
 Question: at equal tokens and equal size, is FLASH as good as Transformer++, and where? configs/relu2.py found the start
-of the bias on three seeds of `small` at 1,024; this is the comparison that it left open: more seeds, longer contexts,
-`base`, each model at the learning rate that is best for it.
+of the bias, with three seeds of `small` at 1,024 tokens; here are more seeds, longer contexts, `base`, and for each
+model the learning rate that is best for it.
 
-Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. Sweeps: `models`, `rates`
-(what the models' learning rates were chosen by), `long` (8,192 tokens of context), `memory` (what FLASH may know there
-of the tokens before its chunk), `gate` (the gate on the state against Transformer++; take it times seed:3), `causes`
-(in 1,000 steps: what FLASH lacks at 8,192), `muon` (with what helps both), and with it `forms` (other memories),
-`convolution` (before every layer of either model), `keys` (that are found by the token before), `shifted` (these at two
-contexts), `shifted_forms` (other rates, and what goes with them), `exact` (whole chunks before it read by softmax),
-`reach` (more of these, and other forms), `best` (what configs/lm.py took from all this, against Transformer++),
-`softmax` (the same FLASH with softmax), `books` (`best` on books), `far_books` (books, 32,768 tokens of context: with
-chunks read exactly and without); `base` and `base_best` (112 M parameters).
-`seed:N:FIRST` adds seeds to a table.
+Answer (docs/results/quality.md): FLASH of `best` is ahead at 1,024 tokens of context (p 0.008), on books at 8,192 (by
+0.031, p 0.045), and perhaps on Wikipedia at 8,192 (p 0.054).
 
-A run is 2,000 steps of 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an
-NVIDIA H200 that four runs share.
+Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. A run is 2,000 steps of
+65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an NVIDIA H200 that four runs
+share. `seed:N:FIRST` adds seeds to a table.
 
-Result: docs/results/quality_shifted.md: FLASH of `best` is ahead of Transformer++ at 1,024 tokens of context (p 0.008)
-and perhaps at 8,192 (p 0.054). `models`, `rates`, `long`, `base`: docs/results/quality.md; `memory`, `gate`, `causes`,
-`muon`: quality_memory.md, quality_gate.md, quality_causes.md, quality_muon.md; `forms`, `convolution`, `keys`:
-quality_keys.md; `far_books` (500 steps): far_memory.md. `softmax` and `exact`: quality_softmax.md: softmax in the
-window brings nothing, four whole chunks 0.045. `base_best`: 300 M tokens are too many for 47 M tokens of
-text, which FLASH learns by heart (quality.md). `books`: quality_books.md, 0.031 ahead. Not run yet: `reach`,
-rates, softmax and FLASH-Quad of `shifted_forms`.
+Sweeps, and the pages in docs/results that have what came of them:
+
+    models          each model at its best rate                              quality.md
+    rates           other rates, and FLASH-Quad                              quality.md
+    long            both starts of the bias at 8,192                         quality.md
+    base            112 M parameters                                         quality.md
+    memory          what FLASH may know of the tokens before its chunk       quality_memory.md
+    gate            a gate on the state; take it times seed:3                quality_gate.md
+    causes          1,000 steps: what FLASH lacks at 8,192                   quality_causes.md
+    muon            with Muon and no sinusoid, as all that follow            quality_muon.md
+    forms           every token exactly, a window, a larger rate             quality_keys.md
+    convolution     before every layer of either model                       quality_keys.md
+    keys            that are found by the token before                       quality_keys.md
+    shifted         such keys at two contexts                                quality_shifted.md
+    shifted_forms   other rates (not run), softmax and FLASH-Quad (not run),
+                    windows, no gate                                         quality_shifted.md
+    best            what configs/lm.py took from all this                    quality_shifted.md
+    softmax         the same FLASH with softmax: nothing gained              quality_softmax.md
+    exact           whole earlier chunks by softmax: four are worth 0.045    quality_softmax.md
+    reach           more of these, and other forms                           not run
+    books           `best` on books                                          quality_books.md
+    far_books       books at 32,768, with far chunks and without; 500 steps  far_memory.md
+    base_best       `best` at 112 M: FLASH learns 47 M tokens by heart       quality.md
 """
 
 from collections.abc import Iterator
@@ -220,7 +229,7 @@ def sweep_books() -> Iterator[Overrides]:
 def sweep_far_books() -> Iterator[Overrides]:
     """Whole books, 32,768 tokens of context: FLASH of `best`, without RoPE between chunks, with chunks read exactly.
 
-    A mean of keys that are rotated by where they stand says less of what is in a chunk.
+    Rotated keys differ by where they stand, so their mean says less of what is in a chunk.
     """
     flash = {**next(sweep_best()), ':context': 32_768, ':data': 'tokens:data/books', 'name': 'flash'}
     local = {**flash, 'model.rope': 'local'}
@@ -246,8 +255,8 @@ def sweep_base() -> Iterator[Overrides]:
 def sweep_base_best(steps: int = 4578) -> Iterator[Overrides]:
     """112 M parameters, 8,192 tokens of context, 300 M tokens: the models of `best`, for the time to a quality.
 
-    As many are for a text of 90 M tokens or more: 47 M are learnt by heart after three passes
-    (docs/results/quality.md); `base_best:2000` is for these.
+    They need a text of 90 M tokens or more: one of 47 M is learnt by heart after three passes
+    (docs/results/quality.md), and `base_best:2000` is for that.
     """
     for point in list(sweep_best())[:2]:
         yield {**point, 'name': point['name'].replace('8192', 'base'), ':size': 'base', 'steps': steps}

@@ -4,10 +4,12 @@
 
 Arguments: model (any causal model of docs/models.md), runlocal.
 
-A small batch and a high learning rate, because what counts here is minutes and not tokens: at one million tokens, 512 a
-step reached 2.17 bits per byte where 2,048 a step reached 2.63 (LOG.md, L01). Few layers and many steps, and Muon, for
-the same reason (L40); a convolution over the bytes before each, for 10 % of the time (L52). FLASH has softmax in a
-window of two chunks: relu^2 takes longer to find one byte among many, and the step takes as long (L72).
+What counts here is minutes, not tokens. Hence:
+- a small batch and a high rate: after a million tokens 512 a step had 2.17 bits per byte, 2,048 a step 2.63 (L01)
+- few layers, many steps, and Muon (L40)
+- a convolution over the bytes before each, for 10 % of the time (L52)
+- for FLASH softmax in a window of two chunks: relu^2 takes longer to find one byte among many, and a step takes as long
+  (L72)
 """
 
 from ml_collections import ConfigDict

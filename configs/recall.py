@@ -7,31 +7,35 @@
       --config.data.batch_size=16
 
 Question: FLASH keeps two chunks and a state of S x E numbers a layer, Transformer++ every key and value. On text the
-loss is the same (docs/results/quality_shifted.md). What can FLASH not do? Here nothing but exact memory is asked: a row
-begins with P pairs of a key and a value, and every key stands once more behind them, where its value is to be told
-(gau/objectives/recall.py). `accuracy_by_distance` in eval.jsonl tells what lies within a window from what does not.
+loss is the same (docs/results/quality_shifted.md). What can FLASH not do? Here only exact memory counts. A row begins
+with P pairs of a key and a value; then every key comes once more, and the model has to give its value
+(gau/objectives/recall.py). `accuracy_by_distance` in eval.jsonl separates what lies within a window from what does not.
 
-Arguments: model, size, context, pairs, runlocal. Sweeps: `models` (FLASH as configs/lm.py gives it, shifted keys alone,
-the paper's unit, FLASH-Quad with shared and with shifted keys, Transformer++ and the same with a convolution over two
-tokens before its layers), `pairs`; `many` (for more pairs than a state has columns, in rows of 2,048 tokens).
+Arguments: model, size, context, pairs, runlocal. Sweeps:
+  models   FLASH as configs/lm.py gives it (`best`), with shifted keys alone (`shifted`), and the paper's (`unit`);
+           FLASH-Quad with shared and with shifted keys; Transformer++, and the same with a convolution over two tokens
+  pairs    16, 64 and 128 of them
+  many     more pairs than a state has columns, in rows of 2,048 tokens
 
-Recipe: 2,000 steps of 64 rows of 512 tokens, Muon at 4e-3 after 100 steps of warm-up, no sinusoid, 512 values. A guess
-among all is right once in 512 times. Who always names the row's most frequent value, as values are drawn and repeat, is
-right in 0.075 of the queries of 16 pairs, 0.033 of 64 and 0.021 of 128 (docs/results/recall.md).
+Recipe: 2,000 steps of 64 rows of 512 tokens, Muon at 4e-3 after 100 steps of warm-up, no sinusoid, 512 values. Chance
+is 1 in 512. Always naming the row's most frequent value is right for 0.075 of the queries at 16 pairs, 0.033 at 64 and
+0.021 at 128, since values repeat (docs/results/recall.md).
 
 Shifted keys and the convolution put the token before into a key, so that one layer can look a pair up. A model without
-them has to learn first, in two layers, which token stood before a value; that takes many more steps than the look-up,
-and a run can end before it: `models` has both kinds. On a CPU (rows of 32 tokens with 8 pairs, 64 wide, a vocabulary of
-256, one seed) FLASH of `best` with chunks of 8 finds 0.57 of the values after 200 steps and 0.96 after 400,
+them has to learn first, in two layers, which token stood before a value. That takes many more steps than the look-up,
+and a run can end before it; so `models` has both kinds. On a CPU (rows of 32 tokens with 8 pairs, 64 wide, a vocabulary
+of 256, one seed) FLASH of `best` with chunks of 8 finds 0.57 of the values after 200 steps and 0.96 after 400,
 Transformer++ with the convolution 0.98 after 400, and Transformer++ 0.15 after 1,400, a guess among the row's values
 (L61).
 
-Result (docs/results/recall.md, n = 2): with shifted keys or the convolution all of 128 pairs are found, by exact
-attention 1.000, by `best` 0.998, by `shifted`, which has nothing but its states for them, 0.998. `unit`, `quad` and
-Transformer++ have not found the task after 2,000 steps: they guess among the row's values. `:runlocal` asks for 8 pairs
-in rows of 128 tokens for 20 steps, and shows that everything works; `best` needs `:runlocal,context=512`, several
-chunks of 128. `many` (docs/results/far_memory.md, n = 1): of 511 pairs chunks read exactly find 0.631, the other four
-have not found the task.
+Result (docs/results/recall.md, n = 2): with shifted keys or the convolution nearly all of 128 pairs are found: 1.000 by
+exact attention, 0.998 by `best`, and 0.998 by `shifted`, which has nothing but its states for them. `unit`, `quad` and
+Transformer++ have not found the task after 2,000 steps: they guess among the row's values. `many`
+(docs/results/far_memory.md, n = 1): of 511 pairs, chunks read exactly find 0.631; the other four have not found the
+task.
+
+`:runlocal` asks for 8 pairs in rows of 128 tokens for 20 steps, and shows that everything works; `best` needs
+`:runlocal,context=512`, several chunks of 128.
 """
 
 from collections.abc import Iterator

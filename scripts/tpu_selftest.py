@@ -1,4 +1,4 @@
-"""Checks the kernels for TPUs on the TPU at hand and trains two models with and without them, in some minutes.
+"""Checks the kernels for TPUs on the TPU at hand and trains three models with and without them, in some minutes.
 
     python scripts/tpu_selftest.py
 
