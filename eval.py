@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python eval.py --workdir=DIR [--step=K] [--contexts=512,1024] [--splits=...].
 
-The work directory alone says what to build, which data to read and what to measure (`config.evaluators`). Other
-evaluators, and text that it was not trained beside:
+The work directory says what to build, which data to read and what to measure (`config.evaluators`). Other evaluators,
+and other text than the run's own:
 
     python eval.py --workdir=DIR --evaluators=whole_documents --contexts=8192
     python eval.py --workdir=DIR --evaluators=perplexity_in_chunk:chunk=128,passkey:texts=64

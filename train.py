@@ -15,8 +15,10 @@ from gau import cli
 cli.define_config()
 cli.define_processes()
 flags.DEFINE_string('workdir', None, 'Directory of the run: config, metrics, checkpoints, plots.', required=True)
-flags.DEFINE_string('fork', None, 'Work directory of another run, whose newest checkpoint a new run starts from.')
-flags.DEFINE_string('init_from', None, 'Work directory, checkpoint or export, whose parameters a new run starts with.')
+flags.DEFINE_string(
+    'fork', None, 'Work directory of another run, or DIR/checkpoints/STEP: where a new run branches off.'
+)
+flags.DEFINE_string('init_from', None, 'Work directory, checkpoint or export: the parameters a new run starts with.')
 
 
 def main() -> int:

@@ -5,18 +5,19 @@
     python scripts/benchmark.py --what=train --contexts=512,8192 --models=flash,transformer_plus_plus::full,flash_quad
     python scripts/benchmark.py --what=train --models=flash,torch_flash_lucidrains    needs requirements-benchmark.txt
 
-`train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient;
-`decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length.
-GB/s of `decode` are bytes that a step cannot do without, parameters and what tokens look back on, over its time, beside
-them their share of what copying an array does.
+`train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient.
+`decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length. GB/s of
+`decode` are the bytes that a step has to read (parameters, and what tokens look back on) over its time; beside them is
+their share of the rate at which an array is copied.
 
-A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`,
-where parts at the end may be left out and empty ones mean the default: `flash:reference,flash::full:scan` are two to
-compare. Behind them it may set any other field of `config.model`, `flash:key_input=shifted:decay_gate=scalar`; all
-kinds know these. It may end with contexts of its own, `flash_quad@512+8192`, and is not measured at `--contexts` then;
-named twice, it has those of both. Training and forward have a process for each measurement, so that memory is its own;
-decode and prefill share one. What does not fit or crashes is a row that says so; `--rounds` measures all of them in
-turn, over and over, and the median counts.
+A model may carry the settings that it is measured at, `model:impl:remat:layer_stack:accumulation_steps:segment_tokens`.
+Empty parts mean the default, and parts at the end may be left out: `flash:reference,flash::full:scan` are two to
+compare. Behind them may stand any other fields of `config.model`, `flash:key_input=shifted:decay_gate=scalar`, for all
+kinds. At the end may stand contexts, `flash_quad@512+8192`, which then count in place of `--contexts`; a model named
+twice has those of both.
+
+Training and forward have a process for each measurement, so that memory is its own; decode and prefill share one. What
+does not fit or crashes is a row that says so. `--rounds` measures all of them in turn several times; the median counts.
 """
 
 import datetime

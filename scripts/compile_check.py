@@ -1,9 +1,10 @@
-"""Compiles the training step of a config for a machine nobody here has, and says whether and how it would run.
+"""Compiles the training step of a config for a machine that is not there, and says whether and how it would run.
 
     python scripts/compile_check.py --config=configs/lm.py:context=4096 --topology=v4:4x4x4
     python scripts/compile_check.py --config=configs/lm.py:size=large --topology=v5e:4x4 --config.mesh.fsdp=-1 \
         --config.mesh.data=1 --config.model.remat=full --sweep=batch
-    python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8
+    python scripts/compile_check.py --config=configs/lm.py:runlocal --topology=cpu:8 --config.mesh.data=4 \
+        --config.mesh.sequence=2
     python scripts/compile_check.py --config=configs/lm.py --topology=v4:1x1x1 --breakdown
     python scripts/compile_check.py --table=docs/tpu_v4_64.md       models of base size: two hours
 

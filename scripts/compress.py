@@ -6,7 +6,7 @@
 
 narrower: E of the gated units, 2 D by default, becomes less. sparser: the smallest weights become zero, a share of each
 kernel (--pattern=0.5) or two of every four. rounded: weights of 8 bits, by qwix (requirements-compress.txt).
-What was lost is recovered by a run with --init_from=OUT, whose zeros stay with optimizer.keep_zeros (docs/deploy.md).
+A run with --init_from=OUT recovers what was lost; optimizer.keep_zeros keeps the zeros (docs/deploy.md).
 """
 
 import functools

@@ -1,13 +1,13 @@
-"""Prints a model as a table: parameters, FLOPs per token and activation memory, part by part and context by context;
-and how large the state is that a sequence is decoded with.
+"""Prints a model as a table: parameters, FLOPs and activation memory, part by part and context by context, and the size
+of its decoding state.
 
     python scripts/describe.py --config=configs/lm.py:model=flash,size=base --contexts=512,8192
     python scripts/describe.py --config=configs/lm.py:size=base --models=flash,flash_quad,transformer_plus_plus
 
 The first form takes the config's model apart; the second sets models of the config's size side by side, each with its
-own defaults. `--fields` prints what there is to set of the config's model. FLOPs and memory are per token: FLOPs of the
-forward pass (a training step is three times that), memory is what is saved for the backward pass;
-`gau.models.counts` says exactly what is counted. Nothing is built, without JAX.
+own defaults. `--fields` prints what can be set of the config's model. FLOPs and memory are per token: FLOPs of the
+forward pass (a training step is three times that), memory that is saved for the backward pass. `gau.models.counts` says
+exactly what is counted. No model is built, and JAX is not needed.
 """
 
 import textwrap

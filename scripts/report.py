@@ -7,9 +7,9 @@
     python scripts/report.py --evaluations runs/a runs/a_int8 --by=point       what eval.py measured of each directory
     python scripts/report.py --check                                           every table in docs/results
 
-Arguments are directories of runs and of sweeps, and files of kept runs, which this command wrote; together
-they are one table, whichever machine and day its runs come from. Without --output the files are DIR/report.*. --check
-makes the tables again from the kept JSON lines beside them, and ends with 1 if one is another.
+Arguments are directories of runs and of sweeps, and files of kept runs, which this command wrote. Together they are one
+table, whatever machine and day the runs come from. Without --output the files are DIR/report.*. --check makes the
+tables again from the kept JSON lines beside them, and ends with 1 if one differs.
 """
 
 import sys

@@ -1,4 +1,5 @@
-"""Writes text with a trained model, with a state of constant size where the model has one (FLASH, Performer, MC-TFM++).
+"""Writes text with a trained model. The state has a constant size with FLASH (up to one far chunk), Performer and
+MC-TFM++.
 
     python scripts/sample.py --workdir=DIR --prompt='Once upon' --max_tokens=512 --temperature=0.8 --top_p=0.95
     python scripts/sample.py --workdir=DIR --prompt_file=chapter.txt --num=4 --json
@@ -7,10 +8,10 @@
     python scripts/sample.py --workdir=DIR --prompt_file=book.txt --save_state=book.state --max_tokens=0
     python scripts/sample.py --workdir=DIR --state=book.state --prompts=questions.jsonl
 
-One text is printed as it is written; several, one after the other when they are done. The same seed writes the same
-text. `--prompts` has a JSON object with a "prompt" in each line, and answers in the same order; `--state` goes on from
-what `--save_state` read before, so that a long document is read once. Speeds go to stderr at the end: of reading, with
-the compiler's time where the program is new; and of writing, of all blocks of 32 tokens but the first.
+One text is printed as it is written; several are printed one after the other when they are done. The same seed writes
+the same text. `--prompts` has a JSON object with a "prompt" in each line, and is answered in the same order. `--state`
+goes on from what `--save_state` read before, so that a long document is read once. At the end speeds go to stderr: of
+reading, with the compiler's time if the program is new; of writing, without the first block of 32 tokens.
 """
 
 import json
@@ -36,7 +37,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     'tensor', 1, 'Split every layer and its state over so many devices, without our kernels.', lower_bound=1
 )
-flags.DEFINE_string('state', None, 'File of --save_state whose text is gone on from.')
+flags.DEFINE_string('state', None, 'File of --save_state, whose text is continued.')
 flags.DEFINE_string('save_state', None, 'File to write the state after the prompt to.')
 flags.DEFINE_integer('num', 1, 'How many continuations to write, side by side.', lower_bound=1, upper_bound=2**16)
 flags.DEFINE_integer('max_tokens', 256, 'Tokens to write at most; 0: only read, for --save_state.', lower_bound=0)
