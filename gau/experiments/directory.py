@@ -165,16 +165,26 @@ class SweepDirectory:
             if self.path.is_dir() and any(not entry.name.startswith('.') for entry in self.path.iterdir()):
                 raise UserError(f'--workdir={self.path} is not empty and holds no sweep ({SWEEP} is missing)')
             return {}
-        try:
-            return files.read_json(path)['points']
-        except (ValueError, KeyError) as error:
-            raise UserError(f'{path} cannot be read: {error}') from error
+        return read_points(self.path)
 
     def _check_same(self, stored: dict[str, Any], name: str, complaint: str) -> None:
         old = files.config_to_dict(files.whole_config(stored))
         changed = differences(old, files.config_to_dict(self._points[name].config))
         if changed:
             raise UserError(f'--workdir={self.path} {complaint} (point {name}: {"; ".join(changed)})')
+
+
+def read_points(sweep: Path) -> dict[str, Any]:
+    """Returns what a sweep's directory says of its points, by name: overrides, label, config.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = sweep / SWEEP
+    try:
+        return dict(files.read_json(path)['points'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
 
 
 def read_starts(sweep: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from gau.data import config as data_config
 from gau.data.passes import Passes
 from gau.errors import UserError
 from gau.experiments.cost import tokens_per_step
-from gau.experiments.directory import KEPT_RUNS, SWEEP, read_starts
+from gau.experiments.directory import KEPT_RUNS, SWEEP, read_points, read_starts
 from gau.models.fields import GONE
 from gau.training import workdir as files
 from gau.training.config import RESUMABLE_CHANGES, flatten, unflatten
@@ -114,7 +114,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 def _workdirs(directory: Path) -> list[Path]:
     workdirs = [directory] if (directory / files.CONFIG).is_file() else []
     if (directory / SWEEP).is_file():
-        workdirs = [directory / name for name in files.read_json(directory / SWEEP)['points']]
+        workdirs = [directory / name for name in read_points(directory)]
     elif not workdirs and directory.is_dir():
         workdirs = sorted(path.parent for path in directory.glob(f'*/{files.CONFIG}'))
     if not workdirs:
@@ -144,13 +144,16 @@ def read(workdir: Path) -> Run:
     """Returns the record of a finished run.
 
     Raises:
-      UserError: there is none in the directory, or it has no result.
+      UserError: there is none in the directory, or it has no result or no metrics.
     """
     config = files.read_config(workdir)
     final = files.read_final(workdir)
     if final is None:
         raise UserError(f'{workdir} has no result: {files.FINAL} is missing or damaged')
-    rows = pd.DataFrame(files.read_metrics(workdir / files.METRICS))
+    lines = files.read_metrics(workdir / files.METRICS)
+    if not any(line['split'] == 'train' for line in lines):
+        raise UserError(f'{workdir / files.METRICS} has no line of training that can be read')
+    rows = pd.DataFrame(lines)
     point, attempts = _of_sweep(workdir)
     overrides = point.get('overrides', {})
     identities = dict(final.get('data') or _data_of_checkpoint(workdir))
@@ -236,7 +239,7 @@ def _of_sweep(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not (sweep / SWEEP).is_file():
         return {}, []
     name = workdir.resolve().name
-    point = files.read_json(sweep / SWEEP)['points'].get(name, {})
+    point = read_points(sweep).get(name, {})
     return point, [line for line in read_starts(sweep) if line['point'] == name]
 
 

@@ -371,6 +371,9 @@ def test_data_is_what_it_holds_however_often_it_was_prepared(tmp_path):
         # A run of an older version has no such record.
         (workdir / files.DATA).unlink()
         assert runs.read(workdir).facts['data'] == {'tokens:wiki': plan}
+    (workdir / files.METRICS).write_text('{"split": "tra')
+    with pytest.raises(UserError, match=r'metrics\.jsonl has no line of training'):
+        runs.read(workdir)
 
 
 def test_what_eval_py_measured_is_a_table(tmp_path):
@@ -424,4 +427,11 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
 
 def test_a_directory_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match='neither a run nor a sweep'):
+        runs.find([tmp_path])
+
+
+@pytest.mark.parametrize('damaged', ['{"points', '[]', '{"points": 3}'])
+def test_a_sweep_that_cannot_be_read_is_refused(tmp_path, damaged):
+    (tmp_path / 'sweep.json').write_text(damaged)
+    with pytest.raises(UserError, match=r'sweep\.json cannot be read'):
         runs.find([tmp_path])
