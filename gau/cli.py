@@ -234,7 +234,8 @@ def _explain(error: BaseException, argv: Sequence[str], stored: ConfigDict | Non
         return f'{name}: {text.strip().splitlines()[-1].strip()}'
     if '--config=None' in text:
         return '--config=FILE[:name=value,...] must be given, for example --config=configs/quickstart.py'
-    return text
+    missing = re.findall(r'flag (--\w+)=None: Flag \1 must have a value', text)
+    return f'{", ".join(missing)} must be given' if missing else text
 
 
 def _fault_of_config_program(error: BaseException, argv: Sequence[str]) -> str | None:

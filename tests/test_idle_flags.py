@@ -13,6 +13,8 @@ REFUSED = {
     f'{TRAIN} {MLM}': '--config is given twice',
     f'{TRAIN} --workdir=TMP/other': '--workdir is given twice',
     f'{TRAIN} --config.optimizer.learning_rate=nan': '--config.optimizer.learning_rate=nan is not a number',
+    'scripts/compare_runs.py --output=a.png': 'error: --workdirs must be given',
+    'scripts/export.py': 'error: --workdir, --output must be given',
     f'{TRAIN} --distributed=off --heartbeat_seconds=9': '--heartbeat_seconds does nothing with --distributed=off',
     'train.py --config=configs/lm.py:model=flash,runlocal,model=mamba --workdir=TMP/run': (
         'config argument model is given twice'
