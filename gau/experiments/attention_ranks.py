@@ -112,6 +112,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         panels.append(canvas.add_subplot(len(RANKS), 1, number, ylabel=f'rank of {name}', sharex=axes))
         panels[-1].grid(alpha=0.3)
     panels[-1].set_xlabel('layer')
+    # Ticks at layers, of which there are no halves.
+    panels[-1].locator_params(axis='x', integer=True)
     for model in dict.fromkeys(line['workdir'] for line in lines):
         own = [line for line in lines if line['workdir'] == model]
         for panel, name in zip(panels, RANKS, strict=True):
