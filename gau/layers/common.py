@@ -46,7 +46,7 @@ class TokenInfo(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether the implementation of training computes the layers: of whole sequences, or of blocks like them."""
+        """Whether training's implementation computes the layers: of whole sequences, or of blocks that it can read."""
         return self.decode is None or self.decode.whole
 
 

@@ -1,7 +1,7 @@
-"""What stands between a layer's projections: an attention from queries, keys and values to outputs.
+"""The core of a layer: the attention between its projections, from queries, keys and values to outputs.
 
 The gated unit and the multi-head layer call the same cores. A core shares the scope of the layer around it
-(`flax.linen.share_scope`): what parameters and states it has stand beside the layer's own.
+(`flax.linen.share_scope`), so its parameters and states stand beside the layer's own.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class AttentionCore(nn.Module):
       causal: whether later tokens are hidden.
       impl: implementation of the op.
       dtype: compute type.
-      pairs: the pairs of queries and keys that the core takes, in their order: 'direct' is the layer's own, 'linear'
-        one for a linear attention, 'far' one for earlier chunks. A gated unit makes each pair by scale and offset from
-        Z. A multi-head layer rotates its projections for the direct pair, makes the linear one by scale and offset from
-        them, and has no far one.
+      pairs: names of the pairs of queries and keys that the core takes, in order: 'direct' for the main attention,
+        'linear' for a linear attention beside it, 'far' for attention to whole earlier chunks. A gated unit makes each
+        pair of Z by scale and offset. A multi-head layer takes its rotated projections as the direct pair, makes the
+        linear pair of the projections by scale and offset, and has no far pair.
     """
 
     causal: bool
@@ -32,7 +32,7 @@ class AttentionCore(nn.Module):
 
     @property
     def reads_input(self) -> bool:
-        """Whether the core makes something of the layer's normalised input itself; then it is called with it."""
+        """Whether the core also reads the layer's normalised input; it is then called with it."""
         return False
 
     def __call__(

@@ -39,7 +39,7 @@ class FusedScaleNorm(Norm):
     """A `Norm` of kind 'scale_norm' with a kernel for the residual stream and its biases."""
 
     def of_residual(self, residual: Residual, gate_D: Array | None = None) -> tuple[Residual, Array, Array | None]:
-        """Returns the same stream, for a later `plus`; x + bias normalised, h [B, N, D]; h.gate, float32 [B, N, 1]."""
+        """Returns the stream, for a later `plus`; h, x + bias normalised, [B, N, D]; and h.gate, float32 [B, N, 1]."""
         x_BND, h_BND, logit_BN1 = over_mesh(
             lambda x, bias, g, gate, sequence_axis: scale_norm_of_residual(x, bias, g, gate, self.dtype),
             *(*residual, self.scale, gate_D),

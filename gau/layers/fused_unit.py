@@ -22,7 +22,7 @@ from gau.ops.short_convolution import follows
 
 
 class FusedGatedAttentionUnit(GatedAttentionUnit):
-    """GAU(x) of whole sequences, gated, with one head; `core.gated` is the operation."""
+    """GAU(x) of whole sequences in kernels, for units with a gate and one head; `core.gated` is the attention."""
 
     def __call__(self, x_BND: Array, tokens: TokenInfo) -> Array:
         """Applies the unit to normalised inputs."""
@@ -30,7 +30,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         return y_BND + bias_D.astype(y_BND.dtype)
 
     def gate_of_norm(self, inputs: int) -> tuple[Array, Array] | None:
-        """Returns w [inputs] and b [1] of a gate of one number, x w + b, for the kernel that makes x; None: no such."""
+        """Returns w [inputs] and b [1] of the core's gate x w + b, for the kernel that makes x; None: no such gate."""
         parameters = self.core.gate_parameters(inputs)
         if len(parameters) != 2:
             return None
@@ -44,7 +44,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         Args:
           x_BND: normalised inputs.
           tokens: what the layers of one call share.
-          gate_BNL: logits of the core's gate where whoever made x has them; else they are made here.
+          gate_BNL: logits of the core's gate, if the kernel that made x has made them too; None: they are made here.
 
         Raises:
           ValueError: no gate, several heads, or a block of a sequence that is decoded.
@@ -83,7 +83,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         return jnp.tensordot(x_BND, uv_D2E, axes=1)
 
     def output(self, o_BNE: Array, width: int) -> tuple[Array, Array]:
-        """Returns the last projection of what `attend` gave, [B, N, width], and its bias."""
+        """Returns the output projection of U * (A V) without its bias, [B, N, width], and the bias."""
         out_ED, bias_D = Weights((width,), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
         return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
 
@@ -153,8 +153,9 @@ class FusedScaleOffset(ScaleOffset):
     def __call__(
         self, p_BNW: Array, bias_S: Array, *, tokens: TokenInfo, mix_S: Array | None = None
     ) -> tuple[tuple[Array, ...], Array]:
-        """Maps a projection, the last S columns of p, to R arrays [B, N, S]; and returns p, whose other readers take
-        this one, so that the gradients of all come back in one buffer.
+        """Returns R arrays [B, N, S] made of the last S columns of p, and p itself.
+
+        Whoever reads other columns must read the p that is returned: the gradients of all then share one buffer.
 
         See `gau.ops.kernels.queries_keys`; `mix_S` is the parameter of a `KeyShift`, or None.
         """

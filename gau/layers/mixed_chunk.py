@@ -60,17 +60,17 @@ class MixedChunkCore(QuadraticCore):
 
     @property
     def near_pairs(self) -> tuple[str, ...]:
-        """The pairs of the two branches, without those of a subclass."""
+        """Those of `pairs` that the two branches take; a subclass may have more."""
         return self.pairs
 
     @property
     def has_window(self) -> bool:
-        """Whether its state is opened for single tokens (`gau.ops.chunk_window`)."""
+        """Whether single tokens are decoded in a window (`gau.ops.chunk_window`)."""
         return True
 
     @property
     def spec(self) -> ChunkSpec:
-        """What the op asks for."""
+        """The fields that the op takes."""
         branches = 'both' if len(self.near_pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.near_pairs[0]]
         state = self.global_reduction, self.global_decay, self.local_window
         return ChunkSpec(self.chunk_size, self.scoring, self.causal, branches, *state)
@@ -113,7 +113,7 @@ class MixedChunkCore(QuadraticCore):
         )
 
     def bias_of_sequence(self, n: int) -> Array | None:
-        """Returns the bias between the positions of a chunk by distance, [H, 2 min(n, C) - 1], or None."""
+        """Returns the bias of every distance in the local branch, [H, 2 n - 1], n up to 2 C; None: no bias."""
         return self.bias(n if n <= self.chunk_size else self.local_window * self.chunk_size)
 
     @property

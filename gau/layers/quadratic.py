@@ -96,7 +96,7 @@ class QuadraticCore(AttentionCore):
         )
 
     def splash(self, q_BHNS: Array, k_BHNS: Array, v_BHNE: Array, tokens: TokenInfo) -> Array:
-        """Returns the outputs [B, H, N, E] by a TPU's kernels, each device those of its own heads and queries."""
+        """Returns the outputs [B, H, N, E], by a TPU's kernels; each device computes its own heads and queries."""
         head = ('batch', 'act_heads', 'length', None)
 
         def attend(*operands: Array | None, sequence_axis: str | None) -> Array:
@@ -114,34 +114,34 @@ class QuadraticCore(AttentionCore):
 
     @property
     def has_cache_kernel(self) -> bool:
-        """Whether single tokens look back in a kernel (`gau.ops.kernels.decode_cache`)."""
+        """Whether a kernel computes the attention of single tokens to the cache (`gau.ops.kernels.decode_cache`)."""
         return (
             self.impl in ('triton', 'cudnn') and self.scoring.function in decode_cache.FUNCTIONS and launch.available()
         )
 
     def scaled(self, q: Array) -> Array:
-        """Returns q, and with it q.k, times the learned temperature."""
+        """Returns q times the learned temperature, if there is one."""
         return self.temperature_layer(q) if self.temperature == 'learned' else q
 
     def bias(self, n: int, queries_BT: Array | None = None) -> Array | None:
-        """Returns b between n positions by distance, [H, 2 n - 1], or the rows of these queries; or None."""
+        """Returns b of every distance between n positions, [H, 2 n - 1], or b of given queries; None: no bias."""
         return None if self.relative_bias == 'none' else self.bias_layer(n, queries_BT)
 
     def gate_logits(self, x_BND: Array) -> Array | None:
-        """Returns the logits of a gate of the state, [B, N, L], of normalised inputs; None: there is none."""
+        """Returns the logits of the state's gate for normalised inputs, [B, N, L]; None: there is no gate."""
         return None
 
     def gate_parameters(self, inputs: int) -> list[Array]:
-        """Returns the parameters of that gate for so many inputs (`gau.layers.decay_gate`); none without a gate."""
+        """Returns that gate's parameters for inputs of this width (`gau.layers.decay_gate`); []: there is no gate."""
         return []
 
     def bias_of_sequence(self, n: int) -> Array | None:
-        """Returns the bias by distance for a sequence of n tokens, [H, 2 n - 1], or None."""
+        """Returns the bias of every distance in a sequence of n tokens, [H, 2 n - 1]; None: no bias."""
         return self.bias(n)
 
     @property
     def gated_token_multiple(self) -> int | None:
-        """A multiple of which a device must have of a sequence's tokens for `gated`; None: it takes whole ones."""
+        """For `gated` devices may share a sequence in multiples of so many tokens; None: each needs whole sequences."""
         return 1 if self.impl == 'pallas' else None
 
     def gated(
@@ -154,7 +154,7 @@ class QuadraticCore(AttentionCore):
         segment_ids_BN: Array | None,
         sequence_axis: str | None,
     ) -> Array:
-        """Returns U * (A V) of one head in kernels, [B, N, E], from the projections of gate and values.
+        """Returns U * (A V) of one head, [B, N, E], by kernels, from the projections of gate and values.
 
         Args:
           p_BNW: projections of gate and values, before bias and silu, in the first 2 E columns.
@@ -180,7 +180,7 @@ class QuadraticCore(AttentionCore):
     def gated_with_state(
         self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
     ) -> Array:
-        """Returns `gated` of the first tokens of sequences, and puts their keys and values into the state.
+        """Returns `gated` of the first tokens of sequences that are decoded; keys and values go into the state.
 
         Args:
           *arrays: those of `gated`.

@@ -55,7 +55,7 @@ ARCHITECTURES = {
 
 
 class Size(NamedTuple):
-    """A size of the family: what two GAU layers are to one Transformer layer, E = 2D is to heads of 64 and 8/3 D.
+    """A size that all models come in, with about as many parameters: two GAU layers for one Transformer layer.
 
     Attributes:
       model_dim: D.

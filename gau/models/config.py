@@ -142,11 +142,11 @@ def _applying_defaults(config: ConfigDict, architecture: Architecture) -> dict[s
     """Returns the default of every field that has a meaning; refuses what is set of the others."""
     defaults = {name: field.default for name, field in architecture.fields.items()}
     # A field whose meaning another one took away is treated like one the model never had.
-    void = architecture.family.void(config) | architecture.attention.void(config)
+    idle = architecture.family.idle_fields(config) | architecture.attention.idle_fields(config)
     for name in declared_fields():
-        if name in void or name not in defaults:
+        if name in idle or name not in defaults:
             if config[name] is not None:
-                reason = void.get(name) or _applies_to(name)
+                reason = idle.get(name) or _applies_to(name)
                 raise UserError(f'model.{name}={config[name]} does not apply to {config.name}: {reason}')
             defaults.pop(name, None)
     return defaults

@@ -102,17 +102,17 @@ class MixedChunk(ScoredAttention):
         """See the base class."""
         return config.chunk_size * (config.local_window or 1)
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
-        void = {}
+        idle = {}
         if config.branches == 'global':
-            void |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
+            idle |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
         if config.branches == 'local':
             fields = {'global_reduction', 'global_decay', *STATE_FIELDS} - {'local_window', 'far_chunks'}
-            void |= dict.fromkeys(fields, 'branches=local has no global branch')
+            idle |= dict.fromkeys(fields, 'branches=local has no global branch')
         if (config.decay_gate or 'none') != 'none':
-            void['global_decay'] = f'decay_gate={config.decay_gate} takes its place'
-        return void | super().void(config)
+            idle['global_decay'] = f'decay_gate={config.decay_gate} takes its place'
+        return idle | super().idle_fields(config)
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
         """See the base class."""
@@ -262,12 +262,12 @@ class MultiHeadMixedChunk(MixedChunk):
     }
     implementations = table(xla=ANYWHERE, reference=ANYWHERE)
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
-        void = super().void(config)
+        idle = super().idle_fields(config)
         if config.branches == 'local':
-            void['gamma_init'] = 'branches=local has no scale-and-offset transforms here'
-        return void
+            idle['gamma_init'] = 'branches=local has no scale-and-offset transforms here'
+        return idle
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
         """See the base class."""

@@ -25,7 +25,7 @@ class Performer(Attention):
         fields = {'feature_map': config.feature_map, 'num_features': config.num_features}
         return PerformerCore(causal=causal, impl=impl, dtype=config.dtype, **fields, parent=None)
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
         if config.feature_map == 'favor':
             return {}

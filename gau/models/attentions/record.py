@@ -31,13 +31,14 @@ ANYWHERE = Needs(lambda config, target: None)
 
 
 class Attention:
-    """The record of an attention, with the answers of one that is plain; subclasses override what differs.
+    """The record of an attention. The base class answers for the simplest one; a subclass overrides what differs.
 
     Attributes:
-      fields: those of the config that belong to it.
-      implementations: what each implementation of its core needs, fastest first: 'auto' takes the first that works.
+      fields: its own fields of the config.
+      implementations: the implementations of its core and what each needs, fastest first: 'auto' takes the first that
+        works.
       not_causal: None, or why it cannot be causal.
-      laptop: values of fields that show all of it in a short sequence (`configs.common.run_local`).
+      laptop: values of fields with which a short sequence uses every part of it (`configs.common.run_local`).
     """
 
     fields: Mapping[str, Field] = {}
@@ -46,12 +47,12 @@ class Attention:
     laptop: Mapping[str, Any] = {}
 
     def core(self, config: ConfigDict, *, heads: int, width: int, causal: bool, impl: str) -> 'AttentionCore':
-        """Returns the core of a layer, with parent=None: the layer adopts it. Only here JAX is imported.
+        """Returns the core of a layer, with parent=None: the layer adopts it. No other method imports JAX.
 
         Args:
           config: resolved model config.
-          heads: H of the layer.
-          width: S (K), of its queries and keys.
+          heads: H.
+          width: S (K) of the queries and keys.
           causal: whether later tokens are hidden.
           impl: a name of `implementations`.
         """
@@ -65,17 +66,17 @@ class Attention:
         """Returns the pairs of queries and keys that the core takes (`gau.layers.core.AttentionCore.pairs`)."""
         return ('direct',)
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
-        """Returns its fields that another field of an unresolved config takes the meaning from, with the reason."""
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
+        """Returns the fields of an unresolved config that do nothing beside its others, each with the reason."""
         return {}
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
-        """Sets its fields whose defaults depend on others."""
+        """Sets the open fields whose defaults depend on other fields."""
 
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
-        """Raises UserError for a resolved config that does not go together.
+        """Raises UserError where fields of a resolved config contradict each other.
 
-        `chosen` names the fields that somebody set; it is empty where the config had been resolved before.
+        `chosen` are the fields that somebody set; none, if the config had been resolved before.
         """
 
     def refuses_decoding(self, config: ConfigDict) -> str | None:
@@ -83,54 +84,54 @@ class Attention:
         return f'{config.name} cannot be decoded: its attention has no decoding state'
 
     def what_keeps_all_tokens(self, config: ConfigDict) -> str | None:
-        """Returns what its decoding state grows by with the sequence ("flash_quad", a field); None: it has one size."""
+        """Returns what makes the decoding state grow with the text, a model or `model.FIELD=VALUE`; None: nothing."""
         return None
 
     def with_capacity(self, config: ConfigDict, state: dict, capacity: int) -> dict:
-        """Returns a layer's decoding state with room for so many tokens, where it keeps all of them."""
+        """Returns a layer's decoding state with room for `capacity` tokens, if it keeps all tokens; else as it is."""
         return state
 
     def state_bytes(self, config: ConfigDict, shape: Shape) -> float | None:
-        """Returns the bytes of its decoding state in one layer for one sequence; None: nobody has said."""
+        """Returns the bytes of one layer's decoding state for one sequence; None: unknown."""
         return None
 
     def whole_blocks(self, config: ConfigDict, impl: str) -> str | None:
-        """Returns where a row must stand for an implementation to read a block of a prompt as training would.
+        """Returns where a block of a prompt must begin so that training's implementation can read it.
 
-        'chunk': where a chunk begins; 'sequence': before its first token; None: it never does, the reference does.
+        'chunk': at the beginning of a chunk; 'sequence': at the first token; None: it cannot read blocks at all.
         """
         return None
 
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
-        """Returns whether a gated unit decodes single tokens in kernels (`gau.layers.decode_unit`)."""
+        """Returns whether kernels decode the single tokens of a gated unit (`gau.layers.decode_unit`)."""
         return False
 
     def reader_of_blocks(self, config: ConfigDict, *, short: bool, fresh: bool) -> str:
-        """Returns what reads blocks of a prompt where tokens are decoded in kernels (`DecodePosition.reader`).
+        """Returns which kernels read the blocks of a prompt where kernels decode tokens (`DecodePosition.reader`).
 
         Args:
-          config: of the model.
+          config: resolved model config.
           short: whether the prompts are short.
-          fresh: whether there is one block, from empty states.
+          fresh: whether the prompt is one block and the states before it are empty.
         """
         return 'training'
 
     def window(self, config: ConfigDict) -> int | None:
-        """Returns the most single tokens that are decoded before `close_window`; None: any number, without a window."""
+        """Returns how many single tokens a window takes until `close_window` is due; None: it needs no window."""
         return None
 
     def open_window(self, config: ConfigDict, state: dict, tokens: int) -> dict:
-        """Returns a layer's decoding state, opened for so many single tokens; see `gau.ops.chunk_window`."""
+        """Returns a layer's state as a window with room for `tokens` single tokens (`gau.ops.chunk_window`)."""
         return state
 
     def close_window(self, config: ConfigDict, state: dict, window: dict, *, start_B: 'Array', end_B: 'Array') -> dict:
-        """Returns the state after the tokens of its window, from its positions at the start to those at the end."""
+        """Returns the state after a window that was opened at positions start_B and now stands at end_B."""
         return window
 
     def longest_decoded(self, config: ConfigDict) -> int | None:
-        """Returns the most tokens that a decoded sequence may have, or None."""
+        """Returns the longest sequence that can be decoded, in tokens; None: any."""
         return None
 
     def shard_multiple(self, config: ConfigDict) -> int:
-        """Returns of how many tokens a device must hold a multiple, where devices share the tokens of a sequence."""
+        """Returns m: devices that share the tokens of a sequence must hold a multiple of m tokens each."""
         return 1

@@ -59,24 +59,24 @@ class ScoredAttention(Attention):
         """Returns between how many positions there are weights."""
         raise NotImplementedError
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
         """See the base class."""
-        void = {}
+        idle = {}
         function = config.attention_function or self.fields['attention_function'].default
         if function != 'relu2':
-            void['relative_bias_init'] = f'it is the start of the weights of relu2, and this is {function}'
+            idle['relative_bias_init'] = f'it is the start of the weights of relu2, and this is {function}'
         if (config.relative_bias or self.fields['relative_bias'].default) == 'none':
-            void['relative_bias_init'] = 'there is no relative bias'
-        start = None if 'relative_bias_init' in void else self._start(config)
+            idle['relative_bias_init'] = 'there is no relative bias'
+        start = None if 'relative_bias_init' in idle else self._start(config)
         if start != 'mean':
-            void['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {start}'
+            idle['relative_bias_scale'] = f'it is of relative_bias_init=mean, and this is {start}'
         if function in ('softmax', 'softmax_plus'):
-            void |= dict.fromkeys(('normalizer', 'normalizer_length'), f'{function} normalises by itself')
+            idle |= dict.fromkeys(('normalizer', 'normalizer_length'), f'{function} normalises by itself')
         if config.normalizer not in ('fixed', None):
-            void['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
+            idle['normalizer_length'] = f'it is the constant of normalizer=fixed, and this is {config.normalizer}'
         if not _has_length(config.relative_bias or 'toeplitz', start):
-            void['relative_bias_length'] = f'it is the length of a toeplitz table, and this is {config.relative_bias}'
-        return void
+            idle['relative_bias_length'] = f'it is the length of a toeplitz table, and this is {config.relative_bias}'
+        return idle
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
         """See the base class."""

@@ -65,8 +65,8 @@ class Family:
         """Returns the widths of the queries and keys that its layers rotate."""
         raise NotImplementedError
 
-    def void(self, config: ConfigDict) -> dict[str, str]:
-        """See `gau.models.attentions.record.Attention.void`."""
+    def idle_fields(self, config: ConfigDict) -> dict[str, str]:
+        """See `gau.models.attentions.record.Attention.idle_fields`."""
         return {}
 
     def fill(self, fill: Filler) -> None:
