@@ -63,7 +63,7 @@ class Display:
         counts = ', '.join(f'{states[state]} {state}' for state in _ORDER[::-1] if states[state])
         speed = sum(progress[task.name].tokens_per_second or 0 for task in tasks if task.state == RUNNING)
         left = self._seconds_left(tasks, progress)
-        parts = [counts, f'{speed:,.0f} tokens/s' if speed else '', f'{_clock(left)} left' if left is not None else '']
+        parts = [counts, f'{speed:,.0f} tokens/s' if speed else '', f'{_clock(left)} left' if left else '']
         return '   '.join(filter(None, parts))
 
     def _seconds_left(self, tasks: Sequence[Task], progress: Mapping[str, Progress]) -> float | None:
@@ -97,7 +97,8 @@ class Display:
             speed = at.tokens_per_second if task.state == RUNNING else None
             table.add_row(
                 task.name,
-                Text(state, style=_COLOURS[task.state]),
+                # One line: the whole of an error is told above the table, and below it when all is done.
+                Text(state, style=_COLOURS[task.state], no_wrap=True, overflow='ellipsis'),
                 task.place if task.state == RUNNING else '',
                 f'{at.step:,}/{at.total:,}' if at.total else f'{at.step:,}',
                 '' if at.loss is None else f'{at.loss:.4f}',

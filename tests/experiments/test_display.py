@@ -24,10 +24,10 @@ def clock(monkeypatch):
     return now
 
 
-def shown(clock, *, terminal):
+def shown(clock, *, terminal, error='exit code 1: RuntimeError: x'):
     """Returns the lines shown of four runs of 100 steps, of which one is at step 50 after a minute."""
     tasks = [Task(Point(name, {}, name, None), state=state) for name, state in STATES.items()]
-    tasks[1].place, tasks[3].error = 'gpu 0', 'exit code 1: RuntimeError: x'
+    tasks[1].place, tasks[3].error = 'gpu 0', error
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, height=20)
     with display.Display(dict.fromkeys(STATES, 1.0), console=console) as board:
@@ -49,6 +49,14 @@ def test_in_a_terminal_it_is_a_table(clock):
     assert 'd failed, exit code 1: RuntimeError: x 0/100' in lines
     # Half a run took a minute; one and a half are left.
     assert '1 finished, 1 waiting, 1 running, 1 failed 1,200 tokens/s 3 min 00 s left' in lines
+
+
+def test_a_run_is_a_line_of_the_table_whatever_it_failed_with(clock):
+    lines = shown(clock, terminal=True, error='exit code 1: loss is not finite in ' + 'blocks_0/gau/out/kernel, ' * 9)
+    table = lines[-6:]
+    assert [line.split()[0] for line in table] == ['point', 'a', 'b', 'c', 'd', '1']
+    assert table[4].startswith('d failed, exit code 1: loss is not finite in blocks_0')
+    assert table[4].endswith('… 0/100')
 
 
 def test_elsewhere_it_is_a_line_a_minute(clock):
