@@ -58,14 +58,7 @@ def write(
     documents = [*_read(source, label_field, text_field, False)]
     if held_out:
         documents += _read(held_out, label_field, text_field, True)
-    by_label: dict[str, list[dict[str, Any]]] = {}
-    for document in documents:
-        by_label.setdefault(_folded(document['label']), []).append(document)
-    for label in left_out:
-        if by_label.pop(_folded(label), None) is None:
-            raise UserError(f'--left_out: no document has "{label}" in "{label_field}"')
-    sizes = {label: sum(len(document['text']) for document in found) for label, found in by_label.items()}
-    chosen = sorted(sizes, key=sizes.get, reverse=True)[:classes]
+    chosen = _of_labels(documents, classes, left_out, label_field)
     if len(chosen) < classes:
         raise UserError(
             f'--source={source}: {len(chosen)} different labels in "{label_field}", {classes} are asked for'
@@ -73,9 +66,9 @@ def write(
     rng = np.random.default_rng(seed)
     files: dict[str, list[dict[str, str]]] = {'train': [], 'valid': []}
     report = {}
-    for label in sorted(chosen):
-        held, kept = _split(by_label[label], characters, valid)
-        name = by_label[label][0]['label']
+    for of_label in chosen:
+        held, kept = _split(of_label, characters, valid)
+        name = of_label[0]['label']
         report[name] = {}
         for split, found, wanted in (('train', kept, train), ('valid', held, valid)):
             passages = [passage for document in found for passage in cut(document['text'], characters)]
@@ -94,6 +87,21 @@ def write(
             (aside / f'{split}.jsonl').write_text(text, encoding='utf-8')
         (aside / 'report.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return report
+
+
+def _of_labels(
+    documents: list[dict[str, Any]], classes: int, left_out: Sequence[str], label_field: str
+) -> list[list[dict[str, Any]]]:
+    """Returns the documents of each of the labels with most text, at most `classes`, in the order of the labels."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        by_label.setdefault(_folded(document['label']), []).append(document)
+    for label in left_out:
+        if by_label.pop(_folded(label), None) is None:
+            raise UserError(f'--left_out: no document has "{label}" in "{label_field}"')
+    sizes = {label: sum(len(document['text']) for document in found) for label, found in by_label.items()}
+    chosen = sorted(sizes, key=sizes.get, reverse=True)[:classes]
+    return [by_label[label] for label in sorted(chosen)]
 
 
 def cut(text: str, characters: int) -> Iterator[str]:

@@ -50,18 +50,13 @@ def evaluate(
     """
     workdir = Path(workdir)
     with distributed.together():
-        config = with_changes(files.read_config(workdir) if config is None else config, changed or {})
-        for field, value in (('splits', splits), ('max_tokens', max_tokens)):
-            if value is not None and f'eval.{field}' in (changed or {}):
-                raise UserError(f'--{field} and --config.eval.{field} are the same: give one of them')
+        changed = changed or {}
+        config = with_changes(files.read_config(workdir) if config is None else config, changed)
         told = _choose(config, evaluators)
-        for path in changed or ():
+        for path in changed:
             if path.startswith('evaluators.') and path.split('.')[1] not in config.evaluators:
                 raise UserError(f'--config.{path} does nothing: --evaluators={",".join(evaluators)} leaves it out')
-        for section in (config.eval, *config.evaluators.values()):
-            for field, value in (('splits', splits), ('max_tokens', max_tokens)):
-                if value is not None and (section is config.eval or field in section):
-                    section[field] = tuple(value) if field == 'splits' else value
+        _set_for_all(config, changed, splits=None if splits is None else tuple(splits), max_tokens=max_tokens)
         run, params, step = load_run(workdir, step=step, config=config)
         measured: Measured = {evaluator: {} for evaluator in run.evaluators()}
         for evaluator in measured:
@@ -81,7 +76,7 @@ def evaluate(
             if first:
                 print(f'\n{evaluator.table(cases)}')
     if first:
-        _write(workdir, step, measured, dict(changed or {}), told)
+        _write(workdir, step, measured, dict(changed), told)
     return measured
 
 
@@ -107,6 +102,23 @@ def _choose(config: ConfigDict, evaluators: Sequence[str] | None) -> dict[str, d
         chosen = {name: {**(entries.get(name) or {'type': name}), **fields} for name, fields in told.items()}
         config.evaluators = ConfigDict(chosen)
     return told
+
+
+def _set_for_all(config: ConfigDict, changed: Mapping[str, Any], **flags: Any) -> None:
+    """Sets fields of `eval`, and of every entry that has its own value, in place; a flag of None changes nothing.
+
+    Raises:
+      UserError: a flag whose field the command line changes as well, as --config.eval.FIELD.
+    """
+    for field, value in flags.items():
+        if value is None:
+            continue
+        if f'eval.{field}' in changed:
+            raise UserError(f'--{field} and --config.eval.{field} are the same: give one of them')
+        config.eval[field] = value
+        for entry in config.evaluators.values():
+            if field in entry:
+                entry[field] = value
 
 
 def _fields(given: str, texts: Sequence[str], entry: Mapping[str, Any]) -> dict[str, int]:
