@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from gau import ctrl_c
 from gau.data import documents as docs
 from gau.data import examples, manifest, plans, shards, sources, tokenizers
 from gau.errors import UserError
@@ -231,8 +232,10 @@ def _write_shards(
             initializer=_Worker.start,
             initargs=arguments,
         ) as pool:
-            running = {pool.submit(_Worker.write, job): job for job in missing}
             try:
+                # The pool would not wait for a worker that it does not know yet.
+                with ctrl_c.held_back():
+                    running = {pool.submit(_Worker.write, job): job for job in missing}
                 for future in futures.as_completed(running):
                     job = running[future]
                     notes[job] = future.result()

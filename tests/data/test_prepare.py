@@ -1,9 +1,12 @@
 import json
+import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -84,6 +87,24 @@ def _alive(session):
         if int(fields[3]) == session and fields[0] != 'Z':
             return True
     return False
+
+
+def test_an_interrupt_waits_until_all_workers_are_started(corpus, tmp_path, monkeypatch):
+    submit, submitted = futures.ProcessPoolExecutor.submit, []
+
+    def interrupted(pool, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        submitted.append(submit(pool, *arguments))
+        return submitted[-1]
+
+    monkeypatch.setattr(futures.ProcessPoolExecutor, 'submit', interrupted)
+    config = make_config(source=corpus['jsonl'], holdout_every=10)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(config, tmp_path / 'tokens', workers=2)
+    plan = json.loads((tmp_path / 'tokens' / prepare._WORK / 'plan.json').read_text())
+    assert len(submitted) == len(plan['shards']) > 1
+    assert not multiprocessing.active_children()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_the_manifest_counts_what_is_there(corpus, by_bytes):
