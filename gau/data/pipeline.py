@@ -121,10 +121,7 @@ def _stream(
         padded=config.packing != 'concat',
         sizes=False,
     )
-    dataset = dataset.batch(stream_rows).map(finish)
-    if config.prefetch_batches:
-        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch_batches)
-    return _Resumable(iter(dataset))
+    return _prefetched(dataset.batch(stream_rows).map(finish), config)
 
 
 def eval_iterator(
@@ -201,7 +198,11 @@ def eval_iterator(
         sizes=sizes,
     )
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    dataset = dataset.batch(batch_size, batch_fn=pad).map(finish)
+    return _prefetched(dataset.batch(batch_size, batch_fn=pad).map(finish), config)
+
+
+def _prefetched(dataset: grain.IterDataset, config: ConfigDict) -> grain.DatasetIterator:
+    """Returns the batches, as many made ahead as the config says; their state may have been JSON in between."""
     if config.prefetch_batches:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.prefetch_batches)
     return _Resumable(iter(dataset))

@@ -1,6 +1,7 @@
 """The state of a run and the functions over it, to be jitted: create, train step."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -83,29 +84,14 @@ def make_train_step(
         loss_sum, sums = objective.loss(model, params, batch, dropout_key=key if dropout else None)
         return loss_sum, {objective.targets: jnp.sum(batch['weights']), **sums}
 
-    value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
-
-    def accumulate(params: Any, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Sums], Any]:
-        if accumulation_steps == 1:
-            return value_and_grad(params, batch, key)
-
-        # Every k-th row goes into one micro-batch: each device then keeps the rows that it already holds.
-        def micro(x_BN: jax.Array) -> jax.Array:
-            rows = x_BN.shape[0] // accumulation_steps
-            return x_BN.reshape(rows, accumulation_steps, *x_BN.shape[1:]).swapaxes(0, 1)
-
-        def body(total: Any, micro_batch_and_key: Any) -> tuple[Any, None]:
-            micro_batch, micro_key = micro_batch_and_key
-            return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch, micro_key)), None
-
-        sums = {name: jnp.zeros(()) for name in (objective.targets, *objective.metrics)}
-        zero = ((jnp.zeros(()), sums), jax.tree.map(jnp.zeros_like, params))
-        keys = jax.random.split(key, accumulation_steps)
-        return jax.lax.scan(body, zero, (jax.tree.map(micro, batch), keys))[0]
+    gradient = jax.value_and_grad(summed_loss, has_aux=True)
+    if accumulation_steps > 1:
+        sums_of = objective.targets, *objective.metrics
+        gradient = functools.partial(_accumulated, gradient, steps=accumulation_steps, sums_of=sums_of)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss_sum, sums), grads = accumulate(state.params, batch, key)
+        (loss_sum, sums), grads = gradient(state.params, batch, key)
         # A batch may hold no target at all (MLM draws its masks): its gradient is zero, not NaN.
         targets = sums.pop(objective.targets)
         scale = 1.0 / jnp.maximum(targets, 1.0)
@@ -127,3 +113,30 @@ def make_train_step(
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
+
+
+def _accumulated(
+    gradient: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, *, steps: int, sums_of: Sequence[str]
+) -> tuple[tuple[jax.Array, Sums], Any]:
+    """Returns ((loss, sums), gradients) of a batch, added up over micro-batches, each with a key of its own.
+
+    Args:
+      gradient: of (params, batch, key), as `jax.value_and_grad` makes it of a summed loss.
+      params: parameters.
+      batch: arrays whose rows `steps` divides.
+      key: of dropout.
+      steps: micro-batches.
+      sums_of: the names of the sums.
+    """
+
+    # Every k-th row goes into one micro-batch: each device then keeps the rows that it already holds.
+    def micro(x_BN: jax.Array) -> jax.Array:
+        rows = x_BN.shape[0] // steps
+        return x_BN.reshape(rows, steps, *x_BN.shape[1:]).swapaxes(0, 1)
+
+    def body(total: Any, micro_batch_and_key: Any) -> tuple[Any, None]:
+        micro_batch, micro_key = micro_batch_and_key
+        return jax.tree.map(jnp.add, total, gradient(params, micro_batch, micro_key)), None
+
+    zero = ((jnp.zeros(()), {name: jnp.zeros(()) for name in sums_of}), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(body, zero, (jax.tree.map(micro, batch), jax.random.split(key, steps)))[0]
