@@ -60,7 +60,7 @@ def input_state(config: ConfigDict) -> int:
 
 
 def linear(inputs: int, outputs: int) -> Count:
-    """A dense layer with bias; its activations are counted by who uses them."""
+    """A dense layer with bias, without its activations: whoever uses them counts them."""
     return Count(inputs * outputs + outputs, 2 * inputs * outputs, 0)
 
 

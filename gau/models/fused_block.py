@@ -11,12 +11,12 @@ from gau.models.blocks import Block
 
 
 class FusedBlock(Block):
-    """A `Block` with norms before its layers, whose stream is a `Residual`; of decoded single tokens, an array."""
+    """A `Block` for pre-norm and kernels: its stream is a `Residual`, or an array where single tokens are decoded."""
 
     def residual(
         self, x: Residual | Array, norm_name: str, layer: nn.Module, tokens: TokenInfo, deterministic: bool
     ) -> Residual | Array:
-        """Returns x + f(norm(x)); of a `Residual` the bias of f in its own."""
+        """Returns x + f(norm(x)); a `Residual` takes the bias of f into its own."""
         in_one = isinstance(layer, DecodeGatedAttentionUnit)
         if not isinstance(x, Residual) and not in_one:
             return super().residual(x, norm_name, layer, tokens, deterministic)
@@ -36,5 +36,5 @@ class FusedBlock(Block):
 
 
 def first_residual(x_BND: Array, dtype: str) -> Residual:
-    """Returns the stream that starts as x, without biases."""
+    """Returns the stream x before any layer: it has no biases yet."""
     return Residual(x_BND, jnp.zeros(x_BND.shape[-1], param_dtype(dtype)))

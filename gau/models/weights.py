@@ -43,7 +43,7 @@ def named(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def restored(weights: Mapping[str, np.ndarray], wanted: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Returns the tree of parameters that `named` made `weights` of, in the layout and the dtypes of `wanted`.
+    """Undoes `named`: returns the tree of parameters, in the layout and the dtypes of `wanted`.
 
     Args:
       weights: by stable name.

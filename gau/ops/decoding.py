@@ -223,27 +223,27 @@ def mixed_chunk_block(
 
 
 def over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
-    """Queries [..., N, S] of a state with a gate over the tokens in it by weight, [..., L]."""
+    """Returns queries [..., N, S]; for a mean over `count`, the summed weights [..., L] of a gated state's tokens."""
     return q_lin.astype(count.dtype) / (jnp.where(count > 0, count, 1)[..., None, :] if spec.mean else 1)
 
 
 def kept(gate: Array) -> Array:
-    """What a state keeps over a chunk [..., L], given the logits of its tokens [..., C, L]."""
+    """Returns which part of a state a chunk keeps, [..., L], from the gate's logits of its tokens [..., C, L]."""
     return jax.nn.sigmoid(gate.mean(-2))
 
 
 def chunks_in_sum(chunks: Array, spec: ChunkSpec) -> Array:
-    """Returns how many chunks a token finds in the sum, given the chunks before its own."""
+    """Returns how many chunks are in the state that a token reads, given how many come before its own."""
     return jnp.maximum(chunks - (spec.window - 1), 0)
 
 
 def weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Array:
-    """Queries of the global branch over the tokens, by weight, of the chunks they look back on; 0 without any."""
+    """Returns queries of the global branch times `scale_of_state`: with the state they make its outputs."""
     return q_lin.astype(dtype) * scale_of_state(chunks, spec, dtype)[..., None]
 
 
 def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
-    """Returns the factor on the sum over so many chunks that a query reads: of a mean 1 / their tokens, by weight."""
+    """Returns the factor with which a state of so many chunks is read: 1 / summed weights for a mean; 0 if empty."""
     count = chunks * spec.chunk_size
     if spec.global_decay < 1:
         count = spec.chunk_size * (1 - spec.global_decay ** chunks.astype(dtype)) / (1 - spec.global_decay)
@@ -251,7 +251,7 @@ def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
 
 
 def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M):
-    """The token joins its chunk, looks at its window and at the state; a chunk that left the window goes into it."""
+    """The token joins its chunk and reads its window and the state; a chunk that leaves the window joins the state."""
     size, window = spec.chunk_size, spec.window * spec.chunk_size
     offset_B, chunks_B = position.start_B % size, position.start_B // size
     rows_B = jnp.arange(offset_B.shape[0])

@@ -24,11 +24,11 @@ LEAST_COUNT = 1e-30
 
 
 class Carried(NamedTuple):
-    """What the tokens of a chunk find of earlier chunks.
+    """The state that the tokens of a chunk read of earlier chunks.
 
     Attributes:
-      state_BGSE: sum of k v^T by weight, at least float32.
-      count_BGL: number of tokens in that sum by weight; L is 1, or S: one for each row.
+      state_BGSE: weighted sum of k v^T, at least float32.
+      count_BGL: sum of the weights of the tokens in it; L is 1, or S: one for each row of the state.
       sees_BGC: which tokens of the chunk belong to the document of that state.
     """
 

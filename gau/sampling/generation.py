@@ -74,18 +74,18 @@ def drawn_logits(logits_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
 
 
 class Prefilled(NamedTuple):
-    """Sequences that have been read, to be gone on from.
+    """What reading prompts leaves, for `decode` to continue from.
 
     Attributes:
       state: decoding state of B rows (`gau.models.decoding`).
-      logits_BV: of the token after each.
+      logits_BV: logits of the next token of each row.
     """
 
     state: Any
     logits_BV: jax.Array
 
     def repeated(self, model: nn.Module, times: int) -> 'Prefilled':
-        """Returns every row so many times, one after the other."""
+        """Returns each row `times` times; the copies of a row follow each other."""
 
         def repeat(x):
             # Always a copy: the loop overwrites what it is given.

@@ -45,7 +45,7 @@ def pin_fork(run: Run, fork: Path) -> Path:
 
 
 def begun_alike(run: Run, workdir: Path, stored: ConfigDict) -> str:
-    """Says why a run in `workdir` cannot be given the length of `run`: its learning rate would have been another.
+    """Says why the run in `workdir` cannot get the length of `run`: past steps would have had other learning rates.
 
     Args:
       run: what is asked for.
@@ -93,9 +93,9 @@ def claim(workdir: Path, run: Run) -> Iterator[bool]:
 
 
 def keep_origin(config: ConfigDict, stored: ConfigDict) -> None:
-    """Gives a run that has begun the `fork` and `init_from` that it began with, in place; says if others are asked for.
+    """Puts the `fork` and `init_from` that a resumed run began with into its config; warns if others are asked for.
 
-    Places may be others than they were, in a project that has moved: work directories are told apart by their names.
+    Only the names of work directories are compared: the project may have moved since.
     """
     for field in ('fork', 'init_from'):
         asked, settled = config[field], stored[field]
@@ -138,7 +138,7 @@ def _goes_on_in_data(config: ConfigDict, parent_workdir: Path) -> bool:
 
 
 def steps_over_data(run: Run) -> int | None:
-    """Returns how many steps the data will have been read for when the run ends; None where nobody knows any more.
+    """Returns how many steps of data will have been read when the run ends; None: no longer known.
 
     A fork goes on in the data of the run before it, which may be a fork itself, or begins data of its own.
     """

@@ -219,7 +219,7 @@ def _are_places(changed: list[str]) -> bool:
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes the run's config and what its data is, or in those that are there its length and where its data lies."""
+    """Writes the config and what the data are; where these are written, updates only length and places of the data."""
     wanted = config_to_dict(config)
     found = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else wanted
     there = {field: wanted['data'][field] for field in places.FIELDS}

@@ -8,10 +8,10 @@ from gau.objectives.objective import Objective
 
 @dataclass(frozen=True)
 class Wrapped:
-    """What stays as it is of an objective that a subclass computes the loss of.
+    """Base of classes that compute an objective's loss in another way; the rest is the objective's.
 
     Attributes:
-      objective: the one inside.
+      objective: the objective.
     """
 
     objective: Objective

@@ -41,7 +41,7 @@ QUERY_KEY_DIM = 128
 
 
 class ReadsSource(Family):
-    """What a family has more in an encoder-decoder; a mixin before its record.
+    """Mixin for the record of a family: what it has besides in an encoder-decoder.
 
     Attributes:
       own_unit: `cross_unit` by default.
@@ -140,7 +140,7 @@ class CrossTransformer(ReadsSource, Transformer):
 
 
 class OfHalves(Attention):
-    """What an attention says otherwise where encoder and decoder have half of a row each; a mixin before its record."""
+    """Mixin for the record of an attention: encoder and decoder each have one half of a row."""
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
         """See the base class."""

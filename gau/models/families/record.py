@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """The record of a family; subclasses answer.
+    """The record of a family; subclasses override what they answer otherwise.
 
     Attributes:
-      fields: those of the config that belong to it, beside `gau.models.fields.COMMON`.
-      blocks_for_two_units: blocks that stand against two gated units.
+      fields: its own fields of the config, beside `gau.models.fields.COMMON`.
+      blocks_for_two_units: how many of its blocks are as large as two gated units.
     """
 
     fields: Mapping[str, Field] = {}
@@ -36,7 +36,7 @@ class Family:
         decoding: bool,
         decoding_kernels: bool = False,
     ) -> Iterator[tuple[str, 'nn.Module']]:
-        """Yields the layers of a block, called with (x_BND, tokens), and the names of their norms.
+        """Yields (name of its norm, layer) for each layer of a block; a layer is called with (x_BND, tokens).
 
         Args:
           config: resolved model config.
@@ -44,13 +44,13 @@ class Family:
           layer: index of the block from 0.
           causal: whether later tokens are hidden.
           implementation: what the model is built with.
-          decoding: whether sequences are decoded otherwise than in whole blocks: no kernels then.
+          decoding: whether tokens are decoded in a way that training's kernels cannot compute.
           decoding_kernels: whether kernels of decoding may take it (`DecodePosition.for_kernels`).
         """
         raise NotImplementedError
 
     def decodes_in_kernels(self, config: ConfigDict, attention: Attention, implementation: Implementation) -> bool:
-        """Returns whether single tokens, and perhaps short prompts, have kernels (`gau.layers.decode_unit`)."""
+        """Returns whether kernels decode single tokens, and perhaps short prompts (`gau.layers.decode_unit`)."""
         return False
 
     def count(self, config: ConfigDict, attention: Attention, *, layer: int, context: int, causal: bool) -> Count:
@@ -58,7 +58,7 @@ class Family:
         raise NotImplementedError
 
     def state_bytes(self, config: ConfigDict, attention: Attention, *, context: int) -> float | None:
-        """Returns the bytes of a block's decoding state for one sequence of so many tokens; None: nobody has said."""
+        """Returns the bytes of a block's decoding state for one sequence of `context` tokens; None: unknown."""
         return None
 
     def rope_widths(self, config: ConfigDict) -> set[int]:
@@ -70,11 +70,11 @@ class Family:
         return {}
 
     def fill(self, fill: Filler) -> None:
-        """Sets its fields whose defaults depend on others; those of the attention are set."""
+        """Sets the open fields whose defaults depend on other fields; those of the attention are set already."""
 
     def check(self, config: ConfigDict) -> None:
-        """Raises UserError for a resolved config that does not go together."""
+        """Raises UserError where fields of a resolved config contradict each other."""
 
     def leaves_bias_to_norm(self, config: ConfigDict, impl: str) -> bool:
-        """Returns whether an implementation's layers have `without_bias`, for a norm that adds the bias."""
+        """Returns whether the layers have `without_bias`, so that the next norm's kernel can add their bias."""
         return False
