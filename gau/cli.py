@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gau import flag_values, outputs
 from gau.errors import RunFailed, UserError, chain, did_you_mean, is_no_space
+from gau.models import fields
 from gau.training import config as training_config
 from gau.training import durations, workdir
 
@@ -274,7 +275,8 @@ def _explain_unknown_field(argv: Sequence[str], stored: ConfigDict | None) -> st
             if not isinstance(section, ConfigDict):
                 return f'--config.{match[1]}: unknown config field, "{field}" would lie inside a plain value'
             if field not in section:
-                return f'--config.{match[1]}: unknown config field "{field}"{did_you_mean(field, section.keys())}'
+                hint = fields.unknown if section is config.get('model') else did_you_mean
+                return f'--config.{match[1]}: unknown config field "{field}"{hint(field, section.keys())}'
             section = section[field]
     return None
 

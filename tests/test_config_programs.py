@@ -53,6 +53,8 @@ def test_a_right_one_is_no_fault(tmp_path):
     assert run(f'--config={tmp_path}/a.py', '--config.steps=7').stdout == '7\n'
     result = run(f'--config={tmp_path}/a.py', '--config.stepps=7')
     assert result.stderr == 'error: --config.stepps: unknown config field "stepps"; did you mean "steps"?\n'
+    result = run(f'--config={tmp_path}/a.py', '--config.model.head_decay=1')
+    assert 'unknown config field "head_decay"; it is gone, docs/results/heads.md names a commit' in result.stderr
 
 
 def test_numbers_and_truth_are_read_as_people_write_them(tmp_path):

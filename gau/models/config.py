@@ -6,9 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from gau.errors import UserError, did_you_mean
+from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES, SIZES, Architecture
-from gau.models.fields import GONE, Field, Filler, check_choice
+from gau.models.fields import Field, Filler, check_choice, unknown
 
 
 def declared_fields() -> dict[str, Field]:
@@ -94,13 +94,9 @@ def _against(config: ConfigDict, given: Collection[str], *, causal: bool, contex
 def _resolve(config: ConfigDict, *, causal: bool, context: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     declared = declared_fields()
-    unknown = sorted(set(config) - {'name', 'size', *declared})
-    if unknown:
-        name = unknown[0]
-        if name in GONE:
-            where = f'docs/results/{GONE[name].page}.md names a commit that has it'
-            raise UserError(f'model.{name}={config[name]}: there is no such field any more; {where}')
-        raise UserError(f'model.{name} does not exist{did_you_mean(name, default_config())}')
+    others = sorted(set(config) - {'name', 'size', *declared})
+    if others:
+        raise UserError(f'model.{others[0]} does not exist{unknown(others[0], default_config())}')
     check_choice('model.name', config.name, ARCHITECTURES)
     check_choice('model.size', config.size, SIZES)
     architecture = ARCHITECTURES[config.name]

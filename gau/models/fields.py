@@ -1,6 +1,6 @@
 """Fields of a model's config: their types, defaults and checks. The record that has a field declares it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -117,6 +117,13 @@ GONE = {
     'global_norm': Gone('none', 'decay_gate', 'quality_keys'),
     'linear_start': Gone('direct', 'decay_gate', 'quality_keys'),
 }
+
+
+def unknown(name: str, fields: Iterable[str]) -> str:
+    """Says of a name that is none of the fields of `model` what became of it, or which field is nearest."""
+    if name in GONE:
+        return f'; it is gone, docs/results/{GONE[name].page}.md names a commit that has it'
+    return did_you_mean(name, fields)
 
 
 def without_gone(model: Mapping[str, Any]) -> dict[str, Any]:

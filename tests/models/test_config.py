@@ -215,5 +215,5 @@ def test_a_field_that_is_gone_names_the_page_that_has_its_commit(field):
     config = default_config()
     with config.unlocked():
         config[field] = 1.0
-    with pytest.raises(UserError, match=rf'model.{field}=1.0: there is no such field any more; docs/results/{page}.md'):
+    with pytest.raises(UserError, match=rf'model.{field} does not exist; it is gone, docs/results/{page}.md names'):
         resolve(config, causal=True, context=8)
