@@ -1,6 +1,7 @@
 """A report as a page of Markdown: what is made stands between two marks, so that people can write around it."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gau.errors import UserError
@@ -12,6 +13,8 @@ BEGIN = '<!-- made by scripts/report.py: do not edit between the marks -->'
 END = '<!-- end of what scripts/report.py made -->'
 # Rows that a note names.
 MOST_TOLD = 5
+# Columns of a line of the notes.
+WIDTH = 100
 
 
 def table(report: Report) -> str:
@@ -121,7 +124,7 @@ def _notes(report: Report) -> str:
         )
     if options.allow:
         notes.append(f'The runs differ in {" and ".join(options.allow)}.')
-    return '\n'.join(notes)
+    return '\n'.join(_bullet(note) for note in notes)
 
 
 def _provenance(report: Report) -> str:
@@ -154,16 +157,21 @@ def _origin(row: Row) -> dict[str, str]:
         'config': ' '.join(dict.fromkeys(run.config_hash() for run in runs)),
         'commit': ' '.join(commits) or 'not kept',
         'device': '; '.join(dict.fromkeys(run.facts['device'] for run in runs)),
-        'tokens': ' '.join(dict.fromkeys(_trained_on(run) for run in runs)),
+        'tokens': _trained_on(runs),
         'tokenizer': ' '.join(dict.fromkeys(str(run.facts['tokenizer']) for run in runs)),
         'data': ', '.join(data),
     }
 
 
-def _trained_on(run: Run) -> str:
-    """Returns the tokens of training, and where that is known how often these passed over the text."""
-    passes = ' and '.join(run.facts.get('passes', {}).values())
-    return f'{run.facts["tokens"]:,}' + (f' ({passes} passes over the text)' if passes else '')
+def _trained_on(runs: Iterable[Run]) -> str:
+    """Returns the tokens of training, and how often these passed over the text, where a run of as many knows it."""
+    passes = {}
+    for run in runs:
+        known = ' and '.join(run.facts.get('passes', {}).values())
+        passes[run.facts['tokens']] = known or passes.get(run.facts['tokens'], '')
+    return ' '.join(
+        f'{tokens:,}' + (f' ({known} passes over the text)' if known else '') for tokens, known in passes.items()
+    )
 
 
 def markdown(rows: Sequence[Sequence[str]], *, numbers: int) -> str:
@@ -181,6 +189,12 @@ def markdown(rows: Sequence[Sequence[str]], *, numbers: int) -> str:
     ]
     rule = ['-' * w if i < numbers else '-' * (w - 1) + ':' for i, w in enumerate(widths)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (lines[0], rule, *lines[1:]))
+
+
+def _bullet(note: str) -> str:
+    # A field's name is not cut at its hyphens, nor is a long one.
+    cut = {'break_long_words': False, 'break_on_hyphens': False}
+    return textwrap.fill(note, WIDTH, initial_indent='- ', subsequent_indent='  ', **cut)
 
 
 def _parameters(row: Row) -> str:
