@@ -8,6 +8,10 @@ from gau import plots
 from gau.experiments.report import MORE_IS_BETTER, Report, mean_curve, shown
 from gau.experiments.runs import BY_RANGE
 
+# Names that a legend has among the curves, at most, and inches of a line of one below them.
+MOST_INSIDE = 3
+LINE_INCHES = 0.17
+
 
 def draw(report: Report, stem: Path) -> list[Path]:
     """Draws what there is to draw, and returns the paths.
@@ -118,8 +122,13 @@ def _speed(report: Report) -> Any:
 
 
 def _legend(axes: Any, fields: Iterable[str]) -> None:
-    """Says what the values in the names of rows are of."""
-    axes.legend(fontsize=8, title=', '.join(fields), title_fontsize=8)
+    """Says what the values in the names of rows are of: below the axes, where it would hide the curves."""
+    names = axes.get_legend_handles_labels()[1]
+    below, place = len(names) > MOST_INSIDE, {}
+    if below:
+        axes.figure.set_figheight(axes.figure.get_figheight() + LINE_INCHES * (len(names) + 1))
+        place = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.12)}
+    axes.legend(fontsize=8, title=', '.join(fields), title_fontsize=8, **place)
 
 
 def _metric(report: Report) -> str:
