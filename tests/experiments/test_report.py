@@ -231,6 +231,19 @@ def test_figures_name_the_fields_whose_values_they_show(monkeypatch, tmp_path):
     }
     assert [text.get_text() for text in drawn['x_speed'].get_legend().get_texts()][:2] == ['64, 1', '64, 2']
     assert drawn['x_speed'].xaxis.get_major_formatter()(2e7) == '20 M'
+    # Six names would hide the curves, three do not.
+    drawn['x_tokens'].figure.draw_without_rendering()
+    assert drawn['x_tokens'].get_legend().get_window_extent().y1 < drawn['x_tokens'].get_window_extent().y0
+    assert drawn['x_values'].get_legend().get_bbox_to_anchor() is drawn['x_values'].bbox
+
+
+def test_notes_are_short_lines_and_passes_are_told_where_one_run_knows_them():
+    found = models()
+    found[0].facts['passes'] = {'text': '2.8'}
+    text = page.table(report.make(found, Options(against='transformer_plus_plus')))
+    notes = text.split('\n\n')[1].splitlines()
+    assert len(notes) > 3 and max(map(len, notes)) <= page.WIDTH
+    assert text.count('(2.8 passes over the text)') == 1
 
 
 def test_files_of_a_report(published):
