@@ -242,7 +242,8 @@ def test_notes_are_short_lines_and_passes_are_told_where_one_run_knows_them():
     found[0].facts['passes'] = {'text': '2.8'}
     text = page.table(report.make(found, Options(against='transformer_plus_plus')))
     notes = text.split('\n\n')[1].splitlines()
-    assert len(notes) > 3 and max(map(len, notes)) <= page.WIDTH
+    assert len(notes) > 3
+    assert max(map(len, notes)) <= page.WIDTH
     assert text.count('(2.8 passes over the text)') == 1
 
 
