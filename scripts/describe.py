@@ -11,7 +11,7 @@ exactly what is counted. No model is built, and JAX is not needed.
 """
 
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import _root  # noqa: F401
 from absl import flags
@@ -77,54 +77,71 @@ def describe(
       model: a model's config, resolved or not.
       objective: such as 'lm' or 'mlm'.
       vocab_size: V.
-      contexts: tokens in a sequence; what depends on the context (a bias table) is resolved for the longest.
+      contexts: tokens in a sequence. What depends on it, such as a bias table, follows each of them.
       given: paths of the fields that the command line sets.
     """
     causal = objectives.load(objective).causal
-    model = resolve(model, causal=causal, context=max(contexts), given=given)
-    header = ['part', 'parameters']
-    columns = []
+    # One column a context, of (part, parameters, MFLOP, kB).
+    columns, states = [], []
     for context in contexts:
-        columns.append(counts.table(model, context=context, vocab_size=vocab_size, causal=causal))
-        header += [f'MFLOP @{context}', f'kB @{context}']
-    rows = []
-    for parts in zip(*columns, strict=True):
-        row = [parts[0][0], f'{parts[0][1].parameters:,}']
-        for _, part in parts:
-            row += [f'{part.flops / 1e6:,.3f}', f'{part.activation_bytes / 1e3:,.1f}']
-        rows.append(row)
-    total = ['total', f'{counts.parameters(model, vocab_size=vocab_size):,}']
-    for context in contexts:
+        resolved = resolve(model, causal=causal, context=context, given=given)
         options = {'context': context, 'vocab_size': vocab_size, 'causal': causal}
-        total += [
-            f'{counts.flops_per_token(model, **options) / 1e6:,.3f}',
-            f'{counts.activation_bytes_per_token(model, **options) / 1e3:,.1f}',
+        column = [
+            (name, part.parameters, f'{part.flops / 1e6:,.3f}', f'{part.activation_bytes / 1e3:,.1f}')
+            for name, part in counts.table(resolved, **options)
         ]
-    title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {model.remat}; per token'
-    states = [f'{_state(model, context, causal)} @{context}' for context in contexts]
+        flops, kept = (
+            counts.flops_per_token(resolved, **options),
+            counts.activation_bytes_per_token(resolved, **options),
+        )
+        total = counts.parameters(resolved, vocab_size=vocab_size)
+        columns.append([*column, ('total', total, f'{flops / 1e6:,.3f}', f'{kept / 1e3:,.1f}')])
+        states.append(f'{_state(resolved, context, causal)} @{context}')
+    title = f'{model.name}, {objective}, vocabulary {vocab_size:,}, remat {resolved.remat}; per token'
     title += f'\nMiB of the decoding state of a sequence: {", ".join(states)}'
+    header, *rows, total = _beside('part', ('MFLOP', 'kB'), contexts, columns)
     return f'{title}\n\n{_format([header, *_merge_alike(rows), total])}'
 
 
 def compare(models: list[ConfigDict], *, objective: str, vocab_size: int, contexts: list[int]) -> str:
     """Returns one line a model: parameters, and FLOPs, activation memory and state at each of the contexts."""
     causal = objectives.load(objective).causal
-    header = ['model', 'parameters']
+    columns = []
     for context in contexts:
-        header += [f'MFLOP @{context}', f'kB @{context}', f'state MiB @{context}']
-    rows = []
-    for model in models:
-        resolved = resolve(model, causal=causal, context=max(contexts))
-        row = [model.name, f'{counts.parameters(resolved, vocab_size=vocab_size):,}']
-        for context in contexts:
-            options = {'context': context, 'vocab_size': vocab_size, 'causal': causal}
-            row += [
-                f'{counts.flops_per_token(resolved, **options) / 1e6:,.1f}',
-                f'{counts.activation_bytes_per_token(resolved, **options) / 1e3:,.1f}',
-                _state(resolved, context, causal),
-            ]
-        rows.append(row)
-    return _format([header, *rows])
+        options = {'context': context, 'vocab_size': vocab_size, 'causal': causal}
+        columns.append([])
+        for model in models:
+            resolved = resolve(model, causal=causal, context=context)
+            flops = counts.flops_per_token(resolved, **options)
+            kept = counts.activation_bytes_per_token(resolved, **options)
+            figures = f'{flops / 1e6:,.1f}', f'{kept / 1e3:,.1f}', _state(resolved, context, causal)
+            columns[-1].append((model.name, counts.parameters(resolved, vocab_size=vocab_size), *figures))
+    return _format(_beside('model', ('MFLOP', 'kB', 'state MiB'), contexts, columns))
+
+
+def _beside(
+    what: str, figures: Sequence[str], contexts: list[int], columns: Sequence[Sequence[tuple]]
+) -> list[list[str]]:
+    """Returns a table, with its head: a line for each name, the figures of all contexts side by side.
+
+    Parameters stand once, unless they are others at another context.
+
+    Args:
+      what: the head of the names.
+      figures: the heads of what follows parameters.
+      contexts: tokens in a sequence.
+      columns: of each context: name, parameters, figures of each line.
+    """
+    lines = list(zip(*columns, strict=True))
+    alike = all(len({parameters for _, parameters, *_ in line}) == 1 for line in lines)
+    heads = figures if alike else ('parameters', *figures)
+    table = [[what, *(['parameters'] if alike else []), *(f'{head} @{n}' for n in contexts for head in heads)]]
+    for line in lines:
+        row = [line[0][0], *([f'{line[0][1]:,}'] if alike else [])]
+        for _, parameters, *found in line:
+            row += [*([] if alike else [f'{parameters:,}']), *found]
+        table.append(row)
+    return table
 
 
 def _state(model: ConfigDict, context: int, causal: bool) -> str:
@@ -146,13 +163,14 @@ def _merge_alike(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _format(rows: list[list[str]]) -> str:
-    """Aligns the columns; those that do not fit beside each other follow below, behind the first two again."""
+    """Aligns the columns; those that do not fit beside each other follow below, behind those of no context again."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     blocks, used = [], _MAX_WIDTH
-    for column in range(2, len(widths)):
+    fixed = [column for column, head in enumerate(rows[0]) if '@' not in head]
+    for column in range(len(fixed), len(widths)):
         if used + 2 + widths[column] > _MAX_WIDTH:
-            blocks.append([0, 1])
-            used = widths[0] + 2 + widths[1]
+            blocks.append([*fixed])
+            used = sum(widths[i] for i in fixed) + 2 * (len(fixed) - 1)
         blocks[-1].append(column)
         used += 2 + widths[column]
     return '\n\n'.join(_aligned([[row[i] for i in block] for row in rows]) for block in blocks)

@@ -28,6 +28,20 @@ def test_models_stand_side_by_side():
     assert rows['transformer_plus_plus'] == '109,644,289'
 
 
+def test_parameters_are_those_of_each_context():
+    models = '--models=linformer,flash_quad'
+    both = describe('--config=configs/mlm.py:size=base', models, '--contexts=512,8192')
+    assert 'parameters @512' in both
+    alone = [describe('--config=configs/mlm.py:size=base', models, f'--contexts={n}') for n in (512, 8192)]
+    short, long = (out.splitlines()[2].split()[1] for out in alone)
+    assert short != long
+    line = both.splitlines()[2].split()
+    assert (line[0], line[1], line[5]) == ('linformer', short, long)
+    one = describe('--config=configs/mlm.py:model=linformer,size=base', '--contexts=512,8192')
+    total = one.splitlines()[-1].split()
+    assert (total[0], total[1], total[4]) == ('total', short, long)
+
+
 def test_fields_are_explained():
     out = describe('--config=configs/lm.py:model=performer', '--fields')
     assert 'model.feature_map: relu | favor, default relu\n' in out
