@@ -18,7 +18,7 @@ import _root  # noqa: F401
 from absl import flags
 
 from gau import cli
-from gau.errors import UserError
+from gau.errors import UserError, warn
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', 'local', 'v4:4x4x4, v5e:.., v5p:.., v6e:..; cpu:8, simulated; or local, the devices here.'
@@ -34,6 +34,7 @@ _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'Vocabulary.', lower_bo
 def main() -> None:
     """Compiles, once or in a sweep."""
     from gau.benchmarks import breakdown, chips, compile_check, tpu_table
+    from gau.training import mesh as meshes
 
     rows, whole_table = cli.output_file('json'), cli.output_file('table')
     if whole_table:
@@ -54,6 +55,9 @@ def main() -> None:
         raise UserError('--config=FILE[:name=value,...] must be given, or --table=FILE')
     compile_check.without_data(config)
     target = chips.target(_TOPOLOGY.value)
+    idle = meshes.idle(meshes.make_mesh(config.mesh, target.devices).size, len(target.devices))
+    if idle:
+        warn(idle)
 
     def keep(row: dict) -> None:
         if rows:

@@ -273,6 +273,7 @@ def _about(run: Run, target: Target) -> Row:
         'topology': target.name,
         'device': target.devices[0].device_kind,
         'mesh': dict(run.mesh.shape),
+        'devices': len(target.devices),
         'memory_bytes': target.memory_bytes,
         'model_flops': 3 * run.flops_per_token * run.tokens_per_step / run.mesh.size,
         'jax': jax.__version__,

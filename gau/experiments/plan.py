@@ -1,6 +1,7 @@
 """What a sweep would run, in text: its points and all that each changes, what they cost, whether they would compile."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -276,6 +277,9 @@ def _verdict(row: dict, done: subprocess.CompletedProcess) -> str:
     used = f'{row["total_bytes"] / 2**30:.2f} GiB a device'
     if row.get('memory_bytes'):
         used += f' of {row["memory_bytes"] / 2**30:.2f}'
+    devices = math.prod(row['mesh'].values())
+    if devices < row['devices']:
+        used += f', on {devices} of {row["devices"]} devices'
     speed = f', {1e3 * row["step_seconds"]:.1f} ms a step estimated' if 'step_seconds' in row else ''
     return f'{"fits" if row["fits"] else "compiles"}: {used}{speed}'
 

@@ -64,6 +64,13 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
         return Mesh(cut, MESH_AXES, axis_types=types)
 
 
+def idle(used: int, devices: int) -> str:
+    """Returns the line that says how many of the devices a mesh uses, and how to ask for all; '' if it uses all."""
+    if used == devices:
+        return ''
+    return f'the mesh uses {used} of {devices} devices; --config.mesh.data=-1 asks for all of them'
+
+
 def partition_spec(names: tuple[str | None, ...] | PartitionSpec, *, where: str = 'an array') -> PartitionSpec:
     """Translates logical axis names into mesh axes.
 

@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from gau.errors import UserError, warn
 from gau.objectives.objective import TrainBatches
 from gau.training import distributed
+from gau.training import mesh as meshes
 from gau.training import workdir as files
 from gau.training.checkpoints import Checkpoints, count_parameters
 from gau.training.config import differences, library_versions
@@ -167,6 +169,9 @@ def introduction(run: Run, params: Any, origin: str) -> str:
 
 def hints(run: Run, iterator: TrainBatches) -> Iterator[str]:
     """Yields a line for each setting that does less than it seems to, or that makes reading slow."""
+    idle = meshes.idle(run.mesh.size, jax.device_count())
+    if idle:
+        yield idle
     keep_every, needed = run.config.checkpoint.keep_every, len(iterator.rows)
     if keep_every and keep_every % run.save_every:
         both = math.lcm(keep_every, run.save_every)

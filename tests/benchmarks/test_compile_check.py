@@ -61,6 +61,16 @@ def test_the_step_is_compiled_for_simulated_devices(tmp_path):
     assert err.endswith(': mesh.sequence=2 with mesh.data=2 or data.batch_size=4 would\n')
 
 
+@pytest.mark.parametrize(('data', 'said'), [
+    (1, 'warning: the mesh uses 1 of 4 devices; --config.mesh.data=-1 asks for all of them\n'),
+    (-1, ''),
+])  # fmt: skip
+def test_devices_that_the_mesh_leaves_are_told(data, said):
+    arguments = [*TINY, f'--config.mesh.data={data}', '--topology=cpu:4', '--shardings']
+    code, _, err = run('scripts/compile_check.py', *arguments)
+    assert (code, err) == (0, said)
+
+
 @pytest.mark.parametrize(('batch', 'context', 'mesh', 'accumulation', 'expected'), [
     (32, 8192, {'data': 64}, 1, ['mesh.sequence=2 with mesh.data=32', 'data.batch_size=64']),
     (32, 8192, {'data': -1}, 1, ['mesh.sequence=2', 'data.batch_size=64']),

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from gau.errors import UserError
 from gau.training import mesh as meshes
+from gau.training import start
 
 
 def test_names_become_mesh_axes():
@@ -36,6 +37,17 @@ def test_sizes_must_multiply_to_the_devices():
         meshes.make_mesh(ConfigDict({'data': 3, 'fsdp': 5, 'tensor': 1, 'sequence': 1}))
     with pytest.raises(UserError, match='at most one'):
         meshes.make_mesh(ConfigDict({'data': -1, 'fsdp': -1, 'tensor': 1, 'sequence': 1}))
+
+
+@pytest.mark.parametrize(('used', 'said'), [
+    (8, []),
+    (3, ['the mesh uses 3 of 8 devices; --config.mesh.data=-1 asks for all of them']),
+])  # fmt: skip
+def test_a_run_says_which_devices_it_leaves(monkeypatch, used, said):
+    monkeypatch.setattr(jax, 'device_count', lambda: 8)
+    config = ConfigDict({'checkpoint': {'keep_every': 0}})
+    run = SimpleNamespace(mesh=SimpleNamespace(size=used), config=config)
+    assert list(start.hints(run, SimpleNamespace(rows=[0], rows_read=1))) == said
 
 
 def test_shardings_follow_the_boxes():
