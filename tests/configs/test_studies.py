@@ -30,6 +30,12 @@ def test_every_point_is_accepted(study, sweep, points):
     assert [point.error for point in found] == [''] * points
 
 
+def test_the_study_of_borders_has_some_on_a_laptop():
+    found = find_points(Program(str(ROOT / 'configs' / 'borders.py'), 'runlocal'), 'chunks+overlap+far+remedies')
+    assert [point.error for point in found] == [''] * 13
+    assert all(point.config.data.context >= 2 * (point.config.model.chunk_size or 1) for point in found)
+
+
 def test_what_a_study_sets_can_be_given_instead():
     config = heads.get_config('model=flash,context=256,data=embedded')
     assert (config.model.name, config.data.context) == ('flash', 256)
