@@ -64,13 +64,14 @@ def main(arguments: list[str]) -> int:
     if _EVALUATIONS.value:
         from gau.experiments import evaluated
 
-        found, unfinished = evaluated.find(paths, split=_SPLIT.value), []
+        found, others = evaluated.find(paths, split=_SPLIT.value), {}
     else:
-        found, unfinished = runs.find(paths)
+        found, others = runs.find(paths)
+    left_out = runs.left_out(others)
     if not found:
-        raise UserError(f'no finished run to report{"; not finished: " * bool(unfinished)}{", ".join(unfinished)}')
-    if unfinished:
-        print(f'left out, not finished: {", ".join(unfinished)}', file=sys.stderr)
+        raise UserError(f'no finished run to report{"; " * bool(left_out)}{left_out}')
+    if left_out:
+        print(f'left out, {left_out}', file=sys.stderr)
     stem = Path(_OUTPUT.value) if _OUTPUT.value else paths[0] / 'report'
     outputs.check_file(stem if stem.suffix == runs.KEPT else kept_paths(stem)['md'], flag='output')
     if stem.suffix == runs.KEPT:

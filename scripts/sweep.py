@@ -112,14 +112,15 @@ def _matches(points: list[Point]) -> 'Matches | None':
 
 
 def _finished(program: Program, points: list[Point]) -> dict[str, str]:
-    """Returns the points that are finished in the directory, if one is given."""
+    """Returns how points are done in the directory, finished or diverged, if one is given."""
     if _WORKDIR.value is None:
         return {}
     from gau.experiments.directory import SweepDirectory
 
     directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, points)
     directory.check()
-    return {point.name: 'finished' for point in points if directory.progress(point.name).finished}
+    done = {point.name: 'diverged' for point in points if directory.diverged(point.name) is not None}
+    return done | {point.name: 'finished' for point in points if directory.progress(point.name).finished}
 
 
 def _run(program: Program, points: list[Point], matches: 'Matches | None', kept: Collection[str]) -> int:

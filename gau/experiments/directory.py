@@ -125,6 +125,10 @@ class SweepDirectory:
         risen = lowest.risen(files.read_metrics(self.workdir(name) / files.METRICS))
         return next((found for found in risen if found.split == shown), None)
 
+    def diverged(self, name: str) -> int | None:
+        """Returns the step at which a point diverged; None if it did not. The same command would do so again."""
+        return files.read_diverged(self.workdir(name))
+
     def is_held(self, name: str) -> bool:
         """Returns whether some process trains in the point's work directory right now."""
         try:

@@ -11,11 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from gau.experiments.directory import Progress
-from gau.experiments.runner import ELSEWHERE, FAILED, FINISHED, KEPT, RUNNING, WAITING, Task
+from gau.experiments.runner import DIVERGED, ELSEWHERE, FAILED, FINISHED, KEPT, RUNNING, WAITING, Task
 
-_COLOURS = {RUNNING: 'cyan', FINISHED: 'green', KEPT: 'green', FAILED: 'red', WAITING: 'dim', ELSEWHERE: 'yellow'}
+_COLOURS = {
+    RUNNING: 'cyan',
+    FINISHED: 'green',
+    KEPT: 'green',
+    FAILED: 'red',
+    DIVERGED: 'red',
+    WAITING: 'dim',
+    ELSEWHERE: 'yellow',
+}
 # What is looked for first stands first when not all fits.
-_ORDER = (FAILED, RUNNING, ELSEWHERE, WAITING, FINISHED, KEPT)
+_ORDER = (FAILED, DIVERGED, RUNNING, ELSEWHERE, WAITING, FINISHED, KEPT)
 _PLAIN_SECONDS = 60.0
 # Lines of the terminal that are not rows of the table.
 _FRAME = 8
@@ -70,7 +78,7 @@ class Display:
         """Returns the seconds that the work left takes at the pace since the beginning; None before there is one."""
         done = left = 0.0
         for task in tasks:
-            if task.state == FAILED:
+            if task.state in (FAILED, DIVERGED):
                 continue
             share = 1.0 if task.state in (FINISHED, KEPT) else _share(progress.get(task.name))
             done += share * self._weights[task.name]
@@ -93,7 +101,7 @@ class Display:
             if id(task) not in shown:
                 continue
             at = progress.get(task.name, Progress(False, 0, None, None, None))
-            state = f'{task.state}, {task.error}' if task.state == FAILED else task.state
+            state = f'{task.state}, {task.error}' if task.state in (FAILED, DIVERGED) else task.state
             speed = at.tokens_per_second if task.state == RUNNING else None
             table.add_row(
                 task.name,

@@ -63,6 +63,8 @@ class LocalRunner(Runner):
             self._directory.note(task.name, event='end', exit_code=code)
             if code == 0 and self._look(task).finished:
                 self._finish(task)
+            elif code > 0 and self._directory.diverged(task.name) is not None:
+                self._diverge(task)
             elif self._signum:
                 self._interrupted(task)
             elif code == process.BAD_INPUT and self._is_taken(task):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gau.errors import UserError, did_you_mean
 from gau.experiments.cost import Cost, cost
 from gau.experiments.directory import ROOT
-from gau.experiments.runner import FAILED, FINISHED, KEPT, Task
+from gau.experiments.runner import DIVERGED, FAILED, FINISHED, KEPT, Task
 from gau.experiments.sweep import Point, Program, changes
 from gau.training.config import flatten
 
@@ -97,7 +97,7 @@ def costs(
       chip: a name of `gau.training.throughput.PEAK_FLOPS`; `TPU ` may be left out.
       utilisation: share of the chip's peak that training is taken to reach.
       vocab_size: to count with; None: each point's tokenizer's.
-      done: how a point is done already (`finished`, `kept`), by name: it costs nothing any more.
+      done: how a point is done already (`finished`, `kept`, `diverged`), by name: it costs nothing any more.
       only: the number of the one point that the table is about; None: all.
 
     Raises:
@@ -240,19 +240,22 @@ def compile_check(program: Program, points: Sequence[Point], topology: str, *, v
 
 
 def outcome(tasks: Sequence[Task], *, refused: int) -> str:
-    """Returns what became of the points, in a line, and below it why some have failed."""
+    """Returns what became of the points, in a line, and below it why some have failed, and when diverged."""
     states = Counter(task.state for task in tasks)
     finished = states[FINISHED] + states[KEPT]
     parts = [
         f'finished: {finished} of {len(tasks)} points' + f', {states[KEPT]} of them kept runs' * (states[KEPT] > 0)
     ]
-    parts += [f'failed: {states[FAILED]}'] * (states[FAILED] > 0) + [f'refused: {refused}'] * (refused > 0)
-    parts += ['the same command goes on with the rest'] * (finished + states[FAILED] < len(tasks))
+    parts += [f'{state}: {states[state]}' for state in (DIVERGED, FAILED) if states[state]]
+    parts += [f'refused: {refused}'] * (refused > 0)
+    parts += ['the same command goes on with the rest'] * (finished + states[FAILED] + states[DIVERGED] < len(tasks))
     lines = ['; '.join(parts)]
     for task in tasks:
         if task.state == FAILED:
             times = 'once' if task.attempts == 1 else f'{task.attempts} times'
             lines.append(f'{task.name} failed {times}, {task.error}')
+        elif task.state == DIVERGED:
+            lines.append(f'{task.name} diverged {task.error}')
     return '\n'.join(lines)
 
 

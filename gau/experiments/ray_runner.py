@@ -101,6 +101,8 @@ class RayRunner(Runner):
                 error = _describe(failure)
             if self._look(task).finished:
                 self._finish(task)
+            elif self._directory.diverged(task.name) is not None:
+                self._diverge(task)
             elif self._signum:
                 # What Ray had not started is not stopped.
                 if task.attempts:
@@ -123,7 +125,7 @@ class RayRunner(Runner):
 
 
 def run_point(program: Program, directory: SweepDirectory, point: Point, *, cwd: str, **how: Any) -> str:
-    """Runs a point on the node that Ray chose; returns what was wrong with its input, or ''.
+    """Runs a point on the node that Ray chose; returns why it is not to be tried again, or ''.
 
     Args:
       program: that the point is of.
@@ -163,7 +165,7 @@ def run_point(program: Program, directory: SweepDirectory, point: Point, *, cwd:
             if code == 0 and directory.progress(point.name).finished:
                 return ''
             error = process.failure(code, directory.last_line(point.name))
-            if code == process.BAD_INPUT:
+            if code == process.BAD_INPUT or directory.diverged(point.name) is not None:
                 return error
             raise RunFailed(error)
     finally:

@@ -11,12 +11,15 @@ from typing import Any
 from gau.experiments.directory import Progress, SweepDirectory
 from gau.experiments.sweep import Point, Program
 from gau.source import commit
+from gau.training import workdir as files
 
 POLL_SECONDS = 0.3
 # A signal that comes again within this time is the same one: timeout(1) sends it to the process and to its group.
 SAME_SIGNAL_SECONDS = 1.0
 
 WAITING, RUNNING, ELSEWHERE, FINISHED, FAILED = 'waiting', 'running', 'elsewhere', 'finished', 'failed'
+# Its loss or gradient became NaN or infinite: it would again.
+DIVERGED = 'diverged'
 # A finished run of it was there before the sweep (`gau.experiments.kept`).
 KEPT = 'kept'
 
@@ -30,7 +33,7 @@ class Task:
       state: one of those above; `elsewhere`: another process trains in its work directory.
       attempts: times it was started by this command.
       place: of the last one.
-      error: the last line of the last failure, or ''.
+      error: the last line of the last failure, at which step it diverged, or ''.
       handle: of what runs it, while it runs: a process here, a reference to a Ray task.
       signals: times it was told to stop.
     """
@@ -91,6 +94,8 @@ class Runner(abc.ABC):
             for task in self.tasks:
                 if self._look(task).finished:
                     task.state = FINISHED
+                elif task.state == WAITING and self._directory.diverged(task.name) is not None:
+                    self._diverge(task)
             done = sum(not self._open(task) for task in self.tasks)
             if done:
                 self._tell(f'finished before: {done} of {len(self.tasks)} points')
@@ -130,7 +135,7 @@ class Runner(abc.ABC):
         return [task for task in self.tasks if task.handle is not None]
 
     def _open(self, task: Task) -> bool:
-        return task.state not in (FINISHED, KEPT, FAILED)
+        return task.state not in (FINISHED, KEPT, FAILED, DIVERGED)
 
     def _look(self, task: Task) -> Progress:
         self._progress[task.name] = self._directory.progress(task.name)
@@ -154,6 +159,13 @@ class Runner(abc.ABC):
     def _fail(self, task: Task, error: str, *, again: bool) -> None:
         task.error, task.state = error, WAITING if again else FAILED
         self._tell(f'{task.name}: {error}' + (' (starting it again)' if again else ' (given up)'))
+
+    def _diverge(self, task: Task) -> None:
+        task.state, task.error = DIVERGED, f'at step {self._directory.diverged(task.name):,}'
+        self._tell(
+            f'{task.name}: diverged {task.error}; not started again as long as '
+            f'{self._directory.workdir(task.name) / files.DIVERGED} is there'
+        )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

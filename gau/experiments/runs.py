@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +80,10 @@ class Run(NamedTuple):
         return hashlib.sha256(json.dumps(self.meant(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Returns the finished runs in work directories, directories of sweeps and files of kept runs, and the unfinished.
+def find(paths: Sequence[Path]) -> tuple[list[Run], dict[str, int | None]]:
+    """Returns the finished runs in work directories, directories of sweeps and files of kept runs, and the others.
+
+    Those are given by name, with the step at which one diverged, or None: it is not finished.
 
     Files may overlap, as those kept of a sweep that has grown since do: a run that several hold counts once, whatever
     they call it. What a sweep took from elsewhere (its kept.jsonl) counts where it has not run the point itself.
@@ -90,7 +92,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
       UserError: a directory holds neither a run nor a sweep, a file cannot be read, or one of them is given twice.
     """
     runs: dict[str, Run] = {}
-    unfinished, seen = [], set()
+    others, seen = {}, set()
     for path in paths:
         if path.suffix == KEPT:
             workdirs, own = [path], [_renewed(run) for run in load(path)[0]]
@@ -102,13 +104,21 @@ def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             taken = [run for run in _taken(path) if run.name not in done]
             own += taken
             done |= {run.name for run in taken}
-            unfinished += [workdir.name for workdir in workdirs if workdir.name not in done]
+            others |= {one.name: files.read_diverged(one) for one in workdirs if one.name not in done}
         for workdir in workdirs:
             if workdir.resolve() in seen:
                 raise UserError(f'{workdir} is given twice')
             seen.add(workdir.resolve())
         runs |= {json.dumps([run.config, run.metrics], sort_keys=True): run for run in own}
-    return list(runs.values()), unfinished
+    return list(runs.values()), others
+
+
+def left_out(others: Mapping[str, int | None]) -> str:
+    """Returns in words the runs that a report does not have, as `find` gives them; '' if there are none."""
+    unfinished = ', '.join(name for name, step in others.items() if step is None)
+    diverged = ', '.join(f'{name} at step {step:,}' for name, step in others.items() if step is not None)
+    told = {'not finished': unfinished, 'diverged': diverged}
+    return '; '.join(f'{what}: {names}' for what, names in told.items() if names)
 
 
 def _workdirs(directory: Path) -> list[Path]:

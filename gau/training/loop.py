@@ -35,7 +35,11 @@ from gau.training.throughput import Clock
 
 
 class NotFinite(RunFailed):
-    """The loss or a gradient became NaN or infinite."""
+    """The loss or a gradient became NaN or infinite, at `step`."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     Raises:
       UserError: config, data or work directory are unusable.
       Interrupted: a signal asked to stop, and the state is saved.
-      NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint.
+      NotFinite: the loss diverged; the message names step, culprits and the last good checkpoint. `diverged.json` has
+        it, until the run is started again.
       NoSpace: the disk is full; the message says what is safe.
       RunFailed: so does this one, where a save was given up by the clock.
       LostProcess: and this one, where another process of the run has died.
@@ -57,6 +62,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         with lost_process.told(lambda: f'--workdir={workdir}: {files.what_is_safe(workdir)}; the same commands go on'):
             return _train(resolve(config), workdir)
     except LostProcess:
+        raise
+    except NotFinite as error:
+        if distributed.is_first():
+            files.write_json(workdir / files.DIVERGED, {'step': error.step, 'error': str(error)})
         raise
     except Exception as error:
         safe = f'--workdir={workdir}: {files.what_is_safe(workdir)}'
@@ -86,6 +95,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             config.fork = distributed.of_first(config.fork or '') or None
         if first:
             files.keep_config(workdir, config)
+            (workdir / files.DIVERGED).unlink(missing_ok=True)
         branch = run.stable_until if run.stable_until < run.total_steps else None
         saved = stack.enter_context(Checkpoints(workdir, config.checkpoint, keep_step=branch))
         try:
@@ -268,7 +278,7 @@ class _Loop:
         names = ('loss', objective.targets, 'learning_rate', 'grad_norm', *objective.metrics)
         metrics = {name: float(metrics[name]) for name in names}
         if not (np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])):
-            raise NotFinite(self._diagnose(step, metrics['loss'], norms))
+            raise NotFinite(step, self._diagnose(step, metrics['loss'], norms))
         speed = self.clock.tick(step, self.run.tokens_per_step)
         self.progress.update(step, loss=metrics['loss'], tokens_per_second=speed['tokens_per_second'])
         if step % self.run.config.log.every_steps == 0 or step == self.run.total_steps:

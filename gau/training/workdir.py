@@ -22,6 +22,7 @@ METRICS = 'metrics.jsonl'
 DROPPED = 'metrics.dropped.jsonl'
 EVAL = 'eval.jsonl'
 FINAL = 'final.json'
+DIVERGED = 'diverged.json'
 COMPRESSION = 'compression.json'
 PARAMETERS = 'parameters.txt'
 SHARDINGS = 'shardings.txt'
@@ -265,6 +266,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_final(workdir: Path) -> dict[str, Any] | None:
     """Returns the result of the run in `workdir`; None if it has none yet, or none that can be read."""
     return _read_whole(Path(workdir) / FINAL, 'step')
+
+
+def read_diverged(workdir: Path) -> int | None:
+    """Returns the step at which the last start of the run in `workdir` met a loss or gradient that is not finite."""
+    found = _read_whole(Path(workdir) / DIVERGED, 'step')
+    return found and found['step']
 
 
 def _read_whole(path: Path, field: str) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Stands in for train.py where a test is of the sweep and not of the run: the same files, flags and exit codes.
 
-A learning rate of 13 fails always, one of 7 the first time, one of 5 is bad input. With FAKE_HOLD=3 it stays at step 3
-until it is stopped, or until there is a file `release` in the directory of the sweep.
+A learning rate of 13 fails always, one of 7 the first time, one of 5 is bad input; with one of 11 the loss diverges.
+With FAKE_HOLD=3 it stays at step 3 until it is stopped, or until there is a file `release` in the directory of the
+sweep.
 """
 
 import json
@@ -42,6 +43,10 @@ def main() -> int:
             config.optimizer.learning_rate == 7 and len(starts.read_text()) == 1
         ):
             raise RuntimeError('as it should')
+        if config.optimizer.learning_rate == 11:
+            files.write_json(workdir / files.DIVERGED, {'step': 4, 'error': 'loss nan'})
+            print('error: loss nan', file=sys.stderr)
+            return 1
         with (workdir / files.METRICS).open('a') as file:
             for step in range(len(rows) + 1, config.steps + 1):
                 row = {'step': step, 'split': 'train', 'loss': loss(config, step)}

@@ -137,7 +137,7 @@ def test_a_sweep_runs_what_is_not_kept_and_its_report_has_both(tmp_path):
     found, unfinished = runs.find([second])
     # Seed 2 of chunk_size_16 is kept, too, and a row's whatever the sweep asked for.
     assert sorted(one.name for one in found) == sorted([*ran, 'chunk_size_16-seed_1', 'chunk_size_16-seed_2'])
-    assert unfinished == []
+    assert not unfinished
     rows = report.make(found, Options()).rows
     assert [(row.values, sorted(row.runs)) for row in rows] == [
         ({'model.chunk_size': 16}, [0, 1, 2]),

@@ -345,7 +345,7 @@ def test_kept_files_of_several_days_are_one_table(tmp_path):
     publish.keep(old, days[0])
     publish.keep([*first, *later], days[1])
     found, unfinished = runs.find(days)
-    assert ([run.name for run in found], unfinished) == ([run.name for run in [*first, *later]], [])
+    assert ([run.name for run in found], unfinished) == ([run.name for run in [*first, *later]], {})
     assert {run.config['model.remat'] for run in found} == {'none'}
     assert [row.mean.n for row in report.make(found, Options()).rows] == [2, 3]
     with pytest.raises(UserError, match='given twice'):

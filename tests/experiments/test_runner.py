@@ -114,6 +114,23 @@ def test_failing_points_are_tried_three_times_and_reported_with_their_last_line(
     assert starts(tmp_path).count('learning_rate_7') == 2
 
 
+def test_a_point_that_diverges_is_not_started_again(tmp_path):
+    arguments = ('--sweep=rate:0.001:11.0', f'--workdir={tmp_path}', '--per_device=2')
+    for times in range(2):
+        code, out, err = run(*arguments)
+        assert code == 1, err
+        assert 'finished: 1 of 2 points; diverged: 1\nlearning_rate_11 diverged at step 4\n' in out, times
+        assert starts(tmp_path).count('learning_rate_11') == 1
+    _, out, _ = say(*arguments[:2], '--dry_run')
+    assert [line.split()[-1] for line in out.splitlines()[-3:-1]] == ['finished', 'diverged']
+    code, _, err = call('scripts/report.py', str(tmp_path))
+    assert (code, err) == (0, 'left out, diverged: learning_rate_11 at step 4\n')
+    # Whoever knows better takes the file away.
+    (tmp_path / 'learning_rate_11' / files.DIVERGED).unlink()
+    run(*arguments)
+    assert starts(tmp_path).count('learning_rate_11') == 2
+
+
 def test_refused_points_keep_the_exit_code_from_0(tmp_path):
     code, out, err = run('--sweep=heads', f'--workdir={tmp_path}')
     assert code == 1, err

@@ -241,6 +241,7 @@ def test_divergence_names_step_culprits_and_checkpoint(tmp_path):
     with pytest.raises(loop.NotFinite, match=r'at step 2.*blocks_0.*last good checkpoint: none; try .* another'):
         loop.train(config, tmp_path / 'run')
     assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
+    assert workdir.read_diverged(tmp_path / 'run') == 2
     # No advice that cannot be followed.
     config.optimizer.learning_rate = 1e-3
     with pytest.raises(UserError, match=r'another work directory \(it has no checkpoint to --fork from\)'):
