@@ -4,9 +4,12 @@
     python scripts/prepare_data.py --source='text:books/*.txt' --train_tokenizer=32000 --output=tokens
 
 Works on all cores. Killed, it goes on where it was when the same command is given again, and the result is the same.
+SIGINT and SIGTERM let the shards under way become whole; the exit codes are 130 and 143.
 """
 
+import signal
 import sys
+from types import FrameType
 
 import _root  # noqa: F401
 from absl import flags
@@ -37,7 +40,14 @@ _HOLDOUT = flags.DEFINE_integer('holdout_every', None, 'As the config field data
 
 
 def main() -> int | None:
-    """Prepares, and prints what came of it; 130 when interrupted."""
+    """Prepares, and prints what came of it; 130 when interrupted by SIGINT, 143 by SIGTERM."""
+    terminated = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     config = data_config.default_config()
     config.source, config.tokenizer, config.holdout_every = _SOURCE.value, _TOKENIZER.value, _HOLDOUT.value
     for field in _FIELDS:
@@ -63,7 +73,7 @@ def main() -> int | None:
         )
     except KeyboardInterrupt:
         print('\ninterrupted: the same command goes on from here', file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     _print_table(contents)
     return None
 

@@ -234,7 +234,7 @@ def _write_shards(
         ) as pool:
             try:
                 # The pool would not wait for a worker that it does not know yet.
-                with ctrl_c.held_back():
+                with ctrl_c.starting_workers():
                     running = {pool.submit(_Worker.write, job): job for job in missing}
                 for future in futures.as_completed(running):
                     job = running[future]

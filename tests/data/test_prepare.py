@@ -89,22 +89,62 @@ def _alive(session):
     return False
 
 
-def test_an_interrupt_waits_until_all_workers_are_started(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_all_workers_are_started(corpus, tmp_path, monkeypatch, number):
     submit, submitted = futures.ProcessPoolExecutor.submit, []
 
     def interrupted(pool, *arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         submitted.append(submit(pool, *arguments))
         return submitted[-1]
 
     monkeypatch.setattr(futures.ProcessPoolExecutor, 'submit', interrupted)
     config = make_config(source=corpus['jsonl'], holdout_every=10)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(config, tmp_path / 'tokens', workers=2)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(config, tmp_path / 'tokens', workers=2)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
     plan = json.loads((tmp_path / 'tokens' / prepare._WORK / 'plan.json').read_text())
     assert len(submitted) == len(plan['shards']) > 1
     assert not multiprocessing.active_children()
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+_KILLED = """
+import multiprocessing, os, signal
+from multiprocessing import util
+from gau import ctrl_c
+spawn = util.spawnv_passfds
+def spawn_and_die(path, arguments, descriptors):
+    spawn(path, arguments, descriptors)
+    if b'spawn_main' in b' '.join(map(os.fsencode, arguments)):
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == '__main__':
+    util.spawnv_passfds = spawn_and_die
+    with ctrl_c.starting_workers():
+        multiprocessing.get_context('spawn').Process(target=print).start()
+"""
+
+
+def test_a_worker_whose_parent_was_killed_before_it_spoke_says_nothing():
+    killed = subprocess.run([sys.executable, '-c', _KILLED], capture_output=True, text=True)
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, '')
+
+
+def test_terminated_it_says_so_and_goes_on(corpus, tmp_path):
+    output = tmp_path / 'tokens'
+    command = ['scripts/prepare_data.py', f'--source={corpus["jsonl"]}', '--tokenizer=bytes', f'--output={output}']
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (output / '.work' / 'plan.json').exists():
+        time.sleep(0.001)
+    process.terminate()
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (143, 'interrupted: the same command goes on from here')
+    assert 'Traceback' not in err
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_the_manifest_counts_what_is_there(corpus, by_bytes):
