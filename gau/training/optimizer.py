@@ -37,7 +37,10 @@ def make_schedule(
       UserError: the warm-up, or warm-up and decay of `wsd`, are longer than the run.
     """
     if warmup_steps > total_steps:
-        raise UserError(f'the warm-up of {warmup_steps} steps is longer than the run of {total_steps}')
+        raise UserError(
+            f'the warm-up of {warmup_steps} steps is longer than the run of {total_steps}: '
+            f'optimizer.warmup_steps is to be {total_steps} at most'
+        )
     if warmup_steps + last_decay_steps > total_steps:
         raise UserError(
             f'the warm-up of {warmup_steps} steps and the decay of {last_decay_steps} are longer than the run of '
