@@ -53,7 +53,7 @@ def test_warmup_stable_decay():
 
 
 def test_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match='longer than the run of 10: optimizer.warmup_steps is to be 10 at most'):
+    with pytest.raises(UserError, match=r'run of 10: optimizer\.warmup_steps is to be 10 at most'):
         optimizer.make_schedule(optimizer_config(), warmup_steps=11, total_steps=10)
 
 
