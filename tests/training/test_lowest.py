@@ -12,7 +12,7 @@ from gau.experiments.report import Options
 from gau.training import config as training_config
 from gau.training import lowest, start
 from gau.training import workdir as files
-from tests.experiments.test_report import models
+from tests.experiments.made_up import models
 
 
 @pytest.mark.parametrize(
