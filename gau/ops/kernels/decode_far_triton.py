@@ -31,6 +31,25 @@ def chosen_chunks(
 
 
 @triton.jit
+def chosen_block(
+    k_ptr, v_ptr, index, of_means, block, e,
+    C: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Returns of a block of the chosen chunks: its places in its chunk, q mean of that, k [BW, BS] and v [BW, BE]."""
+    blocks: tl.constexpr = (C + BLOCK_W - 1) // BLOCK_W
+    s = tl.arange(0, BLOCK_S)
+    own = tl.arange(0, BLOCK_R) == block // blocks
+    chunk = tl.sum(tl.where(own, index, 0), axis=0)
+    of_mean = tl.sum(tl.where(own, of_means, 0.0), axis=0)
+    c = block % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    at = (chunk.to(tl.int64) * C + c)[:, None]
+    k = tl.load(k_ptr + at * S + s[None, :], mask=(c < C)[:, None] & (s < S)[None, :], other=0.0)
+    v = tl.load(v_ptr + at * E + e[None, :], mask=(c < C)[:, None] & (e < E)[None, :], other=0.0)
+    return c, of_mean, k, v
+
+
+@triton.jit
 def far_values(
     q_ptr, k_ptr, v_ptr, mean_ptr, index_ptr, next_ptr, place, start, e,
     C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, NEAR: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
@@ -46,7 +65,6 @@ def far_values(
     """
     s = tl.arange(0, BLOCK_S)
     is_row = tl.arange(0, 16) == 0
-    slot = tl.arange(0, BLOCK_R)
     count, index, means = chosen_chunks(mean_ptr, index_ptr, next_ptr, place, start, C, S, NEAR, R, G, BLOCK_S, BLOCK_R)
     q = tl.load(q_ptr + s, mask=s < S, other=0.0)
     of_means = tl.sum(means * q.to(tl.float32)[None, :], axis=1)
@@ -57,13 +75,7 @@ def far_values(
     mixed = tl.zeros((16, BLOCK_E), tl.float32)
     blocks: tl.constexpr = (C + BLOCK_W - 1) // BLOCK_W
     for block in range(0, count * blocks):
-        own = slot == block // blocks
-        chunk = tl.sum(tl.where(own, index, 0), axis=0)
-        of_mean = tl.sum(tl.where(own, of_means, 0.0), axis=0)
-        c = block % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-        at = (chunk.to(tl.int64) * C + c)[:, None]
-        k = tl.load(k_ptr + at * S + s[None, :], mask=(c < C)[:, None] & (s < S)[None, :], other=0.0)  # [BW, BS]
-        v = tl.load(v_ptr + at * E + e[None, :], mask=(c < C)[:, None] & (e < E)[None, :], other=0.0)  # [BW, BE]
+        c, of_mean, k, v = chosen_block(k_ptr, v_ptr, index, of_means, block, e, C, S, E, BLOCK_W, BLOCK_S, BLOCK_R)
         # [16, BS] @ [BS, BW]
         x = (tl.dot(queries, tl.trans(k), input_precision=PRECISION) + of_mean) * S**-0.5
         x = tl.where((c < C)[None, :], x, -1e30)

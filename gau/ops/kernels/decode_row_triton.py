@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gau.ops.kernels.decay_gate_triton import scales_in_window
-from gau.ops.kernels.decode_far_triton import add_query_and_choose, chosen_chunks
+from gau.ops.kernels.decode_far_triton import add_query_and_choose, chosen_block, chosen_chunks
 from gau.ops.kernels.load_store import load_tile
 
 
@@ -256,7 +256,6 @@ def _far_values(
 ):  # fmt: skip
     """Returns what `far_values` of `decode_far_triton` does, [BLOCK_E], without the matrix units."""
     s = tl.arange(0, BLOCK_S)
-    slot = tl.arange(0, BLOCK_R)
     q = tl.load(q_ptr + s, mask=s < S, other=0.0).to(tl.float32)
     of_means = tl.sum(means * q[None, :], axis=1)
     # Over the largest of all terms, of which the 1 is one.
@@ -265,13 +264,7 @@ def _far_values(
     mixed = tl.zeros((BLOCK_E,), tl.float32)
     blocks: tl.constexpr = (C + BLOCK_W - 1) // BLOCK_W
     for block in range(0, count * blocks):
-        own = slot == block // blocks
-        chunk = tl.sum(tl.where(own, index, 0), axis=0)
-        of_mean = tl.sum(tl.where(own, of_means, 0.0), axis=0)
-        c = block % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-        at = (chunk.to(tl.int64) * C + c)[:, None]
-        k = tl.load(k_ptr + at * S + s[None, :], mask=(c < C)[:, None] & (s < S)[None, :], other=0.0)  # [BW, BS]
-        v = tl.load(v_ptr + at * E + e[None, :], mask=(c < C)[:, None] & (e < E)[None, :], other=0.0)  # [BW, BE]
+        c, of_mean, k, v = chosen_block(k_ptr, v_ptr, index, of_means, block, e, C, S, E, BLOCK_W, BLOCK_S, BLOCK_R)
         x = (tl.sum(q[None, :] * k.to(tl.float32), axis=1) + of_mean) * S**-0.5
         x = tl.where(c < C, x, -1e30)
         new_top = tl.maximum(top, tl.max(x, axis=0))
