@@ -164,7 +164,9 @@ def _setting(config: Mapping[str, Any]) -> str:
 
     Fields without a value are left out: which of them a config has depends on the models that are known by then.
     """
-    free = (*_DATA, 'seed')
+    # What is drawn is held by nothing: its name, `pairs:16`, is all that says what it is.
+    drawn = ('data.source',) if config['data.source'].startswith('pairs:') else ()
+    free = {*_DATA, 'seed'}.difference(drawn)
     meant = {k: v for k, v in config.items() if v is not None and k not in free and not k.startswith(_FREE)}
     return json.dumps(meant, sort_keys=True)
 

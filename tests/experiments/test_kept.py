@@ -11,6 +11,7 @@ from gau.errors import UserError
 from gau.experiments import kept, page, report, runs
 from gau.experiments.report import Options
 from gau.experiments.sweep import Program, find_points
+from gau.objectives import objective as objectives
 from tests.conftest import ROOT
 from tests.experiments.test_runner import losses, run, say, starts
 from tests.programs import call
@@ -108,6 +109,16 @@ def test_where_the_data_are_not_here_those_of_most_runs_are_taken(tmp_path):
     old = written(tmp_path / 'old.jsonl', *others, *own)
     assert answered(matches(old, source='tokens:data/wiki')) == [False, True, True, False]
     assert not any(answered(matches(old, source='tokens:data/books')))
+
+
+def test_pairs_that_are_drawn_are_told_apart_by_their_number(tmp_path):
+    program = Program(str(ROOT / 'configs' / 'recall.py'))
+    few, many = (find_points(program, f':pairs:{pairs},models,seed:1') for pairs in (16, 64))
+    run_of_few = made(few[0], data={'pairs:16': 'drawn'})
+    run_of_few.facts['tokenizer'] = objectives.load('recall').tokenizer(few[0].config.data).fingerprint
+    old = written(tmp_path / 'old.jsonl', run_of_few)
+    assert sum(answered(matches(old, few))) == 1
+    assert not any(answered(matches(old, many)))
 
 
 def test_a_run_that_several_tables_miss_is_missing_once():
