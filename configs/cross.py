@@ -62,9 +62,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.tokenizer:
         config.data.tokenizer = arg.tokenizer
     if arg.runlocal:
-        # The embedded corpus has no titles.
-        titles = ('data',) if arg.task == 'titles' else ()
-        common.run_local(config, (*arg.given, *titles))
+        common.run_local(config, arg.given)
+        if config.data.source == 'embedded':
+            # Its held-out files are always the same.
+            config.data.holdout_every = None
     return config
 
 

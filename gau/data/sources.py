@@ -104,7 +104,7 @@ def _open(config: ConfigDict, source: str, split: str) -> Documents:
     kind = data_config.source_kind(source)
     if kind == 'embedded':
         names, texts = zip(*embedded.split_text(split), strict=True)
-        return docs.Texts(texts, names, [{'label': embedded.kind(name)} for name in names])
+        return docs.Texts(texts, names, [{'label': embedded.kind(name), 'title': name} for name in names])
     if kind == 'tokens':
         return Shards(_argument(source), split, tokenizers.load(config.tokenizer))
     if kind == 'tfds':

@@ -25,8 +25,10 @@ class Titles(Halves):
         config = super().resolve_data(config)
         given = [*data_config.sources(config), *filter(None, (config.valid_source, config.test_source))]
         for source in given:
-            if data_config.source_kind(source) != 'jsonl':
-                raise UserError(f'data.source: "{source}" has no titles, which are a field of jsonl:GLOB')
+            if data_config.source_kind(source) not in ('jsonl', 'embedded'):
+                raise UserError(
+                    f'data.source: "{source}" has no titles, which are a field of jsonl:GLOB and the names of embedded'
+                )
         return config
 
     def places_per_epoch(self, config: ConfigDict, tokenizer: Any) -> int:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gau.data import pairs, tokenizers
+from gau.data import embedded, pairs, tokenizers
 from gau.data.documents import Document
 from gau.errors import UserError
 from gau.experiments.sweep import Program, find_points
@@ -99,6 +99,16 @@ def test_a_short_source_is_padded_in_the_middle_of_a_row(tmp_path):
     assert task.places_per_epoch(made.data, None) == 39 * 32
 
 
+def test_the_titles_of_the_embedded_corpus_are_its_names():
+    made = resolve(config('embedded', data__batch_size=2, data__context=128))
+    task = objectives.load('titles')
+    tokenizer = task.tokenizer(made.data)
+    batch = next(task.train_batches(made.data, tokenizer=tokenizer, seed=0))
+    (at,) = np.nonzero(batch['weights'][0])
+    name = tokenizer.decode(batch['targets'][0][at[:-1]])
+    assert name in dict(embedded.split_text('train'))
+
+
 def test_an_epoch_of_halves_is_its_passages(tmp_path):
     (tmp_path / 'a.jsonl').write_text(''.join(f'{{"text": "{"x" * n}"}}\n' for n in (0, 5, 31, 32, 200)))
     made = resolve(config(f'jsonl:{tmp_path}/a.jsonl', objective='halves', data__holdout_every=0))
@@ -160,7 +170,7 @@ def test_it_takes_steps(data, tmp_path):
 
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'objective': 'lm'}, 'a model with cross-attention needs a source to read'),
-    ({'data__source': 'embedded'}, 'data.source: "embedded" has no titles'),
+    ({'data__source': 'text:a.txt'}, 'a.txt" has no titles, which are a field of jsonl:GLOB'),
     ({'data__packing': 'first_fit'}, 'data.packing=first_fit: pairs fill whole rows'),
     ({'data__attend_across_documents': True}, 'would let a source see the target'),
     ({'data__context': 33}, 'data.context=33 must be an even number from 4 on'),
@@ -180,6 +190,7 @@ def test_a_document_without_a_title_is_named(tmp_path):
 
 def test_every_point_of_the_study_is_accepted(data):
     for argument, sweep, points in (('data=embedded', 'heads+controls+softmax,seed:2', 20),
-                                    (f'task=titles,data={data}', 'heads+controls', 7)):  # fmt: skip
+                                    (f'task=titles,data={data}', 'heads+controls', 7),
+                                    ('task=titles,runlocal', 'heads+controls', 7)):  # fmt: skip
         found = find_points(Program(str(ROOT / 'configs' / 'cross.py'), argument), sweep)
         assert [point.error for point in found] == [''] * points
