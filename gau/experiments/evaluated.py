@@ -14,9 +14,14 @@ from gau.training import workdir as files
 def find(workdirs: Sequence[Path], *, split: str = 'valid') -> list[Run]:
     """Returns a record for every directory of a run or of `scripts/compress.py`, and every setting it was measured in.
 
-    A setting is what eval.py was told to change (`--config.quantization=int8`); the last measurement of each metric
-    counts, by whatever evaluator, of the newest checkpoint that was measured. Losses by ranges (`loss_by_place`) are
-    curves. The label is that of the run, or the directory's name, with the setting.
+    A setting is what eval.py was told to change (`--config.quantization=int8`), or another length of context than the
+    run's own; the last measurement of each metric counts, by whatever evaluator, of the newest checkpoint that was
+    measured. Losses by ranges (`loss_by_place`) are curves. The label is that of the run, or the directory's name, with
+    the setting.
+
+    Args:
+      workdirs: the directories.
+      split: `valid`: of that split; `passkey/valid`: what this evaluator alone measured of it.
 
     Raises:
       UserError: a directory holds no measurement, or the model that one was made of is not beside it.
@@ -30,12 +35,13 @@ def find(workdirs: Sequence[Path], *, split: str = 'valid') -> list[Run]:
         step = max(row['step'] for row in rows)
         settings: dict[str, tuple[dict, dict, dict]] = {}
         for row in rows:
-            changed = row.get('config', {})
-            if row['step'] != step or row.get('context') != run.config['data.context']:
+            if row['step'] != step or 'context' not in row or ('/' in split and row['split'] != split):
                 continue
+            longer = {'data.context': row['context']} if row['context'] != run.config['data.context'] else {}
+            changed = {**row.get('config', {}), **longer}
             told = ' '.join(f'{field.rpartition(".")[2]}={value}' for field, value in changed.items())
             _, metrics, curves = settings.setdefault(told, (changed, {}, {}))
-            own = row['split'].partition('/')[2]
+            own = split if '/' in split else row['split'].partition('/')[2]
             numbers = {name: x for name, x in row.items() if isinstance(x, int | float) and name != 'step'}
             metrics.setdefault(own, {}).update(numbers)
             curves |= {name: _curve(x) for name, x in row.items() if name.startswith(runs.BY_RANGE)}
@@ -49,7 +55,9 @@ def _curve(ranges: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _measured(run: Run, told: str, changed: dict, metrics: dict, curves: dict) -> Run:
-    arguments = [shlex.quote(f'--config.{field}={runs.without_place(value)}') for field, value in changed.items()]
+    # Another context is no change of the config: the model and its data stay.
+    told_by = {field: 'contexts' if field == 'data.context' else f'config.{field}' for field in changed}
+    arguments = [shlex.quote(f'--{told_by[field]}={runs.without_place(value)}') for field, value in changed.items()]
     command = run.facts['command'] if not told else ' '.join(['python eval.py', *arguments])
     return run._replace(
         label=runs.without_place(f'{run.label} {told}'.strip()),

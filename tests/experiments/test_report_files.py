@@ -213,6 +213,7 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
         ranges = [{'first': 0, 'last': 0, 'loss': 3.0, 'tokens': 4}, {'first': 2, 'last': 3, 'loss': 1.5, 'tokens': 8}]
         row = {'step': 7, 'split': 'repetition/valid', 'loss': 2.0, 'new_loss': 3.0, 'context': 256}
         lines.insert(0, row | {'loss_by_distance': ranges})
+        lines.append(row | {'split': 'repetition/valid', 'loss': 1.8, 'context': 512})
         lines.append(row | {'split': 'eval/train', 'config': {'data.source': 'jsonl:/texts/books.jsonl'}})
         (tmp_path / name / files.EVAL).write_text(''.join(json.dumps(line) + '\n' for line in lines))
     final = {'step': 7, 'device': 'cpu', 'versions': {}, 'parameters': 9, 'flops_per_token': 1, 'data': {'a': 'b'}}
@@ -224,13 +225,21 @@ def test_what_eval_py_measured_is_a_table(tmp_path):
     found = evaluated.find([tmp_path / 'flash', tmp_path / 'narrow'])
     made = report.make(found, Options(by=('point',), against='flash'))
     losses = {row.values['point']: row.mean.value for row in made.rows}
-    assert losses == {'flash': 2.0, 'flash quantization=int8': 2.2, 'narrow': 2.5}
-    assert [run.metrics['valid'].get('new_loss') for run in found] == [3.0, None, 3.0]
+    longer = {'flash context=512': 1.8, 'narrow context=512': 1.8}
+    assert losses == {'flash': 2.0, 'flash quantization=int8': 2.2, 'narrow': 2.5} | longer
+    assert [run.metrics['valid'].get('new_loss') for run in found] == [3.0, None, 3.0, 3.0, 3.0]
+    assert found[2].facts['command'] == 'python eval.py --contexts=512'
     assert found[0].curves == {'loss_by_distance': [[1.0, 4, 3.0], [3.5, 8, 1.5]]}
     assert tmp_path / 'table_by_distance.png' in figures.draw(made, tmp_path / 'table')
-    narrow = found[-1].facts
+    narrow = found[3].facts
     assert narrow['parameters'] == 6
     assert narrow['command'] == 'python scripts/compress.py --method=narrower --expansion_factor=1.5'
+    # What one evaluator says of the same split.
+    alone = evaluated.find([tmp_path / 'flash'], split='repetition/valid')
+    assert [(run.label, run.metrics['repetition/valid']['loss']) for run in alone] == [
+        ('flash', 2.0),
+        ('flash context=512', 1.8),
+    ]
     # Where a text lay on the machine that measured says nothing.
     (other_text,) = evaluated.find([tmp_path / 'flash'], split='train')
     assert other_text.label == 'flash source=jsonl:books.jsonl'
