@@ -1,8 +1,7 @@
 """Where the border between chunks hurts, and what mends it: FLASH's loss by the place of a token in its chunk.
 
-    python scripts/sweep.py --config=configs/borders.py --sweep=chunks+overlap --workdir=runs/borders --per_device=4
-    python eval.py --workdir=runs/borders/chunk_256 --evaluators=borders     # the loss by place, of every run
-    python scripts/report.py runs/borders --by=point --against=chunk_256
+    python scripts/reproduce.py borders --budget=small --per_device=3
+    python scripts/reproduce.py overlap_layers --budget=small --per_device=3     # docs/results/overlap.md
 
 Question: a chunk's first tokens see the text before them through the state alone. What does that cost at chunks of 64,
 256 and 1,024 tokens, and how much of it do a gate on the state and a window of two chunks give back?
@@ -17,9 +16,10 @@ Arguments: model, size, data (any source; by default tokens:data/wiki_en), runlo
 All have shifted keys, Muon at 4e-3 and no sinusoid, as configs/lm.py does; chunk_128_gate_window_2 is what that gives.
 The relative bias is a table for every size, so that it does not change with it.
 
-A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens, `small`. metrics.jsonl has `border_loss` (the mean over
-that of the second half of the chunks), and `new_loss` and `repeated_loss` of pairs of tokens. The first 1,024 targets
-of a row do not count for `border_loss`, so that its targets are the same for every size.
+A run is 1,000 steps of 8 rows of 8,192 tokens, 66 M tokens, `small`; those of the tables are 500. metrics.jsonl has
+`border_loss` (the mean over that of the second half of the chunks), and `new_loss` and `repeated_loss` of pairs of
+tokens. The first 1,024 targets of a row do not count for `border_loss`, so that its targets are the same for every
+size.
 
 Result (docs/results/borders.md, 500 steps, one seed): a border costs the sixteen tokens after it. A gate gives back two
 thirds of it, a window all of it. Four far chunks are worth 0.151, all of it where pairs are repeated, and 0.119 of it
@@ -32,7 +32,58 @@ from ml_collections import ConfigDict
 
 from configs import common, quality
 from gau.experiments.sweep import Overrides
+from gau.experiments.table import Evaluation, Page, Table
 
+# Pairs of a token and the one before it that have not stood in the row before, and those that have.
+REPEATED = {
+    kind: Page(title, {'by': 'point', 'split': 'repeated/valid', 'metric': f'{kind}_loss'})
+    for kind, title in (('new', 'Loss of new pairs'), ('repeated', 'Loss of repeated pairs'))
+}
+BY_PLACE = {'evaluations': '', 'by': 'point', 'metric': 'border_loss'}
+TABLES = {
+    'borders': Table(
+        'Borders between chunks',
+        {'small': 'overlap+chunks+far+remedies,seed:2', 'tiny': 'overlap+chunks+far+remedies,seed:1'},
+        {'by': 'point', 'against': 'chunk_256'},
+        words={'small': '', 'tiny': 'runlocal'},
+        fields=quality.QUARTER,
+        evaluations=[
+            Evaluation({'evaluators': 'borders,repeated'}),
+            # A model without chunks at the places of all sizes; those of 256 are its own.
+            *(
+                Evaluation({'evaluators': f'borders:chunk={chunk}'}, 'transformer_plus_plus')
+                for chunk in (64, 128, 1024)
+            ),
+        ],
+        pages={
+            'bare': Page(
+                'Loss by place in the chunk: nothing mends the borders',
+                {**BY_PLACE, 'allow': 'data'},
+                ('chunk_64', 'chunk_256', 'chunk_1024', 'transformer_plus_plus'),
+            ),
+            'mended': Page(
+                'Loss by place in the chunk: gate, window, chunks read exactly',
+                BY_PLACE,
+                ('*_window_2', 'chunk_256_gate', 'chunk_256_gate_far_*'),
+            ),
+            **REPEATED,
+        },
+    ),
+    'overlap_layers': Table(
+        'A window of two chunks against two more layers',
+        {'small': 'overlap,seed:2'},
+        {
+            'by': 'model.num_layers,model.local_window,model.chunk_size',
+            'against': {
+                'small': 'model.num_layers=12,model.local_window=1,model.chunk_size=256',
+                'tiny': 'model.num_layers=4,model.local_window=1,model.chunk_size=256',
+            },
+        },
+        words={'small': '', 'tiny': 'runlocal'},
+        fields=quality.QUARTER,
+        pages=REPEATED,
+    ),
+}
 CHUNKS = (256, 64, 1024)
 FLASH = {**quality.MEAN, 'model.relative_bias': 'toeplitz', 'model.key_input': 'shifted'}
 GATE, WINDOW = {'model.decay_gate': 'scalar'}, {'model.local_window': 2}

@@ -1,9 +1,7 @@
 """Is one head enough to read another sequence? Encoder-decoders with a Cross-GAU, and with multi-head cross-attention.
 
-    python scripts/prepare_data.py --source='jsonl:wiki/*.jsonl' --tokenizer=sentencepiece:FILE --output=data/wiki_en
-    python scripts/sweep.py --config=configs/cross.py --sweep=heads+controls,seed:2 --workdir=runs/cross --per_device=4
-    python scripts/sweep.py --config=configs/cross.py:task=titles,tokenizer=sentencepiece:FILE --sweep=heads+controls \
-      --workdir=runs/titles --per_device=4
+    python scripts/reproduce.py cross --budget=small --per_device=2
+    python scripts/reproduce.py titles --budget=small --source='jsonl:wiki/*.jsonl' --tokenizer=sentencepiece:FILE
 
 Question: the paper says that with a gate one head does what a Transformer needs many for. Is that so where queries come
 from one sequence, and keys and values from another? The tasks: the second half of a passage from its first
@@ -15,13 +13,14 @@ context (source and target have half of it each), task, data, tokenizer, runloca
   controls   multi-head cross-attention in FLASH and in Transformer++, and each without a source
   softmax    a Cross-GAU with softmax in place of relu^2
 
-A run is 1,000 steps of 65,536 places, half of them targets at most. Titles: 512 places a row, one row for each article,
-of which every tenth is held out. A Cross-GAU has E = D and nine tenths of the parameters of multi-head cross-attention.
-All have Muon at 4e-3 and no sinusoid; FLASH has shifted keys within its sequences.
+A run is 1,000 steps of 65,536 places, half of them targets at most; those of the tables are 500. Titles: 512 places a
+row, one row for each article, of which every tenth is held out. A Cross-GAU has E = D and nine tenths of the parameters
+of multi-head cross-attention. All have Muon at 4e-3 and no sinusoid; FLASH has shifted keys within its sequences.
 
 Result (docs/results/cross.md; halves, 500 steps, one seed): one, two and four heads and multi-head attention are within
 0.011 of each other, where the source is worth 0.045. Transformer++ has not learnt to read its source. Not run yet:
-titles and `softmax`. `:runlocal` predicts halves of the embedded corpus for 20 steps, and shows that everything works.
+titles and `softmax`. `:runlocal` predicts halves (or the names) of the files of the embedded corpus for 20 steps, and
+shows that everything works.
 """
 
 from collections.abc import Iterator
@@ -31,8 +30,23 @@ from ml_collections import ConfigDict
 from configs import common, quality
 from gau.errors import UserError, did_you_mean
 from gau.experiments.sweep import Overrides
+from gau.experiments.table import Table
 from gau.models.families import cross
 
+CROSS = Table(
+    'The second half of a passage from its first',
+    {'small': 'heads+controls,seed:2', 'tiny': 'heads+controls,seed:1'},
+    {'by': 'point', 'against': 'gau_1'},
+    words={'small': '', 'tiny': 'runlocal'},
+    fields=quality.QUARTER,
+)
+TABLES = {
+    'cross': CROSS,
+    'titles': CROSS._replace(
+        title='The title of an article from the beginning of its text',
+        words={'small': 'task=titles', 'tiny': 'task=titles,runlocal'},
+    ),
+}
 CONTEXTS = {'halves': 1024, 'titles': 512}
 TITLES = 'jsonl:wiki/*.jsonl'
 

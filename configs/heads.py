@@ -1,14 +1,13 @@
 """Is one head enough? FLASH-Quad with heads and without its gate at equal parameters, and the ranks of its attention.
 
-    python scripts/sweep.py --config=configs/heads.py --sweep=heads --workdir=runs/heads --per_device=4
-    python scripts/attention_ranks.py runs/heads/*/ --json=runs/heads/ranks.jsonl
+    python scripts/reproduce.py heads --budget=small --per_device=2
 
 Question: the paper says that a gate lets one head do what a Transformer needs eight or twelve for. Does the gate make
 up for the rank of A V? One head has one matrix A for all values, but U * (A V) can have a larger rank.
 
 Arguments: those of configs/quality.py (context is 512 here). Sweep: `heads`. Without the gate E is 3 D in place of 2 D,
 so that the parameters are as many; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of
-configs/lm.py has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens.
+configs/lm.py has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens; those of the table are 500.
 
 Result (docs/results/heads.md, 500 steps, one seed): two heads are 0.019 worse than one, eight 0.053. The gate is worth
 0.149 and raises the rank from 160 to 299; eight heads raise it to 189.
@@ -20,6 +19,18 @@ from ml_collections import ConfigDict
 
 from configs import common, quality
 from gau.experiments.sweep import Overrides
+from gau.experiments.table import Table
+
+TABLES = {
+    'heads': Table(
+        'Heads and the gate, FLASH-Quad',
+        {'small': 'heads,seed:2'},
+        {'by': 'point', 'against': 'gau'},
+        words={'small': '', 'tiny': 'runlocal'},
+        fields=quality.QUARTER,
+        ranks={'sequences': '4'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -2,6 +2,7 @@
 
     python scripts/prepare_data.py --source='jsonl:wiki/*.jsonl' --tokenizer=sentencepiece:FILE --output=data/wiki_en
     python scripts/sweep.py --config=configs/quality.py --sweep=models,seed:8 --workdir=runs/quality --per_device=4
+    python scripts/reproduce.py far_books --budget=small --source='jsonl:books/*.jsonl' --tokenizer=sentencepiece:FILE
 
 Question: at equal tokens and equal size, is FLASH as good as Transformer++, and where? configs/relu2.py found the start
 of the bias, with three seeds of `small` at 1,024 tokens; here are more seeds, longer contexts, `base`, and for each
@@ -46,8 +47,48 @@ from ml_collections import ConfigDict
 from configs import common
 from configs.paper import budgets
 from gau.experiments.sweep import Overrides
+from gau.experiments.table import Evaluation, Page, Table
 from gau.training import config as training_config
 
+# What tables of short runs set: a quarter of a run's tokens, with a schedule of their own.
+QUARTER = {'small': {'steps': 500, 'eval.every_steps': 250, 'checkpoint.every_steps': 500}}
+TABLES = {
+    'far_books': Table(
+        'Chunks read exactly, on books',
+        {'small': 'far_books,seed:2', 'tiny': 'far_books:1024:embedded,seed:1'},
+        {'by': 'point', 'against': 'flash'},
+        words={'small': '', 'tiny': 'runlocal'},
+        fields=QUARTER,
+        evaluations=[
+            Evaluation(
+                {
+                    'evaluators': 'eval',
+                    'contexts': {'small': '32768,65536,131072', 'tiny': '1024,2048'},
+                    'max_tokens': {'small': '2000000', 'tiny': '8192'},
+                }
+            ),
+            Evaluation(
+                {
+                    'evaluators': {'small': 'passkey:texts=16', 'tiny': 'passkey:texts=2'},
+                    'contexts': {'small': '32768,65536,131072', 'tiny': '1024,2048'},
+                }
+            ),
+        ],
+        pages={
+            'contexts': Page(
+                'Whole books by the length of a row, bits per byte',
+                {
+                    **{'evaluations': '', 'by': 'point', 'split': 'eval/valid', 'metric': 'bits_per_byte'},
+                    'allow': 'data',
+                },
+            ),
+            'passkey': Page(
+                'Loss of a pass key, told at five places of a text',
+                {'evaluations': '', 'by': 'point', 'split': 'passkey/valid', 'allow': 'data'},
+            ),
+        },
+    )
+}
 RATE = 'optimizer.learning_rate'
 MEAN = {':model': 'flash', 'model.relative_bias_init': 'mean', 'model.relative_bias_scale': 2.0}
 PAPER = {':model': 'flash', 'model.relative_bias_init': 'normal'}
@@ -226,12 +267,12 @@ def sweep_books() -> Iterator[Overrides]:
         yield {**point, 'name': point['name'].replace('8192', 'books'), ':data': 'tokens:data/books'}
 
 
-def sweep_far_books() -> Iterator[Overrides]:
-    """Whole books, 32,768 tokens of context: FLASH of `best`, without RoPE between chunks, with chunks read exactly.
+def sweep_far_books(context: int = 32_768, data: str = 'tokens:data/books') -> Iterator[Overrides]:
+    """Whole books in long rows: FLASH of `best`, without RoPE between chunks, with chunks read exactly.
 
     Rotated keys differ by where they stand, so their mean says less of what is in a chunk.
     """
-    flash = {**next(sweep_best()), ':context': 32_768, ':data': 'tokens:data/books', 'name': 'flash'}
+    flash = {**next(sweep_best()), ':context': context, ':data': data, 'name': 'flash'}
     local = {**flash, 'model.rope': 'local'}
     yield {**local, 'name': 'rope_local_far_4', 'model.far_chunks': 4}
     yield flash

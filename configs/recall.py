@@ -1,10 +1,8 @@
 """Associative recall: how many pairs a state, a window and exact attention find again, and how far back.
 
     python train.py --config=configs/recall.py:model=flash,pairs=64 --workdir=runs/recall
-    python scripts/sweep.py --config=configs/recall.py --sweep=pairs,models,seed:3 --workdir=runs/recalls --per_device=9
-    python scripts/report.py runs/recalls --metric=accuracy --by=point --allow=data
-    python scripts/sweep.py --config=configs/recall.py:pairs=511,context=2048 --sweep=many --workdir=runs/many \
-      --config.data.batch_size=16
+    python scripts/reproduce.py recall --budget=small --per_device=9        # 128 pairs; recall_16 and recall_64: fewer
+    python scripts/reproduce.py far_recall --budget=small --per_device=5    # 511 pairs
 
 Question: FLASH keeps two chunks and a state of S x E numbers a layer, Transformer++ every key and value. On text the
 loss is the same (docs/results/quality_shifted.md). What can FLASH not do? Here only exact memory counts. A row begins
@@ -44,8 +42,28 @@ from ml_collections import ConfigDict
 
 from configs import common
 from gau.experiments.sweep import Overrides
+from gau.experiments.table import Evaluation, Table
 from gau.training import config as training_config
 
+TABLES = {
+    **{
+        name: Table(
+            f'Associative recall, {pairs} pairs in rows of 512 tokens',
+            {'small': f':pairs:{pairs},models,seed:2', 'tiny': f':pairs:{pairs},models,seed:1'},
+            {'by': 'point', 'metric': 'accuracy', 'against': f'pairs_{pairs}-quad_shifted'},
+            words={'small': '', 'tiny': 'context=512,runlocal'},
+        )
+        for name, pairs in (('recall', 128), ('recall_16', 16), ('recall_64', 64))
+    },
+    'far_recall': Table(
+        'Associative recall of pairs that lie in several chunks',
+        {'small': 'many,seed:2', 'tiny': 'many,seed:1'},
+        {'by': 'point', 'metric': 'accuracy', 'against': 'shifted_gate'},
+        words={'small': 'pairs=511,context=2048', 'tiny': 'pairs=127,context=512,runlocal'},
+        fields={'small': {'data.batch_size': 16}},
+        evaluations=[Evaluation({'evaluators': 'eval'})],  # accuracy by distance
+    ),
+}
 TRANSFORMER = {':model': 'transformer_plus_plus'}
 
 

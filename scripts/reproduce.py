@@ -1,4 +1,4 @@
-"""Makes a table of the paper's experiments from nothing but the data: prepares, sweeps, reports.
+"""Makes a table of docs/results from nothing but the data: prepares, sweeps, measures, reports.
 
     python scripts/reproduce.py branches --budget=tiny              minutes on two CPU cores: shows that it works
     python scripts/reproduce.py branches --budget=small --source='jsonl:wiki/*.jsonl.gz' --per_device=4
@@ -7,17 +7,18 @@
     python scripts/reproduce.py --missing --budget=small            which runs of all tables are not kept yet
     python scripts/reproduce.py branches --budget=small --kept=DIR,... --only_kept --output=PATH   the table so far
 
-Tables are the programs in configs/paper, whose docstrings say what each asks. What is done is not done again: the same
-command goes on. The steps are commands of their own and are printed as they are run. A table is made from nothing,
-unless --kept says where there are finished runs: those that fit, of whatever table, are taken, and only the others run.
+Tables are what the programs in configs/ and configs/paper/ state as their TABLES; their docstrings say what each asks.
+What is done is not done again: the same command goes on. The steps are commands of their own and are printed as they
+are run. A table is made from nothing, unless --kept says where there are finished runs: those that fit, of whatever
+table, are taken, and only the others run. What eval.py and attention_ranks.py measure is of the runs that are here.
 """
 
-import importlib
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -25,16 +26,19 @@ from absl import flags
 
 from gau import cli
 from gau.errors import UserError, did_you_mean
-from gau.experiments.sweep import Point, Program, find_points
-from gau.experiments.table import Table
+from gau.experiments import table as tables
+from gau.experiments.job import Job, has_ranks, measured_lines, note
+from gau.experiments.sweep import Point
+from gau.experiments.table import fits
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ROOT / 'configs' / 'paper'
 RESULTS = ROOT / 'docs' / 'results'
 PIECES = 32_000
+# The points that are finished here, with their directories.
+Runs = Sequence[tuple[Point, Path]]
 
 _BUDGET = flags.DEFINE_enum(
-    'budget', 'tiny', ['tiny', 'small', 'paper'], 'How much is run, see configs/paper/budgets.py.'
+    'budget', 'tiny', list(tables.BUDGETS), 'How much is run: configs/paper/budgets.py; beyond the paper the program.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the sweep; default: runs/TABLE_BUDGET.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Path of the table without ending; default: WORKDIR/report.')
@@ -55,10 +59,16 @@ _DRY_RUN = flags.DEFINE_boolean('dry_run', False, 'Print the points and what the
 
 def main(arguments: list[str]) -> int:
     """Makes one table, or says what is missing from all."""
-    names = sorted({path.stem for path in PROGRAMS.glob('*.py')} - {'__init__', 'budgets'})
+    found = tables.find(ROOT / 'configs')
+    names = sorted(found)
     for name in arguments:
-        if name not in names:
+        if name not in found:
             raise UserError(f'there is no table "{name}"{did_you_mean(name, names)}')
+        budgets = found[name][1].budgets
+        if _BUDGET.value not in budgets:
+            raise UserError(
+                f'--budget={_BUDGET.value}: {name} is no table of the paper, and has {" and ".join(budgets)}'
+            )
     if _KEPT.present and not _KEPT.value:
         raise UserError('--kept= names nothing: leave it out, or say where finished runs are kept')
     cli.refuse_without('chip', 'utilisation', beside=('dry_run', 'missing'))
@@ -68,121 +78,159 @@ def main(arguments: list[str]) -> int:
             beside='missing',
             because='it runs nothing, and prints',
         )
-        return _missing(list(dict.fromkeys(arguments or names)))
+        of_budget = [name for name in names if _BUDGET.value in found[name][1].budgets]
+        return _missing([Job(name, *found[name], _BUDGET.value) for name in dict.fromkeys(arguments or of_budget)])
     if len(arguments) != 1:
         raise UserError(f'want one table: {", ".join(names)}')
     (name,) = arguments
-    module = importlib.import_module(f'configs.paper.{name}')
-    table = module.TABLE
-    budget = _BUDGET.value
-    workdir = _WORKDIR.value or f'runs/{name}_{budget}'
-    program = [f'--config={os.path.relpath(PROGRAMS / name)}.py:budget={budget}', f'--sweep={table.sweep(budget)}']
-    source = module.get_config(f'budget={budget}').data.source
+    job = Job(name, *found[name], _BUDGET.value)
     if _ONLY_KEPT.value:
         cli.refuse(
             *('workdir', 'source', 'tokenizer', 'per_device', 'dry_run'), beside='only_kept', because='it runs nothing'
         )
-        return _only_kept(name)
-    if not _is_prepared(source):
-        cli.refuse('source', 'tokenizer', beside=f'budget={budget}', because=f'its data are {source}')
+        return _only_kept(job)
+    if job.prepared is None and not job.reads_text:
+        cli.refuse('source', 'tokenizer', beside=f'budget={_BUDGET.value}', because=f'its data are {job.source}')
     cli.refuse_without('tokenizer', beside=('source',))
-    if _KEPT.value:
-        program.append(f'--kept={",".join(_KEPT.value)}')
-    if _DRY_RUN.value:
-        if not _is_there(source):
-            if _KEPT.value:
-                return _missing([name])
-            # Of the data the cost only knows the vocabulary: that which they would be prepared with.
-            program[0] += ',data=embedded'
-            program.append(f'--vocab_size={PIECES}')
-        else:
-            program.append(f'--workdir={workdir}')
-        return _run('sweep.py', *program, '--dry_run', f'--chip={_CHIP.value}', f'--utilisation={_UTILISATION.value}')
-    _prepare(source, budget)
-    code = _run('sweep.py', *program, f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
+    if job.reads_text and _SOURCE.value and _TOKENIZER.value:
+        job.read(_SOURCE.value, _TOKENIZER.value)
+    return _dry_run(job) if _DRY_RUN.value else _make(job)
+
+
+def _make(job: Job) -> int:
+    """Runs every step that is not done yet; returns the exit code of the first that fails."""
+    _prepare(job)
+    workdir = Path(_WORKDIR.value or f'runs/{job.name}_{job.budget}')
+    output = _OUTPUT.value or f'{workdir}/report'
+    code = _run('scripts/sweep.py', *_sweep(job), f'--workdir={workdir}', f'--per_device={_PER_DEVICE.value}')
     if code:
         return code
-    return _report(table, workdir, _OUTPUT.value or f'{workdir}/report')
+    runs = job.finished(workdir)
+    for directory, arguments in job.measurements(runs):
+        if code := _run('eval.py', f'--workdir={directory}', *arguments):
+            return code
+        note(directory, arguments)
+    if job.table.ranks is not None and runs and (code := _ranks(job, runs, output)):
+        return code
+    if lines := measured_lines(runs):
+        path = Path(output) / 'measured.jsonl'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines, encoding='utf-8')
+    return _report(job, str(workdir), output, runs)
 
 
-def _report(table: Table, runs: str, output: str) -> int:
-    report = [f'--{flag}={value}' for flag, value in table.flags(_BUDGET.value).items()]
-    return _run('report.py', runs, f'--title={table.title}', f'--output={output}', *report)
+def _sweep(job: Job) -> list[str]:
+    return [*job.arguments(), *([f'--kept={",".join(_KEPT.value)}'] if _KEPT.value else [])]
 
 
-def _missing(names: list[str]) -> int:
+def _ranks(job: Job, runs: Runs, output: str) -> int:
+    path = Path(output) / 'ranks.jsonl'
+    plot = f'--plot={output}_ranks.png'
+    if has_ranks(path, runs):
+        return _run('scripts/attention_ranks.py', str(path), plot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    directories = [str(directory) for _, directory in runs]
+    flags_of_ranks = job.table.rank_arguments(job.budget)
+    return _run('scripts/attention_ranks.py', *directories, *flags_of_ranks, f'--json={path}', plot)
+
+
+def _report(job: Job, where: str, output: str, runs: Runs) -> int:
+    """Makes all pages of a table, those of what was measured from the runs that are here."""
+    for suffix, page in job.pages():
+        paths = [where]
+        if page.measured:
+            paths = [str(directory) for point, directory in runs if fits(point.label, page.points)]
+            if not paths:
+                print(f'{output}{suffix} is left out: eval.py measures runs with their checkpoints, and none is here')
+                continue
+        code = _run('scripts/report.py', *paths, *page.arguments(job.budget), f'--output={output}{suffix}')
+        if code:
+            return code
+    return 0
+
+
+def _dry_run(job: Job) -> int:
+    if not job.is_there and _KEPT.value:
+        return _missing([job])
+    program = [f'--workdir={_WORKDIR.value or f"runs/{job.name}_{job.budget}"}'] if job.is_there else []
+    if not job.is_there:
+        # Of the data the cost only knows the vocabulary: that which they would be prepared with.
+        job.stand_in()
+        program = [f'--vocab_size={PIECES}']
+    how = '--dry_run', f'--chip={_CHIP.value}', f'--utilisation={_UTILISATION.value}'
+    return _run('scripts/sweep.py', *_sweep(job), *program, *how)
+
+
+def _missing(jobs: list[Job]) -> int:
     """Prints the runs of tables that are not kept; needs no data."""
     # Imported late: tables of runs bring pandas.
     from gau.experiments import kept, plan
 
     found = kept.load([Path(path) for path in _KEPT.value] or [RESULTS])
-    tables, absent = {}, None
-    for name in names:
-        tables[name], absent = _points(name)
-    missed, matches = kept.missing(tables, found, source=absent)
+    sources = {job.name: _absent(job) for job in jobs}
+    points = {job.name: job.points() for job in jobs}
+    missed, matches = kept.missing(points, found, sources=sources)
+    absent = any(source is not None for source in sources.values())
     how = {'chip': _CHIP.value, 'utilisation': _UTILISATION.value, 'vocab_size': PIECES if absent else None}
-    print(plan.missing(tables, missed, **how))
+    print(plan.missing(points, missed, **how))
     print(matches.told())
     return 0
 
 
-def _only_kept(name: str) -> int:
+def _only_kept(job: Job) -> int:
     """Makes the table of the runs of its points that are kept; needs no data."""
     from gau.experiments import kept
 
     if not _KEPT.value or not _OUTPUT.value:
         raise UserError('--only_kept needs --kept=FILE|DIR,... and --output=PATH')
-    points, absent = _points(name)
-    matches = kept.match(points, kept.load([Path(path) for path in _KEPT.value]), source=absent)
+    source = _absent(job)
+    points = job.points()
+    matches = kept.match(points, kept.load([Path(path) for path in _KEPT.value]), source=source)
     print(matches.told(), flush=True)
     if not any(matches.points):
-        raise UserError(f'--only_kept: no run of {name} is in --kept={",".join(_KEPT.value)}')
+        raise UserError(f'--only_kept: no run of {job.name} is in --kept={",".join(_KEPT.value)}')
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / 'kept.jsonl'
-        kept.write(points, matches, path, source=absent)
-        return _report(importlib.import_module(f'configs.paper.{name}').TABLE, str(path), _OUTPUT.value)
+        kept.write(points, matches, path, source=source)
+        return _report(job, str(path), _OUTPUT.value, [])
 
 
-def _points(name: str) -> tuple[list[Point], str | None]:
-    """Returns the points of a table, and the source of their data if it is not here: other text stands in for it."""
-    module, budget = importlib.import_module(f'configs.paper.{name}'), _BUDGET.value
-    source = module.get_config(f'budget={budget}').data.source
-    absent = None if _is_there(source) else source
-    program = Program(str(PROGRAMS / f'{name}.py'), f'budget={budget}' + (',data=embedded' if absent else ''))
-    return find_points(program, module.TABLE.sweep(budget)), absent
+def _absent(job: Job) -> str | None:
+    """Returns the source of data that are not here, as `kept.match` takes it; other text stands in for them."""
+    from gau.experiments import kept
+
+    if job.is_there:
+        return None
+    job.stand_in()
+    return kept.ANY if job.reads_text else job.source
 
 
-def _prepare(source: str, budget: str) -> None:
+def _prepare(job: Job) -> None:
     """Prepares the data that the budget reads, unless they are there or need no preparing.
 
     Raises:
       UserError: they are not, and no text is given.
     """
-    if _is_there(source):
+    if job.is_there:
         return
-    directory = source.partition(':')[2]
+    if job.reads_text:
+        raise UserError(
+            f'{job.name} reads text as it is: give it as --source=jsonl:GLOB, with --tokenizer=sentencepiece:FILE'
+        )
     if _SOURCE.value is None:
         raise UserError(
-            f'--budget={budget} reads {directory}, which is not there: give the text to prepare it from, as '
+            f'--budget={job.budget} reads {job.prepared}, which is not there: give the text to prepare it from, as '
             '--source=jsonl:GLOB, text:GLOB or tfds:NAME'
         )
     tokenizer = f'--tokenizer={_TOKENIZER.value}' if _TOKENIZER.value else f'--train_tokenizer={PIECES}'
-    code = _run('prepare_data.py', f'--source={_SOURCE.value}', tokenizer, f'--output={directory}')
+    code = _run('scripts/prepare_data.py', f'--source={_SOURCE.value}', tokenizer, f'--output={job.prepared}')
     if code:
         sys.exit(code)
 
 
-def _is_there(source: str) -> bool:
-    return not _is_prepared(source) or (Path(source.partition(':')[2]) / 'manifest.json').is_file()
-
-
-def _is_prepared(source: str) -> bool:
-    return source.startswith('tokens:')
-
-
 def _run(script: str, *arguments: str) -> int:
-    """Runs a script of this directory; Ctrl-C reaches it by itself, and it says in its exit code how it ended."""
-    command = (os.path.relpath(ROOT / 'scripts' / script), *arguments)
+    """Runs a program of the repository; Ctrl-C reaches it by itself, and it says in its exit code how it ended."""
+    command = (os.path.relpath(ROOT / script), *arguments)
     print('$ python ' + shlex.join(command), flush=True)
     process = subprocess.Popen([sys.executable, *command])
     while True:

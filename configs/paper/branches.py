@@ -18,11 +18,13 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Branches of mixed chunk attention',
-    {'small': 'branches,seed:3', 'tiny': 'branches,seed:2'},
-    {'by': 'model.branches', 'against': 'both'},
-)
+TABLES = {
+    'branches': Table(
+        'Branches of mixed chunk attention',
+        {'small': 'branches,seed:3', 'tiny': 'branches,seed:2'},
+        {'by': 'model.branches', 'against': 'both'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -19,11 +19,13 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Chunk size',
-    {'small': 'context:1024:8192,chunk_size,seed:3', 'tiny': 'context:256:512,chunk_size:64:256,seed:2'},
-    {'by': 'data.context,model.chunk_size', 'against': 'model.chunk_size=256'},
-)
+TABLES = {
+    'chunk_size': Table(
+        'Chunk size',
+        {'small': 'context:1024:8192,chunk_size,seed:3', 'tiny': 'context:256:512,chunk_size:64:256,seed:2'},
+        {'by': 'data.context,model.chunk_size', 'against': 'model.chunk_size=256'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

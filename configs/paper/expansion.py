@@ -19,23 +19,25 @@ from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 from gau.models.config import resolve
 
-TABLE = Table(
-    'Expansion of a gated unit',
-    {
-        'small': 'expansion+equal_parameters:small+chunk_128,seed:3',
-        'tiny': 'expansion+equal_parameters:tiny,seed:2',
-        'paper': 'expansion+equal_parameters:paper+chunk_128,seed:3',
-    },
-    {
-        'by': 'model.expansion_factor,model.num_layers,model.chunk_size',
-        # Rows of other numbers of layers are compared with E = 2D, too, which has their parameters.
-        'against': {
-            'tiny': 'model.expansion_factor=2.0,model.num_layers=4',
-            'small': 'model.expansion_factor=2.0,model.num_layers=12',
-            'paper': 'model.expansion_factor=2.0,model.num_layers=24',
+TABLES = {
+    'expansion': Table(
+        'Expansion of a gated unit',
+        {
+            'small': 'expansion+equal_parameters:small+chunk_128,seed:3',
+            'tiny': 'expansion+equal_parameters:tiny,seed:2',
+            'paper': 'expansion+equal_parameters:paper+chunk_128,seed:3',
         },
-    },
-)
+        {
+            'by': 'model.expansion_factor,model.num_layers,model.chunk_size',
+            # Rows of other numbers of layers are compared with E = 2D, too, which has their parameters.
+            'against': {
+                'tiny': 'model.expansion_factor=2.0,model.num_layers=4',
+                'small': 'model.expansion_factor=2.0,model.num_layers=12',
+                'paper': 'model.expansion_factor=2.0,model.num_layers=24',
+            },
+        },
+    )
+}
 FACTORS = (1.0, 1.5, 2.0, 3.0)
 
 

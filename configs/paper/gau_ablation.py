@@ -20,15 +20,17 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Parts of the gated attention unit',
-    {'small': 'gau+attention,seed:3', 'tiny': 'gau+attention,seed:2'},
-    {
-        # By fields and not by point: kept runs of other tables are rows of this one, too.
-        'by': 'family,model.attention_function,model.num_heads,model.gate',
-        'against': 'family=gated_unit,model.attention_function=relu2,model.num_heads=1,model.gate=silu',
-    },
-)
+TABLES = {
+    'gau_ablation': Table(
+        'Parts of the gated attention unit',
+        {'small': 'gau+attention,seed:3', 'tiny': 'gau+attention,seed:2'},
+        {
+            # By fields and not by point: kept runs of other tables are rows of this one, too.
+            'by': 'family,model.attention_function,model.num_heads,model.gate',
+            'against': 'family=gated_unit,model.attention_function=relu2,model.num_heads=1,model.gate=silu',
+        },
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

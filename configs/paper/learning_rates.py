@@ -19,15 +19,17 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Learning rates',
-    {
-        'small': 'around,seed:3',
-        'tiny': 'models:flash:transformer_plus_plus,rate:3e-3:6e-3,seed:2',
-        'paper': 'models,rate:3.5e-4:7e-4:1.4e-3,seed:1',
-    },
-    {'by': 'model.name,optimizer.learning_rate'},
-)
+TABLES = {
+    'learning_rates': Table(
+        'Learning rates',
+        {
+            'small': 'around,seed:3',
+            'tiny': 'models:flash:transformer_plus_plus,rate:3e-3:6e-3,seed:2',
+            'paper': 'models,rate:3.5e-4:7e-4:1.4e-3,seed:1',
+        },
+        {'by': 'model.name,optimizer.learning_rate'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

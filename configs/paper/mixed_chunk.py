@@ -20,11 +20,13 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Quadratic against mixed chunk attention',
-    {'small': 'models,seed:3', 'tiny': 'models,seed:2'},
-    {'by': 'family,attention', 'against': 'attention=quadratic'},
-)
+TABLES = {
+    'mixed_chunk': Table(
+        'Quadratic against mixed chunk attention',
+        {'small': 'models,seed:3', 'tiny': 'models,seed:2'},
+        {'by': 'family,attention', 'against': 'attention=quadratic'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -17,11 +17,13 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Models as causal language models',
-    {'small': 'models,seed:3', 'tiny': 'models,seed:2', 'paper': 'models,contexts,seed:3'},
-    {'by': 'model.name,data.context', 'against': 'model.name=transformer_plus_plus'},
-)
+TABLES = {
+    'models': Table(
+        'Models as causal language models',
+        {'small': 'models,seed:3', 'tiny': 'models,seed:2', 'paper': 'models,contexts,seed:3'},
+        {'by': 'model.name,data.context', 'against': 'model.name=transformer_plus_plus'},
+    )
+}
 MODELS = (
     'flash',
     'flash_quad',

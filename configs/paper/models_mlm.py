@@ -18,7 +18,7 @@ from configs.paper import budgets, models
 from configs.paper.models import sweep_contexts  # noqa: F401  a sweep of this program, too
 from gau.experiments.sweep import Overrides
 
-TABLE = models.TABLE._replace(title='Models as masked language models')
+TABLES = {'models_mlm': models.TABLES['models']._replace(title='Models as masked language models')}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -19,14 +19,16 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Normalisers of relu^2 attention',
-    {'small': 'normalizer+temperature+softmax,seed:3', 'tiny': 'normalizer+softmax,seed:2'},
-    {
-        'by': 'model.attention_function,model.normalizer,model.temperature',
-        'against': 'model.attention_function=relu2,model.normalizer=paper,model.temperature=none',
-    },
-)
+TABLES = {
+    'normalizers': Table(
+        'Normalisers of relu^2 attention',
+        {'small': 'normalizer+temperature+softmax,seed:3', 'tiny': 'normalizer+softmax,seed:2'},
+        {
+            'by': 'model.attention_function,model.normalizer,model.temperature',
+            'against': 'model.attention_function=relu2,model.normalizer=paper,model.temperature=none',
+        },
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

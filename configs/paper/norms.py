@@ -19,11 +19,13 @@ from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 from gau.models.fields import COMMON
 
-TABLE = Table(
-    'Norms in FLASH',
-    {'small': 'norm,placement,seed:3', 'tiny': 'norm,placement,seed:2'},
-    {'by': 'model.norm,model.norm_placement', 'against': 'model.norm=scale_norm,model.norm_placement=pre'},
-)
+TABLES = {
+    'norms': Table(
+        'Norms in FLASH',
+        {'small': 'norm,placement,seed:3', 'tiny': 'norm,placement,seed:2'},
+        {'by': 'model.norm,model.norm_placement', 'against': 'model.norm=scale_norm,model.norm_placement=pre'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -17,14 +17,16 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Positions in FLASH',
-    {'small': 'positions,seed:3', 'tiny': 'positions,seed:2'},
-    {
-        'by': 'model.absolute_position,model.rope,model.relative_bias',
-        'against': 'model.absolute_position=sinusoid,model.rope=rotary,model.relative_bias=toeplitz',
-    },
-)
+TABLES = {
+    'positions': Table(
+        'Positions in FLASH',
+        {'small': 'positions,seed:3', 'tiny': 'positions,seed:2'},
+        {
+            'by': 'model.absolute_position,model.rope,model.relative_bias',
+            'against': 'model.absolute_position=sinusoid,model.rope=rotary,model.relative_bias=toeplitz',
+        },
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -16,11 +16,13 @@ from configs.paper import budgets
 from gau.experiments.sweep import Overrides
 from gau.experiments.table import Table
 
-TABLE = Table(
-    'Spread between seeds',
-    {'small': 'models,seed:5', 'tiny': 'models,seed:3'},
-    {'by': 'model.name', 'against': 'transformer_plus_plus'},
-)
+TABLES = {
+    'seeds': Table(
+        'Spread between seeds',
+        {'small': 'models,seed:5', 'tiny': 'models,seed:3'},
+        {'by': 'model.name', 'against': 'transformer_plus_plus'},
+    )
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -25,6 +25,8 @@ from gau.objectives import objective as objectives
 from gau.training.config import RESUMABLE_CHANGES
 from gau.training.workdir import write_text
 
+# In place of a source (see `match`): runs of any text, for the table does not say which it is of.
+ANY = ''
 # Another run that this one starts or learns from: the config names it and does not say what it holds.
 _OTHER_RUNS = ('fork', 'init_from', 'distillation.teacher')
 # Compared by what they hold.
@@ -93,7 +95,7 @@ def match(points: Sequence[Point], found: Sequence[Kept], *, source: str | None 
     Args:
       points: of one sweep or several; refused ones and those that start or learn from another run are never kept.
       found: from `load`; of two runs of one point the first is taken.
-      source: the `data.source` in whose place the points have another, because it is not here; None: theirs.
+      source: the `data.source` in whose place the points have another, because it is not here, or ANY; None: theirs.
     """
     by_setting: dict[str, list[Kept]] = {}
     for kept in found:
@@ -129,24 +131,29 @@ def write(points: Sequence[Point], matches: Matches, path: Path, *, source: str 
 
 
 def missing(
-    tables: Mapping[str, Sequence[Point]], found: Sequence[Kept], *, source: str | None = None
+    tables: Mapping[str, Sequence[Point]], found: Sequence[Kept], *, sources: Mapping[str, str | None] | None = None
 ) -> tuple[list[Missing], Matches]:
     """Returns the runs that the points of tables ask for and nobody has kept, each once whatever tables it serves.
 
-    What is kept of all the points comes with them.
+    What is kept of all the points comes with them. Tables are matched one by one: runs of one are of one text.
 
     Args:
       tables: points by the name of the table.
-      found, source: see `match`.
+      found: see `match`.
+      sources: by the name of a table the `source` of `match`; None: the points' own, of all.
     """
-    asked = [(table, point) for table, points in tables.items() for point in points if point.config is not None]
-    matches = match([point for _, point in asked], found, source=source)
     missed: dict[str, Missing] = {}
-    for (table, point), answer in zip(asked, matches.points, strict=True):
-        if answer is None:
-            own = missed.setdefault(point.config.to_json(sort_keys=True), Missing(point, []))
-            own.tables.append(table)
-    return list(missed.values()), matches
+    of_all = Matches([], [], [])
+    for table, points in tables.items():
+        asked = [point for point in points if point.config is not None]
+        matches = match(asked, found, source=(sources or {}).get(table))
+        for point, answer in zip(asked, matches.points, strict=True):
+            if answer is None:
+                own = missed.setdefault(point.config.to_json(sort_keys=True), Missing(point, []))
+                own.tables.append(table)
+        for whole, own in zip(of_all, matches, strict=True):
+            whole.extend(own)
+    return list(missed.values()), of_all
 
 
 def _told(found: Sequence[Kept]) -> str:
@@ -181,9 +188,10 @@ def _of_the_same_data(
             groups.setdefault(_names(runs.flat(point.config), source), []).append(number)
     own: list[list[Kept]] = [[] for _ in points]
     for names, numbers in groups.items():
-        held = None if source else _held(points[numbers[0]].config)
+        held = _held(points[numbers[0]].config) if source is None else None
         if held is None:
-            named = [kept for number in numbers for kept in of_settings[number] if _names(kept.run.config) == names]
+            anyhow = [kept for number in numbers for kept in of_settings[number]]
+            named = [kept for kept in anyhow if source == ANY or _names(kept.run.config) == names]
             if not named:
                 continue
             ((held, _),) = Counter(_held_by(kept.run) for kept in named).most_common(1)

@@ -121,6 +121,13 @@ def test_pairs_that_are_drawn_are_told_apart_by_their_number(tmp_path):
     assert not any(answered(matches(old, many)))
 
 
+def test_a_table_of_any_text_takes_kept_runs_whatever_it_is_called(tmp_path):
+    text = {'data__source': 'jsonl:articles.jsonl', 'data__tokenizer': 'sentencepiece:t5.model'}
+    own = [made(point, data={'jsonl:articles.jsonl': 'new'}, **text) for point in POINTS[:2]]
+    old = written(tmp_path / 'old.jsonl', *own, made(POINTS[2], data={'jsonl:other.jsonl': 'old'}, **text))
+    assert answered(matches(old, source=kept.ANY)) == [True, True, False, False]
+
+
 def test_a_run_that_several_tables_miss_is_missing_once():
     tables = {'one': POINTS, 'other': find_points(PROGRAM, 'model.chunk_size:32:64,seed:1')}
     missed, found = kept.missing(tables, [])
@@ -132,6 +139,25 @@ def test_a_run_that_several_tables_miss_is_missing_once():
         ('chunk_size_64-seed_0', ['other']),
     ]
     assert len(found.points) == 6
+
+
+def test_tables_of_different_texts_are_matched_with_their_own(tmp_path):
+    tables = {'wiki': POINTS[:2], 'books': POINTS[2:]}
+    old = written(
+        tmp_path / 'old.jsonl',
+        *(
+            made(point, data={f'tokens:{name}': 'held'}, data__source=f'tokens:{name}')
+            for name, points in tables.items()
+            for point in points[:1]
+        ),
+    )
+    sources = {'wiki': 'tokens:data/wiki', 'books': 'tokens:data/books'}
+    missed, found = kept.missing(tables, kept.load([old]), sources=sources)
+    assert [(one.point.name, one.tables) for one in missed] == [
+        (POINTS[1].name, ['wiki']),
+        (POINTS[3].name, ['books']),
+    ]
+    assert found.told() == '2 of 4 points are kept, of tokens:books (held), tokens:wiki (held)'
 
 
 def test_a_sweep_runs_what_is_not_kept_and_its_report_has_both(tmp_path):
