@@ -7,6 +7,7 @@ from pathlib import Path
 from gau.errors import UserError
 from gau.experiments.report import Report, Row, risen, shown
 from gau.experiments.runs import Run
+from gau.experiments.statistics import Judge
 from gau.training.lowest import WORSE
 
 BEGIN = '<!-- made by scripts/report.py: do not edit between the marks -->'
@@ -98,7 +99,14 @@ def _notes(report: Report) -> str:
             f"Tokens{' and time' * timed} to the baseline's last loss are read between evaluations of one run whose "
             f'learning rate goes on falling{"; time is that of training steps alone" * timed}.'
         )
-    if any(row.against and not row.against.paired for row in report.rows):
+    judges = {row.against.judge for row in report.rows if row.against}
+    if Judge.RESIDUAL in judges:
+        notes.append(
+            'Where n is 2, interval and p are by the standard deviation that the effects of rows and seeds leave over '
+            f'in the whole table, taken to be the same in all rows (randomized blocks): {report.residual.value:.4f}, '
+            f'{report.residual.degrees} degrees of freedom.'
+        )
+    if Judge.MEANS in judges:
         notes.append(
             'Where n says two numbers, a row and its baseline share fewer than two seeds: their means are compared, '
             'interval and p by the standard deviation between seeds over all rows, taken to be the same in these two.'

@@ -80,6 +80,7 @@ class Report(NamedTuple):
       options: as asked for, with `by` filled.
       rows: in order.
       sigma: between seeds, of the metric.
+      residual: what rows and seeds leave unexplained of it.
       baselines: values of the row that others are compared with; of several rows if `by` has more fields.
       per_device: how many of the runs shared a device, at most.
     """
@@ -87,6 +88,7 @@ class Report(NamedTuple):
     options: Options
     rows: list[Row]
     sigma: Sigma
+    residual: Sigma
     baselines: list[dict[str, Any]]
     per_device: int = 1
 
@@ -108,11 +110,14 @@ def make(runs: Sequence[Run], options: Options) -> Report:
     options = dataclasses.replace(options, by=options.by or _default_by(runs, options))
     groups = _groups(runs, options)
     rows = [_row(values, own, options) for values, own in groups]
-    sigma = statistics.pooled_sigma([_metrics(row, options) for row in rows])
-    baselines = _find_baselines(rows, options)
-    rows = _compared(rows, baselines, sigma, options)
+    cells = [_cell(row, options) for row in rows]
+    sigma = statistics.pooled_sigma([list(cell.values()) for cell in cells])
+    residual = statistics.residual_sigma(cells)
+    found = _find_baselines(rows, options)
+    rows = _compared(rows, cells, found, sigma, residual, options)
+    baselines = [rows[index].values for index in sorted(set(found.values()))]
     per_device = max(run.facts.get('per_device', 1) for run in runs)
-    return Report(options, rows, sigma, [rows[index].values for index in sorted(set(baselines.values()))], per_device)
+    return Report(options, rows, sigma, residual, baselines, per_device)
 
 
 def value_of(run: Run, field: str) -> Any:
@@ -262,8 +267,8 @@ def _row(values: dict[str, Any], own: list[Run], options: Options) -> Row:
     return Row(values, runs, statistics.mean([metric_of(run, options) for run in runs.values()]), speed)
 
 
-def _metrics(row: Row, options: Options) -> list[float]:
-    return [metric_of(run, options) for run in row.runs.values()]
+def _cell(row: Row, options: Options) -> dict[int, float]:
+    return {seed: metric_of(run, options) for seed, run in row.runs.items()}
 
 
 def _find_baselines(rows: Sequence[Row], options: Options) -> dict[int, int]:
@@ -303,17 +308,18 @@ def shown(value: Any) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
-def _compared(rows: Sequence[Row], baselines: dict[int, int], sigma: Sigma, options: Options) -> list[Row]:
+def _compared(
+    rows: Sequence[Row],
+    cells: Sequence[dict[int, float]],
+    baselines: dict[int, int],
+    sigma: Sigma,
+    residual: Sigma,
+    options: Options,
+) -> list[Row]:
     compared = list(rows)
     for index, other in baselines.items():
-        baseline = rows[other]
-        reached = _reached(rows[index], baseline, options)
-        against = None
-        if index != other:
-            cells = [
-                {seed: metric_of(run, options) for seed, run in row.runs.items()} for row in (rows[index], baseline)
-            ]
-            against = statistics.compare(*cells, sigma)
+        reached = _reached(rows[index], rows[other], options)
+        against = None if index == other else statistics.compare(cells[index], cells[other], sigma, residual)
         compared[index] = rows[index]._replace(against=against, reached=reached)
     tested = [index for index, row in enumerate(compared) if row.against and row.against.p is not None]
     for index, p in zip(tested, statistics.holm([compared[index].against.p for index in tested]), strict=True):

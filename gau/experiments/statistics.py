@@ -1,5 +1,6 @@
 """What can be said of a mean of few seeds: intervals, the spread between seeds, tests of differences."""
 
+import enum
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,8 +9,18 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-# Fewer degrees of freedom say too little of a standard deviation to judge single runs by it.
+# Fewer degrees of freedom say too little of a standard deviation to judge one or two runs by it.
 MIN_DEGREES = 4
+# Fewer pairs say too little of their own spread: of two pairs an interval is 12.7 standard errors wide to each side.
+MIN_PAIRS = 3
+
+
+class Judge(enum.Enum):
+    """What says how far chance goes with a difference."""
+
+    PAIRS = enum.auto()  # The spread of its own pairs.
+    RESIDUAL = enum.auto()  # What rows and seeds leave unexplained in the whole table.
+    MEANS = enum.auto()  # The spread between seeds in the whole table; the difference is one of means.
 
 
 class Mean(NamedTuple):
@@ -41,10 +52,10 @@ class Mean(NamedTuple):
 
 
 class Sigma(NamedTuple):
-    """The standard deviation between seeds, pooled over the cells of a table.
+    """A standard deviation, pooled over the cells of a table.
 
     Attributes:
-      value: None where no cell has two seeds.
+      value: None without a degree of freedom.
       degrees: of freedom.
     """
 
@@ -56,20 +67,21 @@ class Comparison(NamedTuple):
     """A difference between two cells.
 
     Attributes:
-      difference: over the seeds that both have; of a cell's mean where it is not paired.
+      difference: over the seeds that both have; of the cells' means where it is judged as one of means.
       p: of a two-sided t test; None where too little is known.
-      paired: whether by seed.
-      baseline_seeds: n of the baseline where it is not paired.
+      judge: what the interval and p are made of.
+      baseline_seeds: n of the baseline where means are compared.
     """
 
     difference: Mean
     p: float | None
-    paired: bool = True
+    judge: Judge = Judge.PAIRS
     baseline_seeds: int = 0
 
     def __str__(self) -> str:
         """Returns e.g. `+0.2041 ± 0.0520 (n=3)`, by seed, and `(n=1, 3)` of two means."""
-        return self.difference.format('+', '' if self.paired else f'{self.difference.n}, {self.baseline_seeds}')
+        of_means = self.judge is Judge.MEANS
+        return self.difference.format('+', f'{self.difference.n}, {self.baseline_seeds}' if of_means else '')
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -92,17 +104,49 @@ def pooled_sigma(cells: Sequence[Sequence[float]]) -> Sigma:
     return Sigma(math.sqrt(squares / degrees), degrees)
 
 
-def compare(cell: Mapping[int, float], baseline: Mapping[int, float], sigma: Sigma) -> Comparison | None:
+def residual_sigma(cells: Sequence[Mapping[int, float]]) -> Sigma:
+    """Returns the standard deviation that the effects of rows and seeds leave over: that of randomized blocks.
+
+    All runs of a seed see the same batches, so seeds are blocks by construction. A least-squares fit of row + seed to
+    every cell with finite numbers, of variance one for all; a seed that one row alone has says nothing. Where all rows
+    have all seeds, these are the (rows - 1) (seeds - 1) degrees of freedom of the textbook.
+
+    Args:
+      cells: metric by seed, of each row.
+    """
+    cells = [cell for cell in cells if np.isfinite(list(cell.values())).all()]
+    seeds = sorted({seed for cell in cells for seed in cell})
+    values = np.array([value for cell in cells for value in cell.values()])
+    rows = np.repeat(np.arange(len(cells)), [len(cell) for cell in cells])
+    blocks = len(cells) + np.array([seeds.index(seed) for cell in cells for seed in cell], int)
+    design = np.zeros((len(values), len(cells) + len(seeds)))
+    design[np.arange(len(values)), rows] = design[np.arange(len(values)), blocks] = 1
+    effects, _, rank, _ = np.linalg.lstsq(design, values)
+    degrees = len(values) - int(rank)
+    if not degrees:
+        return Sigma(None, 0)
+    return Sigma(math.sqrt(float(np.square(values - design @ effects).sum()) / degrees), degrees)
+
+
+def compare(
+    cell: Mapping[int, float], baseline: Mapping[int, float], sigma: Sigma, residual: Sigma
+) -> Comparison | None:
     """Returns how far a cell is from a baseline: by seed if they share two; else by their means, as `sigma` judges it.
 
-    Runs of one seed see the same batches in the same order, so what the batches do to both cancels. Where fewer are
-    shared, the means of all seeds are compared, with the standard deviation of all cells for that of these two, as long
-    as it has `MIN_DEGREES`. Without it a shared seed gives a difference and no more, and no shared seed None.
+    Runs of one seed see the same batches in the same order, so what the batches do to both cancels. `MIN_PAIRS` pairs
+    are judged by their own spread, fewer by `residual`, whose variance one pair's difference has twice. Where rows have
+    different seeds, p then comes out a little too large: the mean of two pairs is not the best estimate of the fit.
+
+    Where fewer than two seeds are shared, the means of all seeds are compared, with the standard deviation of all cells
+    for that of these two. Both standard deviations count as long as they have `MIN_DEGREES`. Without `residual` two
+    pairs are judged by their own spread, without `sigma` a shared seed gives a difference and no more, and no shared
+    seed None.
 
     Args:
       cell: metric by seed.
       baseline: the same.
-      sigma: of the table that both are rows of.
+      sigma: between seeds, of the table that both are rows of.
+      residual: of the same table.
     """
     seeds = sorted(cell.keys() & baseline.keys())
     own, other = [cell[seed] for seed in seeds], [baseline[seed] for seed in seeds]
@@ -113,6 +157,9 @@ def compare(cell: Mapping[int, float], baseline: Mapping[int, float], sigma: Sig
     difference = mean(np.subtract(own, other))
     if len(seeds) < 2:
         return Comparison(difference, None)
+    if len(seeds) < MIN_PAIRS and residual.degrees >= MIN_DEGREES and math.isfinite(difference.value):
+        judged, p = _judged(difference, residual.value * math.sqrt(2 / len(seeds)), residual.degrees)
+        return Comparison(judged, p, Judge.RESIDUAL)
     if difference.half == 0:
         # The t test divides by it.
         return Comparison(difference, 1.0 if difference.value == 0 else 0.0)
@@ -120,11 +167,16 @@ def compare(cell: Mapping[int, float], baseline: Mapping[int, float], sigma: Sig
 
 
 def _of_means(cell: Sequence[float], baseline: Sequence[float], sigma: Sigma) -> Comparison:
-    value = float(np.mean(cell) - np.mean(baseline))
-    error = sigma.value * math.sqrt(1 / len(cell) + 1 / len(baseline))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sigma.degrees) * error)
-    p = float(2 * stats.t.sf(abs(value) / error, sigma.degrees)) if error else float(value == 0)
-    return Comparison(Mean(value, half, len(cell)), p, False, len(baseline))
+    difference = Mean(float(np.mean(cell) - np.mean(baseline)), None, len(cell))
+    judged, p = _judged(difference, sigma.value * math.sqrt(1 / len(cell) + 1 / len(baseline)), sigma.degrees)
+    return Comparison(judged, p, Judge.MEANS, len(baseline))
+
+
+def _judged(difference: Mean, error: float, degrees: int) -> tuple[Mean, float]:
+    """Returns a difference with the interval of its standard error, and p of the two-sided t test."""
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * error)
+    p = float(2 * stats.t.sf(abs(difference.value) / error, degrees)) if error else float(difference.value == 0)
+    return difference._replace(half=half), p
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -157,6 +157,25 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     assert 'share fewer than two seeds' not in page.table(made)
 
 
+def test_two_seeds_are_judged_by_all_rows_of_the_table():
+    # Row effects and seed effects that cancel, and what is left over, its sum of squares 0.01 over four degrees.
+    left = [(0.05, -0.05), (-0.05, 0.05), (0, 0), (0, 0), (0, 0)]
+    found = [
+        made_up(3 + size / 100 + seed + rest[seed], seed=seed, model__chunk_size=size)
+        for size, rest in enumerate(left, 1)
+        for seed in (0, 1)
+    ]
+    made = report.make(found, Options(against='5'))
+    assert made.residual == (pytest.approx(0.05), 4)
+    assert made.rows[0].against.difference == (pytest.approx(-0.04), pytest.approx(2.77645 * 0.05, rel=1e-5), 2)
+    text = ' '.join(page.table(made).split())
+    assert 'Where n is 2, interval and p are by the standard deviation that the effects of rows and seeds' in text
+    assert '(randomized blocks): 0.0500, 4 degrees of freedom' in text
+    # Of four rows too little is known, and of three seeds enough.
+    assert 'randomized blocks' not in page.table(report.make(found[:-2], Options(against='4')))
+    assert 'randomized blocks' not in page.table(report.make(models(), Options(against='flash')))
+
+
 def test_notes_are_short_lines_and_passes_are_told_where_one_run_knows_them():
     found = models()
     found[0].facts['passes'] = {'text': '2.8'}
