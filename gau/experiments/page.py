@@ -1,11 +1,14 @@
 """A report as a page of Markdown: what is made stands between two marks, so that people can write around it."""
 
+import itertools
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gau.errors import UserError
-from gau.experiments.report import Report, Row, risen, shown
+from gau.experiments.report import LABEL, Report, Row, risen, shown
 from gau.experiments.runs import Run
 from gau.experiments.statistics import Judge
 from gau.training.lowest import WORSE
@@ -16,11 +19,36 @@ END = '<!-- end of what scripts/report.py made -->'
 MOST_TOLD = 5
 # Columns of a line of the notes.
 WIDTH = 100
+# Parameters that differ by this share or less say nothing of a loss, and stand below.
+SAME_SIZE = 0.05
+
+
+class _Layout(NamedTuple):
+    """What a table shows; what is the same in all rows is said below it, once.
+
+    Attributes:
+      heads: of the columns that tell rows apart.
+      names: of each row, what stands in these columns.
+      told: what heads and names leave out.
+      sizes: whether rows differ enough in their parameters for these to stand beside the losses.
+      n: of all rows; None where it differs.
+      tests: differences that have a p.
+      reached: whether any row came to its baseline's last loss.
+    """
+
+    heads: list[str]
+    names: list[list[str]]
+    told: list[str]
+    sizes: bool
+    n: int | None
+    tests: int
+    reached: bool
 
 
 def table(report: Report) -> str:
     """Returns the table, how it is to be read, and where every row comes from, as Markdown."""
-    return '\n\n'.join([_results(report), _notes(report), _provenance(report)])
+    layout = _layout(report)
+    return '\n\n'.join([_results(report, layout), _notes(report, layout), _provenance(report, layout)])
 
 
 def write(report: Report, path: Path, figures: Sequence[Path]) -> None:
@@ -59,58 +87,117 @@ def _around(path: Path) -> tuple[str, str]:
     return before, rest.partition(END + '\n')[2]
 
 
-def _results(report: Report) -> str:
-    options, rows = report.options, report.rows
-    fields = list(rows[0].values)
-    compared, timed = bool(report.baselines), report.timed
-    head = [*fields, 'parameters', f'{options.split} {options.metric}']
-    if compared:
-        head += ['difference', 'p', 'p (Holm)']
-    head += ['tokens/s'] * timed
-    if compared:
-        head += ['tokens to its loss'] + ['time to its loss'] * timed
-    lines = []
-    for row in rows:
-        line = [*(shown(value) for value in row.values.values()), _parameters(row), str(row.mean)]
-        if compared:
-            line.append('baseline' if row.values in report.baselines else str(row.against or '-'))
-            line += [_p(row.against and row.against.p), _p(row.holm)]
-        line += ['-' if row.speed is None else f'{row.speed:,.0f}'] * timed
-        if compared:
-            line.append('-' if row.reached is None else _tokens(row.reached[0]))
-            line += ['-' if row.reached is None else _seconds(row.reached[1])] * timed
-        lines.append(line)
-    return markdown([head, *lines], numbers=len(fields))
+def _layout(report: Report) -> _Layout:
+    rows = report.rows
+    texts = {field: [shown(row.values[field]) for row in rows] for field in rows[0].values}
+    own = [field for field in texts if len(set(texts[field])) > 1] or list(texts)
+    heads, told = _heads(own), []
+    if heads != own:
+        told.append(f'Rows are told apart by {", ".join(own)}.')
+    told += [f'{field} is {values[0]} in all rows.' for field, values in texts.items() if field not in own]
+    if len(rows) > 1 and LABEL in own:
+        start = _common_start(texts[LABEL])
+        texts[LABEL] = [text.removeprefix(start) for text in texts[LABEL]]
+        if start:
+            told.append(f'The names of all points begin with {start} as well.')
+    sizes = [run.facts['parameters'] for row in rows for run in row.runs.values()]
+    seeds = {row.mean.n for row in rows}
+    return _Layout(
+        heads,
+        [[texts[field][number] for field in own] for number in range(len(rows))],
+        told,
+        max(sizes) > (1 + SAME_SIZE) * min(sizes),
+        seeds.pop() if len(seeds) == 1 else None,
+        sum(row.holm is not None for row in rows),
+        any(row.reached for row in rows),
+    )
 
 
-def _notes(report: Report) -> str:
+def _common_start(names: Sequence[str]) -> str:
+    """Returns the parts of points' names, with a hyphen behind each, that all begin with: `pairs_128-`, or nothing."""
+    parts = [name.split('-')[:-1] for name in names]
+    alike = itertools.takewhile(lambda own: len(set(own)) == 1, zip(*parts, strict=False))
+    return ''.join(f'{own[0]}-' for own in alike)
+
+
+def _heads(fields: Sequence[str]) -> list[str]:
+    """Returns the last parts of fields, which say enough: chunk_size, and model of model.name; all of them if not."""
+    heads = [field.removesuffix('.name').rpartition('.')[2] for field in fields]
+    return heads if len(set(heads)) == len(heads) else list(fields)
+
+
+def _results(report: Report, layout: _Layout) -> str:
+    options, rows, timed = report.options, report.rows, report.timed
+    columns = list(zip(layout.heads, zip(*layout.names, strict=True), strict=True))
+    if layout.sizes:
+        columns.append(('parameters', [_parameters(row) for row in rows]))
+    if layout.n is None:
+        columns.append(('n', [str(row.mean.n) for row in rows]))
+    columns.append((f'{options.split} {options.metric}', [row.mean.format() for row in rows]))
+    if report.baselines:
+        columns.append(('difference', [_difference(row, report) for row in rows]))
+    if layout.tests:
+        columns.append(('p', [_p(row.against and row.against.p) for row in rows]))
+    if layout.tests > 1:
+        columns.append(('p (Holm)', [_p(row.holm) for row in rows]))
+    if timed:
+        columns.append(('tokens/s', ['-' if row.speed is None else f'{row.speed:,.0f}' for row in rows]))
+    if layout.reached:
+        columns.append(('reached', [_tokens(row.reached[0]) if row.reached else '-' for row in rows]))
+    if layout.reached and timed:
+        columns.append(('time', [_seconds(row.reached[1]) if row.reached else '-' for row in rows]))
+    heads, cells = zip(*columns, strict=True)
+    return markdown([heads, *zip(*cells, strict=True)], numbers=len(layout.heads))
+
+
+def _difference(row: Row, report: Report) -> str:
+    if row.values in report.baselines:
+        return 'baseline'
+    if row.against is None:
+        return '-'
+    few = row.against.shared < row.against.smaller
+    return row.against.difference.format('+') + f' (n={row.against.shared})' * few
+
+
+def _notes(report: Report, layout: _Layout) -> str:
     sigma, options, timed = report.sigma, report.options, report.timed
-    notes = ['A cell is the mean over n seeds ± half the width of its 95 % interval (Student t).']
-    if sigma.value is None:
-        notes.append('With one seed a row, nothing here says how far chance goes.')
+    notes = [' '.join(layout.told)] if layout.told else []
+    if layout.n == 1:
+        notes.append('A row is one run (n = 1): nothing here says how far chance goes.')
     else:
+        n = f'n = {layout.n}' if layout.n else 'n'
+        notes.append(f'A cell is the mean over {n} seeds ± half the width of its 95 % interval (Student t).')
+    if sigma.value is not None:
         notes.append(
             f'Standard deviation between seeds: {sigma.value:.4f}, over all rows, {sigma.degrees} degrees of freedom.'
         )
     if report.baselines:
+        tested = ', p by the two-sided paired t test' if layout.tests else ''
+        corrected = '; p (Holm) is corrected for all comparisons of the table' if layout.tests > 1 else ''
+        baseline = options.against.replace(',', ', ')
         notes.append(
-            f'Differences are to the row {options.against}, seed by seed (the same seed sees the same batches in the '
-            'same order), p by the two-sided paired t test; p (Holm) is corrected for all comparisons of the table. '
-            f"Tokens{' and time' * timed} to the baseline's last loss are read between evaluations of one run whose "
-            f'learning rate goes on falling{"; time is that of training steps alone" * timed}.'
+            f'Differences are to the row {baseline}, seed by seed (the same seed sees the same batches in the same '
+            f'order){tested}{corrected}.'
         )
-    judges = {row.against.judge for row in report.rows if row.against}
-    if Judge.RESIDUAL in judges:
+    if layout.reached:
         notes.append(
-            'Where n is 2, interval and p are by the standard deviation that the effects of rows and seeds leave over '
-            f'in the whole table, taken to be the same in all rows (randomized blocks): {report.residual.value:.4f}, '
-            f'{report.residual.degrees} degrees of freedom.'
+            f"Reached: tokens{' and time' * timed} of training to the baseline's last loss, read between evaluations "
+            f'of one run whose learning rate goes on falling{"; time is that of training steps alone" * timed}.'
         )
-    if Judge.MEANS in judges:
+    compared = [row.against for row in report.rows if row.against]
+    if any(found.judge is Judge.RESIDUAL for found in compared):
         notes.append(
-            'Where n says two numbers, a row and its baseline share fewer than two seeds: their means are compared, '
-            'interval and p by the standard deviation between seeds over all rows, taken to be the same in these two.'
+            'Where a row and its baseline share two seeds, interval and p are by the standard deviation that the '
+            'effects of rows and seeds leave over in the whole table, taken to be the same in all rows (randomized '
+            f'blocks): {report.residual.value:.4f}, {report.residual.degrees} degrees of freedom.'
         )
+    if any(found.judge is Judge.MEANS for found in compared):
+        notes.append(
+            'Where a row and its baseline share fewer than two seeds, their means are compared, interval and p by the '
+            'standard deviation between seeds over all rows, taken to be the same in these two.'
+        )
+    if any(found.shared < found.smaller for found in compared):
+        notes.append('n in a difference: seeds that a row and its baseline share, where each has others besides.')
     if not timed:
         notes.append(
             f'Up to {report.per_device} of the runs shared a device: times and speeds say nothing and are left out.'
@@ -121,9 +208,9 @@ def _notes(report: Report) -> str:
         )
     found = risen(report)
     if found:
+        names = {id(row): ', '.join(own) for row, own in zip(report.rows, layout.names, strict=True)}
         told = [
-            f'{", ".join(shown(value) for value in row.values.values())} ({lowest:.3f} at {_tokens(tokens)} tokens, '
-            f'{last:.3f} at the end)'
+            f'{names[id(row)]} ({lowest:.3f} at {_tokens(tokens)} tokens, {last:.3f} at the end)'
             for row, tokens, lowest, last in found[:MOST_TOLD]
         ]
         more = f' and {len(found) - MOST_TOLD} more' if len(found) > MOST_TOLD else ''
@@ -135,12 +222,12 @@ def _notes(report: Report) -> str:
     return '\n'.join(_bullet(note) for note in notes)
 
 
-def _provenance(report: Report) -> str:
+def _provenance(report: Report, layout: _Layout) -> str:
     """A line for each row, and before it what all rows have in common."""
-    columns = ('config', 'commit', 'device', 'tokens', 'tokenizer', 'data')
+    columns = (*([] if layout.sizes else ['parameters']), 'config', 'commit', 'device', 'tokens', 'tokenizer', 'data')
     lines = [
-        [', '.join(shown(value) for value in row.values.values()), *(_origin(row)[name] for name in columns)]
-        for row in report.rows
+        [', '.join(names), *(_origin(row)[name] for name in columns)]
+        for row, names in zip(report.rows, layout.names, strict=True)
     ]
     common, own = [], [0]
     for number, name in enumerate(columns, 1):
@@ -150,7 +237,7 @@ def _provenance(report: Report) -> str:
         else:
             own.append(number)
     head = ['row', *columns]
-    shared = f'All rows: {", ".join(common)}.\n\n' if common else ''
+    shared = _filled(f'All rows: {", ".join(common)}.') + '\n\n' if common else ''
     commands = dict.fromkeys(next(iter(row.runs.values())).facts['command'] for row in report.rows)
     told = '\n'.join(f'    {command}' for command in commands if command)
     text = shared + markdown([[line[number] for number in own] for line in (head, *lines)], numbers=len(own))
@@ -162,6 +249,7 @@ def _origin(row: Row) -> dict[str, str]:
     commits = dict.fromkeys(commit for run in runs for commit in run.facts['commits'])
     data = dict.fromkeys(f'{source} ({identity})' for run in runs for source, identity in run.facts['data'].items())
     return {
+        'parameters': _parameters(row),
         'config': ' '.join(dict.fromkeys(run.config_hash() for run in runs)),
         'commit': ' '.join(commits) or 'not kept',
         'device': '; '.join(dict.fromkeys(run.facts['device'] for run in runs)),
@@ -200,9 +288,12 @@ def markdown(rows: Sequence[Sequence[str]], *, numbers: int) -> str:
 
 
 def _bullet(note: str) -> str:
+    return _filled(note, initial_indent='- ', subsequent_indent='  ')
+
+
+def _filled(text: str, **indent: str) -> str:
     # A field's name is not cut at its hyphens, nor is a long one.
-    cut = {'break_long_words': False, 'break_on_hyphens': False}
-    return textwrap.fill(note, WIDTH, initial_indent='- ', subsequent_indent='  ', **cut)
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False, **indent)
 
 
 def _parameters(row: Row) -> str:
@@ -213,7 +304,10 @@ def _parameters(row: Row) -> str:
 def _p(p: float | None) -> str:
     if p is None:
         return '-'
-    return f'{p:.3f}' if p >= 0.001 else f'{p:.1e}'
+    if p >= 0.001 or not math.isfinite(p):
+        return f'{p:.3f}'
+    digits, _, exponent = f'{p:.1e}'.partition('e')
+    return f'{digits}e{int(exponent)}'
 
 
 def _tokens(tokens: float) -> str:

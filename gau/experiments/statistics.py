@@ -38,17 +38,16 @@ class Mean(NamedTuple):
 
     def __str__(self) -> str:
         """Returns e.g. `3.6301 ± 0.0041 (n=3)`, with as many digits as the interval is worth, three at least."""
-        return self.format('')
+        return f'{self.format()} (n={self.n})'
 
-    def format(self, sign: str, seeds: str = '') -> str:
-        """Returns the same; with `sign` '+' positive values carry it, and `seeds` may say more than n."""
-        seeds = seeds or str(self.n)
+    def format(self, sign: str = '') -> str:
+        """Returns the same without n; with `sign` '+' positive values carry it."""
         if self.half is None:
-            return f'{self.value:{sign}.4f} (n={seeds})'
+            return f'{self.value:{sign}.4f}'
         digits = 4
         if self.half and math.isfinite(self.half):
             digits = min(max(1 - math.floor(math.log10(self.half)), 3), 6)
-        return f'{self.value:{sign}.{digits}f} ± {self.half:.{digits}f} (n={seeds})'
+        return f'{self.value:{sign}.{digits}f} ± {self.half:.{digits}f}'
 
 
 class Sigma(NamedTuple):
@@ -70,18 +69,15 @@ class Comparison(NamedTuple):
       difference: over the seeds that both have; of the cells' means where it is judged as one of means.
       p: of a two-sided t test; None where too little is known.
       judge: what the interval and p are made of.
-      baseline_seeds: n of the baseline where means are compared.
+      shared: how many seeds both have.
+      smaller: n of the cell with fewer seeds; as many as are shared, unless either has seeds of its own.
     """
 
     difference: Mean
     p: float | None
-    judge: Judge = Judge.PAIRS
-    baseline_seeds: int = 0
-
-    def __str__(self) -> str:
-        """Returns e.g. `+0.2041 ± 0.0520 (n=3)`, by seed, and `(n=1, 3)` of two means."""
-        of_means = self.judge is Judge.MEANS
-        return self.difference.format('+', f'{self.difference.n}, {self.baseline_seeds}' if of_means else '')
+    judge: Judge
+    shared: int
+    smaller: int
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -150,32 +146,29 @@ def compare(
     """
     seeds = sorted(cell.keys() & baseline.keys())
     own, other = [cell[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    counts = len(seeds), min(len(cell), len(baseline))
     if len(seeds) < 2 and sigma.degrees >= MIN_DEGREES:
-        return _of_means(list(cell.values()), list(baseline.values()), sigma)
+        difference = Mean(float(np.mean([*cell.values()]) - np.mean([*baseline.values()])), None, len(cell))
+        judged, p = _judged(difference, sigma, 1 / len(cell) + 1 / len(baseline))
+        return Comparison(judged, p, Judge.MEANS, *counts)
     if not seeds:
         return None
     difference = mean(np.subtract(own, other))
     if len(seeds) < 2:
-        return Comparison(difference, None)
+        return Comparison(difference, None, Judge.PAIRS, *counts)
     if len(seeds) < MIN_PAIRS and residual.degrees >= MIN_DEGREES and math.isfinite(difference.value):
-        judged, p = _judged(difference, residual.value * math.sqrt(2 / len(seeds)), residual.degrees)
-        return Comparison(judged, p, Judge.RESIDUAL)
-    if difference.half == 0:
-        # The t test divides by it.
-        return Comparison(difference, 1.0 if difference.value == 0 else 0.0)
-    return Comparison(difference, float(stats.ttest_rel(own, other).pvalue))
+        judged, p = _judged(difference, residual, 2 / len(seeds))
+        return Comparison(judged, p, Judge.RESIDUAL, *counts)
+    # The t test divides by the spread.
+    p = float(stats.ttest_rel(own, other).pvalue) if difference.half else float(difference.value == 0)
+    return Comparison(difference, p, Judge.PAIRS, *counts)
 
 
-def _of_means(cell: Sequence[float], baseline: Sequence[float], sigma: Sigma) -> Comparison:
-    difference = Mean(float(np.mean(cell) - np.mean(baseline)), None, len(cell))
-    judged, p = _judged(difference, sigma.value * math.sqrt(1 / len(cell) + 1 / len(baseline)), sigma.degrees)
-    return Comparison(judged, p, Judge.MEANS, len(baseline))
-
-
-def _judged(difference: Mean, error: float, degrees: int) -> tuple[Mean, float]:
-    """Returns a difference with the interval of its standard error, and p of the two-sided t test."""
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * error)
-    p = float(2 * stats.t.sf(abs(difference.value) / error, degrees)) if error else float(difference.value == 0)
+def _judged(difference: Mean, sigma: Sigma, variances: float) -> tuple[Mean, float]:
+    """Returns a difference with its interval, and p of the two-sided t test; its variance is so many of `sigma`'s."""
+    error = sigma.value * math.sqrt(variances)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sigma.degrees) * error)
+    p = float(2 * stats.t.sf(abs(difference.value) / error, sigma.degrees)) if error else float(difference.value == 0)
     return difference._replace(half=half), p
 
 

@@ -79,7 +79,7 @@ def test_a_killed_run_of_a_sweep_ends_like_an_undisturbed_one(tmp_path):
     found, unfinished = runs.find([path])
     assert not unfinished
     assert all(found[0].facts[name] for name in ('command', 'commits'))
-    assert '(n=2)' in publish.write(report.make(found, Options()), found, path / 'report')
+    assert 'the mean over n = 2 seeds' in publish.write(report.make(found, Options()), found, path / 'report')
     assert publish.check(path / 'report.jsonl') == publish.SAME
 
 
@@ -99,9 +99,11 @@ def test_two_chunk_sizes_by_two_expansions_by_two_seeds(tmp_path):
     output = tmp_path / 'table'
     code, out, err = run('scripts/report.py', str(killed), '--against=model.chunk_size=32', f'--output={output}')
     assert code == 0, err
-    table = [line.split('|') for line in out.splitlines() if line.startswith('| ') and '±' in line]
+    heads, *table = [[cell.strip() for cell in line.split('|')] for line in out.splitlines()[:6] if '---' not in line]
+    assert heads[1:3] == ['chunk_size', 'expansion_factor']
     assert len(table) == 4
-    p = next(line[6].strip() for line in table if line[1].strip() == '16')
+    assert all('±' in line[heads.index('valid loss')] for line in table)
+    p = next(line[heads.index('p')] for line in table if line[1] == '16')
     assert 0 <= float(p) <= 1
     # Two evaluations a run: the curves over tokens are those of the training loss. Two runs shared the cores, so times
     # and speeds say nothing and are left out.

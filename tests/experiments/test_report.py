@@ -141,7 +141,9 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     found = [run for run in models() if run.seed == 0]
     made = report.make(found, Options(against='flash'))
     text = publish.write(made, found, tmp_path / 'one')
-    assert '3.0000 (n=1)' in text
+    assert ' 3.0000 |' in text
+    heads = [head.strip() for head in text.splitlines()[0].split('|')[1:-1]]
+    assert heads == ['model', 'valid loss', 'difference', 'tokens/s', 'reached', 'time']
     assert 'nothing here says how far chance goes' in text
     assert made.rows[1].against.p is None
     # Beside rows with seeds, their spread says what a single run is worth.
@@ -149,9 +151,10 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     made = report.make(more, Options(against='flash'))
     single = next(row for row in made.rows if row.values['model.name'] == 'performer')
     assert single.against.difference.value == pytest.approx(3.5 - made.rows[0].mean.value)
-    assert f'{single.against}' in page.table(made)
-    assert '(n=1, 3)' in page.table(made)
-    assert 'share fewer than two seeds' in page.table(made)
+    text = page.table(made)
+    assert [line.split()[3] for line in text.splitlines()[:5]] == ['n', '--:', '3', '1', '3']
+    assert single.against.difference.format('+') in text
+    assert 'share fewer than two seeds' in text
     assert single.holm >= single.against.p
     made = report.make(models(), Options(against='flash'))
     assert 'share fewer than two seeds' not in page.table(made)
@@ -169,11 +172,56 @@ def test_two_seeds_are_judged_by_all_rows_of_the_table():
     assert made.residual == (pytest.approx(0.05), 4)
     assert made.rows[0].against.difference == (pytest.approx(-0.04), pytest.approx(2.77645 * 0.05, rel=1e-5), 2)
     text = ' '.join(page.table(made).split())
-    assert 'Where n is 2, interval and p are by the standard deviation that the effects of rows and seeds' in text
+    assert 'share two seeds, interval and p are by the standard deviation that the effects of rows and seeds' in text
     assert '(randomized blocks): 0.0500, 4 degrees of freedom' in text
     # Of four rows too little is known, and of three seeds enough.
     assert 'randomized blocks' not in page.table(report.make(found[:-2], Options(against='4')))
     assert 'randomized blocks' not in page.table(report.make(models(), Options(against='flash')))
+
+
+def test_what_all_rows_have_in_common_is_said_once():
+    found = [
+        made_up(3 + size / 100, name=f'pairs_8-{size}', model__chunk_size=size, model__num_layers=2)
+        for size in (64, 128)
+    ]
+    text = page.table(report.make(found, Options(by=('model.name', 'model.chunk_size', 'model.num_layers'))))
+    assert [cell.strip() for cell in text.splitlines()[0].split('|')[1:-1]] == ['chunk_size', 'valid loss', 'tokens/s']
+    assert text.splitlines()[2].split()[1] == '64'
+    for told in ('apart by model.chunk_size.', 'model.num_layers is 2 in all rows.', '(n = 1)', '1.50 M'):
+        assert ' '.join(text.split()).count(told) == 1
+    # Fields whose last parts are one name have all of it.
+    found = [made_up(3 + size, model__size=size, data__size=size + 1) for size in (1, 2)]
+    text = page.table(report.make(found, Options(by=('model.size', 'data.size'))))
+    assert text.split()[1:4:2] == ['model.size', 'data.size']
+    assert 'told apart' not in text
+    points = [made_up(3.0, name=name, model__chunk_size=size) for size, name in enumerate(('a-b-c', 'a-b', 'a-bc'))]
+    text = page.table(report.make(points, Options(by=('point',))))
+    assert [line.split()[1] for line in text.splitlines()[2:5]] == ['b', 'b-c', 'bc']
+    assert 'begin with a- as well' in text
+
+
+def test_parameters_stand_beside_losses_where_they_differ():
+    found = models()
+    found[0].facts['parameters'] = 1_570_000
+    assert 'parameters' not in page.table(report.make(found, Options())).splitlines()[0]
+    found[0].facts['parameters'] = 1_580_000
+    text = page.table(report.make(found, Options()))
+    assert '1.50 M 1.58 M |' in text
+    assert text.count('parameters') == 1
+
+
+def test_a_difference_over_other_seeds_than_its_rows_have_says_how_many():
+    found = [
+        made_up(loss + seed / 10, seed=seed, model__chunk_size=size)
+        for size, (loss, seeds) in {64: (3.0, (0, 1, 2)), 128: (3.2, (1, 2, 3)), 256: (3.4, (0, 1, 2, 3))}.items()
+        for seed in seeds
+    ]
+    text = page.table(report.make(found, Options(against='64')))
+    differences = [line.split('|')[4].strip() for line in text.splitlines()[2:5]]
+    assert differences[0] == 'baseline'
+    assert [float(difference.split()[0]) for difference in differences[1:]] == [0.2, 0.4]
+    assert [difference.endswith('(n=2)') for difference in differences] == [False, True, False]
+    assert 'n in a difference' in text
 
 
 def test_notes_are_short_lines_and_passes_are_told_where_one_run_knows_them():

@@ -41,7 +41,8 @@ def test_a_single_run_is_compared_by_the_spread_of_its_table():
     within = [abs(comparison.difference.value) <= comparison.difference.half for comparison in found]
     assert np.mean(within) == pytest.approx(0.95, abs=0.015)
     assert np.mean([comparison.p > 0.05 for comparison in found]) == np.mean(within)
-    assert str(found[0]).endswith('(n=1, 3)')
+    assert found[0].judge is Judge.MEANS
+    assert (found[0].shared, found[0].smaller) == (1, 1)
 
 
 def test_of_two_cells_the_means_are_compared_as_in_the_textbook():
@@ -49,7 +50,7 @@ def test_of_two_cells_the_means_are_compared_as_in_the_textbook():
     sigma = statistics.pooled_sigma(cells)
     found = statistics.compare(dict(enumerate(cells[0])), {9 + i: x for i, x in enumerate(cells[1])}, sigma, UNKNOWN)
     assert found.p == pytest.approx(stats.ttest_ind(*cells).pvalue)
-    assert found.judge is Judge.MEANS
+    assert (found.judge, found.shared, found.smaller) == (Judge.MEANS, 0, 3)
 
 
 def test_pairs_are_matched_by_seed():
@@ -162,4 +163,5 @@ def test_holm():
 def test_digits_follow_the_interval():
     assert str(statistics.Mean(3.63012, 0.00412, 3)) == '3.6301 ± 0.0041 (n=3)'
     assert str(statistics.Mean(3.63012, 0.412, 3)) == '3.630 ± 0.412 (n=3)'
-    assert statistics.Mean(0.5, None, 1).format('+') == '+0.5000 (n=1)'
+    assert str(statistics.Mean(0.5, None, 1)) == '0.5000 (n=1)'
+    assert statistics.Mean(0.5, None, 1).format('+') == '+0.5000'
