@@ -1,10 +1,13 @@
 """Shows what a config feeds its model: sizes, lengths, packing, and decoded examples.
 
 python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --plot=lengths.png
-python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --chunks=128,256 --paragraphs=blank_line
+python scripts/inspect_data.py --config=configs/lm.py:data=jsonl:corpus/*.jsonl --chunks=128,256 \
+    --paragraphs=blank_line,sentence --plot=chunks.png
 
 With --chunks: only what chunks that end with a paragraph would cost (docs/results/text_chunks.md).
 """
+
+from pathlib import Path
 
 import _root  # noqa: F401
 from absl import flags
@@ -20,22 +23,31 @@ _SPLIT = flags.DEFINE_string('split', 'train', 'Split to survey')
 _DOCUMENTS = flags.DEFINE_integer('documents', 2000, 'Documents to survey at most, spread evenly', lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer('examples', 2, 'Rows of the first batch to show', lower_bound=0)
 _CHARACTERS = flags.DEFINE_integer('characters', 1500, 'Of each example, at most', lower_bound=1)
-flags.DEFINE_string('plot', 'lengths.png', 'Histogram of lengths to write (empty: none)')
+_PLOT = flags.DEFINE_string(
+    'plot',
+    'lengths.png',
+    'Histogram of lengths to write (empty: none); with --chunks: empty places, if a file is given',
+)
 _OVERLAP = flags.DEFINE_boolean(
     'overlap', True, 'Look for the held-out documents among the training documents, all of which are read for that'
 )
 _CHUNKS = flags.DEFINE_list('chunks', None, 'Sizes of chunks that end with a paragraph, to count their padding')
-_PARAGRAPHS = flags.DEFINE_enum('paragraphs', 'line', list(paragraphs.ENDS), 'What ends a paragraph of --chunks')
+_PARAGRAPHS = flags.DEFINE_list(
+    'paragraphs', ['line'], f'What ends a paragraph of --chunks: {", ".join(paragraphs.ENDS)}'
+)
 _ROWS = 512
 
 
 def main() -> None:
     """Prints the report."""
     sizes = cli.parse_positive_integers('chunks', _CHUNKS.value)
+    unknown = [ends for ends in _PARAGRAPHS.value if ends not in paragraphs.ENDS]
+    if unknown or not _PARAGRAPHS.value:
+        raise UserError(f'--paragraphs={",".join(_PARAGRAPHS.value)}: choose from {", ".join(paragraphs.ENDS)}')
     if _PARAGRAPHS.present and sizes is None:
         raise UserError('--paragraphs says what chunks end with: it is of --chunks')
     if sizes:
-        cli.refuse('examples', 'characters', 'plot', 'overlap', beside='chunks', because='only padding is counted')
+        cli.refuse('examples', 'characters', 'overlap', beside='chunks', because='only padding is counted')
     if not _EXAMPLES.value:
         cli.refuse('characters', beside='examples=0', because='no example is shown')
     plot, config = cli.output_file('plot'), training_config.resolve(cli.load_config())
@@ -44,9 +56,7 @@ def main() -> None:
     print(f'source {data.source}, splits {", ".join(sources.splits(data))}')
     print(f'tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}')
     if sizes:
-        fields = {'ends': _PARAGRAPHS.value, 'at_most': _DOCUMENTS.value}
-        found = paragraphs.survey(data, _SPLIT.value, tokenizer, **fields)
-        print(f'{_SPLIT.value}, {len(found):,} documents: {paragraphs.table(found, sizes)}')
+        _print_chunks(data, tokenizer, sizes, plot if _PLOT.present else None)
         return
     found = report.survey(data, _SPLIT.value, tokenizer, at_most=_DOCUMENTS.value)
     kept = len(found.lengths)
@@ -82,6 +92,17 @@ def main() -> None:
     for row in range(min(_EXAMPLES.value, len(batches[0]['inputs']))):
         text = report.render(batches[0], row, tokenizer, objective)
         print(f'\nexample {row + 1}\n{text[: _CHARACTERS.value]}{" ..." if len(text) > _CHARACTERS.value else ""}')
+
+
+def _print_chunks(data, tokenizer, sizes: list[int], plot: Path | None) -> None:
+    surveys = {}
+    for ends in _PARAGRAPHS.value:
+        fields = {'ends': ends, 'at_most': _DOCUMENTS.value}
+        surveys[ends] = found = paragraphs.survey(data, _SPLIT.value, tokenizer, **fields)
+        print(f'{_SPLIT.value}, {len(found):,} documents, {ends}: {paragraphs.table(found, sizes)}')
+    if plot:
+        paragraphs.plot(surveys, sizes, plot, title=f'Chunks that fit the text, {data.source.rpartition("/")[2]}')
+        print(f'plot: {plot}')
 
 
 def _print_overlaps(data) -> None:

@@ -51,3 +51,16 @@ def test_paragraphs_of_texts(tmp_path):
 def test_no_tokens(documents):
     with pytest.raises(UserError, match='no tokens'):
         paragraphs.table(documents, [8])
+
+
+def test_intervals_are_over_documents(tmp_path):
+    # Two documents, alike: no interval. Of one document nothing is known.
+    alike = [np.array([3, 4, 20]), np.array([3, 4, 20])]
+    assert paragraphs.chunks(alike, 8).half == pytest.approx(0, abs=1e-12)
+    assert paragraphs.chunks(alike[:1], 8).half is None
+    # 7 of 8 places and 8 of 8: residuals 7 - 8 * 15 / 16 = -1/2 and 1/2, so that the error of the share is 1 / 16.
+    found = paragraphs.chunks([np.array([7]), np.array([8])], 8)
+    assert found.half == pytest.approx(12.706 / 16, rel=1e-4)
+    assert '± 79.4%' in paragraphs.table([np.array([7]), np.array([8])], [8])
+    paragraphs.plot({'line': alike, 'sentence': alike[:1]}, [8, 16], tmp_path / 'p.png', title='')
+    assert (tmp_path / 'p.png').read_bytes()[:4] == b'\x89PNG'
