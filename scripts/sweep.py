@@ -129,14 +129,15 @@ def _run(program: Program, points: list[Point], matches: 'Matches | None', kept:
 
     accepted = [point for point in points if point.config is not None]
     directory = SweepDirectory(_WORKDIR.value, program, _SWEEP.value, accepted)
-    make = _runner()
+    # What may fail comes before the directory is this sweep's: a wrong path, put right, is no other sweep.
+    make, chosen = _runner(), accepted if _POINT.value is None else [points[_POINT.value]]
+    weights = plan.weights(chosen)
     directory.claim()
     if matches:
         from gau.experiments.kept import write
 
         write(points, matches, directory.path / KEPT_RUNS)
-    chosen = accepted if _POINT.value is None else [points[_POINT.value]]
-    with Display(plan.weights(chosen)) as display:
+    with Display(weights) as display:
         runner = make(program, chosen, directory, tell=display.tell, show=display.show, kept=kept)
         code = runner.run()
     refused = len(points) - len(accepted)

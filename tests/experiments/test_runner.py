@@ -236,6 +236,13 @@ def test_directories_of_others_are_refused_in_one_line(tmp_path):
     )
 
 
+def test_a_sweep_that_cannot_begin_leaves_its_directory_to_others(tmp_path):
+    wrong = f'--config.data.tokenizer=sentencepiece:{tmp_path}/nowhere'
+    code, _, err = say('--sweep=chunk_size', f'--workdir={tmp_path}/sweep', wrong)
+    assert (code, 'cannot read' in err) == (2, True), err
+    assert not (tmp_path / 'sweep').exists()
+
+
 def test_a_dry_run_of_a_directory_counts_what_is_not_finished(tmp_path):
     assert run('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--point=1')[0] == 0
     _, out, err = say('--sweep=chunk_size,seed:2', f'--workdir={tmp_path}', '--dry_run')
