@@ -6,6 +6,7 @@
     python scripts/benchmark.py --what=train --models=flash,torch_flash_lucidrains    needs requirements-benchmark.txt
 
 `train` is the full training step of train.py on random tokens, `forward` the losses of all tokens without a gradient.
+`--objective=halves` also has `cross_flash` and `cross_transformer_plus_plus`, which read a source in half of a row.
 `decode` times tokens one by one, each looking back on `context` tokens; `prefill` a prompt of that length. GB/s of
 `decode` are the bytes that a step has to read (parameters, and what tokens look back on) over its time; beside them is
 their share of the rate at which an array is copied.
@@ -46,7 +47,7 @@ _CONTEXTS = flags.DEFINE_list(
 _TOKENS = flags.DEFINE_integer('tokens_per_step', 65_536, 'Of train and forward: batch times context.', lower_bound=1)
 _PROFILE = flags.DEFINE_boolean('profile', False, 'Also the kernels of a GPU by name, in the rows.')
 _BATCHES = flags.DEFINE_list('batch_sizes', None, 'Of decode: sequences side by side; 1, 8 and 64, or 4 with --quick.')
-_OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm or mlm, for train and forward.')
+_OBJECTIVE = flags.DEFINE_string('objective', 'lm', 'lm, mlm or halves, for train and forward.')
 _PACKED = flags.DEFINE_boolean('packed', False, 'Train and forward: documents packed that do not see each other.')
 _OPTIMIZER = flags.DEFINE_string('optimizer', 'adamw', 'config.optimizer.name, for train.')
 _ROUNDS = flags.DEFINE_integer('rounds', None, 'How often all is measured; 2, or 1 with --quick.', lower_bound=1)
@@ -105,6 +106,7 @@ def _plan() -> list[cells.Cell]:
                 f'--{name} speaks to {" and ".join(kinds)}, --what={",".join(_WHAT.value)} measures neither'
             )
     quick = _QUICK.value
+    cells.check_objective(_OBJECTIVE.value)
     models = _MODELS.value or ['flash', 'transformer_plus_plus', *([] if quick else ['flash_quad'])]
     specs, own_contexts = _specs(models)
     if _CONTEXTS.present and not specs:

@@ -28,7 +28,6 @@ TORCH_MODELS = {
     'torch_flash_lucidrains': ('flash', ('compiled', 'eager')),
     'torch_transformer_plus_plus': ('transformer_plus_plus', ('compiled', 'compiled_cudnn', 'eager')),
 }
-MODELS = (*ARCHITECTURES, *TORCH_MODELS)
 
 
 class Spec(NamedTuple):
@@ -70,7 +69,7 @@ class Cell:
       size: of the model, `config.model.size`.
       context: tokens in a sequence; tokens that a new one looks back on (decode); tokens of the prompt (prefill).
       batch_size: sequences side by side.
-      objective: 'lm' or 'mlm'.
+      objective: 'lm', 'mlm' or, for the models that read a source, 'halves'.
       packed: whether sequences are made of documents packed end to end that do not see each other.
       optimizer: of training steps, `config.optimizer.name`.
       dtype: compute type.
@@ -114,14 +113,15 @@ class Cell:
         Raises:
           UserError: a combination that the model refuses.
         """
-        config = default_config()
+        # The objective first: it may bring its models along, and they their fields.
+        causal, config = self.causal, default_config()
         config.name, config.size, config.dtype = self.spec.model, self.size, self.dtype
         if self.by_torch:
             config.name = TORCH_MODELS[self.spec.model][0]
         else:
             config.impl, config.remat, config.layer_stack = self.spec.impl, self.spec.remat, self.spec.layer_stack
             config.update(dict(self.spec.overrides))
-        return resolve(config, causal=self.causal, context=self.context)
+        return resolve(config, causal=causal, context=self.context)
 
     def flops_per_token(self) -> float:
         """Returns the FLOPs of one forward pass per token, by `gau.models.counts`; packing is not considered there."""
@@ -144,7 +144,7 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
       UserError: a name that does not exist, a wrong value, or a setting that the model does not have.
     """
     model, *parts = text.strip().split(':')
-    _check_choice('--models', model, MODELS)
+    _check_choice('--models', model, (*ARCHITECTURES, *TORCH_MODELS))
     settings = list(itertools.takewhile(lambda part: '=' not in part, parts))
     names = Spec._fields[1:-1]
     if len(settings) > len(names):
@@ -172,6 +172,16 @@ def parse_spec(text: str, *, impls: Sequence[str], remat: str, layer_stack: str)
             _check_choice(f'--models={text}: {name}', getattr(spec, name), declared_fields()[name].choices)
         specs.append(spec)
     return specs
+
+
+def check_objective(name: str) -> None:
+    """Loads an objective, which makes the models known that belong to it alone.
+
+    Raises:
+      UserError: it does not exist.
+    """
+    _check_choice('--objective', name, lookup.names('objectives'))
+    objectives.load(name)
 
 
 def names(text: str, setting: str) -> bool:
@@ -250,7 +260,13 @@ def plan(
     for kind in kinds:
         _check_choice('--what', kind, KINDS)
     _check_choice('--size', common['size'], SIZES)
-    _check_choice('--objective', common.get('objective', 'lm'), lookup.names('objectives'))
+    check_objective(common.get('objective', 'lm'))
+    if common.get('objective') == 'halves':
+        if common.get('packed'):
+            raise UserError('--packed is of rows of text: those of --objective=halves hold a pair each')
+        for spec in (*specs, *(own_contexts or {})):
+            if spec.model in TORCH_MODELS:
+                raise UserError(f'--objective=halves does not measure {spec.model}: PyTorch baselines know lm and mlm')
     _check_choice('--optimizer', common.get('optimizer', 'adamw'), OPTIMIZERS)
     cells = []
     if not PASSES.keys().isdisjoint(kinds):

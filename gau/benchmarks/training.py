@@ -143,13 +143,19 @@ def _batches(cell: Cell, run: Run) -> list[step.Batch]:
 def random_batch(cell: Cell, seed: int) -> dict[str, np.ndarray]:
     """Returns what the data pipeline yields, with random tokens: `inputs`, `targets` int32 and `weights` float32.
 
-    Packed: `segment_ids` from 1 and `positions`, both int32, of documents of geometric length end to end.
+    Packed: `segment_ids` from 1 and `positions`, both int32, of documents of geometric length end to end. Of 'halves':
+    those of a source and a target without padding, of which the target alone counts.
     """
     rng, shape = np.random.default_rng(seed), (cell.batch_size, cell.context)
     batch = {name: rng.integers(cell.vocab_size, size=shape, dtype=np.int32) for name in ('inputs', 'targets')}
     batch['weights'] = np.ones(shape, np.float32)
     if cell.objective == 'mlm':
         batch['weights'] = (rng.random(shape) < MASK_RATE).astype(np.float32)
+    if cell.objective == 'halves':
+        places = np.broadcast_to(np.arange(cell.context, dtype=np.int32), shape)
+        batch['segment_ids'] = 1 + places // (cell.context // 2)
+        batch['positions'] = places % (cell.context // 2)
+        batch['weights'] = (batch['segment_ids'] == 2).astype(np.float32)
     if cell.packed:
         begins = rng.random(shape) < 1 / MEAN_DOCUMENT
         begins[:, 0] = True

@@ -12,9 +12,9 @@ import pytest
 
 from gau.models import decoding
 from tests.models import tiny
+from tests.models.decoded import BLOCK, N, functions, staircase
 from tests.numerics import float64
 
-N, BLOCK = tiny.CONTEXT, 7
 DECODABLE = [name for name in tiny.CAUSAL if name != 'combiner']
 # The plain Transformers differ from Transformer++ in what stands around the attention only; MC-TFM++ has FLASH's state.
 RELATIVES = ('transformer', 'transformer_plus', 'mc_transformer_plus_plus')
@@ -70,55 +70,6 @@ ABLATIONS = {
     'mixed chunks, global': ('mc_transformer_plus_plus', {'branches': 'global', 'layer_stack': 'scan'}),
     'favor': ('performer', {'feature_map': 'favor', 'num_features': 6}),
 }
-
-
-def functions(model, block=BLOCK):
-    prefill = functools.partial(decoding.prefill, model, block=block)
-    return tiny.compile_fast(prefill), tiny.compile_fast(functools.partial(decoding.step, model))
-
-
-def through_files(state, folder):
-    """The decoding state saved and loaded again."""
-    leaves, tree = jax.tree.flatten(state)
-    for i, leaf in enumerate(leaves):
-        np.save(folder / f'{i}.npy', np.asarray(leaf).view(np.uint8 if leaf.dtype == jnp.bfloat16 else leaf.dtype))
-    loaded = [np.load(folder / f'{i}.npy').view(leaf.dtype) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, [jnp.asarray(x) for x in loaded])
-
-
-def staircase(name, *, block=BLOCK, folder=None, **fields):
-    """Largest difference between decoding and the full forward, for the prompts of 1, 2, ... N tokens in one batch.
-
-    Each row has a text of its own. Prompts are read in blocks that do not fit the chunks of 5; then every row steps to
-    the end of its text. With `folder` the state after the prompts is saved there, in mid-chunk for most rows, and what
-    goes on from it must do so bitwise alike.
-    """
-    model, params = tiny.make(name, **fields)
-    tokens_BN = tiny.tokens(N, N)
-    full_BNV = np.asarray(tiny.apply(model, params, tokens_BN), np.float64)
-    length_B = jnp.arange(1, N + 1)
-    # What stands behind a prompt must not matter.
-    prompts_BN = jnp.where(jnp.arange(N) < length_B[:, None], tokens_BN, 7)
-    prefill, step = functions(model, block)
-    rows = np.arange(N)
-    loaded = None
-    logits_BV, state = prefill(params, decoding.init_state(model, batch_size=N, capacity=N), prompts_BN, length_B)
-    if folder:
-        loaded = through_files(state, folder)
-    worst = 0.0
-    while True:
-        position_B = np.asarray(state['position'])
-        here = position_B <= N
-        difference = np.asarray(logits_BV, np.float64)[here] - full_BNV[rows, np.minimum(position_B, N) - 1][here]
-        worst = max(worst, np.abs(difference).max())
-        if not (position_B < N).any():
-            return worst, np.abs(full_BNV).max()
-        # Rows at the end of their text go on with anything, past the capacity too, and are not looked at.
-        next_B = tokens_BN[rows, np.minimum(position_B, N - 1)]
-        logits_BV, state = step(params, state, next_B)
-        if folder:
-            again_BV, loaded = step(params, loaded, next_B)
-            jax.tree.map(np.testing.assert_array_equal, (logits_BV, state), (again_BV, loaded))
 
 
 def in_one_loop(name, steps, **fields):
@@ -218,7 +169,7 @@ def test_the_loop_in_bfloat16(name):
 @pytest.mark.parametrize('name', FIRST)
 def test_decoding_is_the_full_forward_at_every_position(name):
     with float64():
-        worst, size = staircase(name)
+        worst, size = staircase(*tiny.make(name))
     assert size > 0.1
     assert worst < 1e-12
 
@@ -243,7 +194,7 @@ def test_every_ablation_decodes(case):
     name, fields = ABLATIONS[case]
     fields = {'num_layers': 2 if 'layer_stack' in fields else 1} | fields
     with float64():
-        worst, size = staircase(name, **fields)
+        worst, size = staircase(*tiny.make(name, **fields))
     assert size > 0.1
     assert worst < 1e-12
 
@@ -262,14 +213,16 @@ ROUNDED = [
 @pytest.mark.parametrize(('name', 'dtype', 'bound', 'block'), ROUNDED)
 def test_rounding_in_the_other_types_and_a_saved_state_goes_on_bitwise(name, dtype, bound, block, tmp_path):
     """bfloat16 has steps of 2^-8: the two ways of adding may differ by some of them in logits of size 3."""
-    worst, size = staircase(name, dtype=dtype, block=block, folder=tmp_path, num_layers=1 if block == BLOCK else 2)
+    made = tiny.make(name, dtype=dtype, num_layers=1 if block == BLOCK else 2)
+    worst, size = staircase(*made, block=block, folder=tmp_path)
     assert size > 0.1
     assert worst < bound * size
 
 
 @pytest.mark.parametrize('far_chunks', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_saved_state_with_far_chunks_goes_on_bitwise(far_chunks, tmp_path):
-    worst, size = staircase('flash', dtype='bfloat16', folder=tmp_path, num_layers=1, far_chunks=far_chunks)
+    made = tiny.make('flash', dtype='bfloat16', num_layers=1, far_chunks=far_chunks)
+    worst, size = staircase(*made, folder=tmp_path)
     assert size > 0.1
     assert worst < 0.05 * size
 

@@ -10,7 +10,8 @@ from gau.layers import decode_unit, quadratic
 from gau.models import decoding
 from gau.models.target import Implementation
 from tests.models import tiny
-from tests.models.test_decoding import BLOCK, N, functions, in_one_loop
+from tests.models.decoded import BLOCK, N, functions
+from tests.models.test_decoding import in_one_loop
 from tests.numerics import float64
 
 SLOW = pytest.mark.slow
