@@ -9,8 +9,8 @@ Arguments: those of configs/quality.py (context is 512 here). Sweep: `heads`. Wi
 so that the parameters are as many; heads divide E. Shifted keys, Muon at 4e-3 and no sinusoid, as FLASH of
 configs/lm.py has them. A run is 1,000 steps of 65,536 tokens, 66 M tokens; those of the table are 500.
 
-Result (docs/results/heads.md, 500 steps, one seed): two heads are 0.019 worse than one, eight 0.053. The gate is worth
-0.149 and raises the rank from 160 to 299; eight heads raise it to 189.
+Result (docs/results/heads.md, 500 steps, two seeds): two heads are 0.017 worse than one, eight 0.052. The gate is worth
+0.156 and raises the rank from 160 to 299; eight heads raise it to 189.
 """
 
 from collections.abc import Iterator
