@@ -291,8 +291,10 @@ def _fault_of_machine(error: Exception) -> str | None:
         # Of JAX, which must not be imported for its type.
         if type(cause).__name__ == 'JaxRuntimeError' and str(cause).startswith('RESOURCE_EXHAUSTED: '):
             said = str(cause).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ').rstrip('.')
+            share = os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION')
+            given = f' of the share of the device that XLA_PYTHON_CLIENT_MEM_FRACTION={share} gives it' if share else ''
             return (
-                f'out of memory ({said}): a smaller batch needs less; in training also '
+                f'out of memory{given} ({said}): a smaller batch needs less; in training also '
                 'optimizer.accumulation_steps, which divides the batch, and model.remat=full'
             )
         if isinstance(cause, MemoryError):

@@ -6,6 +6,7 @@
     python scripts/report.py day_1.jsonl day_2.jsonl --output=docs/results/chunks
     python scripts/report.py --evaluations runs/a runs/a_int8 --by=point       what eval.py measured of each directory
     python scripts/report.py --check                                           every table in docs/results
+    python scripts/report.py --renew                                           those that --check finds to be others
 
 Arguments are directories of runs and of sweeps, and files of kept runs, which this command wrote. Together they are one
 table, whatever machine and day the runs come from. Without --output the files are DIR/report.*. --check makes the
@@ -40,19 +41,23 @@ _OUTPUT = flags.DEFINE_string(
 )
 _EVALUATIONS = flags.DEFINE_boolean('evaluations', False, 'Rows are what eval.py measured, not the ends of training.')
 _CHECK = flags.DEFINE_boolean('check', False, 'Compare tables with what their kept JSON lines give; write nothing.')
+_RENEW = flags.DEFINE_boolean('renew', False, 'Make those tables again that are not what their kept JSON lines give.')
 
 RESULTS = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
 
 def main(arguments: list[str]) -> int:
     """Reports, or checks."""
-    if _CHECK.value:
+    if _CHECK.value or _RENEW.value:
         cli.refuse(
             *('by', 'against', 'best', 'split', 'metric', 'allow', 'title', 'output', 'evaluations'),
-            beside='check',
+            beside='check' if _CHECK.value else 'renew',
             because='a kept table knows how it was made',
         )
-        return _check([Path(argument) for argument in arguments])
+        if _CHECK.value:
+            cli.refuse('renew', beside='check', because='it writes nothing')
+        kept = [Path(argument) for argument in arguments] or sorted(RESULTS.glob('*.jsonl'))
+        return _check(kept) if _CHECK.value else _renew(kept)
     if not arguments:
         raise UserError('no directory is given: python scripts/report.py DIR...')
     from gau.experiments import publish, runs
@@ -91,11 +96,19 @@ def _check(paths: list[Path]) -> int:
     from gau.experiments import publish
 
     code = 0
-    for path in paths or sorted(RESULTS.glob('*.jsonl')):
+    for path in paths:
         verdict = publish.check(path)
         print(f'{path}: {verdict}')
         code = code or int(verdict != publish.SAME)
     return code
+
+
+def _renew(paths: list[Path]) -> int:
+    from gau.experiments import publish
+
+    for path in paths:
+        print(f'{path}: {publish.renew(path)}', flush=True)
+    return 0
 
 
 if __name__ == '__main__':

@@ -89,6 +89,11 @@ def test_numbers_and_truth_are_read_as_people_write_them(tmp_path):
         ("print('Zoë 漢')", {'PYTHONIOENCODING': 'ascii'}, 0, 'Zo\\xeb \\u6f22\n', ''),
         ('import jax; jax.devices()', {'JAX_PLATFORMS': 'cuda'}, 1, '', 'the platform of JAX_PLATFORMS=cuda'),
         ('import jax; jax.numpy.zeros(2**50).sum()', {'JAX_PLATFORMS': 'cpu'}, 1, '', 'error: out of memory (Out of'),
+        (
+            'import jax; jax.numpy.zeros(2**50).sum()',
+            {'JAX_PLATFORMS': 'cpu', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '.02'},
+            *(1, '', 'error: out of memory of the share of the device that XLA_PYTHON_CLIENT_MEM_FRACTION=.02 gives'),
+        ),
         ('raise MemoryError("373 GiB")', {}, 1, '', 'error: out of memory (373 GiB)\n'),
         ("open('/dev/full', 'w').write('x' * 99999)", {}, 1, '', 'no space left'),
         # As Orbax leaves them behind where a write failed: Python tells of them when the program ends.

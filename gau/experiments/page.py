@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gau.errors import UserError
 from gau.experiments.report import LABEL, Report, Row, risen, shown
 from gau.experiments.runs import Run
-from gau.experiments.statistics import Judge
+from gau.experiments.statistics import MIN_DEGREES, MIN_PAIRS, Judge
 from gau.training.lowest import WORSE
 
 BEGIN = '<!-- made by scripts/report.py: do not edit between the marks -->'
@@ -168,8 +168,11 @@ def _notes(report: Report, layout: _Layout) -> str:
         n = f'n = {layout.n}' if layout.n else 'n'
         notes.append(f'A cell is the mean over {n} seeds ± half the width of its 95 % interval (Student t).')
     if sigma.value is not None:
+        few = any(row.mean.n < MIN_PAIRS and row.mean.half is not None for row in report.rows)
+        judges = few and sigma.degrees >= MIN_DEGREES
         notes.append(
-            f'Standard deviation between seeds: {sigma.value:.4f}, over all rows, {sigma.degrees} degrees of freedom.'
+            f'Standard deviation between seeds: {sigma.value:.4f}, over all rows, {sigma.degrees} degrees of freedom'
+            f'{"; the interval of fewer than three seeds is by it" * judges}.'
         )
     if report.baselines:
         tested = ', p by the two-sided paired t test' if layout.tests else ''

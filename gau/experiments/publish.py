@@ -46,11 +46,27 @@ def check(kept: Path) -> str:
     Raises:
       UserError: the page or the lines cannot be read.
     """
+    report, _ = _made(kept)
+    same = page.check(report, kept_paths(kept.with_suffix(''))['md'])
+    return SAME if same else 'the table is NOT what the kept runs give: --renew makes it again'
+
+
+def renew(kept: Path) -> str:
+    """Makes the table and figures of kept JSON lines again, as they were asked for then; returns what was done.
+
+    Raises:
+      UserError: the page or the lines cannot be read.
+    """
+    before = check(kept)
+    if before != SAME:
+        write(*_made(kept), kept.with_suffix(''))
+    return before if before == SAME else 'made again'
+
+
+def _made(kept: Path) -> tuple[Report, list[Run]]:
     found, header = runs.load(kept)
     options = header['report']
     if options is None:
         raise UserError(f'{kept} holds runs without a table: make one with scripts/report.py')
     options = Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
-    report = make(found, options)
-    same = page.check(report, kept_paths(kept.with_suffix(''))['md'])
-    return SAME if same else 'the table is NOT what the kept runs give: make it again with scripts/report.py'
+    return make(found, options), found

@@ -113,6 +113,8 @@ def make(runs: Sequence[Run], options: Options) -> Report:
     cells = [_cell(row, options) for row in rows]
     sigma = statistics.pooled_sigma([list(cell.values()) for cell in cells])
     residual = statistics.residual_sigma(cells)
+    means = [statistics.mean_of_cell(list(cell.values()), sigma) for cell in cells]
+    rows = [row._replace(mean=mean) for row, mean in zip(rows, means, strict=True)]
     found = _find_baselines(rows, options)
     rows = _compared(rows, cells, found, sigma, residual, options)
     baselines = [rows[index].values for index in sorted(set(found.values()))]

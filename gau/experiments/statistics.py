@@ -11,7 +11,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 # Fewer degrees of freedom say too little of a standard deviation to judge one or two runs by it.
 MIN_DEGREES = 4
-# Fewer pairs say too little of their own spread: of two pairs an interval is 12.7 standard errors wide to each side.
+# Fewer say too little of their own spread: of two an interval is 12.7 standard errors wide to each side.
 MIN_PAIRS = 3
 
 
@@ -28,7 +28,7 @@ class Mean(NamedTuple):
 
     Attributes:
       value: of n numbers.
-      half: half the width of its 95 % t interval; None for one number, of which nothing is known.
+      half: half the width of its 95 % t interval; None where nothing is known of it.
       n: how many numbers.
     """
 
@@ -88,6 +88,14 @@ def mean(values: Sequence[float]) -> Mean:
         return Mean(float(values.mean()), None, n)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
     return Mean(float(values.mean()), float(half), n)
+
+
+def mean_of_cell(values: Sequence[float], sigma: Sigma) -> Mean:
+    """Returns a cell's mean; of fewer than `MIN_PAIRS` numbers its interval is by `sigma`, if that has `MIN_DEGREES`."""
+    own = mean(values)
+    if own.n >= MIN_PAIRS or sigma.degrees < MIN_DEGREES or not math.isfinite(own.value):
+        return own
+    return _judged(own, sigma, 1 / own.n)[0]
 
 
 def pooled_sigma(cells: Sequence[Sequence[float]]) -> Sigma:

@@ -117,6 +117,7 @@ BAD = {
     'nothing there': (['no_such_directory'], 'holds neither a run nor a sweep'),
     'unknown flag': (['x', '--agianst=y'], 'agianst'),
     'a check with flags': (['--check', '--by=model.name'], '--by does nothing with --check'),
+    'a check that writes': (['--check', '--renew'], '--renew does nothing with --check'),
 }
 
 

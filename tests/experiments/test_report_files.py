@@ -124,6 +124,9 @@ def test_check_finds_what_was_changed(published):
     assert page.read_text().endswith('What it says: smaller is better.\n')
     page.write_text(page.read_text().replace('0.0100', '0.0101'))
     assert publish.check(kept) != publish.SAME
+    assert publish.renew(kept) == 'made again'
+    assert publish.check(kept) == publish.renew(kept) == publish.SAME
+    assert page.read_text().endswith('What it says: smaller is better.\n')
     page.write_text('mine')
     with pytest.raises(UserError, match='marks are missing'):
         publish.check(kept)

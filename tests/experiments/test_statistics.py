@@ -29,6 +29,18 @@ def test_sigma_is_pooled_within_cells():
     assert statistics.pooled_sigma([[1.0], [2.0]]) == (None, 0)
 
 
+def test_few_seeds_have_the_interval_of_their_table():
+    # Nine cells of two seeds: nine degrees of freedom.
+    draws = np.random.default_rng(1).normal(3.0, 0.2, size=(2000, 9, 2))
+    found = [statistics.mean_of_cell(cells[0], statistics.pooled_sigma(cells)) for cells in draws]
+    assert np.mean([abs(mean.value - 3.0) <= mean.half for mean in found]) == pytest.approx(0.95, abs=0.015)
+    sigma = statistics.Sigma(0.2, 9)
+    assert statistics.mean_of_cell([5.0], sigma).half == pytest.approx(stats.t.ppf(0.975, 9) * 0.2)
+    assert statistics.mean_of_cell([1.0, 2.0, 3.0], sigma) == statistics.mean([1.0, 2.0, 3.0])
+    assert statistics.mean_of_cell([1.0, 2.0], statistics.Sigma(0.2, 3)) == statistics.mean([1.0, 2.0])
+    assert statistics.mean_of_cell([math.inf], sigma).half is None
+
+
 def test_a_single_run_is_compared_by_the_spread_of_its_table():
     # Six degrees of freedom from three cells of three; a single run of none of them, and the first of them.
     draws = np.random.default_rng(0).normal(3.0, 0.2, size=(2000, 10))
