@@ -91,7 +91,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def mean_of_cell(values: Sequence[float], sigma: Sigma) -> Mean:
-    """Returns a cell's mean; of fewer than `MIN_PAIRS` numbers its interval is by `sigma`, if that has `MIN_DEGREES`."""
+    """Returns a mean; of fewer than `MIN_PAIRS` numbers its interval is by `sigma`, if that has `MIN_DEGREES`."""
     own = mean(values)
     if own.n >= MIN_PAIRS or sigma.degrees < MIN_DEGREES or not math.isfinite(own.value):
         return own
