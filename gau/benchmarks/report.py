@@ -11,6 +11,8 @@ Row = dict[str, Any]
 WIDTH = 100
 GIB = 2**30
 MIB = 2**20
+# The top of a panel is so many times its bottom at least: a few per cent between samples are to look like a few.
+LEAST_SPAN = 4
 # What one picture shows: a panel for each kind of row and field, with its unit; a field stands in for the one before.
 _PICTURES = {
     'training': (
@@ -155,6 +157,11 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
     return paths
 
 
+def _limits(low: float, high: float) -> tuple[float, float]:
+    middle, half = (low * high) ** 0.5, LEAST_SPAN**0.5
+    return min(low, middle / half), max(high, middle * half)
+
+
 def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
     # The object interface draws without a display and without pyplot's global state.
     import numpy as np
@@ -197,6 +204,7 @@ def _draw(rows: Sequence[Row], panels: Sequence[tuple], path: Path) -> None:
                 entries[len(models), 0] = Line2D(
                     [], [], linestyle='none', marker='o', color='gray', markerfacecolor='white', label='did not fit'
                 )
+        axes.set_ylim(*_limits(*axes.get_ylim()))
     # Below the panels, where it hides no curve; a column is a model, where their names leave room.
     handles = [entries[key] for key in sorted(entries)]
     longest = max(len(handle.get_label()) for handle in handles)

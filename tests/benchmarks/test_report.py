@@ -135,6 +135,11 @@ def test_pictures_of_what_was_measured(tmp_path):
     assert len(report.plot([unknown, decode_row()], tmp_path / 'rows')) == 2
 
 
+def test_a_panel_makes_little_of_small_differences():
+    assert report._limits(9, 16) == (6, 24)
+    assert report._limits(1, 5) == (1, 5)
+
+
 def test_of_what_did_not_fit_only_the_memory_is_drawn(tmp_path):
     rows = [decode_row(), decode_row(error='out of memory: 1 GiB of state', state_bytes=2**30), decode_row(error='odd')]
     assert report._curves(rows, 'decode', ('state_bytes',), 2**20) == {
