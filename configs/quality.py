@@ -13,7 +13,8 @@ Answer (docs/results/quality.md): FLASH of `best` is ahead at 1,024 tokens of co
 
 Arguments: model, size, context, data (any source; by default tokens:data/wiki_en), runlocal. A run is 2,000 steps of
 65,536 tokens, 131 M tokens, whatever the context: at `small` and 1,024 it is 5 minutes of an NVIDIA H200 that four runs
-share. `seed:N:FIRST` adds seeds to a table.
+share. `seed:N:FIRST` adds seeds to a table. `:runlocal` does not shrink a context that a sweep names, and most name
+8,192: `far_books:1024:embedded` is one for a laptop.
 
 Sweeps, and the pages in docs/results that have what came of them:
 
