@@ -72,7 +72,7 @@ TABLES = {
     ),
     'overlap_layers': Table(
         'A window of two chunks against two more layers',
-        {'small': 'overlap,seed:2'},
+        {'small': 'overlap,seed:2', 'tiny': 'overlap,seed:1'},
         {
             'by': 'model.num_layers,model.local_window,model.chunk_size',
             'against': {

@@ -333,3 +333,26 @@ def test_a_table_is_made_from_nothing(tmp_path):
     code, out, _ = run('branches', '--budget=tiny', f'--workdir={tmp_path / "runs"}', f'--output={stem}')
     assert code == 0
     assert 'started on' not in out
+
+
+@pytest.mark.slow
+def test_a_table_is_measured_at_longer_contexts_and_by_other_evaluators(tmp_path):
+    stem = tmp_path / 'tables' / 'far'
+    arguments = 'far_books', '--budget=tiny', f'--workdir={tmp_path / "runs"}', f'--output={stem}'
+    code, out, err = run(*arguments)
+    assert code == 0, out + err
+    for page in ('contexts', 'passkey'):
+        kept = stem.with_name(f'far_{page}.jsonl')
+        assert publish.check(kept) == publish.SAME
+        labels = {run.label for run in runs.load(kept)[0]}
+        assert len(labels) == 6
+        assert any(label.startswith('rope_local_far_4') and label.endswith('context=2048') for label in labels)
+    # Three runs at two lengths by two evaluators.
+    lines = [json.loads(line) for line in (stem / 'measured.jsonl').read_text().splitlines()]
+    measured = {(line['run'], line['split'], line['context']) for line in lines}
+    assert len(measured) == 12
+    # Made again, nothing is trained or measured.
+    code, out, err = run(*arguments)
+    assert code == 0, out + err
+    assert 'started on' not in out
+    assert 'eval.py' not in re.findall(r'^\$ python (\S+)', out, re.M)
