@@ -70,6 +70,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.model in ('cross_flash', 'flash'):
         # Of what mended FLASH (docs/results/quality_shifted.md) the part that an encoder can have.
         config.model.key_input = 'shifted'
+    if arg.model == 'cross_transformer_plus_plus':
+        # Without it the source made the model worse than none (docs/results/cross.md).
+        config.model.embedding_scale = 'width'
     config.steps = 1000
     config.optimizer.name = 'muon'
     config.optimizer.learning_rate = 4e-3

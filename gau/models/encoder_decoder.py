@@ -17,8 +17,17 @@ from gau.models.language_model import Embedding, LanguageModel
 from gau.models.target import Implementation, Target
 
 
-class Encoder(LanguageModel):
-    """A bidirectional stack of blocks with the embedding of another model.
+class Stack(LanguageModel):
+    """One of the two stacks. It may begin with its embeddings scaled; those of the output layer never are."""
+
+    def embedded(self, tokens_BN: Array) -> Array:
+        """See the base class; times sqrt(D) where the config says so."""
+        x_BND = super().embedded(tokens_BN)
+        return x_BND * self.config.model_dim**0.5 if self.config.embedding_scale == 'width' else x_BND
+
+
+class Encoder(Stack):
+    """The bidirectional one, with the embedding of the decoder.
 
     Attributes:
       shared: the embedding.
@@ -54,7 +63,7 @@ class EncoderDecoder(nn.Module):
     def setup(self):
         """Makes `decoder`, which has the embedding, and `encoder`."""
         fields = self.config, self.vocab_size
-        self.decoder = LanguageModel(*fields, causal=True, implementation=self.implementation)
+        self.decoder = Stack(*fields, causal=True, implementation=self.implementation)
         self.encoder = Encoder(*fields, causal=False, implementation=self.implementation, shared=self.decoder.embedding)
 
     def __call__(self, tokens_BN, *, segment_ids_BN=None, positions_BN=None, deterministic=True) -> Array:

@@ -155,6 +155,10 @@ class LanguageModel(nn.Module):
         tables = self._rope_tables(positions_BN)
         return self._stack(tokens_BN, TokenInfo(segment_ids_BN, positions_BN, tables, source=source), deterministic)
 
+    def embedded(self, tokens_BN: Array) -> Array:
+        """Returns what the residual stream begins with, without positions, [B, N, D] in the compute type."""
+        return self.embedding(tokens_BN)
+
     def extend(self, tokens_BT: Array, position: DecodePosition) -> Array:
         """Goes on with sequences whose beginnings are summed up in the collection 'cache' (`gau.models.decoding`).
 
@@ -217,7 +221,7 @@ class LanguageModel(nn.Module):
         another token see it.
         """
         config = self.config
-        x_BND = self.embedding(tokens_BN)
+        x_BND = self.embedded(tokens_BN)
         if config.absolute_position == 'sinusoid':
             x_BND = x_BND + self.position(tokens.positions_BN, config.model_dim)
         x_BND = clear_padding(self.dropout(x_BND, deterministic=deterministic), tokens.segment_ids_BN)

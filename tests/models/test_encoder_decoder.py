@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import cross as study
 from gau.errors import UserError
 from gau.layers.common import Source, TokenInfo
 from gau.models import counts, decoding, encoder_decoder, registry
 from gau.models.blocks import Block
+from gau.models.config import resolve
 from gau.models.families import cross
 from gau.models.target import Target
 from gau.objectives import objective as objectives
@@ -73,6 +75,79 @@ def test_the_target_is_causal_and_padding_reaches_nothing(name):
     assert max_error(alone, logits[:1, :9]) < 1e-12
 
 
+def plain_transformer(params, tokens_N, ids_N, heads, scale):
+    """Logits of the target of one row, of a pre-norm encoder-decoder in its textbook form, without its padding."""
+    half = len(tokens_N) // 2
+    matrix = params['decoder']['embedding']['kernel']
+
+    def norm(x, own):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * own['scale'] + own['bias']
+
+    def dense(x, own):
+        return jnp.tensordot(x, own['kernel'], own['kernel'].ndim - own['bias'].ndim) + own['bias']
+
+    def rotated(x_NK):
+        width = x_NK.shape[1] // 2
+        angles = np.arange(len(x_NK))[:, None] * 10_000.0 ** (-np.arange(width) / width)
+        turned = (x_NK[:, :width] + 1j * x_NK[:, width:]) * jnp.exp(1j * angles)
+        return jnp.concatenate([turned.real, turned.imag], axis=1)
+
+    def attention(queries_keys_values, out, visible_NM, rope):
+        outputs = []
+        for head in range(heads):
+            q, k, v = (x[:, head] for x in queries_keys_values)
+            q, k = (rotated(q), rotated(k)) if rope else (q, k)
+            scores_NM = jnp.where(visible_NM, q @ k.T / q.shape[1] ** 0.5, -jnp.inf)
+            outputs.append(jax.nn.softmax(scores_NM, axis=1) @ v)
+        return jnp.tensordot(jnp.stack(outputs, axis=1), out['kernel'], 2) + out['bias']
+
+    def stack(side, tokens, source_MD):
+        x, n = scale * matrix[tokens], len(tokens)
+        visible = np.ones((n, n), bool) if source_MD is None else np.tri(n, dtype=bool)
+        for layer in range(sum(name.startswith('blocks') for name in side)):
+            own = side[f'blocks_{layer}']
+            qkv = jnp.moveaxis(dense(norm(x, own['attention_norm']), own['attention']['qkv']), 1, 0)
+            x = x + attention(qkv, own['attention']['out'], visible, rope=True)
+            if source_MD is not None:
+                q = dense(norm(x, own['cross_norm']), own['cross']['q'])[:, 0]
+                kv = jnp.moveaxis(dense(source_MD, own['cross']['kv']), 1, 0)
+                x = x + attention([q, *kv], own['cross']['out'], True, rope=False)
+            h = dense(norm(x, own['feed_forward_norm']), own['feed_forward']['in'])
+            x = x + dense(jax.nn.gelu(h[:, 0]) * h[:, 1], own['feed_forward']['out'])
+        return norm(x, side['final_norm'])
+
+    source, target = (tokens_N[side][ids_N[side] > 0] for side in (slice(half), slice(half, None)))
+    h_MD = stack(params['encoder'], source, None)
+    return stack(params['decoder'], target, h_MD) @ matrix.T
+
+
+@pytest.mark.parametrize(
+    ('row', 'scale', 'factor'), [(0, 'width', 8**0.5), pytest.param(1, 'none', 1, marks=pytest.mark.slow)]
+)
+def test_the_transformer_is_the_textbook_s(row, scale, factor):
+    """Logits and all gradients, the encoder's among them."""
+    model, params = make(NAMES[1], absolute_position='none', embedding_scale=scale)
+    tokens_N, ids_N = tiny.tokens(2)[row], IDS[row]
+    real = np.flatnonzero(ids_N[HALF:])
+    cotangent = normal(5, len(real), tiny.VOCAB)
+
+    def of_model(params):
+        return model.apply({'params': params}, tokens_N[None], segment_ids_BN=ids_N[None])[0, real]
+
+    def of_formula(params):
+        return plain_transformer(params, tokens_N, ids_N, 2, factor)
+
+    (found, gradients), (expected, of_textbook) = (
+        tiny.compile_fast(lambda params, f=f: (f(params), jax.vjp(f, params)[1](cotangent)[0]))(params)
+        for f in (of_model, of_formula)
+    )
+    assert max_error(found, expected) < 1e-12
+    assert max_error(gradients, of_textbook) < 1e-12
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients['encoder']):
+        assert np.abs(leaf).max() > 1e-6, path
+
+
 @pytest.mark.parametrize('name', [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_gradients_of_a_block_of_the_decoder_are_causal(name):
     # No relu, so that no derivative is 0 by chance.
@@ -96,6 +171,26 @@ def test_gradients_of_a_block_of_the_decoder_are_causal(name):
     reads = (to_source != 0).any(axis=(1, 3))
     assert reads[:, :4].all()
     assert not reads[:, 4:].any()
+
+
+def test_tokens_outweigh_at_the_start_what_all_places_are_given_alike():
+    """Of the study's Transformer: otherwise its source makes it worse than none (docs/results/cross.md)."""
+    config = study.get_config(f'model={NAMES[1]},size=tiny,data=embedded').model
+    config.dtype = 'float32'
+    config = resolve(config, causal=True, context=128)
+    model = encoder_decoder.build(config, vocab_size=500, target=Target('cpu'))
+    tokens_BN = jnp.asarray(np.random.default_rng(0).integers(0, 500, (2, 128)))
+    params = nn.unbox(tiny.compile_fast(model.init)(jax.random.key(0), tokens_BN[:, :4]))
+    _, kept = model.apply(params, tokens_BN, method='hidden', capture_intermediates=True)
+    encoder, decoder = kept['intermediates']['encoder'], kept['intermediates']['decoder']
+
+    def size(x):
+        return float(jnp.sqrt(jnp.square(x).mean()))
+
+    encoded_BMD = encoder['final_norm']['__call__'][0]
+    assert size(encoded_BMD.mean(axis=1)) < 0.5 * size(encoded_BMD)
+    begun, _ = model.apply(params, tokens_BN, method=lambda model, x: (model.decoder.embedded(x), None))
+    assert size(decoder['blocks_0']['cross']['__call__'][0]) < 0.5 * size(begun)
 
 
 @pytest.mark.slow

@@ -35,6 +35,14 @@ CROSS_FIELDS = table(
         'Its weights: relu(q.k / sqrt(S) + b)^2 / keys (default of a Cross-GAU) or softmax (default of the other).',
         *('relu2', 'softmax'),
     ),
+    # At the start a softmax over the source gives all places of a target the same vector, and a bidirectional encoder
+    # of softmax all places of a source. Beside either an embedding of N(0, 0.02) is small (docs/results/cross.md).
+    embedding_scale=choice(
+        'Factor on the embeddings that both stacks begin with: "width": sqrt(D), as in the first Transformer; or '
+        '"none".',
+        *('none', 'width'),
+        default='none',
+    ),
 )
 # S of a Cross-GAU in a Transformer; a gated unit has its own.
 QUERY_KEY_DIM = 128
