@@ -16,7 +16,7 @@ context (source and target have half of it each), task, data, tokenizer, runloca
 A run is 1,000 steps of 65,536 places, half of them targets at most; those of the tables are 500, of titles 300. Titles:
 512 places a row, one row for each article, of which every tenth is held out. A Cross-GAU has E = D and nine tenths of
 the parameters of multi-head cross-attention. All have Muon at 4e-3 and no sinusoid; FLASH has shifted keys within its
-sequences.
+sequences, Transformer++ with a source embeddings times sqrt(D).
 
 Result (docs/results/cross.md): halves of a passage do not tell the units apart: one, two and four heads and multi-head
 attention are within 0.008 of each other (n = 2), where the source is worth 0.041. Titles do: the source is worth 2.9
