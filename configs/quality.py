@@ -144,11 +144,9 @@ def sweep_long() -> Iterator[Overrides]:
 
 
 def sweep_memory() -> Iterator[Overrides]:
-    """8,192 tokens of context: no state, a state that forgets, larger chunks, and every token exactly."""
+    """8,192 tokens of context: no state, larger chunks, and every token exactly."""
     flash = {':context': 8192, **MEAN, RATE: 3e-3}
     yield {'name': 'local', **flash, 'model.branches': 'local'}
-    for decay in (0.5, 0.75, 0.9):
-        yield {'name': f'decay_{decay}', **flash, 'model.global_decay': decay}
     for size in (512, 1024):
         yield {'name': f'chunk_{size}', **flash, 'model.chunk_size': size}
     yield {'name': 'quad', ':context': 8192, **QUAD, RATE: 3e-3}

@@ -183,8 +183,8 @@ def _flash(
         operands, (bias_P, *gate) = list(arrays[:6]), arrays[6:]
         # Rows at padding mean nothing, in the gradients of p too: nothing there, nothing to compare.
         operands[0] = jnp.where((segment_ids_BN > 0)[..., None], operands[0], 0)
-        gate_BNL = gate[0].astype(jnp.float32) if gate else None
-        return of(*operands, spec=spec, segment_ids_BN=segment_ids_BN, bias_P=bias_P, gate_BNL=gate_BNL)
+        gate_BN1 = gate[0].astype(jnp.float32) if gate else None
+        return of(*operands, spec=spec, segment_ids_BN=segment_ids_BN, bias_P=bias_P, gate_BN1=gate_BN1)
 
     kernel = functools.partial(op, functools.partial(gated_mixed_chunk, kernels='pallas'))
     return kernel, functools.partial(op, flash_reference.gated_mixed_chunk), arrays

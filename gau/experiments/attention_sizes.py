@@ -145,7 +145,7 @@ def _layer_sizes(seen: dict[str, Any], ids_BN: Array, config: Any) -> dict[str, 
 
 
 def _global_sum(q_lin_BHNS: Array, k_lin_BHNS: Array, ids_BN: Array, c: int, window: int | None) -> Array:
-    """Mean of |q.k| in the global branch, decay and gate left out; without a window every token is read."""
+    """Mean of |q.k| in the global branch, the gate left out; without a window every token is read."""
     chunk = jnp.arange(ids_BN.shape[1]) // c
     mask_BNN = visibility_mask(ids_BN, ids_BN, n=len(chunk), m=len(chunk), causal=False)
     if window is not None:

@@ -67,11 +67,8 @@ class Run(NamedTuple):
 
         One that is gone counts as it would stand in this config if it were not: what is meant did not change with that.
         """
-        gone = {}
-        for name, was in GONE.items():
-            if f'model.{was.beside}' in self.config:
-                applies = self.config[f'model.{was.beside}'] is not None
-                gone[f'model.{name}'] = was.unused if applies else None
+        model = {path.removeprefix('model.'): v for path, v in self.config.items() if path.startswith('model.')}
+        gone = {f'model.{name}': was.stood(model) for name, was in GONE.items() if was.beside in model}
         fields = {**gone, **self.config}
         return {path: v for path, v in fields.items() if path != 'seed' and not path.startswith(_NOT_MEANT)}
 

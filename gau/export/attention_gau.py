@@ -14,7 +14,7 @@ SMOOTH_RELU_EPSILON = 0.05
 
 
 class Inputs(NamedTuple):
-    """What an attention is computed of, [B, H, N, ...]: queries and keys S, values E, logits of the gate L.
+    """What an attention is computed of, [B, H, N, ...]: queries and keys S, values E, logits of the gate 1.
 
     Where there is one branch alone, its queries and keys stand in the other's place too.
     """
@@ -50,13 +50,12 @@ class Attention(nn.Module):
         self.config, self.heads, self.width = config, heads, width
         self.local, self.across = config.branches != 'global', config.branches in ('both', 'global')
         self.chunks = config.local_window or 1  # that the local branch reads; the other reads those before them
-        self.decay = config.global_decay or 1.0  # of a chunk's weight in the sums, for every chunk that follows it
         if config.learned_temperature:
             self.temperature = Scale()
         if config.relative_bias in ('toeplitz', 'rotary'):
             self.relative_bias = RelativeBias(config.relative_bias, heads, config.relative_bias_length, width)
-        if self.across and config.decay_gate in ('scalar', 'keys'):
-            self.decay_gate = DecayGate(config)
+        if self.across and config.decay_gate == 'scalar':
+            self.decay_gate = DecayGate(config.model_dim)
 
     def inputs(self, made: list[Tensor], v: Tensor, x_BND: Tensor) -> Inputs:
         """Queries and keys of one branch or both, values, and what the layer reads."""
@@ -124,8 +123,8 @@ class Attention(nn.Module):
             tokens = size * (lengths_B >= size)[:, None, None, None]
             if x.gate is not None:
                 new['last_gate'], logits = torch.where(full, logits, state['last_gate']), state['last_gate']
-        kept = torch.full_like(state['count'], self.decay) if x.gate is None else torch.sigmoid(logits / size)
-        new['sum'] = torch.where(full, kept.transpose(-1, -2) * state['sum'] + chunk, state['sum'])
+        kept = 1 if x.gate is None else torch.sigmoid(logits / size)
+        new['sum'] = torch.where(full, kept * state['sum'] + chunk, state['sum'])
         new['count'] = torch.where(full, kept * state['count'] + tokens, state['count'])
         return new
 
@@ -184,11 +183,11 @@ class Attention(nn.Module):
         if self.local:
             out = self.weights_in_chunks(q, k, ids_BGC).to(v.dtype) @ before(v, self.chunks)
         if self.across:
-            kept_BLG = self.kept(x, ids_BGC)
-            seen, kv = self.other_chunks(k_lin, v, ids_BGC, kept_BLG)
-            count_BGCL = sum(sees[..., None] * count[:, :, None] for _, count, sees in seen)
+            kept_BG = self.kept(x, ids_BGC)
+            seen, kv = self.other_chunks(k_lin, v, ids_BGC, kept_BG)
+            count_BGC1 = sum(sees[..., None] * count[:, :, None] for _, count, sees in seen)
             same = documents(ids_BGC, ids_BGC)
-            q_lin = self.scaled(q_lin, (count_BGCL if causal else count_BGCL + same.sum(-1, keepdim=True))[:, None])
+            q_lin = self.scaled(q_lin, (count_BGC1 if causal else count_BGC1 + same.sum(-1, keepdim=True))[:, None])
             far = torch.zeros_like(v)
             if not causal:
                 far = (q_lin @ wide(k_lin).transpose(-1, -2)).masked_fill(~same[:, None], 0).to(v.dtype) @ v
@@ -196,7 +195,7 @@ class Attention(nn.Module):
                 far = far + (q_lin * sees[:, None, ..., None]).to(v.dtype) @ sums.to(v.dtype)
             out = out + far
             if lengths_B is not None:
-                state = self.state_of(kv, x.gate, kept_BLG, lengths_B)
+                state = self.state_of(kv, x.gate, kept_BG, lengths_B)
         if self.local and lengths_B is not None:
             rows, last_B = torch.arange(batch, device=v.device), (lengths_B - 1).clamp(min=0) // size
             state |= {name: before(y, self.chunks)[rows, :, last_B] for name, y in (('k', k), ('v', v))}
@@ -215,17 +214,17 @@ class Attention(nn.Module):
         return self.weights(q, before(k, self.chunks), mask, self.chunks * size, bias)
 
     def kept(self, x: Inputs, ids_BGC: Tensor) -> Tensor | None:
-        """The log of what a gate keeps of a state over all chunks before each, [B, L, G + 1]."""
+        """The log of what a gate keeps of a state over all chunks before each, [B, G + 1]."""
         if x.gate is None:
             return None
         real = (ids_BGC > 0)[..., None]
         tokens = real.sum(2)
         # A chunk of padding alone keeps the state.
-        logs_BGL = F.logsigmoid((x.gate[:, 0] * real).sum(2) / tokens.clamp(min=1)).masked_fill(tokens == 0, 0)
-        return F.pad(logs_BGL.transpose(1, 2).cumsum(2), (1, 0))
+        logs_BG1 = F.logsigmoid((x.gate[:, 0] * real).sum(2) / tokens.clamp(min=1)).masked_fill(tokens == 0, 0)
+        return F.pad(logs_BG1[..., 0].cumsum(1), (1, 0))
 
-    def other_chunks(self, k_lin, v, ids_BGC, kept_BLG) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G, L], who sees them).
+    def other_chunks(self, k_lin, v, ids_BGC, kept_BG) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """What each chunk sees of the others: (sums of k v^T [B, H, G, S, E], tokens in them [B, G, 1], who sees them).
 
         A chunk continues the one document that is open at its start, so it needs the sums of that one alone. Also
         returns k v^T of all tokens of each chunk.
@@ -240,39 +239,32 @@ class Attention(nn.Module):
         directions = [(first, last, read[:, None] > g)] + (
             [] if self.config.is_causal else [(last, first, g[:, None] < g)]
         )
-        if kept_BLG is None:
-            factor = self.decay ** (read[:, None] - g - 1).clamp(min=0).to(wide(v).dtype)
-        else:
-            between = kept_BLG[..., read.clamp(min=0)][..., :, None] - kept_BLG[..., g + 1][..., None, :]
-            factor = between.clamp(max=0).exp()
+        factor_BGG = 1
+        if kept_BG is not None:
+            between_BGG = kept_BG[:, read.clamp(min=0)][..., None] - kept_BG[:, g + 1][:, None]
+            factor_BGG = between_BGG.clamp(max=0).exp()
         seen = []
         for head, tail, order_GG in directions:
             at_tail = (ids_BGC == tail) & real
             kv = torch.einsum('bhgcs,bhgce->bhgse', wide(k_lin * at_tail[:, None, ..., None]), wide(v))
             continues_BGG = (order_GG & (head == tail.transpose(1, 2)) & (head > 0)).to(kv.dtype)
-            weights_BLGG = continues_BGG[:, None] * factor
-            count = (weights_BLGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype)[:, None])[..., 0].transpose(1, 2)
-            if weights_BLGG.shape[1] == 1:
-                sums = torch.einsum('bgi,bhise->bhgse', weights_BLGG[:, 0].expand(v.shape[0], -1, -1), kv)
-            else:
-                sums = (weights_BLGG @ kv[:, 0].transpose(1, 2)).transpose(1, 2)[:, None]
+            weights_BGG = continues_BGG * factor_BGG
+            count = weights_BGG @ at_tail.sum(-1, keepdim=True).to(kv.dtype)
+            sums = torch.einsum('bgi,bhise->bhgse', weights_BGG.expand(v.shape[0], -1, -1), kv)
             seen.append((sums, count, (ids_BGC == head) & real))
         return seen, kv
 
-    def state_of(self, kv: Tensor, gate: Tensor | None, kept_BLG: Tensor | None, lengths_B: Tensor) -> State:
+    def state_of(self, kv: Tensor, gate: Tensor | None, kept_BG: Tensor | None, lengths_B: Tensor) -> State:
         """The state of rows of one document each, of these lengths: chunks summed, the open one, and what waits."""
         size, complete_B = self.config.chunk_size, lengths_B // self.config.chunk_size
         index_G = torch.arange(kv.shape[2], device=kv.device)
         read_B1 = complete_B[:, None] - (self.chunks - 1)  # up to which chunk the open one reads here
-        if kept_BLG is None:
-            factor_BLG = self.decay ** (read_B1 - index_G - 1).clamp(min=0).to(kv.dtype)[:, None]
-        else:
-            places_BL1 = read_B1.clamp(min=0)[:, None].expand(-1, kept_BLG.shape[1], 1)
-            factor_BLG = (kept_BLG.gather(2, places_BL1) - kept_BLG[..., 1:]).clamp(max=0).exp()
-        weights_BLG = (index_G < read_B1).to(kv.dtype)[:, None] * factor_BLG
+        weights_BG = (index_G < read_B1).to(kv.dtype)
+        if kept_BG is not None:
+            weights_BG = weights_BG * (kept_BG.gather(1, read_B1.clamp(min=0)) - kept_BG[:, 1:]).clamp(max=0).exp()
         state = {
-            'sum': torch.einsum('bsg,bhgse->bhse', weights_BLG, kv),
-            'count': (size * weights_BLG.sum(2))[:, None, None],
+            'sum': torch.einsum('bg,bhgse->bhse', weights_BG, kv),
+            'count': (size * weights_BG.sum(1))[:, None, None, None],
         }
         for apart, (of_chunk, of_gate) in enumerate((('open', 'gate'), ('last', 'last_gate'))[: self.chunks]):
             there_BG = (index_G == complete_B[:, None] - apart).to(kv.dtype)

@@ -9,7 +9,7 @@ FIELDS = {
     **dict(num_heads=1, norm='scale_norm', norm_placement='pre', dropout_rate=0.0, gate='silu'),
     **dict(absolute_position='sinusoid', rope='rotary', relative_bias='toeplitz', relative_bias_length=256),
     **dict(attention_function='relu2', normalizer='paper', normalizer_length=None, learned_temperature=False),
-    **dict(chunk_size=256, branches='both', global_reduction='mean', global_decay=1.0),  # mixed chunk attention
+    **dict(chunk_size=256, branches='both', global_reduction='mean'),  # mixed chunk attention
     **dict(expanded_dim=1536, query_key_dim=128, key_input='shared'),  # gated attention units
     **dict(decay_gate='none', local_window=1),  # of both
     **dict(head_dim=None, feed_forward=None, feed_forward_dim=None),  # Transformers

@@ -21,8 +21,8 @@ FIELDS = (
     *('num_layers', 'model_dim', 'num_heads', 'norm', 'norm_placement', 'absolute_position', 'rope'),
     *('dropout_rate', 'gate', 'query_key_dim', 'key_input', 'head_dim', 'feed_forward', 'feed_forward_dim'),
     *('attention_function', 'normalizer', 'normalizer_length'),
-    *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'global_decay'),
-    *('decay_gate', 'local_window', 'short_convolution', 'output_layer'),
+    *('relative_bias', 'relative_bias_length', 'chunk_size', 'branches', 'global_reduction', 'decay_gate'),
+    *('local_window', 'short_convolution', 'output_layer'),
 )
 NOT_OF_THE_MODEL = {
     *('name', 'size', 'dtype', 'impl', 'layer_stack', 'remat', 'vocab_loss_slice'),

@@ -10,7 +10,6 @@ from .configuration_gau import GAUConfig
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
-GATE_RANK = 16
 
 
 State = dict[str, Tensor]
@@ -150,19 +149,16 @@ class KeyShift(nn.Module):
 
 
 class DecayGate(nn.Module):
-    """The logits of what the state keeps over a chunk: x w + b; or, one for each column of the keys, (x W1) W2 + b."""
+    """The logits of what the state keeps over a chunk, x w + b."""
 
-    def __init__(self, config: GAUConfig):
+    def __init__(self, width: int):
         super().__init__()
-        keys = config.decay_gate == 'keys'
-        self.down = nn.Parameter(torch.empty(config.model_dim, GATE_RANK if keys else 1))
-        self.up = nn.Parameter(torch.empty(GATE_RANK, config.query_key_dim)) if keys else None
-        self.bias = nn.Parameter(torch.zeros(config.query_key_dim if keys else 1))
+        self.down = nn.Parameter(torch.empty(width, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, 1, N, L], in float32."""
-        logits = wide(x_BND) @ wide(self.down)
-        return ((logits if self.up is None else logits @ wide(self.up)) + self.bias)[:, None]
+        """[B, 1, N, 1], in float32."""
+        return (wide(x_BND) @ wide(self.down) + self.bias)[:, None]
 
 
 class RelativeBias(nn.Module):

@@ -15,7 +15,7 @@ from gau.ops.kernels.prefill_chunks import prefill_gated_chunks
 class DecodeGatedAttentionUnit(GatedAttentionUnit):
     """A `GatedAttentionUnit` around mixed chunk attention with relu2, both branches and one head, with a state.
 
-    Its state may have a gate of one number, and, of single tokens, several far chunks.
+    Its state may have a gate, and, of single tokens, several far chunks.
 
     See `gau.ops.kernels.decode_chunks` for a token in a window, `gau.ops.kernels.prefill_chunks` for a block.
     """
@@ -46,8 +46,8 @@ class DecodeGatedAttentionUnit(GatedAttentionUnit):
             parameters = parameters._replace(mix_S=mix_S)
         gated = core.decay_gate != 'none'
         if gated:
-            down_D1, bias_1 = core.gate_parameters(x_BTD.shape[-1])
-            parameters = parameters._replace(gate_D=down_D1[:, 0], gate_bias=bias_1)
+            w_D1, bias_1 = core.gate_parameters(x_BTD.shape[-1])
+            parameters = parameters._replace(gate_D=w_D1[:, 0], gate_bias=bias_1)
         table = tokens.rope[s] if self.rope == 'rotary' else None
         fields = {'position': tokens.decode, 'spec': core.spec}
         in_window = tokens.decode.opened_B is not None

@@ -30,21 +30,21 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         return y_BND + bias_D.astype(y_BND.dtype)
 
     def gate_of_norm(self, inputs: int) -> tuple[Array, Array] | None:
-        """Returns w [inputs] and b [1] of the core's gate x w + b, for the kernel that makes x; None: no such gate."""
+        """Returns w [inputs] and b [1] of the core's gate x w + b, for the kernel that makes x; None: no gate."""
         parameters = self.core.gate_parameters(inputs)
-        if len(parameters) != 2:
+        if parameters is None:
             return None
-        down_D1, bias_1 = parameters
-        return down_D1[:, 0].astype(self.dtype), bias_1
+        w_D1, bias_1 = parameters
+        return w_D1[:, 0].astype(self.dtype), bias_1
 
     @nn.compact
-    def without_bias(self, x_BND: Array, tokens: TokenInfo, gate_BNL: Array | None = None) -> tuple[Array, Array]:
+    def without_bias(self, x_BND: Array, tokens: TokenInfo, gate_BN1: Array | None = None) -> tuple[Array, Array]:
         """Returns GAU(x) less its last bias, [B, N, D], and this bias [D].
 
         Args:
           x_BND: normalised inputs.
           tokens: what the layers of one call share.
-          gate_BNL: logits of the core's gate, if the kernel that made x has made them too; None: they are made here.
+          gate_BN1: logits of the core's gate, if the kernel that made x has made them too; None: they are made here.
 
         Raises:
           ValueError: no gate, several heads, or a block of a sequence that is decoded.
@@ -52,11 +52,11 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         if self.gate != 'silu' or self.num_heads != 1 or not tokens.whole:
             raise ValueError('the fused unit takes whole sequences, with a gate and one head')
         e, s = self.expanded_dim, self.query_key_dim
-        gate_BNL = self.core.gate_logits(x_BND) if gate_BNL is None else gate_BNL
+        gate_BN1 = self.core.gate_logits(x_BND) if gate_BN1 is None else gate_BN1
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
         if self.key_input == 'own' or (self.key_input == 'shifted' and tokens.decode is not None):
             queries_keys, p = self.plain_queries_keys(x_BND, tokens), self.project(x_BND, uv_D2E)
-            return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BNL), x_BND.shape[-1])
+            return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BN1), x_BND.shape[-1])
         z_DS, bias_S = Weights((s,), ('embed',), ('query_key',), self.dtype, name='z')(x_BND)
         mix_S = KeyMix(self.dtype, name='key_shift')(s) if self.key_input == 'shifted' else None
         scale_offset = functools.partial(self.scale_offset(FusedScaleOffset), tokens=tokens, mix_S=mix_S)
@@ -68,7 +68,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
             # U and V are cut over devices, Z is not.
             queries_keys, _ = scale_offset(x_BND @ z_DS, bias_S)
             p = jnp.tensordot(x_BND, uv_D2E, axes=1)
-        return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BNL), x_BND.shape[-1])
+        return self.output(self.attend(p, bias_2E, queries_keys, tokens, gate_BN1), x_BND.shape[-1])
 
     def plain_queries_keys(self, x_BND: Array, tokens: TokenInfo) -> tuple[Array, ...]:
         """Returns queries and keys, [B, N, S] each, without a kernel."""
@@ -88,7 +88,7 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
         return jnp.tensordot(o_BNE.astype(self.dtype), out_ED, axes=1), bias_D
 
     def attend(
-        self, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo, gate_BNL: Array | None
+        self, p: Array, bias_2E: Array, queries_keys: tuple[Array, ...], tokens: TokenInfo, gate_BN1: Array | None
     ) -> Array:
         """Returns U * (A V), [B, N, E], on every device for its own sequences and its own part of E.
 
@@ -97,26 +97,26 @@ class FusedGatedAttentionUnit(GatedAttentionUnit):
           bias_2E: their bias.
           queries_keys: arrays [B, N, S].
           tokens: what the layers of one call share.
-          gate_BNL: logits of the core's gate, or None.
+          gate_BN1: logits of the core's gate, or None.
         """
         bias_HP = self.core.bias_of_sequence(p.shape[1])
 
         def op(p, *operands, sequence_axis):
-            *arrays, gate_BNL, bias_P, segment_ids_BN = operands
+            *arrays, gate_BN1, bias_P, segment_ids_BN = operands
             p_BNW = p.reshape(*p.shape[:2], -1)
             fields = {'bias_P': bias_P, 'segment_ids_BN': segment_ids_BN, 'sequence_axis': sequence_axis}
-            return self.core.gated(p_BNW, *arrays, gate_BNL=gate_BNL, **fields)
+            return self.core.gated(p_BNW, *arrays, gate_BN1=gate_BN1, **fields)
 
         q_BNS, *others = queries_keys
         if tokens.decode is not None:
             bias_P = None if bias_HP is None else bias_HP[0]
             arrays = p.reshape(*p.shape[:2], -1), bias_2E, self.core.scaled(q_BNS), *others
-            return self.core.gated_with_state(*arrays, bias_P=bias_P, gate_BNL=gate_BNL, tokens=tokens)
+            return self.core.gated_with_state(*arrays, bias_P=bias_P, gate_BN1=gate_BN1, tokens=tokens)
         by_token = ('batch', 'length', None)
         columns = (None,) if p.ndim == 3 else (None, 'act_expanded')
         return over_mesh(
             op,
-            *(p, bias_2E, self.core.scaled(q_BNS), *others, gate_BNL),
+            *(p, bias_2E, self.core.scaled(q_BNS), *others, gate_BN1),
             None if bias_HP is None else bias_HP[0],
             tokens.segment_ids_BN,
             axes=[
@@ -141,8 +141,8 @@ class PallasGatedAttentionUnit(FusedGatedAttentionUnit):
         e = self.expanded_dim
         uv_D2E, bias_2E = Weights((2, e), ('embed',), (None, 'expanded'), self.dtype, name='uv')(x_BND)
         queries_keys = self.plain_queries_keys(x_BND, tokens)
-        p, gate_BNL = self.project(x_BND, uv_D2E), self.core.gate_logits(x_BND)
-        o_BNE = self.attend(p, bias_2E, queries_keys, tokens, gate_BNL)
+        p, gate_BN1 = self.project(x_BND, uv_D2E), self.core.gate_logits(x_BND)
+        o_BNE = self.attend(p, bias_2E, queries_keys, tokens, gate_BN1)
         return Linear((x_BND.shape[-1],), ('expanded',), ('embed',), self.dtype, name='out')(o_BNE)
 
 

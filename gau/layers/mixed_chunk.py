@@ -24,9 +24,7 @@ class MixedChunkCore(QuadraticCore):
       pairs: 'direct' for the local branch, inside chunks; 'linear' for the global one; or both.
       chunk_size: C.
       global_reduction: 'mean' or 'sum' over the tokens that a query sees.
-      global_decay: factor on the weight of a token in it for every chunk in between; 1 or, if causal, less.
-      decay_gate: 'none'; or a gate of the data in its place, one number for a chunk ('scalar') or one for each column
-        of the keys ('keys').
+      decay_gate: 'none'; or a gate of the data by which the state forgets, one number for a chunk ('scalar').
       local_window: chunks that the direct pair reads, the own one included: 1 or, if causal, 2.
 
     A gate and a window of two chunks are of causal attention with one head.
@@ -35,7 +33,6 @@ class MixedChunkCore(QuadraticCore):
     pairs: tuple[str, ...] = ('direct', 'linear')
     chunk_size: int = 256
     global_reduction: str = 'mean'
-    global_decay: float = 1.0
     decay_gate: str = 'none'
     local_window: int = 1
 
@@ -43,7 +40,7 @@ class MixedChunkCore(QuadraticCore):
         """Makes the parts with parameters."""
         super().setup()
         if self.decay_gate != 'none':
-            self.gate_layer = DecayGate(self.decay_gate, self.width, self.dtype, name='decay_gate')
+            self.gate_layer = DecayGate(self.dtype, name='decay_gate')
 
     @property
     def reads_input(self) -> bool:
@@ -54,9 +51,9 @@ class MixedChunkCore(QuadraticCore):
         """See the base class."""
         return self.gate_layer(x_BND) if self.decay_gate != 'none' else None
 
-    def gate_parameters(self, inputs: int) -> list[Array]:
+    def gate_parameters(self, inputs: int) -> tuple[Array, Array] | None:
         """See the base class."""
-        return self.gate_layer.parameters(inputs) if self.decay_gate != 'none' else []
+        return self.gate_layer.parameters(inputs) if self.decay_gate != 'none' else None
 
     @property
     def near_pairs(self) -> tuple[str, ...]:
@@ -72,7 +69,7 @@ class MixedChunkCore(QuadraticCore):
     def spec(self) -> ChunkSpec:
         """The fields that the op takes."""
         branches = 'both' if len(self.near_pairs) > 1 else {'direct': 'local', 'linear': 'global'}[self.near_pairs[0]]
-        state = self.global_reduction, self.global_decay, self.local_window
+        state = self.global_reduction, self.local_window
         return ChunkSpec(self.chunk_size, self.scoring, self.causal, branches, *state)
 
     @nn.compact
@@ -86,27 +83,27 @@ class MixedChunkCore(QuadraticCore):
         if self.spec.has_local:
             q_BHNS = self.scaled(q_BHNS)
         arrays = q_BHNS, k_BHNS, q_lin_BHNS, k_lin_BHNS
-        gate_BHNL = None if x_BND is None else self.gate_logits(x_BND)[:, None]
+        gate_BHN1 = None if x_BND is None else self.gate_logits(x_BND)[:, None]
         if not tokens.whole:
-            return mixed_chunk_with_state(self, *arrays, gate_BHNL, v_BHNE, tokens)
+            return mixed_chunk_with_state(self, *arrays, gate_BHN1, v_BHNE, tokens)
         if self.spec.has_local:
             bias_HCC = bias_in_chunk(self.bias_of_sequence(v_BHNE.shape[2]))
 
         def attend(*arrays, segment_ids_BN, sequence_axis):
-            *arrays, gate_BNL, v_BNE, bias_CC = arrays
+            *arrays, gate_BN1, v_BNE, bias_CC = arrays
             return mixed_chunk_attention(
                 *(*arrays, v_BNE),
                 spec=self.spec,
                 segment_ids_BN=segment_ids_BN,
                 bias_CC=bias_CC,
-                gate_BNL=gate_BNL,
+                gate_BN1=gate_BN1,
                 impl=self.impl,
                 sequence_axis=sequence_axis,
             )
 
         return attention_over_mesh(
             attend,
-            *(*arrays, gate_BHNL, v_BHNE),
+            *(*arrays, gate_BHN1, v_BHNE),
             bias=bias_HCC,
             segment_ids_BN=tokens.segment_ids_BN,
             token_multiple=self.chunk_size if self.impl == 'xla' else None,
@@ -122,13 +119,13 @@ class MixedChunkCore(QuadraticCore):
         return self.chunk_size if self.impl == 'pallas' else None
 
     def gated_with_state(
-        self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
+        self, *arrays: Array, bias_P: Array | None, gate_BN1: Array | None, tokens: TokenInfo
     ) -> Array:
         """See the base class."""
         if bias_P is not None:
             # Of a window also where the block is one chunk: there may be one before it.
             bias_P = self.bias(self.spec.window * self.chunk_size)[0]
-        return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, gate_BTL=gate_BNL, tokens=tokens)
+        return gated_mixed_chunk_with_state(self, *arrays, bias_P=bias_P, gate_BT1=gate_BN1, tokens=tokens)
 
     def gated(
         self,
@@ -136,7 +133,7 @@ class MixedChunkCore(QuadraticCore):
         bias_2E: Array,
         *queries_keys: Array,
         bias_P: Array | None,
-        gate_BNL: Array | None,
+        gate_BN1: Array | None,
         segment_ids_BN: Array | None,
         sequence_axis: str | None,
         **fields,
@@ -147,7 +144,7 @@ class MixedChunkCore(QuadraticCore):
             spec=self.spec,
             segment_ids_BN=segment_ids_BN,
             bias_P=bias_P,
-            gate_BNL=gate_BNL,
+            gate_BN1=gate_BN1,
             kernels=self.impl,
             sequence_axis=sequence_axis,
             **fields,

@@ -128,12 +128,12 @@ class QuadraticCore(AttentionCore):
         return None if self.relative_bias == 'none' else self.bias_layer(n, queries_BT)
 
     def gate_logits(self, x_BND: Array) -> Array | None:
-        """Returns the logits of the state's gate for normalised inputs, [B, N, L]; None: there is no gate."""
+        """Returns the logits of the state's gate for normalised inputs, [B, N, 1]; None: there is no gate."""
         return None
 
-    def gate_parameters(self, inputs: int) -> list[Array]:
-        """Returns that gate's parameters for inputs of this width (`gau.layers.decay_gate`); []: there is no gate."""
-        return []
+    def gate_parameters(self, inputs: int) -> tuple[Array, Array] | None:
+        """Returns w and b of that gate for inputs of this width (`gau.layers.decay_gate`); None: there is no gate."""
+        return None
 
     def bias_of_sequence(self, n: int) -> Array | None:
         """Returns the bias of every distance in a sequence of n tokens, [H, 2 n - 1]; None: no bias."""
@@ -150,7 +150,7 @@ class QuadraticCore(AttentionCore):
         bias_2E: Array,
         *queries_keys: Array,
         bias_P: Array | None,
-        gate_BNL: Array | None,
+        gate_BN1: Array | None,
         segment_ids_BN: Array | None,
         sequence_axis: str | None,
     ) -> Array:
@@ -161,7 +161,7 @@ class QuadraticCore(AttentionCore):
           bias_2E: their bias.
           *queries_keys: queries and keys of each of `pairs`, [B, N, S], scaled.
           bias_P: `bias_of_sequence` of the head, or None.
-          gate_BNL: what `gate_logits` returns.
+          gate_BN1: what `gate_logits` returns.
           segment_ids_BN: documents and padding, or None.
           sequence_axis: mesh axis over which the tokens are spread, inside `jax.shard_map`, or None.
         """
@@ -178,17 +178,17 @@ class QuadraticCore(AttentionCore):
         return gated_quadratic.gated_quadratic_attention(p_BNW, bias_2E, *queries_keys, **fields)
 
     def gated_with_state(
-        self, *arrays: Array, bias_P: Array | None, gate_BNL: Array | None, tokens: TokenInfo
+        self, *arrays: Array, bias_P: Array | None, gate_BN1: Array | None, tokens: TokenInfo
     ) -> Array:
         """Returns `gated` of the first tokens of sequences that are decoded; keys and values go into the state.
 
         Args:
           *arrays: those of `gated`.
           bias_P: see there.
-          gate_BNL: see there.
+          gate_BN1: see there.
           tokens: where they stand.
         """
         p_BNW, bias_2E, _, k_BNS = arrays
         _, v_BNE = gate_and_values(p_BNW, bias_2E)
         begin_quadratic_state(self, k_BNS[:, None], v_BNE[:, None])
-        return self.gated(*arrays, bias_P=bias_P, gate_BNL=gate_BNL, segment_ids_BN=None, sequence_axis=None)
+        return self.gated(*arrays, bias_P=bias_P, gate_BN1=gate_BN1, segment_ids_BN=None, sequence_axis=None)

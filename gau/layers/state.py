@@ -45,18 +45,18 @@ def mixed_chunk_with_state(
     k_BHTS: Array,
     q_lin_BHTS: Array,
     k_lin_BHTS: Array,
-    gate_BHTL: Array | None,
+    gate_BHT1: Array | None,
     v_BHTE: Array,
     tokens: TokenInfo,
 ) -> Array:
     """`mixed_chunk_block`, or `window_token`, over the heads of a `MixedChunkCore`; returns [B, H, T, E]."""
 
     def attend(*arrays_and_state):
-        *arrays, gate_BTL, v_BTE, state, bias_CC = arrays_and_state
+        *arrays, gate_BT1, v_BTE, state, bias_CC = arrays_and_state
         fields = {'position': tokens.decode, 'spec': core.spec}
         if tokens.decode.opened_B is not None and core.has_window:
-            return window_token(*arrays, v_BTE, state, gate_B1L=gate_BTL, bias_B1M=bias_CC, **fields)
-        return mixed_chunk_block(*arrays, v_BTE, state, gate_BTL=gate_BTL, bias_CC=bias_CC, **fields)
+            return window_token(*arrays, v_BTE, state, gate_B11=gate_BT1, bias_B1M=bias_CC, **fields)
+        return mixed_chunk_block(*arrays, v_BTE, state, gate_BT1=gate_BT1, bias_CC=bias_CC, **fields)
 
     size, places = core.chunk_size, core.spec.window * core.chunk_size
 
@@ -74,20 +74,20 @@ def mixed_chunk_with_state(
         shapes['k_lin'] = by_token(k_lin_BHTS)
         sums = (*v_BHTE.shape[:2], k_lin_BHTS.shape[-1], v_BHTE.shape[-1])
         shapes['sum'] = sums, param_dtype(v_BHTE.dtype)
-    if gate_BHTL is not None:
-        shapes['gate'] = by_token(gate_BHTL)
-        shapes['count'] = (*gate_BHTL.shape[:2], gate_BHTL.shape[-1]), gate_BHTL.dtype
-    arrays = q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, gate_BHTL, v_BHTE
+    if gate_BHT1 is not None:
+        shapes['gate'] = by_token(gate_BHT1)
+        shapes['count'] = (*gate_BHT1.shape[:2], 1), gate_BHT1.dtype
+    arrays = q_BHTS, k_BHTS, q_lin_BHTS, k_lin_BHTS, gate_BHT1, v_BHTE
     return carried(core, shapes, attend, *arrays, bias=bias_HCC)
 
 
 def gated_mixed_chunk_with_state(
-    core: nn.Module, *arrays: Array, bias_P: Array | None, gate_BTL: Array | None, tokens: TokenInfo
+    core: nn.Module, *arrays: Array, bias_P: Array | None, gate_BT1: Array | None, tokens: TokenInfo
 ) -> Array:
     """`gated_mixed_chunk_block` with the variables of a `MixedChunkCore` of one head; returns [B, T, E]."""
-    names = 'k', 'k_lin', 'v', 'sum', *(() if gate_BTL is None else ('gate', 'count'))
+    names = 'k', 'k_lin', 'v', 'sum', *(() if gate_BT1 is None else ('gate', 'count'))
     state = {name: core.get_variable('cache', name)[:, 0] for name in names}
-    fields = {'position': tokens.decode, 'spec': core.spec, 'bias_P': bias_P, 'gate_BTL': gate_BTL}
+    fields = {'position': tokens.decode, 'spec': core.spec, 'bias_P': bias_P, 'gate_BT1': gate_BT1}
     o_BTE, state = gated_mixed_chunk_block(*arrays, state, **fields)
     for name in names:
         core.put_variable('cache', name, state[name][:, None])

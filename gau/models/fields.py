@@ -35,6 +35,8 @@ class Field(NamedTuple):
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError if the field `name` cannot have the value."""
+        if (name, value) in GONE_VALUES:
+            raise UserError(f'model.{name}={value} does not exist{_gone(GONE_VALUES[name, value])}')
         if self.choices:
             check_choice(f'model.{name}', value, self.choices)
         if self.wrong[0](value):
@@ -103,26 +105,46 @@ class Gone(NamedTuple):
 
     Attributes:
       unused: the value with which such a config still means what it did.
-      beside: a field that came no later and has a value in the same models.
+      beside: a field that stored configs have unless they are older than this one.
       page: that of docs/results, which says what the field was worth and names a commit that has it.
+      applied: says of a model, by its fields, whether it had the field; None: where `beside` has a value.
     """
 
     unused: Any
     beside: str
     page: str
+    applied: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def stood(self, model: Mapping[str, Any]) -> Any:
+        """Returns what a model that made no use of the field would have in its place, None where it did not apply."""
+        applied = self.applied(model) if self.applied else model[self.beside] is not None
+        return self.unused if applied else None
+
+
+def _has_state_without_gate(model: Mapping[str, Any]) -> bool:
+    # (Gates of the branch that docs/results/quality_memory.md tells of had other names, and no decay beside them.)
+    other_gate = model['decay_gate'] is None and model.get('local_window') is not None
+    return model.get('branches') in ('both', 'global') and model['decay_gate'] != 'scalar' and not other_gate
 
 
 GONE = {
     'head_decay': Gone(0.0, 'num_heads', 'heads'),
     'global_norm': Gone('none', 'decay_gate', 'quality_keys'),
     'linear_start': Gone('direct', 'decay_gate', 'quality_keys'),
+    'global_decay': Gone(1.0, 'decay_gate', 'quality_memory', _has_state_without_gate),
 }
+# Values of fields that are still there, and the page of each.
+GONE_VALUES = {('decay_gate', 'keys'): 'quality_memory'}
+
+
+def _gone(page: str) -> str:
+    return f'; it is gone, docs/results/{page}.md names a commit that has it'
 
 
 def unknown(name: str, fields: Iterable[str]) -> str:
     """Says of a name that is none of the fields of `model` what became of it, or which field is nearest."""
     if name in GONE:
-        return f'; it is gone, docs/results/{GONE[name].page}.md names a commit that has it'
+        return _gone(GONE[name].page)
     return did_you_mean(name, fields)
 
 

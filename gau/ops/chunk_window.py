@@ -5,9 +5,9 @@ sum in float32 that is read, and may be written, each time. In a window nothing 
 chunk and T tokens more, T <= C, so that at most one chunk is completed in it:
 
     v [B, C + T, E]; k, k_lin [B, C + T, S]     the tokens from the start of the chunk that was current
-    gate [B, C + T, L]                          logits, where a gate decides what the sum keeps
+    gate [B, C + T, 1]                          logits, where a gate decides what the sum keeps
     sum [B, S, E]                               as it was, in the compute type: only read
-    count [B, L]                                of a state with a gate, as it was
+    count [B, 1]                                of a state with a gate, as it was
     arrivals [B]                                for the kernel that counts its programs (`kernels.decode_row`): zeros
     far_k, far_v, far_mean, far_query           of several far chunks, as they are in the state: written in place
     far_index, far_next [B, R]                  what the chunk that was current reads: only read; and what the next does
@@ -47,7 +47,7 @@ def open_window(state: State, tokens: int) -> State:
 
 
 def close_window(
-    state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, decay: float, chunks: int = 1
+    state: State, window: State, *, start_B: Array, end_B: Array, chunk_size: int, chunks: int = 1
 ) -> State:
     """Returns the state after the tokens of a window.
 
@@ -57,7 +57,6 @@ def close_window(
       start_B: position of each row when it was opened.
       end_B: position now.
       chunk_size: C.
-      decay: factor on the sum for every chunk that comes after; a gate of the state takes its place.
       chunks: that the local branch reads.
     """
     size = chunk_size
@@ -79,11 +78,9 @@ def close_window(
         total, k_lin = state['sum'], jnp.where(full_B111, window['k_lin'][..., :size, :], 0)
         added = jnp.einsum('...CS,...CE->...SE', k_lin, window['v'][..., :size, :], preferred_element_type=total.dtype)
         if 'gate' in state:
-            kept_BHL = jnp.where(full_B111[..., 0], kept(window['gate'][..., :size, :]), 1)
-            total = kept_BHL[..., None] * total
-            closed['count'] = kept_BHL * state['count'] + jnp.where(full_B111[..., 0], size, 0)
-        elif decay < 1:
-            total = jnp.where(full_B111, decay, 1).astype(total.dtype) * total
+            kept_BH1 = jnp.where(full_B111[..., 0], kept(window['gate'][..., :size, :]), 1)
+            total = kept_BH1[..., None] * total
+            closed['count'] = kept_BH1 * state['count'] + jnp.where(full_B111[..., 0], size, 0)
         closed['sum'] = total + added
     return closed
 
@@ -98,7 +95,7 @@ def window_token(
     *,
     position: DecodePosition,
     spec: ChunkSpec,
-    gate_B1L: Array | None = None,
+    gate_B11: Array | None = None,
     bias_B1M: Array | None = None,
 ) -> tuple[Array, State]:
     """Decodes one token of each row in a window; arguments and results are those of `gau.ops.decoding`'s blocks.
@@ -109,7 +106,7 @@ def window_token(
     place_B = position.start_B - position.opened_B // size * size + (spec.window - 1) * size
     rows_B = jnp.arange(place_B.shape[0])
     to_B = jnp.where(position.length_B > 0, place_B, places)
-    new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E, 'gate': gate_B1L}
+    new = {'k': k_B1S, 'k_lin': k_lin_B1S, 'v': v_B1E, 'gate': gate_B11}
     window = window | {
         name: window[name].at[rows_B, to_B].set(x[:, 0], mode='drop') for name, x in new.items() if name in window
     }
@@ -133,22 +130,20 @@ def window_token(
         far_BW = (place_W // size < near_B1) & (place_W >= zero_B1)
         # The type of the sum outside the window.
         dtype = jnp.promote_types(v_BWE.dtype, jnp.float32)
-        if gate_B1L is None:
+        if gate_B11 is None:
             chunks_B1 = chunks_in_sum((position.start_B // size)[:, None], spec)
             q_lin_B1S = weights_of_state(q_lin_B1S, chunks_B1, spec, dtype)
         else:
             in_window_B1 = far_BW[:, :1]
-            kept_BL = jnp.where(in_window_B1, kept(window['gate'][:, :size]), 1)
-            count_BL = kept_BL * window['count'] + size * in_window_B1
-            q_lin_B1S = over_count(q_lin_B1S, count_BL, spec)
+            kept_B1 = jnp.where(in_window_B1, kept(window['gate'][:, :size]), 1)
+            count_B1 = kept_B1 * window['count'] + size * in_window_B1
+            q_lin_B1S = over_count(q_lin_B1S, count_B1, spec)
         k_lin_BWS = window['k_lin']
         far_B1W = jnp.einsum('BNS,BWS->BNW', q_lin_B1S.astype(k_lin_BWS.dtype), k_lin_BWS, preferred_element_type=dtype)
         weights.append(jnp.where(far_BW[:, None], far_B1W, 0))
         # The chunk that was completed in the window stands between the token and the sum.
-        if gate_B1L is not None:
-            q_lin_B1S *= kept_BL[:, None]
-        elif spec.global_decay < 1:
-            q_lin_B1S *= (spec.global_decay ** near_B1.astype(dtype))[..., None]
+        if gate_B11 is not None:
+            q_lin_B1S *= kept_B1[:, None]
         o_B1E = q_lin_B1S.astype(v_BWE.dtype) @ window['sum']
     # The branches look at different places: one matmul serves both.
     return sum(weights).astype(v_BWE.dtype) @ v_BWE + o_B1E, window

@@ -6,9 +6,9 @@ The states, for one head (H goes after B):
 
     quadratic      k [B, M, S], v [B, M, E]: every token so far, at most M
     mixed chunk    k, k_lin [B, C, S], v [B, C, E]: the current chunk, and
-                   sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C), and a
-                   chunk weighs global_decay^(complete chunks after it). Where a gate decides what the sum keeps, also
-                   gate [B, C, L]: its logits in the current chunk, and count [B, L]: the tokens of sum by weight.
+                   sum [B, S, E]: k_lin v^T over all complete chunks, float32; their tokens are C * (start // C). Where
+                   a gate decides what the sum keeps, also gate [B, C, 1]: its logits in the current chunk, and
+                   count [B, 1]: the tokens of sum by weight.
                    With a window of two chunks k, k_lin, v and gate have 2 C places, the chunk before and the current
                    one, and sum and count are over the chunks before these
     linear         sum [B, F, K + 1]: phi(k) (v, 1)^T over all tokens, float32, F features; with FAVOR+ log_scale [B]:
@@ -191,7 +191,7 @@ def mixed_chunk_block(
     *,
     position: DecodePosition,
     spec: ChunkSpec,
-    gate_BTL: Array | None = None,
+    gate_BT1: Array | None = None,
     bias_CC: Array | None = None,
 ) -> tuple[Array, State]:
     """Decodes a block with FLASH's mixed chunk attention; the cost does not depend on what was read before.
@@ -205,7 +205,7 @@ def mixed_chunk_block(
       state: `v`; with a local branch `k`; with a global branch `k_lin` and `sum` (module docstring).
       position: where the tokens stand.
       spec: chunk size, branches and so on, causal.
-      gate_BTL: logits of a gate of the state, or None.
+      gate_BT1: logits of a gate of the state, or None.
       bias_CC: relative bias in a window of W chunks, [W C, W C]; for a block of one token its row [B, 1, W C]; or None.
 
     Returns:
@@ -216,19 +216,19 @@ def mixed_chunk_block(
         new['k'] = k_BTS
     if spec.has_global:
         new['k_lin'] = k_lin_BTS
-    if gate_BTL is not None:
-        new['gate'] = gate_BTL
+    if gate_BT1 is not None:
+        new['gate'] = gate_BT1
     decode = _one_token if v_BTE.shape[1] == 1 else _whole_chunks
     return decode(q_BTS, q_lin_BTS, new, state, position, spec, bias_CC)
 
 
 def over_count(q_lin: Array, count: Array, spec: ChunkSpec) -> Array:
-    """Returns queries [..., N, S]; for a mean over `count`, the summed weights [..., L] of a gated state's tokens."""
+    """Returns queries [..., N, S]; for a mean over `count`, the summed weights [..., 1] of a gated state's tokens."""
     return q_lin.astype(count.dtype) / (jnp.where(count > 0, count, 1)[..., None, :] if spec.mean else 1)
 
 
 def kept(gate: Array) -> Array:
-    """Returns which part of a state a chunk keeps, [..., L], from the gate's logits of its tokens [..., C, L]."""
+    """Returns which part of a state a chunk keeps, [..., 1], from the gate's logits of its tokens [..., C, 1]."""
     return jax.nn.sigmoid(gate.mean(-2))
 
 
@@ -243,10 +243,8 @@ def weights_of_state(q_lin: Array, chunks: Array, spec: ChunkSpec, dtype) -> Arr
 
 
 def scale_of_state(chunks: Array, spec: ChunkSpec, dtype) -> Array:
-    """Returns the factor with which a state of so many chunks is read: 1 / summed weights for a mean; 0 if empty."""
+    """Returns the factor with which a state of so many chunks is read: 1 / its tokens for a mean; 0 if empty."""
     count = chunks * spec.chunk_size
-    if spec.global_decay < 1:
-        count = spec.chunk_size * (1 - spec.global_decay ** chunks.astype(dtype)) / (1 - spec.global_decay)
     return jnp.where(chunks > 0, 1 / jnp.maximum(count, 1).astype(dtype) if spec.mean else 1, 0).astype(dtype)
 
 
@@ -279,16 +277,14 @@ def _one_token(q_B1S, q_lin_B1S, new, state, position, spec, bias_B1M):
         # The first chunk of the window; there is none before the sequence.
         leaves_B = full_B & (chunks_B >= spec.window - 1)
         if 'gate' in state:
-            kept_BL = jnp.where(leaves_B[:, None], kept(state['gate'][:, :size]), 1)
-            state['count'] = kept_BL * state['count'] + jnp.where(leaves_B, size, 0)[:, None]
+            kept_B1 = jnp.where(leaves_B[:, None], kept(state['gate'][:, :size]), 1)
+            state['count'] = kept_B1 * state['count'] + jnp.where(leaves_B, size, 0)[:, None]
 
         def folded(total_BSE):
             k_BCS = jnp.where(leaves_B[:, None, None], state['k_lin'][:, :size], 0)
             kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, v_BME[:, :size], preferred_element_type=total_BSE.dtype)
             if 'gate' in state:
-                total_BSE = kept_BL[..., None] * total_BSE
-            elif spec.global_decay < 1:
-                total_BSE = jnp.where(leaves_B[:, None, None], spec.global_decay, 1) * total_BSE
+                total_BSE = kept_B1[..., None] * total_BSE
             return total_BSE + kv_BSE
 
         state['sum'] = jax.lax.cond(leaves_B.any(), folded, lambda total_BSE: total_BSE, total_BSE)
@@ -341,12 +337,8 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM):
         sums_BGSE = jnp.concatenate([state['sum'][:, None], kv_BGSE], axis=1)
         chunk_BG = (position.start_B // size)[:, None] + jnp.arange(chunks) - before
         if 'gate' in split:
-            sums_BGSE, count_BGL = _sums_with_gate(state, kept(split['gate']), kv_BGSE, (chunk_BG >= 0) * size)
-            new_state['count'] = jnp.take_along_axis(count_BGL, complete_B[:, None, None], axis=1)[:, 0]
-        elif spec.global_decay < 1:
-            steps = jnp.arange(chunks + 1)
-            weights = jnp.tril(spec.global_decay ** jnp.maximum(steps[:, None] - steps, 0).astype(dtype))
-            sums_BGSE = jnp.einsum('GI,BISE->BGSE', weights, sums_BGSE, precision=jax.lax.Precision.HIGHEST)
+            sums_BGSE, count_BG1 = _sums_with_gate(state, kept(split['gate']), kv_BGSE, (chunk_BG >= 0) * size)
+            new_state['count'] = jnp.take_along_axis(count_BG1, complete_B[:, None, None], axis=1)[:, 0]
         else:
             sums_BGSE = jnp.cumsum(sums_BGSE, axis=1)
 
@@ -356,7 +348,7 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM):
 
         q_lin_BGCS = into_chunks(laid_out(nothing_BMS, q_lin_BTS), size)
         if 'gate' in split:
-            left.append(over_count(q_lin_BGCS, read(count_BGL), spec))
+            left.append(over_count(q_lin_BGCS, read(count_BG1), spec))
         else:
             left.append(weights_of_state(q_lin_BGCS, chunks_in_sum(chunk_BG, spec)[..., None], spec, dtype))
         right.append(read(sums_BGSE))
@@ -373,7 +365,7 @@ def _whole_chunks(q_BTS, q_lin_BTS, new, state, position, spec, bias_MM):
     return cut(o_BNE, first_B, t), new_state
 
 
-def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, tokens_BG: Array) -> tuple[Array, Array]:
+def _sums_with_gate(state: State, factor_BG1: Array, kv_BGSE: Array, tokens_BG: Array) -> tuple[Array, Array]:
     """Returns sum and count as they are before the first of G chunks, of so many tokens, and after each of them."""
 
     def step(carry, chunk):
@@ -381,7 +373,7 @@ def _sums_with_gate(state: State, factor_BGL: Array, kv_BGSE: Array, tokens_BG: 
         return carry, carry
 
     start = state['sum'], state['count']
-    n_BGL = jnp.broadcast_to(tokens_BG[..., None], factor_BGL.shape).astype(factor_BGL.dtype)
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BGL, (kv_BGSE, n_BGL)))
+    n_BG1 = tokens_BG[..., None].astype(factor_BG1.dtype)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BG1, (kv_BGSE, n_BG1)))
     _, after = jax.lax.scan(step, start, xs)
     return jax.tree.map(lambda x, y: jnp.moveaxis(jnp.concatenate([x[None], y]), 0, 1), start, after)

@@ -26,7 +26,7 @@ def gated_mixed_chunk(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    gate_BNL: Array | None = None,
+    gate_BN1: Array | None = None,
     far_BNS: tuple[Array, Array] | None = None,
     far_chunks: int = 0,
 ) -> Array:
@@ -42,7 +42,7 @@ def gated_mixed_chunk(
       spec: and segment_ids_BN: see there; both branches.
       bias_P: relative bias by distance inside a chunk, [2 min(N, C) - 1], or None; where the local branch reads two
         chunks and N is above C, [4 C - 1].
-      gate_BNL: see there; float32.
+      gate_BN1: see there; float32.
       far_BNS: queries and keys of `gau.ops.far_chunks`, finite at padding as the others; or None.
       far_chunks: how many chunks these read; 0 without them.
 
@@ -57,7 +57,7 @@ def gated_mixed_chunk(
         spec=spec,
         segment_ids_BN=segment_ids_BN,
         bias_CC=None if bias_P is None else bias_matrix(bias_P, size, size),
-        gate_BNL=gate_BNL,
+        gate_BN1=gate_BN1,
         impl='reference',
     )
     if far_BNS is not None:

@@ -2,10 +2,9 @@
 
     M[g + 1] = d[g] M[g] + k[g]^T v[g]      d[g] = sigmoid(mean of the logits of chunk g's tokens)
 
-d[g] is one number for a state [S, E], or one for each of its rows, the columns of the keys. Chunk g reads M[g], or
-M[g - 1] where it sees the chunk before otherwise. M begins with zeros in every document, and a gate's logits reach no
-other one: a chunk with tokens of two documents hands nothing on from before it. `gau.ops.chunk_states` has the same
-without a gate as a matmul over all chunks, which a factor for each row would make large.
+Chunk g reads M[g], or M[g - 1] where it sees the chunk before otherwise. M begins with zeros in every document, and a
+gate's logits reach no other one: a chunk with tokens of two documents hands nothing on from before it.
+`gau.ops.chunk_states` has the same without a gate as a matmul over all chunks.
 
 Padding has no logits: a chunk of nothing else keeps the state, d[g] = 1. Were it less, the count of tokens in the state
 of a row that ends with many such chunks would be no normal number of float32 any more, nor a gradient by it a number.
@@ -28,22 +27,22 @@ class Carried(NamedTuple):
 
     Attributes:
       state_BGSE: weighted sum of k v^T, at least float32.
-      count_BGL: sum of the weights of the tokens in it; L is 1, or S: one for each row of the state.
+      count_BG1: sum of the weights of the tokens in it.
       sees_BGC: which tokens of the chunk belong to the document of that state.
     """
 
     state_BGSE: Array
-    count_BGL: Array
+    count_BG1: Array
     sees_BGC: Array
 
 
-def log_decays(logits_BNL: Array, segment_ids_BN: Array | None, chunk_size: int) -> Array:
-    """Returns log d of every chunk, [B, G, L], from the logits of its tokens; 0 where all of them are padding."""
-    logits_BGCL = into_chunks(logits_BNL, chunk_size)
-    ids_BN = jnp.ones(logits_BNL.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
+def log_decays(logits_BN1: Array, segment_ids_BN: Array | None, chunk_size: int) -> Array:
+    """Returns log d of every chunk, [B, G, 1], from the logits of its tokens; 0 where all of them are padding."""
+    logits_BGC1 = into_chunks(logits_BN1, chunk_size)
+    ids_BN = jnp.ones(logits_BN1.shape[:2], jnp.int32) if segment_ids_BN is None else segment_ids_BN
     real_BGC1 = into_chunks(ids_BN, chunk_size)[..., None] > 0
-    total_BGL, number_BG1 = jnp.where(real_BGC1, logits_BGCL, 0).sum(2), real_BGC1.sum(2)
-    return jnp.where(number_BG1 > 0, jax.nn.log_sigmoid(total_BGL / jnp.maximum(number_BG1, 1)), 0)
+    total_BG1, number_BG1 = jnp.where(real_BGC1, logits_BGC1, 0).sum(2), real_BGC1.sum(2)
+    return jnp.where(number_BG1 > 0, jax.nn.log_sigmoid(total_BG1 / jnp.maximum(number_BG1, 1)), 0)
 
 
 def previous_chunk(x_BG: Array, sequence_axis: str | None = None) -> Array:
@@ -63,7 +62,7 @@ def carried_states(
     k_BGCS: Array,
     v_BGCE: Array,
     ids_BGC: Array,
-    log_decay_BGL: Array,
+    log_decay_BG1: Array,
     *,
     delay: int = 0,
     sequence_axis: str | None = None,
@@ -74,7 +73,7 @@ def carried_states(
       k_BGCS: keys, 0 at padding.
       v_BGCE: values, 0 at padding.
       ids_BGC: segment ids, [B, G, C] or [1, G, C].
-      log_decay_BGL: log d; B and G may be 1.
+      log_decay_BG1: log d; B and G may be 1.
       delay: how many of the chunks just before it a chunk does not find in the state.
       sequence_axis: mesh axis over whose devices the chunks are spread in order (inside `jax.shard_map`), or None.
     """
@@ -90,34 +89,34 @@ def carried_states(
     after_BG = jnp.where(latest_BG < 0, came_B[:, None], after_BG)
     open_BG = jnp.concatenate([came_B[:, None], after_BG[:, :-1]], axis=1)
     carried_BG1 = ((after_BG == open_BG) & (open_BG > 0))[..., None]
-    factor_BGL = jnp.where(carried_BG1, jnp.exp(log_decay_BGL.astype(dtype)), 0)
+    factor_BG1 = jnp.where(carried_BG1, jnp.exp(log_decay_BG1.astype(dtype)), 0)
 
     k_BGCS = jnp.where(at_tail_BGC[..., None], k_BGCS, 0)
     kv_BGSE = jnp.einsum('BGCS,BGCE->BGSE', k_BGCS, v_BGCE, preferred_element_type=dtype)
-    n_BGL = jnp.broadcast_to(at_tail_BGC.sum(-1).astype(dtype)[..., None], factor_BGL.shape)
+    n_BG1 = at_tail_BGC.sum(-1).astype(dtype)[..., None]
 
     def step(carry, chunk):
-        factor_BL, *added = chunk
-        return after_chunk(carry, factor_BL, added), carry
+        factor_B1, *added = chunk
+        return after_chunk(carry, factor_B1, added), carry
 
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BGL, kv_BGSE, n_BGL))
-    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (kv_BGSE, n_BGL))
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factor_BG1, kv_BGSE, n_BG1))
+    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (kv_BGSE, n_BG1))
     left, found = jax.lax.scan(step, start, xs, unroll=min(groups, 8))
-    state_BGSE, count_BGL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+    state_BGSE, count_BG1 = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
     if sequence_axis is not None:
-        state_BSE, count_BL = _left_by_others(left, factor_BGL.prod(1), sequence_axis)
-        reached_BGL = jnp.concatenate([jnp.ones_like(factor_BGL[:, :1]), factor_BGL[:, :-1]], axis=1).cumprod(1)
-        state_BGSE += reached_BGL[..., None] * state_BSE[:, None]
-        count_BGL += reached_BGL * count_BL[:, None]
+        state_BSE, count_B1 = _left_by_others(left, factor_BG1.prod(1), sequence_axis)
+        reached_BG1 = jnp.concatenate([jnp.ones_like(factor_BG1[:, :1]), factor_BG1[:, :-1]], axis=1).cumprod(1)
+        state_BGSE += reached_BG1[..., None] * state_BSE[:, None]
+        count_BG1 += reached_BG1 * count_B1[:, None]
     for _ in range(delay):
-        open_BG, state_BGSE, count_BGL = (previous_chunk(x, sequence_axis) for x in (open_BG, state_BGSE, count_BGL))
-    return Carried(state_BGSE, count_BGL, (ids_BGC == open_BG[..., None]) & (ids_BGC > 0))
+        open_BG, state_BGSE, count_BG1 = (previous_chunk(x, sequence_axis) for x in (open_BG, state_BGSE, count_BG1))
+    return Carried(state_BGSE, count_BG1, (ids_BGC == open_BG[..., None]) & (ids_BGC > 0))
 
 
-def after_chunk(carry: tuple[Array, Array], factor_BL: Array, added: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Returns state [B, S, E] and count [B, L] after a chunk, given its factor on them and what it adds to both."""
-    (state_BSE, count_BL), (kv_BSE, n_BL) = carry, added
-    return factor_BL[..., None] * state_BSE + kv_BSE, factor_BL * count_BL + n_BL
+def after_chunk(carry: tuple[Array, Array], factor_B1: Array, added: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns state [B, S, E] and count [B, 1] after a chunk, given its factor on them and what it adds to both."""
+    (state_BSE, count_B1), (kv_BSE, n_B1) = carry, added
+    return factor_B1[..., None] * state_BSE + kv_BSE, factor_B1 * count_B1 + n_B1
 
 
 def one_over_count(count: Array) -> Array:
@@ -139,14 +138,14 @@ def _open_before(last_BG: Array, sequence_axis: str | None) -> Array:
     return first_and_last_document(jnp.where(earlier_A, left_BA, 0))[1]
 
 
-def _left_by_others(left, factor_BL: Array, sequence_axis: str):
+def _left_by_others(left, factor_B1: Array, sequence_axis: str):
     """State and count that come to this device from those before it: each leaves its own, and a factor on what came."""
-    of_all = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis), (factor_BL, left))
+    of_all = jax.tree.map(lambda x: jax.lax.all_gather(x, sequence_axis), (factor_B1, left))
     devices = jnp.arange(of_all[0].shape[0])
 
     def step(carry, device):
-        number, (factor_BL, added) = device
+        number, (factor_B1, added) = device
         earlier = number < jax.lax.axis_index(sequence_axis)
-        return jax.tree.map(lambda x, y: jnp.where(earlier, x, y), after_chunk(carry, factor_BL, added), carry), None
+        return jax.tree.map(lambda x, y: jnp.where(earlier, x, y), after_chunk(carry, factor_B1, added), carry), None
 
     return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, left), (devices, of_all))[0]

@@ -8,7 +8,6 @@ causal (so the first chunk gets exactly 0). No token of another document enters 
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -32,8 +31,6 @@ class ChunkSpec(NamedTuple):
       causal: whether later tokens are hidden.
       branches: 'both', 'local' or 'global'.
       global_reduction: 'mean' over the visible tokens (paper) or 'sum'.
-      global_decay: factor on the weight of a token in it for every chunk that stands between the token's and the
-        query's; 1 (paper), or, if causal, less.
       window: chunks that the local branch reads, the own one included: 1 (paper), or, if causal, 2. The global branch
         reads those before them.
     """
@@ -43,7 +40,6 @@ class ChunkSpec(NamedTuple):
     causal: bool
     branches: str = 'both'
     global_reduction: str = 'mean'
-    global_decay: float = 1.0
     window: int = 1
 
     @property
@@ -73,7 +69,7 @@ def mixed_chunk_attention(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_CC: Array | None = None,
-    gate_BNL: Array | None = None,
+    gate_BN1: Array | None = None,
     impl: str = 'xla',
     sequence_axis: str | None = None,
 ) -> Array:
@@ -89,8 +85,8 @@ def mixed_chunk_attention(
       segment_ids_BN: documents and padding, or None.
       bias_CC: relative position bias inside a chunk, at least [min(N, C), min(N, C)], or None; where the local branch
         reads two chunks and N is above C, [2 C, 2 C].
-      gate_BNL: logits of a gate by which the state forgets, instead of `spec.global_decay`: for every token one, or one
-        for each column of the keys (`gau.ops.gated_states`). Causal. Or None.
+      gate_BN1: logits of a gate by which the state forgets, one for every token (`gau.ops.gated_states`). Causal. Or
+        None.
       impl: 'reference' is a masked N x N form, right for any layout of segments; 'xla' is linear in N and asks that
         documents are contiguous.
       sequence_axis: mesh axis over whose devices the tokens are spread in order and in whole chunks, where this runs
@@ -103,20 +99,20 @@ def mixed_chunk_attention(
     Raises:
       ValueError: an unknown `impl`, branch or reduction; or a window or a gate if not causal.
     """
-    if not spec.causal and (spec.window > 1 or gate_BNL is not None):
+    if not spec.causal and (spec.window > 1 or gate_BN1 is not None):
         raise ValueError('a window of two chunks and a gate are of causal attention')
     arrays = [clear_padding(x, segment_ids_BN) for x in (q_BNS, k_BNS, q_lin_BNS, k_lin_BNS, v_BNE)]
-    log_decay_BGL = None
-    if gate_BNL is not None:
-        log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, min(spec.chunk_size, v_BNE.shape[1]))
+    log_decay_BG1 = None
+    if gate_BN1 is not None:
+        log_decay_BG1 = log_decays(gate_BN1, segment_ids_BN, min(spec.chunk_size, v_BNE.shape[1]))
     elif spec.window > 1:
-        log_decay_BGL = jnp.full((1, 1, 1), math.log(spec.global_decay))
+        log_decay_BG1 = jnp.zeros((1, 1, 1))
     chunked = functools.partial(_chunked, sequence_axis=sequence_axis)
     attend = choose(impl, {'reference': _reference, 'xla': chunked})
-    return clear_padding(attend(*arrays, spec, segment_ids_BN, bias_CC, log_decay_BGL), segment_ids_BN)
+    return clear_padding(attend(*arrays, spec, segment_ids_BN, bias_CC, log_decay_BG1), segment_ids_BN)
 
 
-def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL):
+def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BG1):
     """Both branches as masked N x N matrices."""
     n, causal = v.shape[1], spec.causal
     index = jnp.arange(n)
@@ -135,17 +131,13 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_B
         fields = {'scoring': spec.scoring, 'sequence_length': spec.window * spec.chunk_size}
         a_BNN = attention_weights(q, k, mask=mask_BNN, bias=bias_NN, **fields)
         o_BNE += a_BNN.astype(v.dtype) @ v
-    if spec.has_global and log_decay_BGL is not None:
-        mask_BNN = visible_BNN & (chunk[:, None] >= chunk + spec.window)
-        a_BNN = _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL)
-        o_BNE += a_BNN.astype(v.dtype) @ v
-    elif spec.has_global:
-        mask_BNN = visible_BNN & (chunk[:, None] > chunk) if causal else visible_BNN
+    if spec.has_global:
+        mask_BNN = visible_BNN & (chunk[:, None] >= chunk + spec.window) if causal else visible_BNN
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         a_BNN = jnp.einsum('BNS,BMS->BNM', q_lin, k_lin, preferred_element_type=dtype)
         weights_BNN = mask_BNN.astype(dtype)
-        if spec.global_decay < 1:
-            weights_BNN *= spec.global_decay ** jnp.maximum(chunk[:, None] - chunk - 1, 0)
+        if log_decay_BG1 is not None:
+            weights_BNN = _weights_by_decay(log_decay_BG1.astype(dtype), mask_BNN, spec)
         if spec.mean:
             total_BN1 = weights_BNN.sum(-1, keepdims=True)
             a_BNN /= jnp.where(total_BN1 > 0, total_BN1, 1)
@@ -153,24 +145,19 @@ def _reference(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_B
     return o_BNE
 
 
-def _weights_by_decay(q_lin, k_lin, spec, mask_BNN, log_decay_BGL):
-    """The global branch's weights: q.k with a factor for every column, the product of what lies in between."""
-    dtype, n = jnp.promote_types(q_lin.dtype, jnp.float32), q_lin.shape[1]
+def _weights_by_decay(log_decay_BG1, mask_BNN, spec):
+    """The weights of tokens in a state: of each the product of the decays of the chunks in between."""
+    n = mask_BNN.shape[-1]
     chunk, groups = jnp.arange(n) // spec.chunk_size, -(-n // spec.chunk_size)
-    log_BGL = jnp.broadcast_to(log_decay_BGL.astype(dtype), (len(log_decay_BGL), groups, log_decay_BGL.shape[-1]))
+    log_BG = jnp.broadcast_to(log_decay_BG1[..., 0], (len(log_decay_BG1), groups))
     # total[g]: the sum over the chunks before g.
-    total_BGL = jnp.pad(jnp.cumsum(log_BGL, axis=1), ((0, 0), (1, 0), (0, 0)))
-    until_BNL, from_BNL = (total_BGL[:, g] for g in (jnp.maximum(chunk - spec.window + 1, 0), chunk + 1))
-    mask_BNN1 = mask_BNN[..., None]
-    w_BNNL = jnp.where(mask_BNN1, jnp.exp(jnp.where(mask_BNN1, until_BNL[:, :, None] - from_BNL[:, None], 0)), 0)
-    if spec.mean:
-        count_BN1L = w_BNNL.sum(2, keepdims=True)
-        w_BNNL /= jnp.where(count_BN1L > 0, count_BN1L, 1)
-    w_BNNS = jnp.broadcast_to(w_BNNL, (*w_BNNL.shape[:3], q_lin.shape[-1]))
-    return jnp.einsum('BNS,BMS,BNMS->BNM', q_lin.astype(dtype), k_lin.astype(dtype), w_BNNS)
+    total_BG = jnp.pad(jnp.cumsum(log_BG, axis=1), ((0, 0), (1, 0)))
+    until_BN, from_BN = (total_BG[:, g] for g in (jnp.maximum(chunk - spec.window + 1, 0), chunk + 1))
+    between_BNN = jnp.where(mask_BNN, until_BN[:, :, None] - from_BN[:, None], 0)
+    return jnp.where(mask_BNN, jnp.exp(between_BNN), 0)
 
 
-def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL, *, sequence_axis):
+def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BG1, *, sequence_axis):
     """The linear form: chunks attend within themselves and read a state of what lies before, or before and after."""
     n = v.shape[1]
     size = min(spec.chunk_size, n)
@@ -183,8 +170,8 @@ def _chunked(q, k, q_lin, k_lin, v, spec, segment_ids_BN, bias_CC, log_decay_BGL
     a_BGCC = _weights_in_chunk(q, k, spec, ids_BGC, bias_CC, sequence_axis) if spec.has_local else None
     terms = []
     o_BGCE = 0
-    if spec.has_global and log_decay_BGL is not None:
-        terms = [_read_carried(q_lin, k_lin, v_BGCE, spec, ids_BGC, log_decay_BGL, sequence_axis)]
+    if spec.has_global and log_decay_BG1 is not None:
+        terms = [_read_carried(q_lin, k_lin, v_BGCE, spec, ids_BGC, log_decay_BG1, sequence_axis)]
     elif spec.has_global and not spec.causal and ids_BGC is None:
         o_BGCE = _read_all(q_lin, k_lin, v_BGCE, n, spec, sequence_axis)
     elif spec.has_global and (v_BGCE.shape[1] > 1 or not spec.causal or sequence_axis is not None):
@@ -221,14 +208,14 @@ def _weights_in_chunk(q_BGCS, k_BGCS, spec, ids_BGC, bias_CC, sequence_axis):
     return attention_weights(q_BGCS, k_BGCS, mask=mask_BGCC, bias=bias_CC, **fields)
 
 
-def _read_carried(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, log_decay_BGL, sequence_axis):
+def _read_carried(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, log_decay_BG1, sequence_axis):
     """The global branch as weights and what they weigh: queries [B, G, C, S] and states [B, G, S, E]."""
     ids_BGC = jnp.ones((1, *v_BGCE.shape[1:3]), jnp.int32) if ids_BGC is None else ids_BGC
     fields = {'delay': spec.window - 1, 'sequence_axis': sequence_axis}
-    carried = carried_states(k_lin_BGCS, v_BGCE, ids_BGC, log_decay_BGL, **fields)
-    q_lin_BGCS = jnp.where(carried.sees_BGC[..., None], q_lin_BGCS.astype(carried.count_BGL.dtype), 0)
+    carried = carried_states(k_lin_BGCS, v_BGCE, ids_BGC, log_decay_BG1, **fields)
+    q_lin_BGCS = jnp.where(carried.sees_BGC[..., None], q_lin_BGCS.astype(carried.count_BG1.dtype), 0)
     if spec.mean:
-        q_lin_BGCS /= jnp.where(carried.count_BGL > 0, carried.count_BGL, 1)[:, :, None]
+        q_lin_BGCS /= jnp.where(carried.count_BG1 > 0, carried.count_BG1, 1)[:, :, None]
     return q_lin_BGCS, carried.state_BGSE
 
 
@@ -250,15 +237,9 @@ def _read_other_chunks(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, sequence_a
     """
     groups, size = v_BGCE.shape[1:3]
     one_document = jnp.ones((1, groups, size), jnp.int32)
-    log_decay_G = None
-    if spec.global_decay < 1:
-        # Chunk g - 1 has weight 1 in what chunk g reads: decay^(g - 1) of the query's, over decay^(g - 1) of its own.
-        first = 0 if sequence_axis is None else jax.lax.axis_index(sequence_axis) * groups
-        log_decay_G = math.log(spec.global_decay) * (first + jnp.arange(groups))
     seen = states_of_other_chunks(
         *(k_lin_BGCS, v_BGCE, one_document if ids_BGC is None else ids_BGC),
         causal=spec.causal,
-        log_scale_BGC=None if log_decay_G is None else -log_decay_G[None, :, None],
         sequence_axis=sequence_axis,
     )
     count_BGC = sum(s.sees_BGC * s.count_BG[..., None] for s in seen)
@@ -266,11 +247,7 @@ def _read_other_chunks(q_lin_BGCS, k_lin_BGCS, v_BGCE, spec, ids_BGC, sequence_a
         same_BGCC = visibility_mask(ids_BGC, ids_BGC, n=size, m=size, causal=False)
         count_BGC += same_BGCC.sum(-1)
     dtype = count_BGC.dtype
-    # A mean is the same over whatever scale its state has.
     scale_BGC = jnp.where(count_BGC > 0, 1 / jnp.maximum(count_BGC, 1) if spec.mean else 1, 0)
-    if log_decay_G is not None and not spec.mean:
-        log_scale_BG = seen[0].log_scale_BG + log_decay_G - math.log(spec.global_decay)
-        scale_BGC *= jnp.exp(log_scale_BG)[..., None]
     q_lin_BGCS = q_lin_BGCS.astype(dtype) * scale_BGC[..., None]
     in_chunk_BGCC = None
     if not spec.causal:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from gau import strict_json
 from gau.data import places
 from gau.errors import UserError
-from gau.models.fields import without_gone
+from gau.models.fields import GONE, without_gone
 from gau.training.config import default_config, differences, drop_idle_fields, resolve, with_new_fields
 
 CONFIG = 'config.json'
@@ -108,7 +108,7 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
     """Returns the ConfigDict of a stored config in the fields of today.
 
     Fields that did not exist when it was stored have their defaults. Those that are gone are left out, unless it made
-    use of them: then it is no config of today, and whoever compares or uses it says so.
+    use of them: then it is no config of today but for the others, and whoever compares or uses it says so.
     """
     defaults = config_to_dict(default_config())
     model = without_gone(stored.get('model', {}))
@@ -125,11 +125,18 @@ def whole_config(stored: dict[str, Any]) -> ConfigDict:
     drop_idle_fields(config.optimizer)
     if whole == stored:
         return config
+    used = {name: value for name, value in model.items() if name in GONE}
     try:
-        # Other fields may decide what a new one means.
-        return resolve(config)
+        # Other fields may decide what a new one means, but for those that are gone.
+        others = config.copy_and_resolve_references()
+        for name in used:
+            del others.model[name]
+        others = resolve(others)
     except UserError:
         return config
+    with others.model.unlocked():
+        others.model.update(used)
+    return others
 
 
 @contextmanager

@@ -29,12 +29,12 @@ PLAN = {
         ('flash:xla:full:scan:4', [Spec('flash', 'xla', 'full', 'scan', 4)]),
         ('flash:xla::::64', [Spec('flash', 'xla', segment_tokens=64)]),
         (
-            'flash:xla:key_input=shifted:chunk_size=128:global_decay=1e-1',
+            'flash:xla:key_input=shifted:chunk_size=128:dropout_rate=1e-1',
             [
                 Spec(
                     'flash',
                     'xla',
-                    overrides=(('chunk_size', 128), ('global_decay', 0.1), ('key_input', 'shifted')),
+                    overrides=(('chunk_size', 128), ('dropout_rate', 0.1), ('key_input', 'shifted')),
                 )
             ],
         ),

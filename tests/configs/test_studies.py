@@ -11,7 +11,7 @@ SWEEPS = [
     ('relu2', 'trials', 16),
     ('relu2', 'mlm', 4),
     ('quality', 'models,seed:5:3', 15),
-    ('quality', 'rates+long+memory+base', 19),
+    ('quality', 'rates+long+memory+base', 16),
     ('quality', 'best+base_best', 6),
     ('quality', 'shifted_forms+exact+softmax+reach', 18),
     ('compression', 'trained+quantised_from_nothing+narrow+teacher+distilled:runs', 6),

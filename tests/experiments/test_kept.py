@@ -11,9 +11,11 @@ from gau.errors import UserError
 from gau.experiments import kept, page, report, runs
 from gau.experiments.report import Options
 from gau.experiments.sweep import Program, find_points
+from gau.models.fields import GONE
 from gau.objectives import objective as objectives
 from tests.conftest import ROOT
 from tests.experiments.test_runner import losses, run, say, starts
+from tests.models.tiny import tiny_config as model_config
 from tests.programs import call
 
 PROGRAM = Program(str(ROOT / 'tests' / 'experiments' / 'program.py'))
@@ -85,13 +87,28 @@ def test_fields_that_configs_have_got_since_stand_at_their_defaults(tmp_path):
 def test_a_field_that_is_gone_and_one_of_a_model_that_is_not_known_say_nothing(tmp_path):
     old = made(POINTS[0])
     today = old.config_hash()
-    old.config['model.head_decay'], old.config['model.global_norm'] = 0.0, 'none'
+    old.config.update({'model.head_decay': 0.0, 'model.global_norm': 'none', 'model.global_decay': 1.0})
     assert old.config_hash() == today
     path = written(tmp_path / 'old.jsonl', old)
     # A study that is imported after the kept runs were read brings a field that none of these models has.
     (found,) = kept.load([path])
     found.run.config['model.of_a_study'] = None
     assert answered(kept.match(POINTS, [found])) == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ('name', 'fields', 'decay'),
+    [
+        ('flash', {'decay_gate': 'none'}, 1.0),
+        ('flash', {'decay_gate': 'scalar'}, None),
+        ('flash', {'branches': 'local'}, None),
+        ('mc_transformer_plus_plus', {}, 1.0),
+        ('flash_quad', {}, None),
+    ],
+)
+def test_a_decay_that_is_gone_stood_where_a_state_had_no_gate(name, fields, decay):
+    config = model_config(name, **fields)
+    assert GONE['global_decay'].stood(config) == decay
 
 
 def test_runs_of_other_data_are_told(tmp_path):

@@ -127,9 +127,9 @@ def test_every_model_is_held_or_refused_with_the_reason(name, objective):
 
 
 def test_a_field_that_the_file_does_not_have_is_refused(monkeypatch):
-    monkeypatch.setattr(huggingface, 'FIELDS', tuple(name for name in huggingface.FIELDS if name != 'global_decay'))
+    monkeypatch.setattr(huggingface, 'FIELDS', tuple(name for name in huggingface.FIELDS if name != 'global_reduction'))
     model = tiny_model('flash', 'lm')
-    with pytest.raises(UserError, match=r'model\.global_decay=\S+ is not known'):
+    with pytest.raises(UserError, match=r'model\.global_reduction=\S+ is not known'):
         config_of(model, vocab_size=11, causal=True, context=24)
 
 

@@ -30,7 +30,7 @@ SLOW = [
     ('flash_quad', 'mlm', {'output_layer': 'own'}),
     ('transformer_plus_plus', 'mlm', {}),
     ('flash', 'lm', {'decay_gate': 'scalar', 'rope': 'local'}),
-    ('flash', 'lm', {'decay_gate': 'keys', 'absolute_position': 'none'}),
+    ('flash', 'lm', {'decay_gate': 'scalar', 'absolute_position': 'none'}),
     ('flash', 'mlm', {'key_input': 'shifted', 'short_convolution': 4}),
     ('flash', 'lm', {'key_input': 'own', 'short_convolution': 3}),
 ]

@@ -36,7 +36,7 @@ def cases(*, every: bool):
     for shape in meshes:
         for heads in (1, 4) if every else (1,):
             gated = ('mixed_chunk with gate',) if heads == 1 else ()
-            for op in ('mixed_chunk', 'mixed_chunk with decay', *gated, 'quadratic'):
+            for op in ('mixed_chunk', *gated, 'quadratic'):
                 for causal in (True,) if 'with' in op else (True, False):
                     for segments in (True, False) if every else (True,):
                         yield f'{shape} {heads} {op} {causal=} {segments=}', shape, heads, op, causal, segments
@@ -51,14 +51,13 @@ def difference(shape, heads, op, causal, segments) -> float:
     ids = jnp.asarray([LONG, SHORT], jnp.int32) if segments else None
     options = {'scoring': Scoring('relu2', 'paper'), 'causal': causal, 'impl': 'xla'}
     if op != 'quadratic':
-        gate, window = (draw(B, heads, N, S), 2) if 'gate' in op else (None, 1)
+        gate, window = (draw(B, heads, N, 1), 2) if 'gate' in op else (None, 1)
         operands, bias, multiple = (q, k, q_lin, k_lin, gate, v), draw(heads, window * C, window * C), C
-        decay = 0.7 if 'decay' in op else 1.0
-        spec = ChunkSpec(C, Scoring('relu2', 'paper'), causal, global_decay=decay, window=window)
+        spec = ChunkSpec(C, Scoring('relu2', 'paper'), causal, window=window)
 
         def attend(*x, segment_ids_BN, sequence_axis):
-            *x, gate_BNL, v_BNE, bias = x
-            fields = {'gate_BNL': gate_BNL, 'segment_ids_BN': segment_ids_BN, 'sequence_axis': sequence_axis}
+            *x, gate_BN1, v_BNE, bias = x
+            fields = {'gate_BN1': gate_BN1, 'segment_ids_BN': segment_ids_BN, 'sequence_axis': sequence_axis}
             return mixed_chunk_attention(*x, v_BNE, bias_CC=bias, spec=spec, **fields)
     else:
         operands, bias, multiple = (q, k, v), draw(heads, 2 * N - 1), 1

@@ -49,7 +49,7 @@ CHUNK_OPTIONS = [
 STATE_OPTIONS = [
     {'rope': 'local'},
     {'decay_gate': 'scalar'},
-    {'decay_gate': 'keys', 'local_window': 2},
+    {'decay_gate': 'scalar', 'local_window': 2},
     {'far_chunks': 2},
 ]
 ATTENTION_OPTIONS = [

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from gau.errors import UserError
 from gau.models.architectures import ARCHITECTURES, SIZES
 from gau.models.config import declared_fields, default_config, resolve
-from gau.models.fields import GONE
+from gau.models.fields import GONE, GONE_VALUES
 from tests.conftest import ROOT
 from tests.models.tiny import CASES
 
@@ -130,12 +130,10 @@ def test_what_follows_from_what(fields, expected):
         'branches=global would see nothing',
     ),
     ({'global_reduction': 'sum', 'chunk_size': 1024}, 'global_reduction=sum changes nothing'),
-    ({'global_decay': 0.5, 'chunk_size': 1024}, 'global_decay=0.5 changes nothing'),
-    ({'global_decay': 0.5, 'branches': 'local'}, 'branches=local has no global branch'),
-    ({'global_decay': 0.5, 'objective': 'mlm'}, 'model.global_decay=0.5 is of causal models'),
+    ({'decay_gate': 'scalar', 'chunk_size': 1024}, 'decay_gate=scalar changes nothing'),
+    ({'decay_gate': 'scalar', 'branches': 'local'}, 'branches=local has no global branch'),
     ({'name': 'flash_quad', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
     ({'branches': 'global', 'rope': 'local'}, 'model.rope=local is of attention inside chunks and between them'),
-    ({'decay_gate': 'scalar', 'global_decay': 0.5}, 'decay_gate=scalar takes its place'),
     ({'decay_gate': 'scalar', 'objective': 'mlm'}, 'model.decay_gate=scalar is of causal models with one head'),
     ({'local_window': 2, 'num_heads': 2}, 'model.local_window=2 is of causal models with one head'),
     ({'local_window': 3}, 'model.local_window must be 1 or 2, not 3'),
@@ -144,7 +142,6 @@ def test_what_follows_from_what(fields, expected):
     ({'far_chunks': 2, 'chunk_size': 1024}, 'far_chunks=2 changes nothing'),
     ({'short_convolution': -1}, 'model.short_convolution must be at least 0, not -1'),
     ({'short_convolution': 3, 'objective': 'mlm'}, 'model.short_convolution=3 must be even where'),
-    ({'global_decay': 1.5}, 'model.global_decay must be above 0 and at most 1, not 1.5'),
     ({'context': 0}, 'context must be at least 1, not 0'),
 ], ids=str)  # fmt: skip
 def test_wrong_combinations_are_refused_in_one_line(fields, message):
@@ -159,7 +156,7 @@ def test_wrong_combinations_are_refused_in_one_line(fields, message):
     ({'num_heads': 4}, ['decay_gate', 'local_window']),
     ({'name': 'transformer'}, ['chunk_size', 'decay_gate', 'key_input', 'local_window']),
     ({'local_window': 3}, []),
-    ({'branches': 'local', 'decay_gate': 'keys'}, []),
+    ({'branches': 'local', 'decay_gate': 'scalar'}, []),
 ], ids=str)  # fmt: skip
 def test_a_refusal_names_what_the_config_program_sets_against_a_command_line(given, against):
     program = {'key_input': 'shifted', 'chunk_size': 128, 'local_window': 2, 'decay_gate': 'scalar'}
@@ -200,7 +197,7 @@ def test_a_config_that_was_resolved_before_a_field_came_is_understood():
     # One chunk, in which a reduction that somebody chose would be refused.
     config = resolved(context=128)
     older = config.copy_and_resolve_references()
-    came = 'decay_gate', 'local_window', 'global_decay', 'short_convolution', 'key_input', 'far_chunks'
+    came = 'decay_gate', 'local_window', 'short_convolution', 'key_input', 'far_chunks'
     for field in came:
         del older[field]
     assert resolve(older, causal=True, context=128) == config
@@ -217,3 +214,13 @@ def test_a_field_that_is_gone_names_the_page_that_has_its_commit(field):
         config[field] = 1.0
     with pytest.raises(UserError, match=rf'model.{field} does not exist; it is gone, docs/results/{page}.md names'):
         resolve(config, causal=True, context=8)
+
+
+@pytest.mark.parametrize(('field', 'value'), GONE_VALUES)
+def test_a_value_that_is_gone_names_the_page_that_has_its_commit(field, value):
+    page = GONE_VALUES[field, value]
+    text = (ROOT / 'docs' / 'results' / f'{page}.md').read_text()
+    assert f'`model.{field}={value}`' in text
+    assert re.search(r'commit [0-9a-f]{7} still has them', text)
+    with pytest.raises(UserError, match=f'^model.{field}={value} does not exist; it is gone, docs/results/{page}.md '):
+        resolved(**{field: value})

@@ -58,7 +58,7 @@ OPTIONS = [
     {'name': 'transformer', 'relative_bias': 'toeplitz', 'temperature': 'learned'},
     {'name': 'mc_transformer_plus_plus', 'branches': 'local', 'feed_forward': 'swiglu'},
     {'name': 'flash', 'decay_gate': 'scalar'},
-    {'name': 'flash', 'decay_gate': 'keys', 'local_window': 2, 'relative_bias': 'toeplitz'},
+    {'name': 'flash', 'decay_gate': 'scalar', 'local_window': 2, 'relative_bias': 'toeplitz'},
     {'name': 'flash', 'far_chunks': 2, 'branches': 'local'},
     {'name': 'performer', 'feature_map': 'favor', 'num_heads': 4},
 ]

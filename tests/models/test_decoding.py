@@ -27,7 +27,7 @@ ABLATIONS = {
     # (Of one layer, unless layers are scanned or differ.)
     'scan, remat, heads, global': (
         'flash',
-        {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7},
+        {'layer_stack': 'scan', 'remat': 'full', 'num_heads': 2, 'branches': 'global'},
     ),
     'scan, quadratic': ('transformer_plus_plus', {'layer_stack': 'scan', 'short_convolution': 2}),
     'local, rotary bias, post norm': (
@@ -36,7 +36,7 @@ ABLATIONS = {
     ),
     'sum, su, no gate, temperature': (
         'flash',
-        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned', 'global_decay': 0.5}
+        {'global_reduction': 'sum', 'normalizer': 'su', 'gate': 'none', 'temperature': 'learned'}
         | {'rope': 'local', 'key_input': 'shifted'},
     ),
     'gate, window, convolution': ('flash', {'decay_gate': 'scalar', 'local_window': 2, 'short_convolution': 3}),
@@ -49,12 +49,12 @@ ABLATIONS = {
         {'far_chunks': 3, 'local_window': 2, 'chunk_size': 3, 'branches': 'local', 'layer_stack': 'scan'},
     ),
     'far chunks, all of them': ('flash', {'far_chunks': 9, 'rope': 'local'}),
-    'gate of keys, sum': ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'branches': 'global'}),
+    'gate, sum, global': ('flash', {'decay_gate': 'scalar', 'global_reduction': 'sum', 'branches': 'global'}),
     'visible, laplace, no bias, sandwich norm': (
         'flash',
         {
             **{'normalizer': 'visible', 'attention_function': 'laplace', 'relative_bias': 'none'},
-            **{'gamma_init': 'ones', 'norm_placement': 'sandwich', 'local_window': 2, 'global_decay': 0.7},
+            **{'gamma_init': 'ones', 'norm_placement': 'sandwich', 'local_window': 2},
         },
     ),
     'reference impl, no positions': ('flash', {'impl': 'reference', 'rope': 'none', 'absolute_position': 'none'}),
@@ -126,7 +126,7 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'global_decay': 0.7, 'short_convolution': 3}
+        {'layer_stack': 'scan', 'num_heads': 2, 'branches': 'global', 'short_convolution': 3}
         | {'key_input': 'shifted'},
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'num_layers': 1},
         {'far_chunks': 2, 'num_layers': 1},
@@ -135,10 +135,11 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
             {'far_chunks': 3, 'local_window': 2, 'chunk_size': 3, 'branches': 'local', 'layer_stack': 'scan'},
             marks=pytest.mark.slow,
         ),
-        pytest.param({'decay_gate': 'keys', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow),
         pytest.param(
-            {'local_window': 2, 'global_decay': 0.7, 'normalizer': 'visible', 'relative_bias': 'rotary'}
-            | {'num_layers': 1},
+            {'decay_gate': 'scalar', 'global_reduction': 'sum', 'layer_stack': 'scan'}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {'local_window': 2, 'normalizer': 'visible', 'relative_bias': 'rotary'} | {'num_layers': 1},
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -146,7 +147,7 @@ def test_the_loop_is_the_full_forward_across_the_borders_of_chunks(name):
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {'global_reduction': 'sum', 'global_decay': 0.5, 'attention_function': 'softmax', 'num_layers': 1},
+            {'global_reduction': 'sum', 'attention_function': 'softmax', 'num_layers': 1},
             marks=pytest.mark.slow,
         ),
     ],
@@ -180,7 +181,7 @@ QUICK = (
     'gate, window, convolution',
     'far chunk, gate, shifted keys',
     'far chunks, shifted keys',
-    'gate of keys, sum',
+    'gate, sum, global',
     'sum, su, no gate, temperature',
     'favor',
 )

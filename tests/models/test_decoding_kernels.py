@@ -21,14 +21,13 @@ SLOW = pytest.mark.slow
     'fields',
     [
         pytest.param(
-            {'normalizer': 'su', 'global_reduction': 'sum', 'global_decay': 0.5, 'relative_bias': 'rotary'}
-            | {'key_input': 'shifted'},
+            {'normalizer': 'su', 'global_reduction': 'sum', 'relative_bias': 'rotary', 'key_input': 'shifted'},
             marks=pytest.mark.slow,
         ),
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2},
         {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2, 'far_chunks': 2},
         # Of more than there are, and where some are left out twice; and an odd width of a chunk that no block divides.
-        pytest.param({'far_chunks': 9, 'global_decay': 0.7, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=SLOW),
+        pytest.param({'far_chunks': 9, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=SLOW),
         pytest.param({'far_chunks': 3, 'chunk_size': 3, 'num_layers': 2, 'relative_bias': 'rotary'}, marks=SLOW),
         pytest.param({'num_layers': 2, 'query_key_dim': 6, 'expansion_factor': 2.5}, marks=pytest.mark.slow),
         pytest.param(
@@ -112,8 +111,8 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
 @pytest.mark.parametrize(
     ('name', 'fields', 'readers'),
     [
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, {'short'}),
-        ('flash', {'global_decay': 0.7, 'num_layers': 1}, set()),
+        ('flash', {'num_layers': 1}, {'short'}),
+        ('flash', {'num_layers': 1}, set()),
         ('flash_quad', {'num_layers': 1}, set()),
         ('flash_quad', {'attention_function': 'softmax', 'num_layers': 1}, set()),
         ('flash', {'attention_function': 'softmax', 'num_layers': 1}, set()),
@@ -123,7 +122,7 @@ def test_the_loop_of_quadratic_attention_in_kernels(fields):
         # With a window of two chunks those of short prompts begin a sequence, those of long ones go on.
         ('flash', {'key_input': 'shifted', 'decay_gate': 'scalar', 'local_window': 2}, {'short', 'long'}),
         ('flash', {'local_window': 2, 'num_layers': 1}, {'long'}),
-        ('flash', {'decay_gate': 'keys', 'global_reduction': 'sum', 'num_layers': 1}, set()),
+        ('flash', {'decay_gate': 'scalar', 'global_reduction': 'sum', 'num_layers': 1}, {'long'}),
         # Prompts of far chunks have none, and leave none to the branches beside them; their tokens have.
         ('flash', {'far_chunks': 2, 'decay_gate': 'scalar', 'num_layers': 1}, set()),
         # Layers that are scanned have none of the kernels that write in place.

@@ -245,11 +245,6 @@ def test_pallas_is_the_choice_of_gated_units_on_a_tpu_and_nowhere_else(objective
     ({'far_chunks': 2}, TPU, 'far_chunks=0, this is 2'),
     ({'chunk_size': 600}, TPU, 'chunk_size * local_window up to 512, this is 600'),
     ({'chunk_size': 272, 'local_window': 2}, TPU, 'chunk_size * local_window up to 512, this is 544'),
-    (
-        {'decay_gate': 'keys'},
-        TPU._replace(sequence_shards=2),
-        'decay_gate=none or scalar where devices share a sequence, this is keys',
-    ),
     ({'query_key_dim': 258}, TPU, 'query_key_dim up to 256, this is 258'),
     ({'model_dim': 72}, TPU, 'E = expansion_factor * model_dim a multiple of 128, this is 144'),
 ], ids=str)  # fmt: skip

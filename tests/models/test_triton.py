@@ -76,7 +76,7 @@ def expect_the_reference(fused, reference, params, ids, n=N):
 
 @pytest.mark.parametrize('fields', [
     pytest.param({'decay_gate': 'scalar', 'short_convolution': 2, 'key_input': 'own'}, marks=pytest.mark.slow),
-    {'key_input': 'shifted', 'decay_gate': 'keys', 'global_reduction': 'sum', 'far_chunks': 2},
+    {'key_input': 'shifted', 'decay_gate': 'scalar', 'global_reduction': 'sum', 'far_chunks': 2},
     pytest.param({'local_window': 2, 'decay_gate': 'scalar', 'chunk_size': 3}, marks=pytest.mark.slow),
     pytest.param({'rope': 'local', 'far_chunks': 2}, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -36,15 +36,14 @@ AXES = [BY_TOKEN, (None, None), *[BY_TOKEN] * 4, (None,), BY_TOKEN, ('batch', 'l
 
 
 def difference(
-    *, causal: bool, segments: bool, decay: float, reduction: str, gated: bool = False, window: int = 1, chunk: int = C
+    *, causal: bool, segments: bool, reduction: str, gated: bool = False, window: int = 1, chunk: int = C
 ) -> float:
     """Returns the largest relative difference between sharded kernels and the reference alone."""
     rng = np.random.default_rng(0)
     shapes = [(2, N, 2 * E), (2, E), *[(2, N, S)] * 4, (2 * window * chunk - 1,), (2, N, 1), (2, N, E)]
     *arrays, weights = (jnp.asarray(rng.standard_normal(shape), 'float32') for shape in shapes)
     ids = jnp.asarray(DOCUMENTS, jnp.int32) if segments else None
-    fields = {'global_decay': decay, 'global_reduction': reduction, 'window': window}
-    spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, **fields)
+    spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 8), causal, global_reduction=reduction, window=window)
 
     def compute(attend):
         def loss(arrays):
@@ -55,13 +54,13 @@ def difference(
         return o_BNE, gradients if gated else gradients[:-1]
 
     def alone(*operands):
-        *arrays, bias_P, gate_BNL, ids_BN = operands
-        return reference(*arrays, spec=spec, bias_P=bias_P, gate_BNL=gate_BNL, segment_ids_BN=ids_BN)
+        *arrays, bias_P, gate_BN1, ids_BN = operands
+        return reference(*arrays, spec=spec, bias_P=bias_P, gate_BN1=gate_BN1, segment_ids_BN=ids_BN)
 
     def kernels(*operands, sequence_axis):
         assert sequence_axis == 'sequence'
-        *arrays, bias_P, gate_BNL, ids_BN = operands
-        fields = {'bias_P': bias_P, 'gate_BNL': gate_BNL, 'segment_ids_BN': ids_BN, 'sequence_axis': sequence_axis}
+        *arrays, bias_P, gate_BN1, ids_BN = operands
+        fields = {'bias_P': bias_P, 'gate_BN1': gate_BN1, 'segment_ids_BN': ids_BN, 'sequence_axis': sequence_axis}
         return gated_mixed_chunk(*arrays, kernels='pallas', spec=spec, **fields)
 
     wanted = compute(alone)
@@ -97,16 +96,16 @@ def main() -> None:
     """Prints {case: difference}."""
     tpu_gated_chunks.BLOCKS = tpu_quadratic.BLOCKS = (8,)
     cases = [
-        {'causal': True, 'segments': True, 'decay': 0.7, 'reduction': 'mean'},
-        {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'mean'},
-        {'causal': True, 'segments': True, 'decay': 1.0, 'reduction': 'mean', 'gated': True},
-        {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'sum', 'gated': True},
+        {'causal': True, 'segments': True, 'reduction': 'mean'},
+        {'causal': True, 'segments': False, 'reduction': 'mean'},
+        {'causal': True, 'segments': True, 'reduction': 'mean', 'gated': True},
+        {'causal': True, 'segments': False, 'reduction': 'sum', 'gated': True},
         # What a chunk reads comes from the device before, or, of one chunk on each, from the one before that.
-        {'causal': True, 'segments': True, 'decay': 0.7, 'reduction': 'mean', 'window': 2},
-        {'causal': True, 'segments': False, 'decay': 1.0, 'reduction': 'sum', 'window': 2, 'chunk': 16},
-        {'causal': True, 'segments': True, 'decay': 1.0, 'reduction': 'mean', 'gated': True, 'window': 2},
-        {'causal': False, 'segments': True, 'decay': 1.0, 'reduction': 'mean'},
-        {'causal': False, 'segments': False, 'decay': 1.0, 'reduction': 'sum'},
+        {'causal': True, 'segments': True, 'reduction': 'mean', 'window': 2},
+        {'causal': True, 'segments': False, 'reduction': 'sum', 'window': 2, 'chunk': 16},
+        {'causal': True, 'segments': True, 'reduction': 'mean', 'gated': True, 'window': 2},
+        {'causal': False, 'segments': True, 'reduction': 'mean'},
+        {'causal': False, 'segments': False, 'reduction': 'sum'},
     ]
     with jax.default_matmul_precision('highest'):
         found = {str(case): difference(**case) for case in cases}

@@ -50,7 +50,7 @@ def value_and_gradients(op, dtype, args, weights, *, spec, ids):
                 spec=spec,
                 segment_ids_BN=ids,
                 bias_P=bias_P,
-                gate_BNL=gate[0] if gate else None,
+                gate_BN1=gate[0] if gate else None,
             )
             return jnp.sum(o * weights), o
 
@@ -61,40 +61,38 @@ def value_and_gradients(op, dtype, args, weights, *, spec, ids):
 
 
 # Sizes that no tile divides, three blocks of E, a sequence shorter than a chunk, chunks of padding.
-@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'decay', 'gate'), [
-    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 1.0, 1, marks=pytest.mark.slow),
-    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'float32', 1.0, 0, marks=pytest.mark.slow),
-    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32', 1.0, 0),
-    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 0.7, 0),
-    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', 0.7, 0, marks=pytest.mark.slow),
-    pytest.param(False, 40, 5, 8, padding, 'relu2', 'sum', 'float32', 1.0, 0, marks=pytest.mark.slow),
-    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', 0.7, 0, marks=pytest.mark.slow),
-    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, 0, marks=pytest.mark.slow),
-    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', 1.0, 0, marks=pytest.mark.slow),
-    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', 1.0, 0, marks=pytest.mark.slow),
-    pytest.param(True, 40, 5, 17, padding, 'softmax', 'sum', 'float32', 1.0, 17, marks=pytest.mark.slow),
-    pytest.param(True, 37, 8, 12, None, 'relu2', 'mean', 'float32', 1.0, 12, marks=pytest.mark.slow),
-    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 1, marks=pytest.mark.slow),
-    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 12, marks=pytest.mark.slow),
+@pytest.mark.parametrize(('causal', 'n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'gate'), [
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', True, marks=pytest.mark.slow),
+    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'float32', False, marks=pytest.mark.slow),
+    (True, 10, 16, 8, None, 'softmax', 'mean', 'float32', False),
+    (True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', False),
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'float32', False, marks=pytest.mark.slow),
+    pytest.param(False, 40, 5, 8, padding, 'relu2', 'sum', 'float32', False, marks=pytest.mark.slow),
+    pytest.param(True, 37, 16, 8, None, 'laplace', 'sum', 'float32', False, marks=pytest.mark.slow),
+    pytest.param(False, 37, 16, 8, None, 'relu2', 'mean', 'float32', False, marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'mean', 'float32', False, marks=pytest.mark.slow),
+    pytest.param(False, 30, 8, 12, documents, 'softmax', 'mean', 'bfloat16', False, marks=pytest.mark.slow),
+    pytest.param(True, 40, 5, 17, padding, 'softmax', 'sum', 'float32', True, marks=pytest.mark.slow),
+    pytest.param(True, 37, 8, 12, None, 'relu2', 'mean', 'float32', True, marks=pytest.mark.slow),
+    pytest.param(True, 30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', True, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay, gate):
-    expect_the_reference(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay, gate)
+def test_values_and_all_gradients(constants, causal, n, chunk, s, layout, function, reduction, dtype, gate):
+    expect_the_reference(constants, causal, n, chunk, s, layout, function, reduction, dtype, gate)
 
 
-def expect_the_reference(constants, causal, n, chunk, s, layout, function, reduction, dtype, decay, gate, *, window=1):
+def expect_the_reference(constants, causal, n, chunk, s, layout, function, reduction, dtype, gate, *, window=1):
     e = 24
     constants(fast.gated_mixed_chunk, tpu_gated_chunks, BLOCKS=(8,))
     rng = np.random.default_rng(0)
     positions = n if n <= chunk else window * chunk
     # Columns of p that belong to another reader.
-    shapes = [(2, n, 3 * e), (2, e), *[(2, n, s)] * 4, (2 * positions - 1,)] + [(2, n, gate)] * (gate > 0)
+    shapes = [(2, n, 3 * e), (2, e), *[(2, n, s)] * 4, (2 * positions - 1,)] + [(2, n, 1)] * gate
     args, weights = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes], rng.standard_normal((2, n, e))
     ids = None if layout is None else jnp.asarray(layout(n), jnp.int32)
     if ids is not None:
         # What stands at padding is not cleared, and must not be found anywhere.
         args = [jnp.where((ids == 0)[..., None], 100.0, x) if x.ndim == 3 else x for x in args]
-    state = {'global_reduction': reduction, 'global_decay': decay, 'window': window}
-    spec = ChunkSpec(chunk, _scoring(function), causal, **state)
+    spec = ChunkSpec(chunk, _scoring(function), causal, global_reduction=reduction, window=window)
     fields = {'spec': spec, 'ids': ids}
     wanted = value_and_gradients(reference.gated_mixed_chunk, 'float64', args, weights, **fields)
     op = functools.partial(fast.gated_mixed_chunk, kernels='pallas')
@@ -114,30 +112,30 @@ def _scoring(function):
     return Scoring(function, None) if function == 'softmax' else Scoring(function, 'fixed', 8)
 
 
-# Columns as above, all causal. Fewer than three chunks of a document give a gate nothing to do.
+# All causal. Fewer than three chunks of a document give a gate nothing to do.
 WINDOWS = [
-    (40, 5, 12, documents, 'relu2', 'mean', 'float32', 1.0, 12),
+    (40, 5, 12, documents, 'relu2', 'mean', 'float32', True),
 ]
 SLOW_WINDOWS = [
-    (37, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, 0),
-    (53, 13, 8, None, 'softmax', 'mean', 'float32', 1.0, 1),
-    (30, 8, 12, documents, 'softmax', 'sum', 'float32', 0.7, 0),
-    (30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 0),
-    (40, 5, 12, documents, 'relu2', 'mean', 'bfloat16', 1.0, 1),
-    (40, 5, 17, padding, 'relu2', 'sum', 'float32', 1.0, 17),
-    (40, 5, 8, padding, 'laplace', 'mean', 'float32', 0.7, 0),
+    (37, 16, 8, None, 'relu2', 'mean', 'float32', False),
+    (53, 13, 8, None, 'softmax', 'mean', 'float32', True),
+    (30, 8, 12, documents, 'softmax', 'sum', 'float32', False),
+    (30, 8, 12, documents, 'relu2', 'mean', 'bfloat16', False),
+    (40, 5, 12, documents, 'relu2', 'mean', 'bfloat16', True),
+    (40, 5, 17, padding, 'relu2', 'sum', 'float32', True),
+    (40, 5, 8, padding, 'laplace', 'mean', 'float32', False),
     # Two chunks, and a sequence shorter than a chunk.
-    (23, 12, 8, documents, 'relu2', 'mean', 'float32', 1.0, 0),
-    (10, 16, 8, None, 'relu2', 'mean', 'float32', 1.0, 0),
+    (23, 12, 8, documents, 'relu2', 'mean', 'float32', False),
+    (10, 16, 8, None, 'relu2', 'mean', 'float32', False),
 ]
 
 
 @pytest.mark.parametrize(
-    ('n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'decay', 'gate'),
+    ('n', 'chunk', 's', 'layout', 'function', 'reduction', 'dtype', 'gate'),
     [*WINDOWS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_WINDOWS)],
 )
-def test_a_window_of_two_chunks(constants, n, chunk, s, layout, function, reduction, dtype, decay, gate):
-    expect_the_reference(constants, True, n, chunk, s, layout, function, reduction, dtype, decay, gate, window=2)
+def test_a_window_of_two_chunks(constants, n, chunk, s, layout, function, reduction, dtype, gate):
+    expect_the_reference(constants, True, n, chunk, s, layout, function, reduction, dtype, gate, window=2)
 
 
 @pytest.mark.slow

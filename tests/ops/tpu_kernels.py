@@ -45,25 +45,25 @@ def main() -> None:
         )
     # Base width; bidirectional; large width with the longest chunk and widest keys; float32; a gate of the state; a
     # window of two chunks.
-    for name, causal, n, chunk, s, e, dtype, gate, window in (
-        ('base', True, 600, 256, 128, 1536, 'bfloat16', 0, 1),
-        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16', 0, 1),
-        ('large', True, 1024, 512, 256, 3072, 'bfloat16', 0, 1),
-        ('narrow', False, 300, 100, 64, 128, 'float32', 0, 1),
-        ('gated', True, 600, 256, 128, 1536, 'bfloat16', 1, 1),
-        ('gated large', True, 1024, 512, 256, 3072, 'bfloat16', 256, 1),
-        ('gated narrow', True, 300, 100, 64, 128, 'float32', 1, 1),
-        ('window', True, 600, 128, 128, 1536, 'bfloat16', 1, 2),
-        ('window large', True, 1024, 256, 256, 3072, 'bfloat16', 256, 2),
-        ('window narrow', True, 300, 100, 64, 128, 'float32', 0, 2),
+    for name, causal, n, chunk, s, e, dtype, gated, window in (
+        ('base', True, 600, 256, 128, 1536, 'bfloat16', False, 1),
+        ('bidirectional', False, 600, 256, 128, 1536, 'bfloat16', False, 1),
+        ('large', True, 1024, 512, 256, 3072, 'bfloat16', False, 1),
+        ('narrow', False, 300, 100, 64, 128, 'float32', False, 1),
+        ('gated', True, 600, 256, 128, 1536, 'bfloat16', True, 1),
+        ('gated large', True, 1024, 512, 256, 3072, 'bfloat16', True, 1),
+        ('gated narrow', True, 300, 100, 64, 128, 'float32', True, 1),
+        ('window', True, 600, 128, 128, 1536, 'bfloat16', True, 2),
+        ('window large', True, 1024, 256, 256, 3072, 'bfloat16', True, 2),
+        ('window narrow', True, 300, 100, 64, 128, 'float32', False, 2),
     ):
         spec = ChunkSpec(chunk, Scoring('relu2', 'fixed', 512), causal, window=window)
         arrays = [array(2, n, 2 * e, dtype=dtype), array(2, e, dtype='float32'), *[array(2, n, s, dtype=dtype)] * 4]
-        arrays += [array(2, n, gate, dtype='float32')] * (gate > 0)
+        arrays += [array(2, n, 1, dtype='float32')] * gated
 
         def attend(*arrays, spec=spec, **named):
-            gate_BNL = arrays[6] if len(arrays) > 6 else None
-            return gated_mixed_chunk(*arrays[:6], gate_BNL=gate_BNL, spec=spec, kernels='pallas', **named)
+            gate_BN1 = arrays[6] if len(arrays) > 6 else None
+            return gated_mixed_chunk(*arrays[:6], gate_BN1=gate_BN1, spec=spec, kernels='pallas', **named)
 
         found[f'flash {name}'] = kernels(attend, *arrays, ids=array(2, n, dtype='int32'))
     for name, causal, n, s, e, dtype in (

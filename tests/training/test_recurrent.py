@@ -22,7 +22,7 @@ SLOW = pytest.mark.slow
     ('name', 'segment', 'fields'),
     [
         ('flash', 8, {'num_layers': 1}),
-        pytest.param('flash', 12, {'decay_gate': 'keys', 'short_convolution': 2}, marks=SLOW),
+        pytest.param('flash', 12, {'decay_gate': 'scalar', 'short_convolution': 2}, marks=SLOW),
         pytest.param('flash', 3, {'decay_gate': 'scalar', 'layer_stack': 'scan', 'remat': 'full'}, marks=SLOW),
         # As configs/lm.py has it.
         pytest.param('flash', 4, {'decay_gate': 'scalar', 'key_input': 'shifted', 'local_window': 2}, marks=SLOW),

@@ -112,6 +112,15 @@ def test_a_run_that_made_no_use_of_a_field_that_is_gone_goes_on(tmp_path, field)
         pass
 
 
+def test_a_run_that_used_a_field_that_is_gone_has_others_that_came_later(tmp_path):
+    tree = workdir.config_to_dict(CONFIG)
+    tree['model']['global_decay'] = 0.5
+    del tree['model']['local_window']
+    workdir.write_json(tmp_path / 'config.json', tree)
+    model = workdir.read_config(tmp_path).model
+    assert (model.global_decay, model.local_window) == (0.5, CONFIG.model.local_window)
+
+
 def test_one_process_at_a_time(tmp_path):
     with claim(tmp_path), pytest.raises(UserError, match='another process'), claim(tmp_path):
         pass

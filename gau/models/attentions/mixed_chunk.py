@@ -10,7 +10,7 @@ from gau.models.attentions.record import ANYWHERE
 from gau.models.attentions.scored import SCORING_FIELDS, ScoredAttention
 from gau.models.attentions.triton import triton
 from gau.models.costs import BYTES, Count, Shape, saved
-from gau.models.fields import Field, Filler, choice, count, number, table, with_defaults
+from gau.models.fields import Field, Filler, choice, count, table, with_defaults
 
 CHUNK_FIELDS = {
     'chunk_size': count('C, tokens in a chunk.', default=256),
@@ -23,21 +23,15 @@ CHUNK_FIELDS = {
     'global_reduction': choice(
         'What the global branch reads: the mean or the sum over the visible tokens.', 'mean', 'sum', default='mean'
     ),
-    'global_decay': number(
-        'Factor on the weight of a token in that mean or sum for every chunk between it and the query; 1: none.',
-        default=1.0,
-        wrong=lambda value: not 0 < value <= 1,
-        right='above 0 and at most 1',
-    ),
 }
 
 
 # Of a gated unit alone, of causal models, and not the paper's.
 STATE_FIELDS = {
     'decay_gate': choice(
-        'What the state of the global branch keeps when a chunk is added: what global_decay says; or what a gate makes '
-        'of the chunk, one number ("scalar") or one for each column of the keys ("keys").',
-        *('none', 'scalar', 'keys'),
+        'What the state of the global branch keeps when a chunk is added: all ("none"); or what a gate makes of the '
+        'chunk, one number ("scalar").',
+        *('none', 'scalar'),
         default='none',
     ),
     'local_window': count(
@@ -60,11 +54,7 @@ class MixedChunk(ScoredAttention):
     fields = SCORING_FIELDS | CHUNK_FIELDS | STATE_FIELDS
     implementations = table(
         triton=triton(gate='silu', branches='both'),
-        pallas=pallas(
-            longest_window=512,
-            sharded={'decay_gate': ('none', 'scalar')},
-            **{'gate': 'silu', 'branches': 'both', 'far_chunks': 0},
-        ),
+        pallas=pallas(longest_window=512, gate='silu', branches='both', far_chunks=0),
         xla=ANYWHERE,
         reference=ANYWHERE,
     )
@@ -87,7 +77,6 @@ class MixedChunk(ScoredAttention):
             pairs=self.pairs(config),
             chunk_size=config.chunk_size,
             global_reduction=config.global_reduction or 'mean',
-            global_decay=config.global_decay or 1.0,
             decay_gate=config.decay_gate or 'none',
             local_window=config.local_window or 1,
             parent=None,
@@ -108,10 +97,8 @@ class MixedChunk(ScoredAttention):
         if config.branches == 'global':
             idle |= dict.fromkeys(SCORING_FIELDS, 'branches=global has no local branch')
         if config.branches == 'local':
-            fields = {'global_reduction', 'global_decay', *STATE_FIELDS} - {'local_window', 'far_chunks'}
+            fields = {'global_reduction', *STATE_FIELDS} - {'local_window', 'far_chunks'}
             idle |= dict.fromkeys(fields, 'branches=local has no global branch')
-        if (config.decay_gate or 'none') != 'none':
-            idle['global_decay'] = f'decay_gate={config.decay_gate} takes its place'
         return idle | super().idle_fields(config)
 
     def fill(self, fill: Filler, *, causal: bool, context: int) -> None:
@@ -123,10 +110,6 @@ class MixedChunk(ScoredAttention):
     def check(self, config: ConfigDict, *, causal: bool, context: int, chosen: frozenset[str]) -> None:
         """See the base class."""
         super().check(config, causal=causal, context=context, chosen=chosen)
-        if not causal and (config.global_decay or 1) < 1:
-            raise UserError(
-                f'model.global_decay={config.global_decay} is of causal models: all chunks are read at once here'
-            )
         changed = [name for name, field in STATE_FIELDS.items() if config[name] not in (None, field.default)]
         if changed and (not causal or config.num_heads > 1):
             raise UserError(f'model.{changed[0]}={config[changed[0]]} is of causal models with one head')
@@ -137,7 +120,7 @@ class MixedChunk(ScoredAttention):
         alone = f'model.chunk_size={config.chunk_size} makes one chunk of a context of {context}'
         if config.branches == 'global':
             raise UserError(f'{alone}: branches=global would see nothing; use a smaller chunk_size or branches=both')
-        for field in ('global_reduction', 'global_decay', *STATE_FIELDS):
+        for field in ('global_reduction', *STATE_FIELDS):
             if field in chosen:
                 raise UserError(f'{alone}: {field}={config[field]} changes nothing; use a smaller chunk_size')
 
@@ -153,8 +136,8 @@ class MixedChunk(ScoredAttention):
             # One k v^T and one q M for every token; a state for every chunk.
             state = shape.heads * shape.width * shape.value_width
             total += Count(0, 4 * state, 0) + saved(config, 2 * state / c)
-        if config.branches != 'local':
-            total += self._count_gate(config, shape)
+        if config.decay_gate == 'scalar':
+            total += Count(config.model_dim + 1, 2 * (config.model_dim + 1), 0)
         if config.far_chunks:
             total += self._count_far(config, shape)
         return total
@@ -167,11 +150,6 @@ class MixedChunk(ScoredAttention):
         compared = Count(0, shape.heads * shape.width * chunks / c, 0)
         far = self.count_weights(config, shape, seen=c * read, matrix=0)
         return compared + far + saved(config, shape.heads * shape.value_width)
-
-    def _count_gate(self, config: ConfigDict, shape: Shape) -> Count:
-        d, s, rank = config.model_dim, shape.width, 16
-        parameters = {'scalar': d + 1, 'keys': rank * (d + s) + s}.get(config.decay_gate, 0)
-        return Count(parameters, 2 * parameters, 0)
 
     def refuses_decoding(self, config: ConfigDict) -> str | None:
         """See the base class."""
@@ -196,8 +174,8 @@ class MixedChunk(ScoredAttention):
         total = chunks * c * (pairs * keys + values) * size
         if config.branches != 'local':
             total += keys * shape.value_width * full
-            gates = {'scalar': 1, 'keys': keys}.get(config.decay_gate, 0)
-            total += (chunks * c + 1) * gates * full
+            if config.decay_gate == 'scalar':
+                total += (chunks * c + 1) * full
         if config.far_chunks == 1:
             total += c * (2 * keys + values) * size
         elif config.far_chunks:
@@ -213,11 +191,11 @@ class MixedChunk(ScoredAttention):
     def decodes_in_kernels(self, config: ConfigDict, impl: str) -> bool:
         """See the base class."""
         plain = config.attention_function == 'relu2' and config.temperature == 'none' and config.rope != 'local'
-        return impl == 'triton' and plain and config.decay_gate != 'keys' and config.far_chunks != 1
+        return impl == 'triton' and plain and config.far_chunks != 1
 
     def reader_of_blocks(self, config: ConfigDict, *, short: bool, fresh: bool) -> str:
         """See the base class."""
-        two, gated = config.local_window == 2, (config.decay_gate or 'none') != 'none'
+        two, gated = config.local_window == 2, config.decay_gate == 'scalar'
         if short and (fresh or not two):
             return 'short'
         # Around training's kernels these would take dozens of small operations.
@@ -242,8 +220,7 @@ class MixedChunk(ScoredAttention):
 
         if self.window(config) is None:
             return window
-        fields = {'chunk_size': config.chunk_size, 'decay': config.global_decay or 1.0}
-        fields['chunks'] = config.local_window or 1
+        fields = {'chunk_size': config.chunk_size, 'chunks': config.local_window or 1}
         return close_window(state, window, start_B=start_B, end_B=end_B, **fields)
 
     def shard_multiple(self, config: ConfigDict) -> int:

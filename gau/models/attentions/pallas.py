@@ -1,6 +1,5 @@
 """What the Pallas kernels of the gated unit need, which are for TPUs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,7 +16,6 @@ def pallas(
     *,
     longest_window: int | None = None,
     widest: int | None = None,
-    sharded: Mapping[str, Any] | None = None,
     **wanted: Any,
 ) -> Needs:
     """Returns the needs of kernels that have been compiled for some values of fields.
@@ -25,7 +23,6 @@ def pallas(
     Args:
       longest_window: most tokens of the chunks that a local branch reads, or None.
       widest: largest E, or None.
-      sharded: what more is wanted where devices share a sequence.
       **wanted: values of fields, a tuple or one for each.
     """
     wanted = {'num_heads': 1, 'dtype': ('bfloat16', 'float32'), **wanted}
@@ -33,12 +30,10 @@ def pallas(
     def lacks(config: ConfigDict, target: Target) -> str | None:
         if target.platform != 'tpu' and not (target.platform == 'cpu' and target.pallas_interpreted):
             return f'a TPU, this is {target.platform}'
-        shared = (sharded or {}) if target.sequence_shards > 1 else {}
-        for where, fields in (('', wanted), (' where devices share a sequence', shared)):
-            for field, values in fields.items():
-                values = values if isinstance(values, tuple) else (values,)
-                if config[field] not in values:
-                    return f'{field}={" or ".join(map(str, values))}{where}, this is {config[field]}'
+        for field, values in wanted.items():
+            values = values if isinstance(values, tuple) else (values,)
+            if config[field] not in values:
+                return f'{field}={" or ".join(map(str, values))}, this is {config[field]}'
         if config.query_key_dim > WIDEST_KEY:
             return f'query_key_dim up to {WIDEST_KEY}, this is {config.query_key_dim}'
         if longest_window is not None and config.chunk_size * (config.local_window or 1) > longest_window:

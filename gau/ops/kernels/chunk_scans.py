@@ -5,8 +5,7 @@ GPU, so it is cut into parts that are scanned side by side, each from a state of
 is added to the states afterwards. (The kernels that read the states could add it, but then fewer of their programs fit
 on an SM: LOG.md, L17.)
 
-Letters beside those of `gau.ops`: F = J S, the states of all directions one below the other; X parts of a sequence; K,
-J or F, the factors with which the scans carry their states on over a chunk, one for each scan or one for each row.
+Letters beside those of `gau.ops`: F = J S, the states of all directions one below the other; X parts of a sequence.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from gau.ops.kernels.tile_sizes import ScanTiles, cdiv, fit, power_of_two
 
 
 def values_and_states(
-    p_BGCW: Array, bias_2E: Array, k_BGCF: Array, carry_mask_BGK: Array, state_scale_BGJ: Array
+    p_BGCW: Array, bias_2E: Array, k_BGCF: Array, carry_mask_BGJ: Array, state_scale_BGJ: Array
 ) -> tuple[Array, Array]:
     """Returns v = silu(p + bias) of the second E columns, [B, G, C, E], and state_scale M, [B, G, F, E]."""
     from gau.ops.kernels.gated_chunks_triton import states_kernel
@@ -30,12 +29,10 @@ def values_and_states(
     width, (*chunks, stride) = bias_2E.shape[1], p_BGCW.shape
     like_v = jax.ShapeDtypeStruct((*chunks, width), p_BGCW.dtype)
     inputs, tiles = (p_BGCW, bias_2E, k_BGCF), tile_sizes.STATES[str(k_BGCF.dtype)]
-    fields = {'carry_mask_BGK': carry_mask_BGK, 'state_scale_BGJ': state_scale_BGJ, 'outputs': [like_v], 'W': stride}
+    fields = {'carry_mask_BGJ': carry_mask_BGJ, 'state_scale_BGJ': state_scale_BGJ, 'outputs': [like_v], 'W': stride}
     v_BGCE, m_BGFE, totals_BXFE = _scan(states_kernel, tiles, k_BGCF, width, inputs, **fields)
     if totals_BXFE is not None:
-        carried_BGFE = _carried_between_parts(
-            totals_BXFE, carry_mask_BGK, state_scale_BGJ.shape[-1], against_states=False
-        )
+        carried_BGFE = _carried_between_parts(totals_BXFE, carry_mask_BGJ, against_states=False)
         state = k_BGCF.shape[-1] // state_scale_BGJ.shape[-1]
         carried_BGFE *= jnp.repeat(state_scale_BGJ, state, axis=-1)[..., None]
         m_BGFE = (m_BGFE.astype(jnp.float32) + carried_BGFE).astype(m_BGFE.dtype)
@@ -43,7 +40,7 @@ def values_and_states(
 
 
 def gradient_of_added(
-    q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGK: Array, state_scale_BGJ: Array, *, window: int = 1
+    q_BGCF: Array, dmixed_BGCE: Array, carry_mask_BGJ: Array, state_scale_BGJ: Array, *, window: int = 1
 ) -> Array:
     """Returns the gradient of k^T v, of what each chunk adds to the states, [B, G, F, E].
 
@@ -52,20 +49,18 @@ def gradient_of_added(
     Args:
       q_BGCF: queries of the states.
       dmixed_BGCE: gradient of q state_scale M.
-      carry_mask_BGK: factor by which a scan carries its state, or a row of it, on over a chunk: 1, a decay, or 0 where
-        it drops it.
+      carry_mask_BGJ: factor by which a scan carries its state on over a chunk: 1, what a gate keeps, or 0 where it
+        drops it.
       state_scale_BGJ: factor on the state that a chunk reads, not 0.
       window: 1; or 2, where a chunk reads the state, scale included, of the chunk before. One direction.
     """
     from gau.ops.kernels.gated_chunks_triton import states_gradient_kernel
 
     inputs, tiles = (q_BGCF, dmixed_BGCE), tile_sizes.STATES_GRADIENT[str(q_BGCF.dtype)]
-    fields = {'carry_mask_BGK': carry_mask_BGK, 'state_scale_BGJ': state_scale_BGJ, 'WINDOW': window}
+    fields = {'carry_mask_BGJ': carry_mask_BGJ, 'state_scale_BGJ': state_scale_BGJ, 'WINDOW': window}
     dkv_BGFE, totals_BXFE = _scan(states_gradient_kernel, tiles, q_BGCF, dmixed_BGCE.shape[-1], inputs, **fields)
     if totals_BXFE is not None:
-        carried_BGFE = _carried_between_parts(
-            totals_BXFE, carry_mask_BGK, state_scale_BGJ.shape[-1], against_states=True
-        )
+        carried_BGFE = _carried_between_parts(totals_BXFE, carry_mask_BGJ, against_states=True)
         dkv_BGFE = (dkv_BGFE.astype(jnp.float32) + carried_BGFE).astype(dkv_BGFE.dtype)
     return dkv_BGFE
 
@@ -77,7 +72,7 @@ def _scan(
     width: int,
     inputs: Sequence[Array],
     *,
-    carry_mask_BGK: Array,
+    carry_mask_BGJ: Array,
     state_scale_BGJ: Array,
     outputs: Sequence[jax.ShapeDtypeStruct] = (),
     **constants: int,
@@ -98,7 +93,7 @@ def _scan(
     totals = jax.ShapeDtypeStruct((batch, parts, inner, width) if parts > 1 else (1,), jnp.float32)
     *results, totals = launch(
         kernel,
-        *(*inputs, carry_mask_BGK, state_scale_BGJ),
+        *(*inputs, carry_mask_BGJ, state_scale_BGJ),
         outputs=[*outputs, states, totals],
         grid=(across, parts, batch * directions),
         num_warps=tiles.num_warps,
@@ -108,7 +103,6 @@ def _scan(
         S=state,
         F=inner,
         E=width,
-        L=carry_mask_BGK.shape[-1] // directions,
         PARTS=parts,
         PRECISION='ieee',
         BLOCK_C=tiles.block_c,
@@ -119,41 +113,37 @@ def _scan(
     return [*results, totals if parts > 1 else None]
 
 
-def _carried_between_parts(
-    totals_BXFE: Array, carry_mask_BGK: Array, directions: int, *, against_states: bool
-) -> Array:
+def _carried_between_parts(totals_BXFE: Array, carry_mask_BGJ: Array, *, against_states: bool) -> Array:
     """Returns what reaches each chunk from the parts scanned before its own, float32 [B, G, F, E].
 
     Args:
       totals_BXFE: the state at the end of each part. Of the reverse direction part 0 has the last chunks.
-      carry_mask_BGK: see `gradient_of_added`.
-      directions: J.
+      carry_mask_BGJ: see `gradient_of_added`.
       against_states: whether the kernel went against the direction of the states.
     """
-    (batch, parts, inner, width), (_, groups, _) = totals_BXFE.shape, carry_mask_BGK.shape
+    (batch, parts, inner, width), (_, groups, directions) = totals_BXFE.shape, carry_mask_BGJ.shape
     length = cdiv(groups, parts)
-    # L factors for each scan.
-    steps_BGJL = _in_order_of_scan(carry_mask_BGK.reshape(batch, groups, directions, -1))
-    padding = ((0, 0), (0, parts * length - groups), (0, 0), (0, 0))
-    mask_BXgJL = jnp.pad(steps_BGJL, padding, constant_values=1).reshape(batch, parts, length, directions, -1)
-    # From one part to a later one, [B, later, earlier, J, L]: the factors of all parts between them.
+    padding = ((0, 0), (0, parts * length - groups), (0, 0))
+    mask_BGJ = jnp.pad(_in_order_of_scan(carry_mask_BGJ), padding, constant_values=1)
+    mask_BXgJ = mask_BGJ.reshape(batch, parts, length, directions)
+    # From one part to a later one, [B, later, earlier, J]: the factors of all parts between them.
     x = jnp.arange(parts)
     between_XXX = (x[:, None, None] > x) & (x > x[:, None])
-    passes_BXXJL = jnp.where(between_XXX[..., None, None], mask_BXgJL.prod(2)[:, None, None], 1).prod(3)
-    passes_BXXJL *= (x[:, None] > x)[..., None, None]
+    passes_BXXJ = jnp.where(between_XXX[..., None], mask_BXgJ.prod(2)[:, None, None], 1).prod(3)
+    passes_BXXJ *= (x[:, None] > x)[..., None]
     # And within the later part no chunk before the one that is reached; after it, against the direction of the states.
     flip = jnp.flip if against_states else lambda x, _: x
-    reached_BXgJL = flip(jnp.cumprod(flip(mask_BXgJL, 2), axis=2), 2)
+    reached_BXgJ = flip(jnp.cumprod(flip(mask_BXgJ, 2), axis=2), 2)
     shift, first = (-1, -1) if against_states else (1, 0)
-    reached_BXgJL = jnp.roll(reached_BXgJL, shift, axis=2).at[:, :, first].set(1)
+    reached_BXgJ = jnp.roll(reached_BXgJ, shift, axis=2).at[:, :, first].set(1)
     if against_states:
-        passes_BXXJL = passes_BXXJL.swapaxes(1, 2)
-    totals_BXJLsE = totals_BXFE.reshape(batch, parts, directions, mask_BXgJL.shape[-1], -1, width)
+        passes_BXXJ = passes_BXXJ.swapaxes(1, 2)
+    totals_BXJSE = totals_BXFE.reshape(batch, parts, directions, -1, width)
     # No einsum: parts are few, and a library's matmul of so few rows in float32 takes twice to four times as long.
-    carry_BXJLsE = jnp.sum(passes_BXXJL[..., None, None] * totals_BXJLsE[:, None], axis=2)
-    carried_BXgJLsE = reached_BXgJL[..., None, None] * carry_BXJLsE[:, :, None]
-    carried_BGJLsE = carried_BXgJLsE.reshape(batch, -1, *carry_BXJLsE.shape[2:])[:, :groups]
-    return _in_order_of_scan(carried_BGJLsE).reshape(batch, groups, inner, width)
+    carry_BXJSE = jnp.sum(passes_BXXJ[..., None, None] * totals_BXJSE[:, None], axis=2)
+    carried_BXgJSE = reached_BXgJ[..., None, None] * carry_BXJSE[:, :, None]
+    carried_BGJSE = carried_BXgJSE.reshape(batch, -1, *carry_BXJSE.shape[2:])[:, :groups]
+    return _in_order_of_scan(carried_BGJSE).reshape(batch, groups, inner, width)
 
 
 def _in_order_of_scan(x_BGJ: Array) -> Array:

@@ -36,7 +36,7 @@ class Parameters(NamedTuple):
       out_ED, out_bias_D: the last projection.
       bias_P: relative bias by distance in a window of W chunks, [2 W C - 1], or None.
       mix_S: of shifted keys (`gau.layers.short_convolution.KeyShift`), or None.
-      gate_D, gate_bias: of a gate of the state, one number for a chunk (`gau.layers.decay_gate.DecayGate`), or None.
+      gate_D, gate_bias: of a gate of the state (`gau.layers.decay_gate.DecayGate`), or None.
     """
 
     norm: Array
@@ -204,7 +204,7 @@ def _place(position: DecodePosition, spec: ChunkSpec) -> Array:
 
 
 def _scales(position: DecodePosition, spec: ChunkSpec, width: int) -> Array:
-    """Returns factors of each row: on q.k, on weights nearby, on those before, on the sum; float32 [4, B]."""
+    """Returns factors of each row: on q.k, on weights nearby, on those before and the sum; float32 [3, B]."""
     size, scoring = spec.chunk_size, spec.scoring
     chunks_B = position.start_B // size
     visible_B = jnp.minimum(chunks_B, spec.window - 1) * size + position.start_B % size + 1
@@ -221,5 +221,4 @@ def _scales(position: DecodePosition, spec: ChunkSpec, width: int) -> Array:
     )
     weight_B = 1 / visible_B if scoring.normalizer == 'su' else ones_B
     state_B = scale_of_state(chunks_in_sum(chunks_B, spec), spec, jnp.float32)
-    before_B = (_place(position, spec) // size - (spec.window - 1)).astype(jnp.float32)
-    return jnp.stack([score_B, weight_B, state_B, state_B * spec.global_decay**before_B])
+    return jnp.stack([score_B, weight_B, state_B])

@@ -176,9 +176,9 @@ def decode_attention_kernel(
     Grid    [E / BLOCK_E, B]
     Tile    [16, BLOCK_E], of which a row is 2, sums over BLOCK_W rows of S at a time, then over BLOCK_W places
     Reads   q and q_lin [B, S]; u [B, E]; of k, k_lin [B, PLACES, S] and v [B, PLACES, E] what is filled; sum [B, S, E];
-            bias [2 NEAR C - 1], if BIAS; place [3, B], the token's and the first of the sequence; scales [4, B]:
-            score_scale, weight_scale, state_scale, and that of sum; if GATED the last two follow from gate [B, PLACES]
-            and count [B]
+            bias [2 NEAR C - 1], if BIAS; place [3, B], the token's and the first of the sequence; scales [3, B]:
+            score_scale, weight_scale, state_scale, which is that of sum too; if GATED these two follow from gate
+            [B, PLACES] and count [B]
     Writes  o [B, E]
     Bytes   393 KB of the sum, and up to 918 KB of the chunk for a row; keys for every tile of E, from the cache
     """
@@ -191,7 +191,7 @@ def decode_attention_kernel(
     score_scale = tl.load(scales_ptr + b)
     weight_scale = tl.load(scales_ptr + rows + b)
     state_scale = tl.load(scales_ptr + 2 * rows + b)
-    sum_scale = tl.load(scales_ptr + 3 * rows + b)
+    sum_scale = state_scale
     zero = tl.load(place_ptr + rows + b)
     # The first chunk nearby: 1 where the one before it is in the window and not in the sum yet.
     chunk = place // C - (NEAR - 1)

@@ -58,7 +58,7 @@ def decode_row(
         `before`, with a gate `gate` and `count`, with several far chunks `far_k` and so on.
       place_3: the token's place in the window, behind its end: nowhere; the first place of the sequence; and the
         token's place in the sequence.
-      scales: factors, float32 [4, 1].
+      scales: factors, float32 [3, 1].
       spec: that of `decode_gated_chunks`.
       tiles: of `row_tiles`.
     """

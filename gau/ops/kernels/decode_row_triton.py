@@ -57,11 +57,11 @@ def decode_row_kernel(
     Grid    [PROGRAMS], enough for 2 E / BLOCK_N tiles of u and v, and from program FIRST_Z on (S / 2) / BLOCK_H tiles
             of z; for E / BLOCK_E tiles of o; for D / BLOCK_D tiles of y
     Reads   x [D]; g; uv [D, 2 E], z [D, S] and out [E, D] with biases, float32; gamma and beta [4, S], if FAR [6, S];
-            cos and sin [S / 2]; sum [S, E]; bias [2 NEAR C - 1], if BIAS; place [3]; scales [4]: score_scale,
-            weight_scale, state_scale, and that of sum; of v [PLACES, E], k and k_lin [PLACES, S] what is filled; if
-            SHIFTED, mix [S] and before [S], z of the token before; if GATED, w [D], a bias, and gate [PLACES] and
-            count, of which the last two scales follow; if FAR, far_index [R], and of far_k [FAR, S], far_v [FAR, E] and
-            mean [FAR / C, S] what is chosen
+            cos and sin [S / 2]; sum [S, E]; bias [2 NEAR C - 1], if BIAS; place [3]; scales [3]: score_scale,
+            weight_scale, state_scale, which is that of sum too; of v [PLACES, E], k and k_lin [PLACES, S] what is
+            filled; if SHIFTED, mix [S] and before [S], z of the token before; if GATED, w [D], a bias, and gate
+            [PLACES] and count, of which these two scales follow; if FAR, far_index [R], and of far_k [FAR, S], far_v
+            [FAR, E] and mean [FAR / C, S] what is chosen
     Writes  y [D]; v, k, k_lin and gate at `place`, arrivals, before, far_k and far_v at the token's place in the
             sequence, mean, query [S] and next [R], all of which take over the buffers of `old_*`; for the other
             programs u [E], q [2, S], if FAR [3, S], and o [E]
@@ -165,7 +165,7 @@ def decode_row_kernel(
     score_scale = tl.load(scales_ptr)
     weight_scale = tl.load(scales_ptr + 1)
     state_scale = tl.load(scales_ptr + 2)
-    sum_scale = tl.load(scales_ptr + 3)
+    sum_scale = state_scale
     if GATED:
         # (Of the chunk before: no logit of this token.)
         far = tl.where(zero > 0, 0, chunk)

@@ -38,7 +38,7 @@ def gated_chunk_matmul(
     a_BGCM: Array,
     q_BGCF: Array,
     k_BGCF: Array,
-    carry_mask_BGK: Array,
+    carry_mask_BGJ: Array,
     state_scale_BGJ: Array,
     causal: bool,
     far: Far | None = None,
@@ -58,20 +58,19 @@ def gated_chunk_matmul(
         first half is not read in the first chunk. On the own chunk zero above the diagonal if `causal`.
       q_BGCF: queries of the states; zero for what a token may not see.
       k_BGCF: keys of the states; zero for what a token does not add.
-      carry_mask_BGK: 1, or a decay, where a scan carries its state on over a chunk, 0 where it drops it; float32. One
-        for each scan, K = J, or for each row of their states, K = F. It has a gradient if `causal`, where
-        there are states.
+      carry_mask_BGJ: 1, or what a gate keeps, where a scan carries its state on over a chunk, 0 where it drops it;
+        float32. It has a gradient if `causal`, where there are states.
       state_scale_BGJ: factor on the state that a chunk reads; float32, not 0. It has a gradient as the mask has.
       causal: lets tiles above the diagonal be left out.
       far: earlier chunks of which the values silu(v) are read by softmax, added to what the gate multiplies; or None.
     """
-    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, far)[0]
+    return _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal, far)[0]
 
 
-def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, causal, far):
+def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, causal, far):
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     if sizes.has_states:
-        v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGK, state_scale_BGJ)
+        v_BGCE, states = values_and_states(p_BGCW, bias_2E, k_BGCF, carry_mask_BGJ, state_scale_BGJ)
         read = q_BGCF, states
     else:
         v_BGCE = values(_by_token(p_BGCW), bias_2E, tokens_first=False).reshape(*p_BGCW.shape[:3], -1)
@@ -80,20 +79,20 @@ def _forward(p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scal
         read = states, v_BGCE
     far_BGCE, far_log_sum_BGC = (None, None) if far is None else far_chunks.attend(far, v_BGCE)
     o_BGCE = _output(sizes, (p_BGCW, bias_2E, v_BGCE, a_BGCM, *read), far_BGCE, causal=causal)
-    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ
+    arrays = p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ
     # In the place of states may stand weights on the other chunk.
     return o_BGCE, (*arrays, (far, far_log_sum_BGC), o_BGCE, v_BGCE, states)
 
 
 def _backward(causal, residuals, do_BGCE):
-    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGK, state_scale_BGJ, of_far, o_BGCE, v_BGCE, states = residuals
+    p_BGCW, bias_2E, a_BGCM, q_BGCF, k_BGCF, carry_mask_BGJ, state_scale_BGJ, of_far, o_BGCE, v_BGCE, states = residuals
     sizes = _Sizes.of(p_BGCW, bias_2E, a_BGCM, q_BGCF, state_scale_BGJ)
     dp_of_gate, dbias_u_E, dmixed = gate_gradients(
         *(_by_token(p_BGCW), bias_2E, _by_token(do_BGCE), _by_token(o_BGCE)), tokens_first=False
     )
     dp_of_gate, dmixed_BGCE = dp_of_gate.reshape(p_BGCW.shape), dmixed.reshape(o_BGCE.shape)
     if sizes.has_states:
-        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGK, state_scale_BGJ, window=sizes.window)
+        dkv_BGFE = gradient_of_added(q_BGCF, dmixed_BGCE, carry_mask_BGJ, state_scale_BGJ, window=sizes.window)
         # Transposed here, a pass over k alone, so that both matmuls of the values' gradient are one loop in the kernel.
         # Without the barrier XLA transposes the mask that made k instead, and then the gradients that go through it,
         # twice.
@@ -116,10 +115,10 @@ def _backward(causal, residuals, do_BGCE):
     elif not sizes.has_states:
         dq, dk = jnp.zeros_like(q_BGCF), jnp.zeros_like(k_BGCF)
     dbias_2E = jnp.stack([dbias_u_E, dbias_v.sum((0, 1))]).astype(bias_2E.dtype)
-    dfactors = jnp.zeros_like(carry_mask_BGK), jnp.zeros_like(state_scale_BGJ)
+    dfactors = jnp.zeros_like(carry_mask_BGJ), jnp.zeros_like(state_scale_BGJ)
     if causal and sizes.has_states:
         fields = (q_BGCF, dq), state_scale_BGJ, sizes.window
-        dfactors = _factor_gradients(states, dkv_BGFE, carry_mask_BGK, *fields)
+        dfactors = _factor_gradients(states, dkv_BGFE, carry_mask_BGJ, *fields)
     return dp_BGCW, dbias_2E, da_BGCM, dq, dk, *dfactors, dfar
 
 
@@ -129,7 +128,7 @@ gated_chunk_matmul.defvjp(_forward, _backward)
 def _factor_gradients(
     states_BGFE: Array,
     dkv_BGFE: Array,
-    carry_mask_BGK: Array,
+    carry_mask_BG1: Array,
     queries: tuple[Array, Array],
     state_scale_BG1: Array,
     window: int,
@@ -142,21 +141,20 @@ def _factor_gradients(
     Args:
       states_BGFE: state_scale m of each chunk.
       dkv_BGFE: gradient of what each chunk adds, which is that of the state after it.
-      carry_mask_BGK: factor on the state, or on each row of it.
+      carry_mask_BG1: factor on the state.
       queries: q and its gradient, [B, G, C, F]. Chunk g reads m[g], or m[g - 1] in a window of two.
       state_scale_BG1: factor on the state where it is read.
       window: 1 or 2.
     """
-    rows = 'BGF' if carry_mask_BGK.shape[-1] > 1 else 'BG'
-    dtype = carry_mask_BGK.dtype
+    dtype = carry_mask_BG1.dtype
     # The first chunk has zeros to carry on, and nobody reads what the last ones would.
     both_BGFE = (x[:, 1 : x.shape[1] - window] for x in (states_BGFE, dkv_BGFE))
-    dcarry = jnp.einsum(f'BGFE,BGFE->{rows}', *both_BGFE, preferred_element_type=dtype)
-    dcarry = jnp.pad(dcarry, [(0, 0), (1, window)] + [(0, 0)] * (dcarry.ndim - 2))
+    dcarry_BG = jnp.einsum('BGFE,BGFE->BG', *both_BGFE, preferred_element_type=dtype)
+    dcarry_BG = jnp.pad(dcarry_BG, ((0, 0), (1, window)))
     read_BG = jnp.einsum('BGCF,BGCF->BG', *queries, preferred_element_type=dtype)
     # By the state that is read.
     read_BG = jnp.pad(read_BG[:, window - 1 :], ((0, 0), (0, window - 1)))
-    return dcarry.reshape(carry_mask_BGK.shape) / state_scale_BG1, read_BG[..., None] / state_scale_BG1
+    return dcarry_BG[..., None] / state_scale_BG1, read_BG[..., None] / state_scale_BG1
 
 
 def gated_chunk_matmul_from_state(

@@ -41,28 +41,16 @@ def _load_bias(ptr, col, cols: tl.constexpr):
 
 
 @triton.jit
-def _load_carry(ptr, chunk_and_scan, s, L: tl.constexpr):
-    """Loads the factor on the state of a scan: a number, or a column with one for each of its L rows."""
-    if L == 1:
-        factor = tl.load(ptr + chunk_and_scan)
-    else:
-        factor = tl.load(ptr + chunk_and_scan * L + tl.minimum(s, L - 1))[:, None]
-    return factor
-
-
-@triton.jit
 def states_kernel(
     p_ptr, bias_ptr, k_ptr, carry_mask_ptr, state_scale_ptr, v_ptr, m_ptr, totals_ptr,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    L: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """m[g] = state_scale * sum of k silu(v)^T over the chunks before g; in the second direction over those after g.
 
     Grid    [E / BLOCK_E, PARTS, B J]
     Tile    the state [S, BLOCK_E] in registers, through the chunks of a part, BLOCK_C tokens at a time
-    Reads   V, the columns from E to 2 E of p [B, G, C, W]; k [B, G, C, F]; carry_mask [B, G, J L];
-            state_scale [B, G, J]
+    Reads   V, the columns from E to 2 E of p [B, G, C, W]; k [B, G, C, F]; carry_mask and state_scale [B, G, J]
     Writes  v [B, G, C, E] (the first direction); m [B, G, F, E]; where there are several parts, the state at the end
             of each, totals [B, PARTS, F, E], for the caller to carry on to the others
     Bytes   520 MB a layer: V, k, v, m
@@ -87,7 +75,7 @@ def states_kernel(
         if i % blocks == 0:
             state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
             store_tile(m_ptr + (chunk * F + direction * S) * E, state * state_scale, s, e, E, S, E)
-            state *= _load_carry(carry_mask_ptr, chunk * (F // S) + direction, s, L)
+            state *= tl.load(carry_mask_ptr + chunk * (F // S) + direction)
         k = load_tile(k_ptr + chunk * C * F + direction * S, row, s, F, C, S)  # [BC, BS]
         v = load_tile(p_ptr + chunk * C * W + E, row, e, W, C, E)  # [BC, BE]
         v = silu(v.to(tl.float32) + bias_v).to(k.dtype)
@@ -166,7 +154,7 @@ def output_kernel(
 def states_gradient_kernel(
     q_ptr, dmixed_ptr, carry_mask_ptr, state_scale_ptr, dkv_ptr, totals_ptr,
     G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    L: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dkv[g] = sum of state_scale q dmixed^T over the chunks that see g: the gradient of k silu(v)^T of chunk g.
@@ -176,8 +164,7 @@ def states_gradient_kernel(
 
     Grid    [E / BLOCK_E, PARTS, B J]
     Tile    the state [S, BLOCK_E] in registers, through the chunks of a part, BLOCK_C tokens at a time
-    Reads   q [B, G, C, F]; dmixed [B, G, C, E], the gradient of a v + q m; carry_mask [B, G, J L];
-            state_scale [B, G, J]
+    Reads   q [B, G, C, F]; dmixed [B, G, C, E], the gradient of a v + q m; carry_mask and state_scale [B, G, J]
     Writes  dkv [B, G, F, E]; where there are several parts, the state at the end of each, totals [B, PARTS, F, E]
     Bytes   319 MB a layer: q, dmixed, dkv
     """
@@ -212,7 +199,7 @@ def states_gradient_kernel(
             if is_read:
                 store_tile(dkv_ptr + (chunk * F + direction * S) * E, state, s, e, E, S, E)
             state_scale = tl.load(state_scale_ptr + chunk * (F // S) + direction)
-            state *= _load_carry(carry_mask_ptr, chunk * (F // S) + direction, s, L) / state_scale
+            state *= tl.load(carry_mask_ptr + chunk * (F // S) + direction) / state_scale
         q = load_tile(q_ptr + chunk * C * F + direction * S, row, s, F, WINDOW * C, S)  # [BC, BS]
         dmixed = load_tile(dmixed_ptr + chunk * C * E, row, e, E, WINDOW * C, E)  # [BC, BE]
         # [BS, BC] @ [BC, BE]

@@ -43,7 +43,7 @@ def gated_mixed_chunk(
     spec: ChunkSpec,
     segment_ids_BN: Array | None = None,
     bias_P: Array | None = None,
-    gate_BNL: Array | None = None,
+    gate_BN1: Array | None = None,
     far_BNS: tuple[Array, Array] | None = None,
     far_chunks: int = 0,
     kernels: str = 'triton',
@@ -55,15 +55,11 @@ def gated_mixed_chunk(
     in order and in whole chunks over the devices of the mesh axis `sequence_axis`; N is then those of one device.
 
     Raises:
-      ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate that is not
-        causal, or has a `sequence_axis` and more than one column; a window of two chunks that is not causal; far chunks
-        for 'pallas'.
+      ValueError: unknown `kernels`, a `sequence_axis` for 'triton', or what the kernels do not have: a gate or a window
+        of two chunks that is not causal; far chunks for 'pallas'.
     """
-    one_column = gate_BNL is None or gate_BNL.shape[-1] == 1
-    if (gate_BNL is not None and not spec.causal) or (sequence_axis is not None and not one_column):
-        raise ValueError(f'kernels={kernels!r} have no such gate here')
-    if spec.window > 1 and not spec.causal:
-        raise ValueError('a window of two chunks is of causal attention')
+    if not spec.causal and (spec.window > 1 or gate_BN1 is not None):
+        raise ValueError('a window of two chunks and a gate are of causal attention')
     if sequence_axis is not None and kernels == 'triton':
         raise ValueError("kernels='triton' take whole sequences")
     if far_BNS is not None and kernels != 'triton':
@@ -77,15 +73,13 @@ def gated_mixed_chunk(
     # One document and no zeros: the weights have no ids to compare.
     ids_to_compare = None if segment_ids_BN is None and n % size == 0 else ids_BGC
     a_BGCM = weights_in_chunks(q, k, bias_P, ids_to_compare, spec, kernels, sequence_axis)
-    gated, fields = gate_BNL is not None, {'window': spec.window, 'sequence_axis': sequence_axis}
-    # A gate stands for a decay, and decides what a mean is over.
-    mean, decay = (False, 1.0) if gated else (spec.mean, spec.global_decay)
-    scans = _scans(ids_BGC, causal=causal, mean=mean, decay=decay, **fields)
+    gated, fields = gate_BN1 is not None, {'window': spec.window, 'sequence_axis': sequence_axis}
+    # A gate decides what a mean is over.
+    scans = _scans(ids_BGC, causal=causal, mean=spec.mean and not gated, **fields)
     if gated:
-        log_decay_BGL = log_decays(gate_BNL, segment_ids_BN, size)
-        # A state has one scale, and those of the Pallas kernels have no gradient.
-        scale_queries = kernels == 'pallas' or not one_column
-        scans = _with_gate(scans, log_decay_BGL, mean=spec.mean, scale_queries=scale_queries, **fields)
+        log_decay_BG1 = log_decays(gate_BN1, segment_ids_BN, size)
+        # Scales of states have no gradient in the Pallas kernels.
+        scans = _with_gate(scans, log_decay_BG1, mean=spec.mean, scale_queries=kernels == 'pallas', **fields)
     carry_mask_BGK = scans.carry_mask_BGJ
     if gated and kernels == 'pallas':
         # There only factors of rows have a gradient.
@@ -170,11 +164,11 @@ class _Scans(NamedTuple):
     Attributes:
       query_masks: for each direction, bool [B, G, C]: the tokens that read the state carried to their chunk.
       key_masks: for each direction, bool [B, G, C]: the tokens that a chunk adds to the state.
-      carry_mask_BGJ: 1, or the decay, where a state is carried on over a chunk, 0 where it is dropped there; float32.
+      carry_mask_BGJ: 1, or what a gate keeps, where a state is carried on over a chunk, 0 where it is dropped there;
+        float32.
       state_scale_BGJ: factor on the state that a chunk reads, float32. If causal, it makes means of sums: all queries
         of a chunk see the same tokens of other chunks. Else it is 1.
-      query_scale_BGCS: where that makes means of sums, a factor on each query, [B, G, C, 1], or on its columns,
-        [B, G, 1, L]; else None.
+      query_scale_BGCS: where that makes means of sums, a factor on each query, [B, G, C, 1] or [B, G, 1, 1]; else None.
       shards: how scans go on from device to device, or None.
     """
 
@@ -186,7 +180,7 @@ class _Scans(NamedTuple):
     shards: Shards | None
 
 
-def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: int, sequence_axis: str | None) -> _Scans:
+def _scans(ids_BGC: Array, *, causal: bool, mean: bool, window: int, sequence_axis: str | None) -> _Scans:
     """Returns masks and scales of the forward scan and, unless causal, of the reverse one.
 
     A scan carries the state of one document, the one that is open at the start of a chunk. To this state a chunk adds
@@ -212,7 +206,7 @@ def _scans(ids_BGC: Array, *, causal: bool, mean: bool, decay: float, window: in
         latest_BG = jax.lax.cummax(jnp.where(leaves_BG > 0, groups, -1), axis=1)
         after_BG = jnp.where(latest_BG < 0, 0, jnp.take_along_axis(leaves_BG, jnp.maximum(latest_BG, 0), axis=1))
         open_BG = jnp.pad(after_BG, ((0, 0), (1, 0)))[:, :-1]
-        carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32) * decay
+        carry_mask_BG = ((after_BG == open_BG) & (open_BG > 0)).astype(jnp.float32)
         counts = carry_mask_BG, key_mask_BGC.sum(-1).astype(jnp.float32)
         total_BG = recurrence(*(x[..., None] for x in counts))[..., 0]
         carried_BG = jnp.pad(total_BG, ((0, 0), (1, 0)))[:, :-1]
@@ -245,32 +239,32 @@ def _as_scanned(x_BG: Array, window: int) -> Array:
 
 def _with_gate(
     scans: _Scans,
-    log_decay_BGL: Array,
+    log_decay_BG1: Array,
     *,
     mean: bool,
     scale_queries: bool,
     window: int,
     sequence_axis: str | None,
 ) -> _Scans:
-    """Returns the forward scan with a gate's factors [B, G, L] in the place of its carry mask, and means of its sums.
+    """Returns the forward scan with a gate's factors [B, G, 1] in the place of its carry mask, and means of its sums.
 
-    They are made by a factor on queries if `scale_queries`; else on states, and then L is 1.
+    They are made by a factor on queries if `scale_queries`; else on states.
     """
-    carry_BGL = scans.carry_mask_BGJ * jnp.exp(log_decay_BGL)
-    added_BGL = jnp.broadcast_to(scans.key_masks[0].sum(-1).astype(jnp.float32)[..., None], carry_BGL.shape)
-    counts, own, shards = (carry_BGL, added_BGL), lambda x: x, None
+    carry_BG1 = scans.carry_mask_BGJ * jnp.exp(log_decay_BG1)
+    added_BG1 = jnp.broadcast_to(scans.key_masks[0].sum(-1).astype(jnp.float32)[..., None], carry_BG1.shape)
+    counts, own, shards = (carry_BG1, added_BG1), lambda x: x, None
     if sequence_axis is not None:
-        on_device, device = carry_BGL.shape[1], jax.lax.axis_index(sequence_axis)
+        on_device, device = carry_BG1.shape[1], jax.lax.axis_index(sequence_axis)
         counts = tuple(jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in counts)
         own = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=device * on_device, slice_size=on_device, axis=1
         )
         shards = shards_of_scans(_as_scanned(counts[0], window), on_device, device)
-    scans = scans._replace(carry_mask_BGJ=carry_BGL, shards=shards)
+    scans = scans._replace(carry_mask_BGJ=carry_BG1, shards=shards)
     if not mean:
         return scans
-    carried_BGL = jnp.pad(recurrence(*counts), ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    scale_BGL = one_over_count(carried_BGL)
+    carried_BG1 = jnp.pad(recurrence(*counts), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    scale_BG1 = one_over_count(carried_BG1)
     if scale_queries:
-        return scans._replace(query_scale_BGCS=own(_as_scanned(scale_BGL, window))[:, :, None])
-    return scans._replace(state_scale_BGJ=own(scale_BGL))
+        return scans._replace(query_scale_BGCS=own(_as_scanned(scale_BG1, window))[:, :, None])
+    return scans._replace(state_scale_BGJ=own(scale_BG1))

@@ -3,14 +3,12 @@
 The kernels are those of training (`gau.ops.kernels.gated_chunks`), whose scan begins with the state.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import Array
 
 from gau.ops.chunk_states import into_chunks
 from gau.ops.decoding import DecodePosition, State, chunks_in_sum, scale_of_state
-from gau.ops.gated_states import log_decays, one_over_count, previous_chunk
+from gau.ops.gated_states import log_decays, one_over_count
 from gau.ops.kernels.gated_chunks import gated_chunk_matmul_from_state
 from gau.ops.kernels.gated_mixed_chunk import weights_in_chunks
 from gau.ops.mixed_chunk_attention import ChunkSpec
@@ -34,7 +32,7 @@ def gated_mixed_chunk_block(
     position: DecodePosition,
     spec: ChunkSpec,
     bias_P: Array | None = None,
-    gate_BTL: Array | None = None,
+    gate_BT1: Array | None = None,
 ) -> tuple[Array, State]:
     """Returns silu(u) * mixed_chunk_block(..., silu(v)) for [u, v] = p + bias, [B, T, E], and the new state.
 
@@ -46,14 +44,14 @@ def gated_mixed_chunk_block(
       position: where the tokens stand; rows that take tokens begin a chunk with the first.
       spec: chunk size and so on, causal, both branches.
       bias_P: relative bias by distance in a window of W chunks, [2 W C - 1], or None.
-      gate_BTL: logits of a gate of the state, float32, or None.
+      gate_BT1: logits of a gate of the state, float32, or None.
     """
     size, t, dtype, two = spec.chunk_size, p_BTW.shape[1], p_BTW.dtype, spec.window > 1
     if two and t <= size:
         # Two chunks at least: a chunk alone would not know that there is one before it.
-        arrays = p_BTW, q_BTS, k_BTS, q_lin_BTS, k_lin_BTS, gate_BTL
+        arrays = p_BTW, q_BTS, k_BTS, q_lin_BTS, k_lin_BTS, gate_BT1
         padded = [x if x is None else jnp.pad(x, ((0, 0), (0, 2 * size - t), (0, 0))) for x in arrays]
-        p_BTW, q_BTS, k_BTS, q_lin_BTS, k_lin_BTS, gate_BTL = padded
+        p_BTW, q_BTS, k_BTS, q_lin_BTS, k_lin_BTS, gate_BT1 = padded
     p, q, k, q_lin, k_lin = (into_chunks(x, size) for x in (p_BTW, q_BTS, k_BTS, q_lin_BTS, k_lin_BTS))
     # Padding stands after all that is read, and no token sees a later one: no ids to compare.
     a_BGCM = weights_in_chunks(q, k, bias_P, None, spec, 'triton')
@@ -63,29 +61,24 @@ def gated_mixed_chunk_block(
     if two:
         begun = _with_chunk_before(state, chunks_B, spec)
     chunks = {'k': k, 'k_lin': k_lin}
-    if gate_BTL is None:
-        log_BGL = jnp.full((*q.shape[:2], 1), math.log(spec.global_decay), jnp.float32)
-        scale_BGL = scale_of_state(chunks_B[:, None] + g, spec, jnp.float32)[..., None]
-        found_scale_BL = scale_of_state(chunks_in_sum(chunks_B, spec), spec, jnp.float32)[:, None]
+    if gate_BT1 is None:
+        log_BG1 = jnp.zeros((*q.shape[:2], 1), jnp.float32)
+        scale_BG1 = scale_of_state(chunks_B[:, None] + g, spec, jnp.float32)[..., None]
+        found_scale_B1 = scale_of_state(chunks_in_sum(chunks_B, spec), spec, jnp.float32)[:, None]
     else:
-        chunks['gate'] = into_chunks(gate_BTL, size)
-        log_BGL = log_decays(gate_BTL, None, size)
-        scale_BGL = _scale_with_gate(log_BGL, begun['count'], size, mean=spec.mean)
-        found_scale_BL = one_over_count(found['count'])
-        found_scale_BL = found_scale_BL if spec.mean else jnp.ones_like(found_scale_BL)
+        chunks['gate'] = into_chunks(gate_BT1, size)
+        log_BG1 = log_decays(gate_BT1, None, size)
+        scale_BG1 = _scale_with_gate(log_BG1, begun['count'], size, mean=spec.mean)
+        found_scale_B1 = one_over_count(found['count'])
+        found_scale_B1 = found_scale_B1 if spec.mean else jnp.ones_like(found_scale_B1)
     # Of the first two chunks, on what is summed up before the block.
-    begun_scales_B2L = jnp.stack([found_scale_BL, scale_BGL[:, 0]], axis=1)
-    q_lin_B2CS = (q_lin[:, :2].astype(jnp.float32) * begun_scales_B2L[:, : len(g), None]).astype(dtype)
-    if log_BGL.shape[-1] > 1:
-        # Of rows of the state: of the queries' columns; a state is read by the chunk after the next in a window of two.
-        scale_of_query_BGL = previous_chunk(scale_BGL) if two else scale_BGL
-        q_lin = (q_lin.astype(jnp.float32) * scale_of_query_BGL[:, :, None]).astype(dtype)
-        scale_BGL = jnp.ones_like(scale_BGL)
+    begun_scales_B21 = jnp.stack([found_scale_B1, scale_BG1[:, 0]], axis=1)
+    q_lin_B2CS = (q_lin[:, :2].astype(jnp.float32) * begun_scales_B21[:, : len(g), None]).astype(dtype)
     if two:
         first_BCM = _weights_of_first_chunk(q[:, 0], k[:, 0], state, chunks_B, bias_P, spec)
         a_BGCM = a_BGCM.at[:, 0, :, size:].set(first_BCM[..., size:])
     o_BGCE, v_BGCE = gated_chunk_matmul_from_state(
-        *(p, bias_2E, a_BGCM, q_lin, k_lin.astype(dtype)), *(jnp.exp(log_BGL), scale_BGL[..., :1], begun['sum'])
+        *(p, bias_2E, a_BGCM, q_lin, k_lin.astype(dtype)), *(jnp.exp(log_BG1), scale_BG1, begun['sum'])
     )
     chunks['v'] = v_BGCE
     if two:
@@ -98,15 +91,15 @@ def gated_mixed_chunk_block(
 
     # Weights of each chunk's tokens, and of the sum, after the last chunk that leaves the window.
     leaves_BG1 = (g < complete_B[:, None] - (spec.window - 1))[..., None]
-    log_BGL = jnp.where(leaves_BG1, log_BGL, 0)
-    weight_BGL = jnp.where(leaves_BG1, jnp.exp(log_BGL[:, ::-1].cumsum(1)[:, ::-1] - log_BGL), 0)
-    reached_BL = jnp.exp(log_BGL.sum(1))
+    log_BG1 = jnp.where(leaves_BG1, log_BG1, 0)
+    weight_BG1 = jnp.where(leaves_BG1, jnp.exp(log_BG1[:, ::-1].cumsum(1)[:, ::-1] - log_BG1), 0)
+    reached_B1 = jnp.exp(log_BG1.sum(1))
     added_BSE = jnp.einsum(
-        'BGCS,BGCE->BSE', k_lin * weight_BGL[:, :, None].astype(dtype), v_BGCE, preferred_element_type=jnp.float32
+        'BGCS,BGCE->BSE', k_lin * weight_BG1[:, :, None].astype(dtype), v_BGCE, preferred_element_type=jnp.float32
     )
-    new = {'sum': reached_BL[..., None] * begun['sum'] + added_BSE}
-    if gate_BTL is not None:
-        new['count'] = reached_BL * begun['count'] + size * weight_BGL.sum(1)
+    new = {'sum': reached_B1[..., None] * begun['sum'] + added_BSE}
+    if gate_BT1 is not None:
+        new['count'] = reached_B1 * begun['count'] + size * weight_BG1.sum(1)
     if two:
         stays_B = complete_B == 0
         new = {name: jnp.where(stays_B.reshape(-1, *[1] * (x.ndim - 1)), found[name], x) for name, x in new.items()}
@@ -131,11 +124,11 @@ def _with_chunk_before(state: State, chunks_B: Array, spec: ChunkSpec) -> State:
     k_BCS = jnp.where(exists_B1[..., None], state['k_lin'][:, :size], 0)
     kv_BSE = jnp.einsum('BCS,BCE->BSE', k_BCS, state['v'][:, :size], preferred_element_type=jnp.float32)
     if 'gate' not in state:
-        return {'sum': spec.global_decay * state['sum'] + kv_BSE}
-    kept_BL = jnp.exp(log_decays(state['gate'][:, :size], None, size)[:, 0])
+        return {'sum': state['sum'] + kv_BSE}
+    kept_B1 = jnp.exp(log_decays(state['gate'][:, :size], None, size)[:, 0])
     return {
-        'sum': kept_BL[..., None] * state['sum'] + kv_BSE,
-        'count': kept_BL * state['count'] + jnp.where(exists_B1, size, 0),
+        'sum': kept_B1[..., None] * state['sum'] + kv_BSE,
+        'count': kept_B1 * state['count'] + jnp.where(exists_B1, size, 0),
     }
 
 
@@ -150,13 +143,13 @@ def _weights_of_first_chunk(q_BCS, k_BCS, state: State, chunks_B: Array, bias_P,
     return attention_weights(q_BCS, k_BMS, **fields).astype(q_BCS.dtype)
 
 
-def _scale_with_gate(log_decay_BGL: Array, count_BL: Array, size: int, *, mean: bool) -> Array:
+def _scale_with_gate(log_decay_BG1: Array, count_B1: Array, size: int, *, mean: bool) -> Array:
     """Returns the factors on the states that chunks read, which make means of sums."""
     if not mean:
-        return jnp.ones_like(log_decay_BGL)
+        return jnp.ones_like(log_decay_BG1)
 
-    decay_BGL = jnp.exp(log_decay_BGL)
-    added_BGL = jnp.full_like(decay_BGL, size).at[:, 0].add(decay_BGL[:, 0] * count_BL)
-    after_BGL = recurrence(decay_BGL, added_BGL)
-    before_BGL = jnp.concatenate([count_BL[:, None], after_BGL[:, :-1]], axis=1)
-    return one_over_count(before_BGL)
+    decay_BG1 = jnp.exp(log_decay_BG1)
+    added_BG1 = jnp.full_like(decay_BG1, size).at[:, 0].add(decay_BG1[:, 0] * count_B1)
+    after_BG1 = recurrence(decay_BG1, added_BG1)
+    before_BG1 = jnp.concatenate([count_B1[:, None], after_BG1[:, :-1]], axis=1)
+    return one_over_count(before_BG1)

@@ -6,8 +6,6 @@ for their launches. In a short block attention is quadratic between chunks as we
 chunk (`prefill_long`).
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -65,7 +63,7 @@ def prefill_gated_chunks(
     shifted, gated, none = parameters.mix_S is not None, parameters.gate_D is not None, parameters.norm
     # What is not there has a pointer all the same.
     old = {name: state.get(name, none) for name in ('sum', 'k', 'k_lin', 'v', 'gate', 'count', 'before')}
-    more = {'LOG_DECAY': math.log2(spec.global_decay), 'NEAR': spec.window, 'GATED': gated}
+    more = {'NEAR': spec.window, 'GATED': gated}
     # (Of long blocks nobody takes all chunks at once.)
     more |= {'BLOCK_G': 16 if states else power_of_two(groups), 'BLOCK_C': power_of_two(size)}
     bias_P, new = parameters.bias_P, {}
@@ -159,7 +157,6 @@ def prefill_gated_chunks(
         G=groups,
         C=size,
         D=width,
-        DECAY=spec.global_decay,
         STATES=states,
         SHIFTED=shifted,
         BLOCK_M=tiles.output_m,

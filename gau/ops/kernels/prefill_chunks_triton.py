@@ -164,16 +164,16 @@ def prefill_projections_kernel(
 def prefill_attention_kernel(
     activations_ptr, roles_ptr, sum_ptr, bias_ptr, before_ptr, state_scale_ptr, logits_ptr, count_ptr, o_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, BIAS: tl.constexpr,
-    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr,
-    GATED: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    SCORE_SCALE: tl.constexpr, OVER_VISIBLE: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
+    MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """o = u (a v + w v' + state_scale decay^g q_lin sum), v' of the chunks of the block before the own one, the g-th.
+    """o = u (a v + w v' + state_scale q_lin sum), v' of the chunks of the block before the own one.
 
-    a = relu(q.k score_scale + bias)^2 weight_scale in the own chunk. w = state_scale decay^n q_lin.k_lin where n chunks
-    lie between. If GATED, each of these chunks has a decay of its own, and state_scale follows from them. With NEAR 2 a
-    is on the chunk before as well, and w and the sum are of the chunks before both; sequences begin with the block.
+    a = relu(q.k score_scale + bias)^2 weight_scale in the own chunk. w = state_scale q_lin.k_lin. If GATED, w and the
+    sum have the decays of the chunks that lie between as factors, and state_scale follows from them. With NEAR 2 a is
+    on the chunk before as well, and w and the sum are of the chunks before both; sequences begin with the block.
 
     Grid    [E / BLOCK_E, G C / BLOCK_M, B]: the last tokens first, which have the most to read
     Tile    [BLOCK_M, BLOCK_E] of a chunk, sums over BLOCK_N keys at a time
@@ -201,7 +201,7 @@ def prefill_attention_kernel(
     u = load_tile(activations_ptr + own * 2 * E, i, e, 2 * E, queries, cols)  # [BM, BE]
     state_scale = tl.load(state_scale_ptr + b * G + g)
     far = g - (NEAR - 1)
-    sum_scale = state_scale * tl.exp2(LOG_DECAY * far.to(tl.float32))
+    sum_scale = state_scale
     chunk = tl.arange(0, BLOCK_G)
     if GATED:
         logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
@@ -229,8 +229,6 @@ def prefill_attention_kernel(
         scale = state_scale
         if GATED:
             scale *= tl.sum(tl.where(chunk == step // blocks, weights, 0.0), axis=0)
-        elif LOG_DECAY < 0:
-            scale *= tl.exp2(LOG_DECAY * (far - 1 - step // blocks).to(tl.float32))
         # [BM, BS] @ [BS, BN]
         w = tl.dot(q_lin, tl.trans(k_lin), input_precision=PRECISION) * scale
         # [BM, BN] @ [BN, BE]
@@ -265,18 +263,18 @@ def prefill_output_kernel(
     old_sum_ptr, old_k_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr, old_before_ptr,
     y_ptr, sum_ptr, k_ptr, k_lin_ptr, v_ptr, gate_ptr, count_ptr, before_ptr,
     B: tl.constexpr, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, DECAY: tl.constexpr, LOG_DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    STATES: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr, STATES: tl.constexpr, SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x + o Wo + b; and the state after the block.
 
-    sum = decay^n sum + the sum of decay^(chunks after) k_lin v^T over the n chunks that are complete; k, k_lin and v
-    are those of the chunk after them. A row that takes no tokens keeps its state. If GATED, each chunk has a decay of
-    its own; count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With
-    NEAR 2 sum is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES v [R, E] stands
-    where activations do. What is made already, sum and count if STATES and before if SHIFTED, gets its place in the
+    sum gets k_lin v^T of every chunk that is complete; k, k_lin and v are those of the chunk after them. A row that
+    takes no tokens keeps its state. If GATED, the decay of a chunk is a factor on the sum before the chunk is added;
+    count, the tokens in sum by weight, goes as the sum does, and gate has the logits of the last chunk. With NEAR 2 sum
+    is without the last complete chunk, which k, k_lin, v and gate begin with. If STATES v [R, E] stands where
+    activations do. What is made already, sum and count if STATES and before if SHIFTED, gets its place in the
     state here, where nobody reads what it was: else the compiler would copy each, in a launch of its own.
 
     Grid    [B E / BLOCK_E + (R / BLOCK_M) (D / BLOCK_N)]: tiles of the sums, then of y
@@ -315,7 +313,7 @@ def prefill_output_kernel(
         else:
             total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
             far = tl.maximum(complete - (NEAR - 1), 0)
-            kept = tl.exp2(LOG_DECAY * far.to(tl.float32))
+            kept = 1.0
             chunk = tl.arange(0, BLOCK_G)
             if GATED:
                 logs, weights = weights_of_chunks(logits_ptr + first, far, C, BLOCK_G, BLOCK_C)  # [BG] each
@@ -328,8 +326,6 @@ def prefill_output_kernel(
                 if GATED:
                     begins = (chunk == step // blocks) & (step % blocks == 0)
                     total *= tl.exp2(tl.sum(tl.where(begins, logs, 0.0), axis=0))
-                elif DECAY < 1:
-                    total *= tl.where(step % blocks == 0, DECAY, 1.0)
                 # [BS, BK] @ [BK, BE]
                 total = tl.dot(tl.trans(k_lin), v, total, input_precision=PRECISION)
             if far > 0:

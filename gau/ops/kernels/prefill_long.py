@@ -132,7 +132,6 @@ class LongBlock(NamedTuple):
             'S': inner,
             'E': expanded,
             'PARTS': parts,
-            'DECAY': spec.global_decay,
             'NEAR': spec.window,
             'GATED': self.gated,
             'MEAN': spec.mean,

@@ -101,15 +101,14 @@ def prefill_states_kernel(
     old_sum_ptr, old_k_lin_ptr, old_v_ptr, old_gate_ptr, old_count_ptr, ends_ptr, end_factors_ptr, made_v_ptr,
     m_ptr, sum_ptr, count_ptr, v_ptr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
-    DECAY: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr, MEAN: tl.constexpr, ENDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_L: tl.constexpr,
+    NEAR: tl.constexpr, GATED: tl.constexpr, MEAN: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """m[g] = state_scale M[g], M[g + 1] = d M[g] + k_lin^T v with d, k_lin and v of chunk g; M[0] is the state's sum.
 
     With NEAR 2 those of chunk g - 1, and for g = 0 those of the chunk before the block, which the state has. The new
-    sum is M[n] for the n chunks that are complete. If GATED each chunk has a d of its own, and count goes as M does,
-    with C for k_lin^T v; state_scale is 1 / count.
+    sum is M[n] for the n chunks that are complete. d is 1, but if GATED what the gate makes of a chunk; count then goes
+    as M does, with C for k_lin^T v, and state_scale is 1 / count.
 
     Chunks are cut into PARTS, which are scanned side by side. If there are several, a first launch, ENDS, makes v and
     leaves M at the end of each part, begun with zeros, where m is; the second one finds v at `made_v`, and at `ends`
@@ -165,7 +164,7 @@ def prefill_states_kernel(
                     G, S, E, GATED, MEAN,
                 )  # fmt: skip
             if before > 0:
-                decay = DECAY
+                decay = 1.0
                 if GATED:
                     decay = tl.exp2(tl.sum(log_decays(old_gate_ptr + b * 2 * C, 1, C, 1, BLOCK_L), axis=0))
                 state *= decay
@@ -177,7 +176,7 @@ def prefill_states_kernel(
                     # [BS, BC] @ [BC, BE]
                     state = tl.dot(tl.trans(k_lin), v, state, input_precision=PRECISION)
         first = tl.maximum(first, 1)
-    decay = DECAY
+    decay = 1.0
     if GATED:
         # Of all chunks of the part at once: in the loop it would be a reduction over its threads for each of them.
         chunk = tl.arange(0, BLOCK_G)

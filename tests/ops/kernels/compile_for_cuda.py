@@ -22,7 +22,6 @@ from triton.compiler import ASTSource
 from gau.ops.chunk_window import open_window
 from gau.ops.decoding import DecodePosition
 from gau.ops.kernels import compat, decode_row
-from gau.ops.kernels.chunk_scans import gradient_of_added, values_and_states
 from gau.ops.kernels.decode_cache import decode_with_cache
 from gau.ops.kernels.decode_chunks import Parameters, decode_gated_chunks
 from gau.ops.kernels.gated_mixed_chunk import gated_mixed_chunk
@@ -36,7 +35,7 @@ from gau.ops.scores import Scoring
 H100 = GPUTarget('cuda', 90, 32)
 TYPES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
 DTYPE, D, E, S, C = 'bfloat16', 768, 1536, 128, 256
-SPEC = ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0)
+SPEC = ChunkSpec(C, Scoring('relu2', 'paper'), True)
 
 
 def compile_only(kernel, inputs, outputs, *, grid, num_warps, num_stages, overwrite, constants):
@@ -90,7 +89,7 @@ def shift_and_gate():
 
 
 def decode():
-    """Every kernel of decoding at size base, for one row and for many; training's scans with a factor for each row."""
+    """Every kernel of decoding at size base, for one row and for many."""
     vector = {'dtype': 'float32'}
     for batch in (1, 8, 64):
         at_B = jnp.zeros(batch, jnp.int32)
@@ -117,10 +116,6 @@ def decode():
     p, bias = zeros(batch, C, 2 * E + S), zeros(2, E, **vector)
     fields = {'position': position, 'spec': SPEC, 'bias_P': parameters().bias_P}
     gated_mixed_chunk_block(p, bias, *queries_keys, state, **fields)
-
-    chunks, factors = zeros(1, 4, C, S), (zeros(1, 4, S, **vector), zeros(1, 4, 1, **vector))
-    values_and_states(zeros(1, 4, C, 2 * E + S), bias, chunks, *factors)
-    gradient_of_added(chunks, zeros(1, 4, C, E), *factors)
 
 
 def token_with_far_chunks(batch):
@@ -171,7 +166,7 @@ def chunks():
     ):
         p, queries_keys = zeros(1, n, 2 * E + S), [zeros(1, n, S)] * 4
         fields = {'spec': spec, 'bias_P': bias_P if spec.window == 2 else bias_P[: 2 * C - 1]}
-        fields['gate_BNL'] = zeros(1, n, S, dtype='float32') if gated else None
+        fields['gate_BN1'] = zeros(1, n, 1, dtype='float32') if gated else None
         o, pull = jax.vjp(lambda *x, fields=fields: gated_mixed_chunk(*x, **fields), p, bias_2E, *queries_keys)
         pull(o)
 

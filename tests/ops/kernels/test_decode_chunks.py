@@ -39,9 +39,9 @@ WINDOW = 7
 # Far chunks that are read.
 R = 3
 SPECS = {
-    'mean': ChunkSpec(C, Scoring('relu2', 'paper'), True, 'both', 'mean', 1.0),
-    'sum, decay, su': ChunkSpec(C, Scoring('relu2', 'su'), True, 'both', 'sum', 0.5),
-    'mean, decay, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True, 'both', 'mean', 0.7),
+    'mean': ChunkSpec(C, Scoring('relu2', 'paper'), True),
+    'sum, su': ChunkSpec(C, Scoring('relu2', 'su'), True, global_reduction='sum'),
+    'mean, visible': ChunkSpec(C, Scoring('relu2', 'visible'), True),
 }
 B = 5
 
@@ -103,28 +103,28 @@ def expect_close(found, wanted, dtype, name):
 @pytest.mark.parametrize(
     ('case', 'rows'),
     [
-        ('mean, decay, visible; shifted gated two', slice(None)),
+        ('mean, visible; shifted gated two', slice(None)),
         # A row alone has a kernel of its own: beyond the border that its window crosses, and in its first chunk.
-        ('mean, decay, visible; shifted gated two', slice(4, 5)),
-        ('mean, decay, visible; shifted gated two far', slice(None)),
+        ('mean, visible; shifted gated two', slice(4, 5)),
+        ('mean, visible; shifted gated two far', slice(None)),
         # A row that completes a chunk, and so chooses; and one beyond a border.
-        ('mean, decay, visible; shifted gated two far', slice(3, 4)),
-        ('mean, decay, visible; shifted gated two far', slice(4, 5)),
+        ('mean, visible; shifted gated two far', slice(3, 4)),
+        ('mean, visible; shifted gated two far', slice(4, 5)),
         # Which of many are best.
-        ('mean, decay, visible; far later', slice(None)),
+        ('mean, visible; far later', slice(None)),
         pytest.param('mean; far later', slice(3, 4), marks=pytest.mark.slow),
         pytest.param('mean; far', slice(None), marks=pytest.mark.slow),
         pytest.param('mean; far', slice(1, 2), marks=pytest.mark.slow),
-        pytest.param('sum, decay, su; gated far', slice(0, 1), marks=pytest.mark.slow),
+        pytest.param('sum, su; gated far', slice(0, 1), marks=pytest.mark.slow),
         pytest.param('mean; shifted gated two', slice(None), marks=pytest.mark.slow),
         pytest.param('mean; shifted gated two', slice(1, 2), marks=pytest.mark.slow),
-        pytest.param('sum, decay, su; two', slice(None), marks=pytest.mark.slow),
-        pytest.param('mean, decay, visible; shifted', slice(None), marks=pytest.mark.slow),
-        pytest.param('sum, decay, su; gated', slice(None), marks=pytest.mark.slow),
-        pytest.param('sum, decay, su; gated', slice(0, 1), marks=pytest.mark.slow),
+        pytest.param('sum, su; two', slice(None), marks=pytest.mark.slow),
+        pytest.param('mean, visible; shifted', slice(None), marks=pytest.mark.slow),
+        pytest.param('sum, su; gated', slice(None), marks=pytest.mark.slow),
+        pytest.param('sum, su; gated', slice(0, 1), marks=pytest.mark.slow),
         *(
             pytest.param(case, rows, marks=pytest.mark.slow)
-            for case in ('mean', 'sum, decay, su')
+            for case in ('mean', 'sum, su')
             for rows in (slice(None), slice(0, 1), slice(1, 2))
         ),
     ],
@@ -137,7 +137,7 @@ def test_one_token_of_a_layer(case, rows, dtype):
 @pytest.mark.parametrize('rows', [slice(None), slice(3, 4), slice(4, 5)], ids=str)
 @pytest.mark.parametrize('far', ['', ' far'])
 def test_one_token_of_the_default_in_tiles_as_on_a_gpu(far, rows):
-    expect_the_token_of_the_reference(f'mean, decay, visible; shifted gated two{far}', rows, 'bfloat16', LARGE)
+    expect_the_token_of_the_reference(f'mean, visible; shifted gated two{far}', rows, 'bfloat16', LARGE)
 
 
 def expect_the_token_of_the_reference(case, rows, dtype, sizes):
@@ -179,15 +179,14 @@ def expect_the_token_of_the_reference(case, rows, dtype, sizes):
     bias_B1M = None
     if parameters.bias_P is not None:
         bias_B1M = bias_matrix(parameters.bias_P, chunks * C, chunks * C)[(chunks - 1) * C + start_B % C][:, None]
-    gate_B1L, gate = None, {}
+    gate_B11, gate = None, {}
     if gated:
-        # As a gate takes the decay's place: what is a spec with one decays as the gate says.
         parameters = parameters._replace(gate_D=less * normal(42, D), gate_bias=normal(43, 1))
-        gate_B1L = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
+        gate_B11 = (h_B1D @ parameters.gate_D + parameters.gate_bias)[..., None]
         # Nothing before the first chunk.
         count_B1 = jnp.where(chunks * C > all_opened_B, 0, 9.5 + all_opened_B)[:, None]
         gate = {'gate': normal(44, B, chunks * C + WINDOW, 1), 'count': count_B1}
-    fields = {'position': position, 'spec': spec, 'gate_B1L': gate_B1L, 'bias_B1M': bias_B1M}
+    fields = {'position': position, 'spec': spec, 'gate_B11': gate_B11, 'bias_B1M': bias_B1M}
     av_B1E, wanted = window_token(
         *(q, k, q_lin, k_lin, v_B1E), cut(window_of('float64', chunks, sizes) | gate, rows), **fields
     )
@@ -234,24 +233,24 @@ def test_a_row_has_one_kernel_where_its_programs_fit_on_the_gpu_together(monkeyp
 
 @pytest.mark.parametrize('dtype', BOTH_DTYPES)
 @pytest.mark.parametrize(
-    ('case', 'chunks', 'columns', 't'),
+    ('case', 'chunks', 'gated', 't'),
     [
-        ('mean, decay, visible', 2, 1, 3 * C),
+        ('mean, visible', 2, True, 3 * C),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ('mean', 1, 0, 3 * C),
-                ('sum, decay, su', 1, 0, 3 * C),
-                ('mean, decay, visible', 1, S, 3 * C),
-                ('mean, decay, visible', 2, 0, 3 * C),
-                ('mean', 2, S, 3 * C),
-                ('sum, decay, su', 2, 1, C),
+                ('mean', 1, False, 3 * C),
+                ('sum, su', 1, False, 3 * C),
+                ('mean, visible', 1, True, 3 * C),
+                ('mean, visible', 2, False, 3 * C),
+                ('mean', 2, True, 3 * C),
+                ('sum, su', 2, True, C),
             )
         ),
     ],
 )
-def test_a_block_of_a_prompt(case, chunks, columns, t, dtype):
-    """Reads one chunk or two, with a gate of so many columns or none."""
+def test_a_block_of_a_prompt(case, chunks, gated, t, dtype):
+    """Reads one chunk or two, with a gate or none."""
     spec = SPECS[case]._replace(window=chunks)
     # Rows begin a chunk or take nothing; they end in mid-chunk, with a chunk, with the block.
     start_B, length_B = jnp.array([0, 12, 36, 5, 24]), jnp.minimum(jnp.array([5, 24, 36, 0, 17]), t)
@@ -259,32 +258,32 @@ def test_a_block_of_a_prompt(case, chunks, columns, t, dtype):
     q, k, q_lin, k_lin = (normal(50 + i, B, t, S) for i in range(4))
     p_BTW, bias_2E, bias_P = normal(54, B, t, 2 * E + S), normal(55, 2, E), normal(56, 2 * places - 1)
     u_BTE, v_BTE = gate_and_values(p_BTW, bias_2E)
-    gate, gate_BTL = {}, None
-    if columns:
-        gate_BTL = normal(57, B, t, columns)
-        count_BL = jnp.where(start_B[:, None] < places, 0, 9.5 + jnp.arange(columns))
-        gate = {'gate': normal(58, B, places, columns), 'count': count_BL}
+    gate, gate_BT1 = {}, None
+    if gated:
+        gate_BT1 = normal(57, B, t, 1)
+        count_B1 = jnp.where(start_B[:, None] < places, 0, 9.5)
+        gate = {'gate': normal(58, B, places, 1), 'count': count_B1}
     wanted_BTE, wanted = mixed_chunk_block(
         *(q, k, q_lin, k_lin, v_BTE),
         state_of('float64', chunks) | gate,
         position=position,
         spec=spec,
-        gate_BTL=gate_BTL,
+        gate_BT1=gate_BT1,
         bias_CC=bias_matrix(bias_P, places, places),
     )
     arrays = [x.astype(dtype) for x in (p_BTW, q, k, q_lin, k_lin)]
     vectors = [x.astype('float32') for x in (bias_2E, bias_P)]
     fields = {'position': position, 'spec': spec, 'bias_P': vectors[1]}
-    if columns:
-        fields['gate_BTL'] = gate_BTL.astype('float32')
+    if gated:
+        fields['gate_BT1'] = gate_BT1.astype('float32')
     state = state_of(dtype, chunks) | {name: x.astype('float32') for name, x in gate.items()}
     found_BTE, found = gated_mixed_chunk_block(*(arrays[0], vectors[0], *arrays[1:]), state, **fields)
     real = (jnp.arange(t) < length_B[:, None])[..., None]
     expect_close(jnp.where(real, found_BTE, 0), jnp.where(real, u_BTE * wanted_BTE, 0), dtype, 'o')
-    for name in ('sum', 'count') if columns else ('sum',):
+    for name in ('sum', 'count') if gated else ('sum',):
         expect_close(found[name], wanted[name], dtype, name)
     end_B, place_P = start_B + length_B, jnp.arange(places)
     filled = place_P < (places - C + end_B % C)[:, None]
     filled = (filled & (place_P >= (places - C - end_B // C * C)[:, None]))[..., None]
-    for name in ('k', 'k_lin', 'v', *(('gate',) if columns else ())):
+    for name in ('k', 'k_lin', 'v', *(('gate',) if gated else ())):
         expect_close(jnp.where(filled, found[name], 0), jnp.where(filled, wanted[name], 0), dtype, name)

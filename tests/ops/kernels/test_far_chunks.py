@@ -205,7 +205,7 @@ def test_far_chunks_in_the_gated_matmul(dtype, n, chunk, chunks, packed, fields)
                 spec=spec,
                 segment_ids_BN=ids,
                 bias_P=bias_P,
-                gate_BNL=gate,
+                gate_BN1=gate,
                 far_BNS=arrays[5:],
                 far_chunks=chunks,
             )

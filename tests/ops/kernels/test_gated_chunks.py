@@ -29,7 +29,6 @@ OPS = {'reference': reference.gated_mixed_chunk, 'triton': gated_mixed_chunk.gat
 REDUCTIONS = {
     'mean': {'global_reduction': 'mean'},
     'sum': {'global_reduction': 'sum'},
-    'decay': {'global_decay': 0.6},
 }
 SCORINGS = {'relu2': Scoring('relu2', 'fixed', 8), 'softmax': Scoring('softmax', None)}
 NAMES = ('p', 'bias', 'q', 'k', 'q_lin', 'k_lin', 'bias_P')
@@ -55,7 +54,7 @@ def value_and_gradients(impl, dtype, args, weights, *, ids, **fields):
             spec=ChunkSpec(**{'scoring': SCORINGS['relu2']} | fields),
             segment_ids_BN=ids,
             bias_P=bias_P,
-            gate_BNL=args[-1] if len(args) > len(NAMES) else None,
+            gate_BN1=args[-1] if len(args) > len(NAMES) else None,
         )
         return jnp.sum(o * weights), o
 
@@ -73,7 +72,7 @@ QUICK = {
     (23, 12, 4, 24, 'documents', 1, 'mean'): (('relu2', False),),
     (10, 16, 8, 24, 'none', 1, 'mean'): (('relu2', True),),
     (40, 5, 8, 24, 'padding', 8, 'mean'): (),
-    (36, 6, 8, 24, 'padding', 5, 'decay'): (('relu2', True),),
+    (36, 6, 8, 24, 'padding', 5, 'sum'): (('relu2', True),),
     (24, 12, 8, 40, 'one row', 1, 'sum'): (),
     (16, 16, 8, 24, 'one row', 1, 'mean'): (),
     (48, 16, 16, 32, 'none', 1, 'mean'): (),
@@ -86,8 +85,7 @@ QUICK = {
 CASES = [
     pytest.param(*case, causal, function, marks=() if (function, causal) in quick else pytest.mark.slow)
     for case, quick in QUICK.items()
-    # A decay is of causal models.
-    for causal in ((True,) if case[-1] == 'decay' else (True, False))
+    for causal in (True, False)
     for function in SCORINGS
 ]
 
@@ -155,27 +153,26 @@ def test_what_all_gradients_of_a_softmax_have_in_common_cancels():
 
 
 WINDOWS = [
-    # Parts of one chunk; what sticks out of a tile; a gate with a number for each column of the keys.
-    (40, 6, 12, 'documents', 7, 'keys', {}),
+    # Parts of one chunk; what sticks out of a tile.
+    (40, 6, 12, 'documents', 7, 'scalar', {}),
     # Two chunks have no states, and a chunk alone has no other.
     (23, 12, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'paper')}),
     (480, 3, 4, 'mostly padding', 4, 'scalar', {}),
-    (480, 3, 4, 'mostly padding', 4, 'none', {'global_decay': 0.5}),
 ]
 SLOW_WINDOWS = [
-    (60, 8, 12, 'documents', 8, 'keys', {}),
+    (60, 8, 12, 'documents', 8, 'scalar', {}),
     (45, 6, 8, 'documents', 1, 'scalar', {'global_reduction': 'sum'}),
-    (10, 16, 8, 'none', 1, 'keys', {'scoring': Scoring('relu2', 'paper')}),
-    (50, 12, 8, 'padding', 2, 'none', {'global_decay': 0.6, 'scoring': Scoring('relu2', 'visible')}),
+    (10, 16, 8, 'none', 1, 'scalar', {'scoring': Scoring('relu2', 'paper')}),
+    (50, 12, 8, 'padding', 2, 'none', {'scoring': Scoring('relu2', 'visible')}),
     (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('relu2', 'su')}),
     (90, 40, 24, 'short', 1, 'none', {}),
-    (100, 40, 12, 'documents', 1, 'keys', {'scoring': SCORINGS['softmax']}),
+    (100, 40, 12, 'documents', 1, 'scalar', {'scoring': SCORINGS['softmax']}),
     (64, 16, 8, 'none', 1, 'none', {'scoring': Scoring('softmax_plus', None)}),
     (60, 3, 8, 'padding', 8, 'scalar', {'scoring': SCORINGS['softmax']}),
-    (60, 4, 8, 'one row', 5, 'keys', {'global_reduction': 'sum'}),
+    (60, 4, 8, 'one row', 5, 'scalar', {'global_reduction': 'sum'}),
     (60, 3, 8, 'padding', 8, 'scalar', {}),
     # Tiles as large as they are on a GPU.
-    (400, 128, 16, 'none', 1, 'keys', {}),
+    (400, 128, 16, 'none', 1, 'scalar', {}),
 ]
 
 
@@ -190,7 +187,7 @@ def test_a_window_of_two_chunks(constants, dtype, n, chunk, s, packed, min_progr
     if gate != 'none':
         # Chunks that keep their state, that forget it, and both one after the other.
         kept_N1 = jnp.asarray([3.0, -6.0, 1.0, 2.0, -2.0])[jnp.arange(n) // chunk % 5, None]
-        args.append(kept_N1 + jax.random.normal(jax.random.key(1), (2, n, s if gate == 'keys' else 1), jnp.float64))
+        args.append(kept_N1 + jax.random.normal(jax.random.key(1), (2, n, 1), jnp.float64))
     fields = {'chunk_size': chunk, 'causal': True, 'window': 2} | fields
     expect_the_reference(dtype, args, weights, LAYOUTS[packed](n), **fields)
 
